@@ -1,0 +1,110 @@
+"""The plain records that flow through BabyDoctor, in the order in which data flows.
+
+``data.parse_row -> Sample``, ``conversation.render -> Segment``, ``tokens.encode -> Example``,
+``packing.pack -> Batch``. Everything here is frozen and free of torch, so that any module can import it.
+
+Shapes: ``T`` is the number of token positions, ``N`` the number of images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (torch's cross-entropy default)."""
+
+IMAGE_TOKEN = "<image>"
+"""Where an image stands in text: in rows of data, in prompts and on the wire."""
+
+IMAGE_TOKEN_INDEX = -200
+"""The image as one id in ``data preview --json``, as the original LLaVA code writes it."""
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One utterance of a conversation. An image stands in ``text`` as ``IMAGE_TOKEN``."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One validated row of data.
+
+    ``image`` is a path relative to the image folder, the encoded bytes of an embedded image, or None for a
+    text-only row. ``source`` says where the row stands (``file.json#12``), for messages.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    image: str | bytes | None = field(default=None, repr=False)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of prompt text. ``supervised`` text is what the model learns to write.
+
+    An image is a segment of its own whose text is exactly ``IMAGE_TOKEN`` and whose ``is_image`` is true.
+    """
+
+    text: str
+    supervised: bool = False
+    is_image: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One encoded conversation; all three arrays have shape ``[T]``.
+
+    ``input_ids`` int32; image slots hold 0 there and True in ``image_mask``. ``labels`` int32, aligned with
+    ``input_ids`` (not shifted), ``IGNORE_INDEX`` where not supervised. ``num_cut`` counts text tokens that
+    truncation removed.
+    """
+
+    id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    image_mask: np.ndarray
+    images: tuple[str | bytes, ...] = field(default=(), repr=False)
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that carry a loss. The first position never does: nothing predicts it."""
+        return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One micro-batch: whole documents laid end to end, all arrays of shape ``[T]``.
+
+    ``targets`` are the labels already shifted by one inside each document: position ``t`` predicts
+    ``targets[t]``. ``position_ids`` restart at 0 in each document. ``document_lengths`` sums to ``T``.
+    ``images`` holds the ``N`` image references in the order of their slots; ``image_mask`` marks
+    ``N * patches`` positions.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    position_ids: np.ndarray
+    image_mask: np.ndarray
+    document_lengths: tuple[int, ...]
+    ids: tuple[str, ...]
+    images: tuple[str | bytes, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        return int((self.targets != IGNORE_INDEX).sum())
