@@ -25,6 +25,13 @@ IMAGE_TOKEN_INDEX = -200
 Role = Literal["user", "assistant"]
 
 
+class UserError(ValueError):
+    """A mistake that the user can mend. The message names the file or key, the value and the mend.
+
+    The command line prints it as one paragraph without a stack trace and exits with 2.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One utterance of a conversation. An image stands in ``text`` as ``IMAGE_TOKEN``."""
