@@ -1,0 +1,162 @@
+"""Conversation templates: turns -> text segments, each marked supervised or not. Pure.
+
+Which text the model learns to write is decided here, once. Nothing later looks for the answer again.
+
+The templates reproduce those of the original LLaVA code (release 1.2, ``llava/conversation.py``) to the
+character, so that checkpoints trained there answer as they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from babydoctor.schema import IMAGE_TOKEN, Segment, Turn, UserError
+
+LLAVA_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. "
+    "Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A conversation as text: ``opening(system) user reply_cue reply | next_opening user reply_cue reply | ...``.
+
+    Only ``reply`` is supervised: it holds the answer and the marker that ends it, so that the model learns to
+    stop. The begin-of-sequence token is not part of the text; ``tokens.encode`` puts it in front.
+    """
+
+    name: str
+    system: str
+    opening: str
+    """Text before the first user turn; ``{system}`` stands for the system prompt."""
+    opening_without_system: str
+    next_opening: str
+    reply_cue: str
+    reply: str
+    """``{answer}`` stands for the assistant's text."""
+    stop: str
+    """Generation ends before this text."""
+    keeps_user_text: bool = True
+    """``plain`` keeps the image of the user turn and drops its words."""
+
+
+def _llama_2(name: str, system: str) -> Template:
+    return Template(
+        name=name,
+        system=system,
+        opening="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
+        opening_without_system="[INST] ",
+        next_opening="<s>[INST] ",
+        reply_cue=" [/INST]",
+        reply=" {answer} </s>",
+        stop="</s>",
+    )
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("plain", "", "", "", "", "", "{answer}\n", "\n", keeps_user_text=False),
+        _llama_2("llava_llama_2", LLAVA_SYSTEM),
+        _llama_2("llama_2", LLAMA_2_SYSTEM),
+        Template(
+            "v1", V1_SYSTEM, "{system} USER: ", "USER: ", "USER: ", " ASSISTANT:", " {answer}</s>", "</s>"
+        ),
+    )
+}
+
+
+def get_template(name: str) -> Template:
+    """Look a template up by name.
+
+    Raises:
+        UserError: no template has that name.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"no conversation template is named {name!r}; choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def split_images(text: str) -> tuple[Segment, ...]:
+    """Split text at each ``IMAGE_TOKEN`` into unsupervised text and image segments; empty text is left out."""
+    segments: list[Segment] = []
+    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            segments.append(Segment(IMAGE_TOKEN, is_image=True))
+        if piece:
+            segments.append(Segment(piece))
+    return tuple(segments)
+
+
+def render(turns: Sequence[Turn], template: Template, *, system: str | None = None) -> tuple[Segment, ...]:
+    """Render a finished conversation for training: user and assistant take turns, the assistant speaks last.
+
+    Args:
+        system: replaces the template's system prompt; an empty string leaves it out.
+
+    Raises:
+        UserError: the turns are not in that order, or ``plain`` is asked to hold more than one exchange.
+    """
+    _check_order(turns, last="assistant")
+    if not template.keeps_user_text and len(turns) != 2:
+        raise UserError(
+            f"the template {template.name!r} holds one user turn and one reply, but the conversation has "
+            f"{len(turns)} turns; use {'llava_llama_2'!r} for conversations"
+        )
+    return tuple(_segments(turns, template, system))
+
+
+def render_prompt(turns: Sequence[Turn], template: Template, *, system: str | None = None) -> tuple[Segment, ...]:
+    """Render a conversation whose last turn is the user's, ready for the model to go on. Nothing is supervised.
+
+    Raises:
+        UserError: the turns do not alternate or do not end with the user.
+    """
+    _check_order(turns, last="user")
+    segments = _segments(turns, template, system)
+    return tuple(Segment(s.text, is_image=s.is_image) for s in segments)
+
+
+def prompt_text(segments: Sequence[Segment]) -> str:
+    """The text of the segments as one string, images as ``IMAGE_TOKEN``."""
+    return "".join(segment.text for segment in segments)
+
+
+def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> list[Segment]:
+    system = template.system if system is None else system
+    opening = template.opening.replace("{system}", system) if system else template.opening_without_system
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        if turn.role == "user":
+            before = opening if index == 0 else template.next_opening
+            text = turn.text if template.keeps_user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
+            segments += split_images(before + text + template.reply_cue)
+        else:
+            # replace, not format: answers hold braces.
+            segments.append(Segment(template.reply.replace("{answer}", turn.text), supervised=True))
+    return segments
+
+
+def _check_order(turns: Sequence[Turn], last: str) -> None:
+    roles = [turn.role for turn in turns]
+    expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(roles))]
+    if not roles or roles != expected or roles[-1] != last:
+        raise UserError(
+            f"a conversation alternates between user and assistant, begins with the user and ends with the {last}; "
+            f"this one has {roles or 'no turns'}"
+        )
