@@ -1,0 +1,60 @@
+"""The CLIP vision tower: pixels -> patch features of one hidden layer. Frozen in every stage.
+
+Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` vision width (1024 there).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionModel
+
+from babydoctor.schema import UserError
+
+
+def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> CLIPVisionModel:
+    """Load a CLIP tower (alone, or the vision half of a whole CLIP) from a directory or the hub.
+
+    Raises:
+        UserError: it is not there or not a CLIP.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+        if config.model_type not in ("clip", "clip_vision_model"):
+            raise UserError(
+                f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
+                "for example openai/clip-vit-large-patch14"
+            )
+        tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
+    except OSError as error:
+        raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
+    return tower.to(device).eval().requires_grad_(False)
+
+
+def num_patches(config: object) -> int:
+    """How many positions one image takes in the text, from the tower's configuration."""
+    return (config.image_size // config.patch_size) ** 2  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: int = -2) -> torch.Tensor:
+    """Features of hidden layer ``layer`` (negative, counted from the end) without the class token.
+
+    The layers above it are not computed. Equals ``hidden_states[layer][:, 1:]`` of the whole tower.
+
+    Args:
+        pixel_values: ``[N, 3, S, S]``, normalised.
+
+    Returns:
+        ``[N, P, D]`` in the tower's dtype.
+    """
+    body = getattr(tower, "vision_model", tower)  # older transformers 5 releases nest the model once more
+    hidden = body.pre_layrnorm(body.embeddings(pixel_values.to(tower.dtype)))
+    blocks = body.encoder.layers
+    for block in blocks[: len(blocks) + 1 + layer]:
+        output = block(hidden, attention_mask=None)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden[:, 1:]
