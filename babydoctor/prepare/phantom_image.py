@@ -176,10 +176,12 @@ def _place(case: Case, body: Body, rng: np.random.Generator) -> tuple[int, float
     return sign, float(cx), float(cy), case.size_mm / 2 / MM_PER_UNIT
 
 
-def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
+def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body) -> np.ndarray:
     """Paint the case's finding into the image ``[S, S]``; a normal case is returned as it is."""
     if case.finding == "none":
         return image
+    # A stream of its own: with and without the finding, a patient looks the same everywhere else.
+    rng = np.random.default_rng([case.noise_seed, 1])
     look = LOOKS[case.modality]
     sign, cx, cy, radius = _place(case, body, rng)
     if case.finding == "nodule":
@@ -248,7 +250,7 @@ def _radiograph(grid: Grid, case: Case, body: Body, rng: np.random.Generator) ->
         image = image + 0.16 * bar(grid, body.cx + sign * 0.4, body.cy - 0.62, 0.6, 0.05, sign * -0.18)
         image = image + 0.12 * ellipse(grid, body.cx + sign * 0.2, body.cy - 0.02, 0.07, 0.2, sign * 0.4, soft=6)
     image = image + 0.03 * smooth_noise(rng, size, 9, 9)
-    return paint_finding(image, grid, case, body, rng) + 0.018 * rng.standard_normal((size, size))
+    return paint_finding(image, grid, case, body) + 0.018 * rng.standard_normal((size, size))
 
 
 def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
@@ -271,7 +273,7 @@ def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
     beads = edge * body.ribs(grid, 0.09) * (np.abs(grid.y) < 0.6)
     image = blend(image, np.clip(1.5 * beads, 0, 1), 0.95)
     streaks = smooth_noise(rng, size, size // 2, 3)
-    return paint_finding(image, grid, case, body, rng) + 0.02 * streaks + 0.012 * rng.standard_normal((size, size))
+    return paint_finding(image, grid, case, body) + 0.02 * streaks + 0.012 * rng.standard_normal((size, size))
 
 
 def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
@@ -289,7 +291,7 @@ def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
     discs = np.abs(((grid.y - body.rib_phase) / 0.17 + 0.5) % 1 - 0.5) > 0.12
     column = np.clip((0.09 - np.abs(grid.x - body.cx)) / (2 * grid.pixel) + 0.5, 0, 1) * body.torso(grid, 0.06)
     image = blend(image, column, np.where(discs, 0.7, 0.2).astype(np.float32))
-    image = paint_finding(image, grid, case, body, rng)
+    image = paint_finding(image, grid, case, body)
     ghost = 0.08 * np.roll(image, int(rng.integers(size // 6, size // 3)), axis=0)
     shading = 1 + 0.3 * (rng.uniform(-1, 1) * grid.x + rng.uniform(-1, 1) * grid.y)
     grain = np.hypot(rng.standard_normal((size, size)), rng.standard_normal((size, size)))
@@ -310,7 +312,7 @@ def _ultrasound(grid: Grid, case: Case, body: Body, rng: np.random.Generator) ->
             0.5 + smooth_noise(rng, size, 3, 6), 0, 1
         )
     tissue = tissue + 0.35 * np.exp(-(((depth - 0.9) / 0.05) ** 2))
-    image = paint_finding(tissue, grid, case, body, rng)
+    image = paint_finding(tissue, grid, case, body)
     # Speckle is finer in depth than across, and it multiplies.
     fine = np.hypot(smooth_noise(rng, size, size, size // 2), smooth_noise(rng, size, size, size // 2))
     image = image * (0.62 + 0.34 * fine) * np.clip(1.25 - 0.28 * (depth - 0.86), 0, 2)
