@@ -1,0 +1,218 @@
+"""Where rows of data come from: LLaVA JSON, JSONL, or a data set of the ``datasets`` library. Nothing is judged here.
+
+Every source is read as a stream: LCS-558K is 558,128 rows in one JSON list, and embedded images would not fit in
+memory, so they are named by reference and read when they are needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from babydoctor.schema import UserError
+
+EMBEDDED = "embedded://"
+"""Reference to an image that is stored in a data set: ``embedded://SOURCE#ROW``."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(:[\w.\-]+)?")
+_CHUNK_CHARS = 1 << 20
+
+
+class UnreadableRow:
+    """What stands in place of a row that is not JSON; ``detail`` says why."""
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+
+
+def iter_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield ``(where, row)`` for each row of a source, in order.
+
+    ``source`` is a ``.json`` list, a ``.jsonl`` file, a ``.parquet`` file, a directory (written by ``save_to_disk``
+    or holding parquet files) or a hub id; a directory or hub id may name its split: ``path:validation``. A JSONL
+    line that is not JSON comes as ``UnreadableRow``. Images stored in a data set come as ``embedded://`` references.
+
+    Raises ``UserError`` where the source is not there or cannot be read from some place on.
+    """
+    text = str(source)
+    path = Path(text)
+    if path.is_file() and path.suffix != ".parquet":
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                first = _first_character(file)
+                file.seek(0)
+                is_list = first == "[" or (path.suffix == ".json" and first != "{")
+                yield from _iter_json_list(path, file) if is_list else _iter_json_lines(path, file)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+        return
+    if not path.exists() and not _split_of(text)[0].exists() and not _HUB_ID.fullmatch(text):
+        raise UserError(f"{text}: no such file or directory, nor the id of a data set on the hub (owner/name)")
+    yield from _iter_dataset(text)
+
+
+def _first_character(file: Any) -> str:
+    while character := file.read(1):
+        if not character.isspace():
+            return character
+    return ""
+
+
+def _iter_json_lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = UnreadableRow(str(error))
+        yield f"{path}:{number}", row
+
+
+def _iter_json_list(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+    """Read a JSON list object by object, so that the file is never held as a whole."""
+    decoder = json.JSONDecoder()
+    buffer, position, index, at_end = "", 0, 0, False
+    expected = "["
+    while True:
+        while position < len(buffer) and buffer[position].isspace():
+            position += 1
+        if position == len(buffer) or (expected == "row" and not at_end and len(buffer) - position < _CHUNK_CHARS // 4):
+            chunk = file.read(_CHUNK_CHARS)
+            at_end = not chunk
+            if not at_end or position < len(buffer):
+                buffer, position = buffer[position:] + chunk, 0
+            if position == len(buffer):
+                raise UserError(f"{path}: ends after row {index - 1}, before the list is closed; is it cut off?")
+            continue
+        if expected == "row" and (buffer[position] != "]" or index > 0):
+            try:
+                row, position = decoder.raw_decode(buffer, position)
+            except json.JSONDecodeError as error:
+                # Perhaps only because the row goes on in the next chunk.
+                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
+                chunk = file.read(_CHUNK_CHARS) if is_cut else ""
+                if chunk:
+                    buffer, position = buffer[position:] + chunk, 0
+                    continue
+                near = buffer[max(position, error.pos - 30) : error.pos + 30]
+                mend = "is the file cut off?" if is_cut else "mend the row by hand"
+                raise UserError(f"{path}: row {index} is not valid JSON ({error.msg} near {near!r}); {mend}") from error
+            except RecursionError as error:
+                raise UserError(f"{path}: row {index} is nested too deeply to be a row") from error
+            yield f"{path}#{index}", row
+            index, expected = index + 1, ","
+            continue
+        character = buffer[position]
+        if character == "]" and expected != "[":
+            return
+        if character != expected:
+            raise UserError(f"{path}: must be a JSON list of rows; found {character!r} where {expected!r} belongs")
+        position, expected = position + 1, "row"
+
+
+def _split_of(source: str) -> tuple[Path, str | None]:
+    """``path:split`` -> path and split; a colon that belongs to an existing path stays in it."""
+    if Path(source).exists() or ":" not in source:
+        return Path(source), None
+    path, split = source.rsplit(":", 1)
+    return Path(path), split
+
+
+@functools.lru_cache(maxsize=8)
+def _open_dataset(source: str) -> Any:
+    """Open a data set, memory-mapped, with undecoded images. Kept open: workers ask for it image by image."""
+    import datasets
+
+    path, split = _split_of(source)
+    try:
+        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+            loaded = datasets.load_from_disk(str(path))
+        elif path.exists():
+            files = [str(path)] if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
+            if not files:
+                raise UserError(f"{source}: the directory holds neither a saved data set nor parquet files")
+            loaded = datasets.load_dataset("parquet", data_files=files, split="train")
+            split = None if split == "train" else split
+        else:
+            loaded = datasets.load_dataset(str(path))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
+        raise UserError(
+            f"{source}: cannot be opened as a data set ({type(error).__name__}: {error}). "
+            "Offline, give a file or a directory that is already here"
+        ) from error
+    if isinstance(loaded, dict):
+        name = split or ("train" if "train" in loaded else "")
+        if name not in loaded:
+            raise UserError(
+                f"{source}: has the splits {', '.join(loaded)}; name one, as in {path}:{next(iter(loaded))}"
+            )
+        loaded = loaded[name]
+    elif split is not None:
+        raise UserError(f"{source}: has no splits; leave out {':' + split!r}")
+    if isinstance(loaded.features.get("image"), datasets.Image):
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
+    return loaded
+
+
+def _iter_dataset(source: str) -> Iterator[tuple[str, Any]]:
+    dataset = _open_dataset(source)
+    index = 0
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        columns = {name: table.column(name).to_pylist() for name in table.column_names if name != "image"}
+        images = _image_column(table, source, index) if "image" in table.column_names else None
+        for offset in range(table.num_rows):
+            row = {name: values[offset] for name, values in columns.items()}
+            row["conversations"] = _turns_of(row.get("conversations"))
+            if images is not None and images[offset] is not None:
+                row["image"] = images[offset]
+            yield f"{source}#{index}", row
+            index += 1
+
+
+def _image_column(table: Any, source: str, start: int) -> list[str | None]:
+    """One reference a row: a file name as it stands, an embedded image by its row, None for text only."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = table.column("image")
+    if pa.types.is_struct(column.type):
+        names = pc.struct_field(column, "path").to_pylist()
+        embedded = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
+    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        names, embedded = [None] * len(column), pc.is_valid(column).to_pylist()
+    else:
+        return column.to_pylist()
+    return [
+        f"{EMBEDDED}{source}#{start + offset}" if has_bytes else name
+        for offset, (name, has_bytes) in enumerate(zip(names, embedded, strict=True))
+    ]
+
+
+def _turns_of(value: Any) -> Any:
+    """Undo what ``datasets`` does to lists of objects (an object of lists) and what some do to store them (text)."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        keys = list(value)
+        return [dict(zip(keys, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+    return value
+
+
+def read_embedded(reference: str) -> bytes:
+    """The encoded bytes of an ``embedded://SOURCE#ROW`` image."""
+    source, _, row = reference.removeprefix(EMBEDDED).rpartition("#")
+    image = _open_dataset(source)[int(row)]["image"]
+    data = image["bytes"] if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+        raise UserError(f"{reference}: the data set holds no image there any more; was it rewritten?")
+    return data
