@@ -101,7 +101,9 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _checkpointing_is_known(self) -> TrainConfig:
         if not re.fullmatch(r"none|full|auto|every:[1-9]\d*", self.gradient_checkpointing):
-            raise ValueError(f"gradient_checkpointing={self.gradient_checkpointing!r} is not none, full, every:K or auto")
+            raise ValueError(
+                f"gradient_checkpointing={self.gradient_checkpointing!r} is not none, full, every:K or auto"
+            )
         if isinstance(self.micro_batch_tokens, int) and self.micro_batch_tokens <= 0:
             raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive or auto")
         return self

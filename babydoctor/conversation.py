@@ -74,9 +74,7 @@ TEMPLATES: dict[str, Template] = {
         Template("plain", "", "", "", "", "", "{answer}\n", "\n", keeps_user_text=False),
         _llama_2("llava_llama_2", LLAVA_SYSTEM),
         _llama_2("llama_2", LLAMA_2_SYSTEM),
-        Template(
-            "v1", V1_SYSTEM, "{system} USER: ", "USER: ", "USER: ", " ASSISTANT:", " {answer}</s>", "</s>"
-        ),
+        Template("v1", V1_SYSTEM, "{system} USER: ", "USER: ", "USER: ", " ASSISTANT:", " {answer}</s>", "</s>"),
     )
 }
 

@@ -76,17 +76,19 @@ def _varlen_attention(
     document_lengths: tuple[int, ...],
     scaling: float | None,
 ) -> torch.Tensor | None:
-    """One variable-length kernel for all documents, where this torch has it; None otherwise."""
+    """One variable-length kernel for all documents, where this torch has it and it fits; None otherwise."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if query.shape[1] != key.shape[1]:
-        return None  # grouped heads are not supported by every release of varlen_attn
-    if scaling is not None and abs(scaling - query.shape[-1] ** -0.5) > 1e-9:
-        return None
+    is_default_scale = scaling is None or abs(scaling - query.shape[-1] ** -0.5) < 1e-9
+    if query.shape[1] != key.shape[1] or not is_default_scale:
+        return None  # not every release takes grouped heads or another scale
     lengths = torch.tensor((0, *document_lengths), dtype=torch.int32, device=query.device)
     ends = lengths.cumsum(0, dtype=torch.int32)
     longest = max(document_lengths)
-    flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
-    return varlen_attn(*flat, ends, ends, longest, longest, is_causal=True)[None]
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    causal: Any = {"window_size": (-1, 0)}
+    output = varlen_attn(q, k, v, ends, ends, longest, longest, **causal)
+    assert isinstance(output, torch.Tensor)
+    return output[None]

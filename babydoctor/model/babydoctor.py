@@ -5,6 +5,9 @@ Shapes: ``B`` rows, ``T`` token positions, ``N`` images, ``P`` patches an image,
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -102,17 +105,13 @@ class BabyDoctor(nn.Module):
         self, embeds: torch.Tensor, position_ids: torch.Tensor, document_lengths: tuple[int, ...]
     ) -> torch.Tensor:
         """Run LLaMA's layers over packed documents: ``[1, T, D] -> [1, T, D]``, after the final norm."""
-        body = self.language_model.model
+        body: Any = self.language_model.model
         rotary = body.rotary_emb(embeds, position_ids)
         hidden = embeds
         for index, layer in enumerate(body.layers):
-            call = dict(
-                attention_mask=None, position_embeddings=rotary, document_lengths=document_lengths, use_cache=False
-            )
-            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
-                hidden = checkpoint(layer.__call__, hidden, use_reentrant=False, **call)
-            else:
-                hidden = layer(hidden, **call)
+            recompute = self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled()
+            call = partial(checkpoint, layer.__call__, use_reentrant=False) if recompute else layer
+            hidden = call(hidden, attention_mask=None, position_embeddings=rotary, document_lengths=document_lengths)
         return body.norm(hidden)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

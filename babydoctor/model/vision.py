@@ -31,7 +31,8 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
         tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
     except OSError as error:
         raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
-    return tower.to(device).eval().requires_grad_(False)
+    tower.to(torch.device(device))  # type: ignore[arg-type]
+    return tower.eval().requires_grad_(False)
 
 
 def num_patches(config: object) -> int:
