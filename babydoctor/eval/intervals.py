@@ -1,0 +1,121 @@
+"""How sure a figure is: bootstrap intervals and paired tests, both by image. Pure.
+
+Questions about one image are not independent: an image that the model misreads costs all its questions at once. So
+images are drawn, with all their questions, and not questions (a cluster bootstrap).
+
+Shapes: ``N`` questions, ``C`` clusters (images), ``R`` resamples, ``K`` columns of a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from babydoctor.eval.metrics import Figure
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with its 95% bootstrap interval. ``low`` and ``high`` are NaN where fewer than two images count."""
+
+    value: float
+    low: float
+    high: float
+    num_questions: int
+    num_images: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The fields; NaN becomes None, because JSON has no NaN."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Figure of B minus figure of A on the same questions, its 95% interval, and the p-value of "no difference"."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+    def to_json(self) -> dict[str, float | None]:
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def cluster_indices(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+    """Number the clusters in the order in which they appear: indices ``[N]`` and their count ``C``."""
+    numbers: dict[Hashable, int] = {}
+    indices = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
+    return indices, len(numbers)
+
+
+def cluster_sums(columns: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:
+    """Sum the columns ``[N, K]`` over the questions of each image: ``[C, K]``."""
+    assert len(columns) == len(clusters), (len(columns), len(clusters))
+    indices, num_clusters = cluster_indices(clusters)
+    sums = np.zeros((num_clusters, columns.shape[1]))
+    np.add.at(sums, indices, columns)
+    return sums
+
+
+def draw_weights(num_clusters: int, num_resamples: int, seed: int) -> np.ndarray:
+    """How often each image is drawn in each resample: ``[R, C]``, every row sums to ``C``."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
+
+
+def bootstrap(
+    figure: Figure, clusters: Sequence[Hashable], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Interval:
+    """The figure with its percentile bootstrap interval (95%) over images.
+
+    Resamples in which the figure is undefined (no question of its kind was drawn) are left out.
+    """
+    sums = cluster_sums(figure.columns, clusters)
+    counted = figure.columns.any(axis=1)
+    counted_images = sums.any(axis=1)
+    num_images = int(counted_images.sum())
+    low = high = float("nan")
+    if num_images >= 2:
+        # Images without a question of this kind add nothing to any sum: leaving them out changes only the draw.
+        weights = draw_weights(num_images, num_resamples, seed)
+        low, high = _percentiles(figure.combine(weights @ sums[counted_images]))
+    return Interval(figure.value, low, high, int(counted.sum()), num_images)
+
+
+def paired_difference(
+    a: Figure, b: Figure, clusters: Sequence[Hashable], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Difference:
+    """Compare two sets of answers to the same questions, in the same order.
+
+    The interval is a paired bootstrap over images. The p-value is two-sided, of a permutation test that swaps A and B
+    image by image; with ``R`` permutations it is at least ``1 / (R + 1)``.
+    """
+    assert a.columns.shape == b.columns.shape, (a.columns.shape, b.columns.shape)
+    sums_a, sums_b = cluster_sums(a.columns, clusters), cluster_sums(b.columns, clusters)
+    used = sums_a.any(axis=1) | sums_b.any(axis=1)
+    sums_a, sums_b = sums_a[used], sums_b[used]
+    observed = b.value - a.value
+    if len(sums_a) < 2:
+        return Difference(observed, float("nan"), float("nan"), float("nan"))
+    weights = draw_weights(len(sums_a), num_resamples, seed)
+    low, high = _percentiles(b.combine(weights @ sums_b) - a.combine(weights @ sums_a))
+    swap = np.random.default_rng(seed + 1).integers(0, 2, size=(num_resamples, len(sums_a)))
+    moved = swap @ (sums_b - sums_a)
+    permuted = b.combine(sums_b.sum(axis=0) - moved) - a.combine(sums_a.sum(axis=0) + moved)
+    permuted = permuted[np.isfinite(permuted)]
+    # The small allowance keeps permutations that equal the observation but for rounding.
+    num_extreme = int((np.abs(permuted) >= abs(observed) - 1e-12).sum())
+    return Difference(observed, low, high, (1 + num_extreme) / (1 + len(permuted)))
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,96 @@
+"""What of a test set the model may have seen in training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from babydoctor.eval.tasks import Question
+from babydoctor.rows import iter_rows
+
+
+def find_leakage(questions: Sequence[Question], train: Sequence[str], images: str | None = None) -> dict[str, Any]:
+    """Compare the test images with the images of training rows.
+
+    Two images are the same where their file names are the same or, where ``images`` (the folder of the training
+    images) is given, where their bytes are: a renamed copy is found, a re-encoded one is not.
+
+    Returns counts and ready-made sentences; ``checked`` is False where ``train`` is empty.
+    """
+    test_names = {Path(question.image_key).name for question in questions if question.image is not None}
+    report: dict[str, Any] = {"checked": bool(train), "num_test_images": len(test_names), "notes": []}
+    if not train:
+        report["notes"].append("Images shared with train are not known: give the training rows with --train.")
+        return report
+    train_names: dict[str, str] = {}
+    train_pairs: set[tuple[str, str]] = set()
+    for source in train:
+        for _, row in iter_rows(source):
+            name = row.get("image") if isinstance(row, dict) else None
+            if isinstance(name, str):
+                train_names.setdefault(Path(name).name, name)
+                train_pairs |= {(Path(name).name, text) for text in _questions_of(row)}
+    same_name = test_names & train_names.keys()
+    same_bytes = _same_bytes(questions, [Path(images) / name for name in train_names.values()]) if images else set()
+    seen = same_name | {Path(key).name for key in same_bytes}
+    asked = sum((Path(q.image_key).name, q.prompt.lower()) in train_pairs for q in questions)
+    report |= {
+        "num_train_images": len(train_names),
+        "num_same_name": len(same_name),
+        "num_same_bytes": len(same_bytes) if images else None,
+        "num_seen": len(seen),
+        "num_same_question": asked,
+    }
+    report["notes"].append(f"{len(seen)} of {len(test_names)} test images are also in train.")
+    if asked:
+        report["notes"].append(f"{asked} of {len(questions)} questions stand in train with the same image.")
+    return report
+
+
+def _questions_of(row: dict[str, Any]) -> list[str]:
+    turns = row.get("conversations") or []
+    return [
+        str(turn.get("value", "")).replace("<image>", "").strip().lower()
+        for turn in turns
+        if isinstance(turn, dict) and turn.get("from") == "human"
+    ]
+
+
+def _same_bytes(questions: Sequence[Question], train_images: Sequence[Path]) -> set[str]:
+    """Keys of test images whose bytes are those of a training image. Only files of equal size are read."""
+    test: dict[int, dict[str, str]] = {}
+    for question in questions:
+        if question.image is None:
+            continue
+        data = question.image if isinstance(question.image, bytes) else question.image.read_bytes()
+        test.setdefault(len(data), {})[hashlib.sha256(data).hexdigest()] = question.image_key
+    found = set()
+    for path in train_images:
+        candidates = test.get(path.stat().st_size) if path.is_file() else None
+        if candidates:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest in candidates:
+                found.add(candidates[digest])
+    return found
+
+
+def read_train_sources(run: Path) -> tuple[list[str], str | None]:
+    """The training rows and image folder that a run's ``config.yaml`` names, as far as they are on this machine."""
+    import yaml
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        return [], None
+    data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
+    rows = data.get("rows") or []
+    rows = [rows] if isinstance(rows, str) else rows
+    images = data.get("images")
+    return [row for row in rows if Path(row).is_file()], images if images and Path(images).is_dir() else None
+
+
+def fingerprint_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

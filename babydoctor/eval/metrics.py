@@ -1,0 +1,186 @@
+"""Scores of answers against references. Pure: text and numbers in, numbers out.
+
+Every figure is a function of sums over questions (`Figure`), so that an interval or a test needs the scores only
+once: resampling the questions means weighing the sums anew (see ``intervals.py``).
+
+Shapes: ``N`` questions, ``K`` columns that are summed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+YES, NO = "yes", "no"
+
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_NUMBERS.split())} | {"none": "0"}
+_ARTICLES = frozenset({"a", "an", "the"})
+_WITH_APOSTROPHE = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't
+    it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't should've shouldn't somebody'll
+    somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
+    they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+"""
+# The published table maps each contraction without its apostrophe to the right spelling.
+_CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHE.split()}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+
+
+def normalize(text: str) -> str:
+    """Normalise an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
+
+    Lower case; punctuation goes (or becomes a space where it joins two words); number words up to ten become digits;
+    articles go; contractions get their apostrophe.
+
+    Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, and its evaluation code.
+    """
+    text = text.strip().replace("\n", " ").replace("\t", " ")
+    drop_all = _COMMA_IN_NUMBER.search(text) is not None
+    result = text
+    for mark in _PUNCTUATION:
+        # A mark that touches a space anywhere is deleted everywhere: the published rule, not ours.
+        at_word_edge = f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if at_word_edge or drop_all else " ")
+    result = _FULL_STOP.sub("", result)
+    words = (_NUMBER_WORDS.get(word, word) for word in result.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def parse_yes_no(answer: str) -> str | None:
+    """Read an answer as "yes" or "no"; None where it is neither, or both ("yes no").
+
+    Only the first word decides ("Yes, there is a fracture."), and the other word must not follow.
+    """
+    words = normalize(answer).split()
+    if not words or words[0] not in (YES, NO):
+        return None
+    return None if (NO if words[0] == YES else YES) in words else words[0]
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1.0 where the normalised answer equals one of the normalised references."""
+    return float(normalize(answer) in {normalize(reference) for reference in references})
+
+
+def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the normalised words, each word counted as often as it stands in both texts.
+
+    Source: the SQuAD evaluation (Rajpurkar et al., 2016) with VQA's normalisation.
+    """
+    answer_words, reference_words = normalize(answer).split(), normalize(reference).split()
+    if not answer_words or not reference_words:
+        equal = float(answer_words == reference_words)
+        return equal, equal, equal
+    num_shared = sum((Counter(answer_words) & Counter(reference_words)).values())
+    if num_shared == 0:
+        return 0.0, 0.0, 0.0
+    precision, recall = num_shared / len(answer_words), num_shared / len(reference_words)
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Best token F1 over the references."""
+    return max(token_overlap(answer, reference)[2] for reference in references)
+
+
+def token_recall(answer: str, references: Sequence[str]) -> float:
+    """Best token recall over the references. A long answer can buy recall with words: read it beside F1."""
+    return max(token_overlap(answer, reference)[1] for reference in references)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Figure:
+    """A score over questions: ``value = combine(columns.sum(axis=0))``.
+
+    ``columns`` is ``[N, K]``. ``combine`` takes sums of shape ``[..., K]`` and gives ``[...]``; it must give NaN,
+    not raise, where the sums leave the figure undefined (a resample without any question of that kind).
+    """
+
+    name: str
+    columns: np.ndarray
+    combine: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def value(self) -> float:
+        return float(self.combine(self.columns.sum(axis=0)))
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide; NaN where the denominator is 0. Shapes ``[...]``."""
+    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
+
+
+def mean_figure(name: str, scores: Sequence[float | None]) -> Figure:
+    """The mean of the scores; None marks a question that the figure does not count."""
+    columns = np.array([(0.0, 0.0) if score is None else (score, 1.0) for score in scores], float).reshape(-1, 2)
+    return Figure(name, columns, lambda sums: ratio(sums[..., 0], sums[..., 1]))
+
+
+def yes_no_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figure]:
+    """Figures over yes/no questions; ``references`` are "yes" or "no", other questions are given as "".
+
+    - ``yes_no_accuracy``: the parsed answer equals the reference; an unparseable one is wrong.
+    - ``yes_no_balanced_accuracy``: mean of the recalls of "yes" and of "no"; 0.5 is what any constant answer gets.
+    - ``yes_f1``, ``no_f1``, ``yes_no_f1`` (their mean).
+    - ``unparseable_rate``: share of answers that are neither yes nor no, or both.
+    """
+    columns = np.zeros((len(answers), 6))
+    for row, (answer, reference) in enumerate(zip(answers, references, strict=True)):
+        if reference not in (YES, NO):
+            continue
+        given = parse_yes_no(answer)
+        columns[row, (YES, NO, None).index(given) + (0 if reference == YES else 3)] = 1.0
+
+    def accuracy(sums: np.ndarray) -> np.ndarray:
+        return ratio(sums[..., 0] + sums[..., 4], sums.sum(axis=-1))
+
+    def balanced(sums: np.ndarray) -> np.ndarray:
+        recall_yes = ratio(sums[..., 0], sums[..., :3].sum(axis=-1))
+        recall_no = ratio(sums[..., 4], sums[..., 3:].sum(axis=-1))
+        return (recall_yes + recall_no) / 2
+
+    def f1_yes(sums: np.ndarray) -> np.ndarray:
+        return ratio(2 * sums[..., 0], sums[..., :3].sum(axis=-1) + sums[..., 0] + sums[..., 3])
+
+    def f1_no(sums: np.ndarray) -> np.ndarray:
+        return ratio(2 * sums[..., 4], sums[..., 3:].sum(axis=-1) + sums[..., 1] + sums[..., 4])
+
+    return [
+        Figure("yes_no_accuracy", columns, accuracy),
+        Figure("yes_no_balanced_accuracy", columns, balanced),
+        Figure("yes_f1", columns, f1_yes),
+        Figure("no_f1", columns, f1_no),
+        Figure("yes_no_f1", columns, lambda sums: (f1_yes(sums) + f1_no(sums)) / 2),
+        Figure("unparseable_rate", columns, lambda sums: ratio(sums[..., 2] + sums[..., 5], sums.sum(axis=-1))),
+    ]
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """The most frequent normalised answer; of equals, the first in the alphabet."""
+    counts = Counter(normalize(answer) for answer in answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def repetition(answers: Sequence[str], num_shown: int = 10) -> dict[str, object]:
+    """Does it repeat itself? Share of distinct normalised answers, and the most repeated ones with their share."""
+    counts = Counter(normalize(answer) for answer in answers)
+    total = max(len(answers), 1)
+    return {
+        "num_answers": len(answers),
+        "num_distinct": len(counts),
+        "distinct_share": len(counts) / total,
+        "empty_share": counts.get("", 0) / total,
+        "most_repeated": [
+            {"answer": answer, "count": count, "share": count / total}
+            for answer, count in counts.most_common(num_shown)
+        ],
+    }
