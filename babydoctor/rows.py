@@ -33,8 +33,9 @@ def iter_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield ``(where, row)`` for each row of a source, in order.
 
     ``source`` is a ``.json`` list, a ``.jsonl`` file, a ``.parquet`` file, a directory (written by ``save_to_disk``
-    or holding parquet files) or a hub id; a directory or hub id may name its split: ``path:validation``. A JSONL
-    line that is not JSON comes as ``UnreadableRow``. Images stored in a data set come as ``embedded://`` references.
+    or holding parquet or JSON files) or a hub id; a directory or hub id may name its split: ``path:validation``.
+    A JSONL line that is not JSON comes as ``UnreadableRow``. Images stored in a data set come as ``embedded://``
+    references.
 
     Raises ``UserError`` where the source is not there or cannot be read from some place on.
     """
@@ -132,16 +133,10 @@ def _open_dataset(source: str) -> Any:
     try:
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(str(path))
-        elif path.exists():
-            files = [str(path)] if path.is_file() else sorted(str(file) for file in path.rglob("*.parquet"))
-            if not files:
-                raise UserError(f"{source}: the directory holds neither a saved data set nor parquet files")
-            loaded = datasets.load_dataset("parquet", data_files=files, split="train")
-            split = None if split == "train" else split
-        else:
+        elif path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        else:  # a directory of parquet or JSON files, or a hub id; splits are told by file names
             loaded = datasets.load_dataset(str(path))
-    except UserError:
-        raise
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
         raise UserError(
             f"{source}: cannot be opened as a data set ({type(error).__name__}: {error}). "
