@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from babydoctor.schema import UserError
 
 # The groups in the order in which `babydoctor --help` lists them.
-COMMAND_MODULES = ("train", "demo", "data", "plan", "eval", "interop", "serve")
+COMMAND_MODULES = ("train", "demo", "data", "plan", "eval", "interop", "serve", "bench")
 
 
 def build_app() -> typer.Typer:
@@ -25,6 +26,8 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     for name in COMMAND_MODULES:
+        if importlib.util.find_spec(f"babydoctor.commands.{name}") is None:
+            continue
         importlib.import_module(f"babydoctor.commands.{name}").register(app)
     return app
 

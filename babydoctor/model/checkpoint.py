@@ -133,18 +133,21 @@ def read_manifest(run: str | Path) -> Manifest:
 
 
 def build_model(
-    run: Path | None,
     manifest: Manifest,
+    run: Path,
     *,
+    projector: Path | None,
+    adapter: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    with_adapter: bool = True,
 ) -> BabyDoctor:
-    """Put the model together that a manifest describes.
+    """Put the model together that a manifest describes. Nothing in it requires gradients.
 
     Args:
-        run: the run directory whose projector and adapters are loaded; None for a fresh projector.
-        with_adapter: whether ``run/adapter`` is attached (for inference).
+        run: the run directory that the manifest's ``./`` paths are relative to.
+        projector: safetensors file with its weights; None leaves it freshly initialised.
+        adapter: peft LoRA directory to attach for inference.
+        dtype: replaces the manifest's.
     """
     dtype = dtype or manifest.torch_dtype
     language_model = load_language_model(
@@ -152,17 +155,16 @@ def build_model(
         dtype=dtype,
         device=device,
         quantization=Quantization(manifest.double_quantization) if manifest.quantization == "nf4" else None,
-        merge_adapters=[Path(resolve(run, adapter)) for adapter in manifest.base_adapters],
+        merge_adapters=[Path(resolve(run, base_adapter)) for base_adapter in manifest.base_adapters],
     )
     vision = load_vision_tower(resolve(run, manifest.vision_tower), dtype=dtype, device=device)
-    projector = build_projector(manifest.projector, vision.config.hidden_size, language_model.config.hidden_size)
-    if run is not None:
-        load_projector(projector, run / "projector.safetensors")
-    projector.to(device, dtype).requires_grad_(False)
-    if run is not None and with_adapter and (run / "adapter").is_dir():
-        load_lora(language_model, run / "adapter")
-    model = BabyDoctor(vision, projector, language_model, vision_layer=manifest.vision_layer)
-    return model.eval()
+    layers = build_projector(manifest.projector, vision.config.hidden_size, language_model.config.hidden_size)
+    if projector is not None:
+        load_projector(layers, projector)
+    layers.to(device, dtype).requires_grad_(False)
+    if adapter is not None:
+        load_lora(language_model, adapter)
+    return BabyDoctor(vision, layers, language_model, vision_layer=manifest.vision_layer).eval()
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Run:
@@ -177,12 +179,21 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     path = Path(path)
     manifest = read_manifest(path)
     tokenizer = load_tokenizer(resolve(path, manifest.language_model))
-    return Run(path, build_model(path, manifest, device=device, dtype=dtype), tokenizer, manifest)
+    adapter = path / "adapter"
+    model = build_model(
+        manifest,
+        path,
+        projector=path / "projector.safetensors",
+        adapter=adapter if adapter.is_dir() else None,
+        device=device,
+        dtype=dtype,
+    )
+    return Run(path, model, tokenizer, manifest)
 
 
-def resolve(run: Path | None, reference: str) -> str:
+def resolve(run: Path, reference: str) -> str:
     """A base's directory or hub id; ``./x`` is relative to the run."""
-    return str(run / reference[2:]) if run is not None and reference.startswith("./") else reference
+    return str(run / reference[2:]) if reference.startswith("./") else reference
 
 
 def load_projector(projector: torch.nn.Module, path: Path) -> None:

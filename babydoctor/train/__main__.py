@@ -1,0 +1,9 @@
+"""``python -m babydoctor.train CONFIG [key=value ...] [--resume]``, the form that ``accelerate launch`` starts."""
+
+import sys
+
+from babydoctor.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["train"]
+    main()

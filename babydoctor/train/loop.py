@@ -1,0 +1,311 @@
+"""The training program: one stage from a configuration to a finished run directory.
+
+Read ``train`` from top to bottom. All stages run through it; they differ in their configuration only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from babydoctor.config import RunConfig
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data import fingerprint, load_dataset_rows, read_image
+from babydoctor.image import to_pixels
+from babydoctor.model.adapters import add_lora
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.checkpoint import Manifest, Stage, build_model, write_text
+from babydoctor.model.generate import generate
+from babydoctor.packing import pack
+from babydoctor.schema import Batch, Sample
+from babydoctor.tokens import load_tokenizer
+from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.train.optimizer import build_optimizer, set_learning_rate
+from babydoctor.train.run import finish_run, is_finished, prepare_manifest, prepare_output
+from babydoctor.train.schedule import learning_rate_factor
+from babydoctor.train.snapshot import Cursor, load_snapshot, save_snapshot
+from babydoctor.train.tracking import StepProgress, Tracker, plot_loss, read_json_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SPEED_WINDOW = 20
+"""Speeds are means over so many steps."""
+
+
+def train(config: RunConfig, *, resume: bool = False) -> Path:
+    """Train one stage and return its run directory.
+
+    Raises:
+        UserError: the configuration, the data or the state of the output directory does not allow it.
+    """
+    run = Path(config.output_dir)
+    if resume and is_finished(run):
+        logger.warning("%s is finished already", run)
+        return run
+    accelerator = Accelerator()
+    with accelerator.main_process_first():
+        snapshot = prepare_output(config, resume=resume or not accelerator.is_main_process)
+        manifest, projector_file = prepare_manifest(config)
+
+    # The model: frozen parts in model.dtype, the trainable ones in float32.
+    tokenizer = load_tokenizer(manifest.language_model)
+    model = build_trainable_model(config, manifest, projector_file, accelerator.device)
+
+    # The data: rows are checked now; images are read ahead, step by step.
+    samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, run / "bad.jsonl")
+    encoder = Encoder(config.data, tokenizer, manifest.image, model.num_patches)
+    dataset = StepDataset(
+        samples,
+        config,
+        encoder,
+        max_tokens=micro_batch_tokens(config),
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    total_steps = config.train.max_steps or len(dataset) * config.train.epochs
+
+    # Where to begin: at the start, or exactly where the newest checkpoint stands.
+    optimizer = build_optimizer(model, config.train)
+    cursor = Cursor(step=0, samples=0, data_fingerprint=fingerprint(samples))
+    if snapshot is not None:
+        cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
+    reporter = Reporter(run, config, cursor.step, total_steps) if accelerator.is_main_process else None
+    held_out = HeldOut(config, encoder) if reporter and config.data.eval_rows else None
+
+    for data in iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers):
+        begun = time.monotonic()
+        learning_rate = set_learning_rate(
+            optimizer,
+            learning_rate_factor(cursor.step, total_steps, config.train.warmup_ratio, config.train.schedule),
+        )
+        seed_step(config.train.seed, cursor.step, accelerator.process_index)
+        loss = accumulate_gradients(model, data, accelerator)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(
+            model.trainable_parameters().values(), config.train.max_grad_norm
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        cursor = Cursor(cursor.step + 1, cursor.samples + data.num_samples, cursor.data_fingerprint)
+
+        if reporter:
+            reporter.step(
+                cursor, data, begun, loss=loss, gradient_norm=gradient_norm.item(), learning_rate=learning_rate
+            )
+            if held_out and is_due(config.train.eval_every, cursor.step, total_steps):
+                reporter.held_out(cursor, held_out.loss(model), held_out.answers(model, tokenizer))
+            if is_due(config.train.save_every, cursor.step, total_steps):
+                save_snapshot(run, model, optimizer, cursor, keep=config.train.keep_checkpoints)
+
+    if reporter:
+        stage = Stage(name=config.name, steps=cursor.step, **_lineage(cursor))
+        finish_run(run, manifest, model, stage)
+        reporter.finish()
+    accelerator.wait_for_everyone()
+    return run
+
+
+def build_trainable_model(
+    config: RunConfig, manifest: Manifest, projector_file: Path | None, device: torch.device
+) -> BabyDoctor:
+    """The stage's model with gradients where the configuration wants them, seeded."""
+    torch.manual_seed(config.train.seed)
+    model = build_model(manifest, Path(config.output_dir), projector=projector_file, device=device)
+    if "projector" in config.trainable:
+        model.projector.float().requires_grad_(True)
+    if config.lora is not None:
+        add_lora(model.language_model, config.lora)
+    model.recompute_every = recompute_every(config.train.gradient_checkpointing)
+    if config.train.compile:
+        for layer in model.language_model.model.layers:
+            layer.compile()
+    return model.train()
+
+
+def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> float:
+    """Forward and backward over this rank's micro-batches; gradients are summed over ranks.
+
+    Returns:
+        The mean loss per supervised token of the whole step, over all ranks. Each token weighs the same,
+        however the step is split into micro-batches.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    for batch, pixels in zip(data.batches, data.pixels, strict=True):
+        loss = forward(model, batch, pixels) / max(1, data.num_supervised)
+        loss.backward()
+        total += loss.detach()
+    if accelerator.num_processes > 1:
+        gradients = []
+        for parameter in model.trainable_parameters().values():
+            if parameter.grad is None:  # this rank had no sample with an image, or none at all
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+        torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def forward(model: BabyDoctor, batch: Batch, pixels: torch.Tensor | None) -> torch.Tensor:
+    """Summed loss of one micro-batch, computed in the frozen weights' precision."""
+    device = model.device
+    tensors = {
+        name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True).long()
+        for name in ("input_ids", "targets", "position_ids")
+    }
+    dtype = model.language_model.dtype
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return model(
+            **tensors,
+            image_mask=torch.from_numpy(batch.image_mask).to(device, non_blocking=True),
+            document_lengths=batch.document_lengths,
+            pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
+        )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed the generators (LoRA's dropout) from the step, so that a resumed run draws the same numbers."""
+    torch.manual_seed(hash((seed, step, rank)))
+
+
+def recompute_every(setting: str) -> int:
+    """``gradient_checkpointing`` as the number that ``BabyDoctor.recompute_every`` takes."""
+    if setting in ("none", "auto"):
+        return 0
+    return 1 if setting == "full" else int(setting.removeprefix("every:"))
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """The micro-batch as a number."""
+    tokens = config.train.micro_batch_tokens
+    return max(config.data.max_length, 4096) if tokens == "auto" else tokens
+
+
+def is_due(every: int, step: int, total: int) -> bool:
+    """Whether something that comes every so many steps, and at the end, comes after ``step`` steps."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
+    """Refuse to go on with other rows than the run began with."""
+    from babydoctor.schema import UserError
+
+    if saved.data_fingerprint != now.data_fingerprint:
+        raise UserError(
+            f"{snapshot} was trained on other rows than data.rows holds now (fingerprint "
+            f"{saved.data_fingerprint[:12]}, now {now.data_fingerprint[:12]}); put the rows back or begin anew"
+        )
+    return saved
+
+
+def _lineage(cursor: Cursor) -> dict[str, Any]:
+    return {"samples": cursor.samples, "data_fingerprint": cursor.data_fingerprint}
+
+
+class HeldOut:
+    """Held-out rows: their loss, and the model's answers to the first questions of a few."""
+
+    def __init__(self, config: RunConfig, encoder: Encoder) -> None:
+        data = config.data
+        self.images_dir = data.eval_images or data.images
+        samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad)
+        self.encoder = encoder
+        self.batches = pack([encoder.encode(s) for s in samples[: data.eval_limit]], micro_batch_tokens(config))
+        self.shown = samples[: config.train.num_sample_answers]
+
+    @torch.no_grad()
+    def loss(self, model: BabyDoctor) -> float:
+        """Mean loss per supervised token."""
+        model.eval()
+        total = sum(forward(model, batch, self.encoder.pixels(batch, self.images_dir)).item() for batch in self.batches)
+        model.train()
+        return total / sum(batch.num_supervised for batch in self.batches)
+
+    def answers(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+        """Question, reference and the model's greedy answer for each shown sample."""
+        return [self._answer(model, tokenizer, sample) for sample in self.shown]
+
+    def _answer(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> dict[str, str]:
+        pixels = None
+        if sample.image is not None:
+            picture = read_image(sample.image, self.images_dir)
+            pixels = torch.from_numpy(to_pixels(picture, self.encoder.image))[None]
+        prompt = render_prompt(sample.turns[:1], self.encoder.template)
+        dtype = model.language_model.dtype
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            (answer,) = generate(model, tokenizer, [prompt], pixels, max_new_tokens=48)
+        question, reference = sample.turns[0].text, sample.turns[1].text
+        stop = get_template(self.encoder.template.name).stop
+        return {"id": sample.id, "question": question, "reference": reference, "answer": answer.split(stop)[0]}
+
+
+class Reporter:
+    """Everything rank 0 says about the run."""
+
+    def __init__(self, run: Path, config: RunConfig, start: int, total: int) -> None:
+        self.run = run
+        self.log_every = config.train.log_every
+        self.total = total
+        self.tracker = Tracker(run, config, start=start)
+        self.progress = StepProgress(config.name, start, total)
+        self.progress.__enter__()
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW)
+        self._list = run / "cut_and_left_out.jsonl"
+        kept = [line for line in read_json_lines(self._list) if line["step"] <= start]
+        write_text(self._list, "".join(json.dumps(line) + "\n" for line in kept))
+        self._num_cut = sum("tokens_cut" in line for line in kept)
+        self._num_bad = sum("left_out" in line for line in kept)
+        self._last = time.monotonic()
+
+    def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
+        """Record one finished step; speeds count the time that the step waited for data."""
+        now = time.monotonic()
+        self._recent.append((now - self._last, data.num_tokens, data.num_samples))
+        waited, self._last = begun - self._last, now
+        seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
+        speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
+        self._list_losses(cursor.step, data)
+        if is_due(self.log_every, cursor.step, self.total):
+            record = {"loss": loss, **values, "samples": cursor.samples, "tokens": data.num_tokens, **speeds}
+            self.tracker.log("train", cursor.step, **record, data_wait_s=max(0.0, waited))
+        self.progress.update(cursor.step, loss=loss, **speeds)
+
+    def held_out(self, cursor: Cursor, loss: float, answers: Sequence[dict[str, str]]) -> None:
+        self.tracker.log("eval", cursor.step, loss=loss, answers=list(answers))
+        self.progress.say(f"step {cursor.step}: held-out loss {loss:.4f}")
+        for item in answers:
+            question = " ".join(item["question"].split())
+            self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
+        self._last = time.monotonic()
+
+    def finish(self) -> None:
+        self.progress.__exit__(None, None, None)
+        self.tracker.close()
+        figure = plot_loss(self.run)
+        if self._num_cut or self._num_bad:
+            print(
+                f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}"
+            )
+        print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
+
+    def _list_losses(self, step: int, data: StepData) -> None:
+        """List what was cut from samples and which samples were left out."""
+        self._num_cut += len(data.cut)
+        self._num_bad += len(data.bad)
+        if not (data.cut or data.bad):
+            return
+        with self._list.open("a", encoding="utf-8") as file:
+            for id, num_cut in data.cut:
+                file.write(json.dumps({"step": step, "id": id, "tokens_cut": num_cut}) + "\n")
+            for id, reason in data.bad:
+                file.write(json.dumps({"step": step, "id": id, "left_out": reason}) + "\n")
