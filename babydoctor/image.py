@@ -27,7 +27,7 @@ MAX_ASPECT = 64
 """Longest edge over shortest. Resizing by the shorter edge would blow a 50,000 x 1 strip up to gigabytes."""
 
 # What Pillow may try. Its other decoders (EPS, PSD, FITS, ...) are not needed and only widen the attack surface.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # Above this edge a picture is shrunk before it is padded: the padded square would not fit in memory.
 _MAX_PADDED_EDGE = 4096
