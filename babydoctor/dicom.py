@@ -10,38 +10,15 @@ import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from babydoctor.dicom_safety import check_deflated, codestream_size
 from babydoctor.image import MAX_PIXELS, check_size
 from babydoctor.schema import UserError
-
-WindowFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Which values are shown between black and white, in the units after the modality LUT (HU for CT).
-
-    ``explanation`` says where it comes from. ``function`` is the standard's VOI LUT function (PS3.3 C.11.2.1.3).
-    """
-
-    center: float
-    width: float
-    explanation: str = ""
-    function: WindowFunction = "LINEAR"
-
-
-CT_PRESETS: dict[str, Window] = {
-    "soft-tissue": Window(40, 400, "CT soft tissue"),
-    "lung": Window(-600, 1500, "CT lung"),
-    "liver": Window(90, 150, "CT liver"),
-    "bone": Window(480, 2500, "CT bone"),
-    "brain": Window(40, 80, "CT brain"),
-}
-"""Customary level and width, in Hounsfield units."""
+from babydoctor.voi import CT_PRESETS, Window, apply_window
 
 # Attributes that name or lead to a person, an institution or a time: the part of DICOM PS3.15 2024, table E.1-1
 # (basic application level confidentiality profile), that image files carry in practice, by keyword.
@@ -110,6 +87,7 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
             data = Path(source).read_bytes()
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    check_deflated(data, name, max_pixels)
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
         rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
@@ -195,7 +173,7 @@ def render(
     width: float | None = None,
     preset: str | None = None,
 ) -> Image.Image:
-    """One frame as an RGB picture of the stored size.
+    """One frame as an RGB picture; where pixels are not square, it is stretched so that they are.
 
     Grey frames are shown under ``center`` and ``width``, or the CT ``preset``, or the file's first window or VOI
     LUT, or else a window made from the frame's own values. ``image.info["window"]`` says which.
@@ -207,12 +185,12 @@ def render(
         grey, explanation = _to_grey(dicom, values, frame, chosen)
         image = Image.fromarray(grey).convert("RGB")
         image.info["window"] = explanation
-        return image
+        return _square_pixels(dicom, image)
     if chosen is not None:
         raise UserError(f"{dicom.name}: a colour image ({dicom.photometric}) has no window; leave it out")
     image = Image.fromarray(_to_color(dicom, values))
     image.info["window"] = "colour, as stored"
-    return image
+    return _square_pixels(dicom, image)
 
 
 def _chosen_window(dicom: DicomImage, center: float | None, width: float | None, preset: str | None) -> Window | None:
@@ -240,13 +218,32 @@ def _decode_frame(dicom: DicomImage, frame: int) -> np.ndarray:
     if not 0 <= frame < dicom.num_frames:
         raise UserError(f"{dicom.name}: frame {frame} does not exist; it has frames 0 to {dicom.num_frames - 1}")
     try:
+        _check_codestream(dicom, frame)
         values = pixel_array(dicom.dataset, index=frame)
+    except UserError:
+        raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         text = " ".join(str(error).split())
         mend = f". A decoder is missing: {_DECODER_HINT}" if "missing dependencies" in text else ""
         raise UserError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]}){mend}") from error
     assert values.shape[:2] == (dicom.rows, dicom.columns), f"{values.shape} for {dicom.rows} x {dicom.columns}"
     return values
+
+
+def _check_codestream(dicom: DicomImage, frame: int) -> None:
+    """A compressed frame brings a size of its own, and decoders obey that one: it must be the header's."""
+    from pydicom.encaps import get_frame
+
+    meta = getattr(dicom.dataset, "file_meta", None)
+    syntax = meta.get("TransferSyntaxUID") if meta is not None else None
+    if syntax is None or not syntax.is_encapsulated:
+        return
+    size = codestream_size(get_frame(dicom.dataset.PixelData, frame, number_of_frames=dicom.num_frames))
+    if size is not None and size != (dicom.columns, dicom.rows):
+        raise UserError(
+            f"{dicom.name}: frame {frame} is {size[0]} x {size[1]} inside, the DICOM header says "
+            f"{dicom.columns} x {dicom.rows}"
+        )
 
 
 def _to_grey(dicom: DicomImage, stored: np.ndarray, frame: int, chosen: Window | None) -> tuple[np.ndarray, str]:
@@ -264,7 +261,7 @@ def _to_grey(dicom: DicomImage, stored: np.ndarray, frame: int, chosen: Window |
         explanation = f"VOI LUT {lut.get('LUTExplanation') or ''}".strip()
     else:
         window = window or _window_of_values(dataset, values, padding, identity=values is stored)
-        unit = _apply_window(values, window)
+        unit = apply_window(values, window)
         explanation = f"centre {window.center:g}, width {window.width:g} ({window.explanation})"
     if dicom.photometric == "MONOCHROME1":
         unit = 1 - unit
@@ -317,18 +314,6 @@ def _window_of_values(dataset: Any, values: np.ndarray, padding: np.ndarray | No
     return Window((low + high) / 2, max(high - low, 1e-12), explanation, "LINEAR_EXACT")
 
 
-def _apply_window(values: np.ndarray, window: Window) -> np.ndarray:
-    """Values -> 0 (black) to 1 (white), PS3.3 C.11.2.1.2 and C.11.2.1.3."""
-    x = np.nan_to_num(values.astype(np.float64), nan=-np.inf)
-    if window.function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (x - window.center) / window.width, -60, 60)))
-    if window.function == "LINEAR_EXACT":
-        return np.clip((x - window.center) / window.width + 0.5, 0, 1)
-    if window.width <= 1:
-        return (x > window.center - 0.5).astype(np.float64)
-    return np.clip((x - (window.center - 0.5)) / (window.width - 1) + 0.5, 0, 1)
-
-
 def _to_color(dicom: DicomImage, values: np.ndarray) -> np.ndarray:
     """Colour frame -> uint8 ``[rows, columns, 3]``."""
     from pydicom.pixels import apply_color_lut
@@ -342,6 +327,20 @@ def _to_color(dicom: DicomImage, values: np.ndarray) -> np.ndarray:
     if bits > 8:
         values = (values.astype(np.float64) / (2.0**bits - 1) * 255).round()
     return np.ascontiguousarray(values[..., :3].astype(np.uint8))
+
+
+def _square_pixels(dicom: DicomImage, image: Image.Image) -> Image.Image:
+    """Stretch the axis of the larger spacing: a reformatted CT with 3 mm slices would look squashed."""
+    ratio = _numbers(dicom.dataset.get("PixelAspectRatio"))
+    vertical, horizontal = dicom.pixel_spacing or ((ratio[0], ratio[1]) if len(ratio) == 2 else (1.0, 1.0))
+    if min(vertical, horizontal) <= 0 or abs(vertical / horizontal - 1) < 0.01:
+        return image
+    finest = min(vertical, horizontal)
+    size = (round(image.width * horizontal / finest), round(image.height * vertical / finest))
+    check_size(*size, f"{dicom.name} with square pixels")
+    stretched = image.resize(size, Image.Resampling.BILINEAR)
+    stretched.info = dict(image.info)
+    return stretched
 
 
 def harmless_facts(dicom: DicomImage) -> dict[str, Any]:

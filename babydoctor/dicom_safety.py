@@ -1,0 +1,48 @@
+"""Guards against DICOM files that are small to send and huge to decode."""
+
+from __future__ import annotations
+
+import zlib
+
+from babydoctor.schema import UserError
+
+
+def check_deflated(data: bytes, name: str, max_pixels: int) -> None:
+    """Raise ``UserError`` for a deflated file (PS3.5 A.5) that is a bomb: parsing it inflates it as a whole."""
+    if b"1.2.840.10008.1.2.1.99" not in data[:2048] or data[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+        return
+    start, limit = 144 + int.from_bytes(data[140:144], "little"), 16 * max_pixels
+    try:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        size, rest = 0, data[start:]
+        while rest and size <= limit:
+            size += len(inflater.decompress(rest, 1 << 24))
+            rest = inflater.unconsumed_tail
+    except zlib.error as error:
+        raise UserError(f"{name}: the deflated DICOM file is damaged ({error})") from error
+    if size > limit:
+        raise UserError(f"{name}: inflates to more than {limit:,} bytes; too large to decode safely")
+
+
+def codestream_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 codestream declares; None for other data.
+
+    JPEG: ITU-T T.81 B.2.2, JPEG-LS: T.87 C.2.2, JPEG 2000: T.800 A.5.1.
+    """
+    siz = data[:4096].find(b"\xff\x4f\xff\x51")  # start of codestream, then the image and tile size
+    if siz >= 0 and len(data) >= siz + 24:
+        right, bottom, left, top = (int.from_bytes(data[siz + i : siz + i + 4], "big") for i in (8, 12, 16, 20))
+        return right - left, bottom - top
+    if data[:2] != b"\xff\xd8":
+        return None
+    position = 2
+    while position + 9 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == 0xFF:  # fill byte
+            position += 1
+        elif (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:  # start of frame
+            height, width = (int.from_bytes(data[position + i : position + i + 2], "big") for i in (5, 7))
+            return width, height
+        else:
+            position += 2 + length
+    return None
