@@ -11,7 +11,9 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    app.command()(doctor)
     app.command()(train)
+    app.command()(merge)
 
 
 def train(
@@ -29,3 +31,44 @@ def train(
     from babydoctor.train.loop import train as run_stage
 
     run_stage(settings, resume=resume)
+
+
+def doctor() -> None:
+    """Say what works on this machine and how to mend what doesn't; exit status 1 if something is broken."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from babydoctor.doctor import examine
+
+    signs = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "state", "found", "to mend it"):
+        table.add_column(column, overflow="fold")
+    findings = list(examine())
+    for finding in findings:
+        mend = "" if finding.state == "ok" else finding.mend
+        table.add_row(finding.name, signs[finding.state], escape(finding.detail), escape(mend))
+    Console().print(table)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path, typer.Option(help="directory to write; must not exist")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="float32 or bfloat16; default: the run's")  # noqa: UP045
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Fold a run's LoRA into plain weights, checked by logits."""
+    import torch
+
+    from babydoctor.model.merge import merge_run
+    from babydoctor.schema import UserError
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype!r} is not float32 or bfloat16")
+    report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")

@@ -68,6 +68,7 @@ def load_language_model(
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
     merge_adapters: Sequence[Path] = (),
 ) -> LlamaForCausalLM:
@@ -77,6 +78,8 @@ def load_language_model(
     4-bit size and one matrix.
 
     Args:
+        dtype: the precision that weights are rounded to (and quantised from).
+        compute_dtype: the precision they are then held in; None: ``dtype``.
         merge_adapters: peft LoRA directories, merged in this order in float32 before the cast to ``dtype``.
 
     Raises:
@@ -84,7 +87,7 @@ def load_language_model(
     """
     directory = local_directory(path)
     config = load_language_config(path)
-    model = build_language_model(config, dtype)
+    model = build_language_model(config, compute_dtype or dtype)
     updates = [LoraUpdate(adapter) for adapter in merge_adapters]
     expected = dict(model.named_parameters())
     for name, weight in iterate_weights(directory):
@@ -97,7 +100,10 @@ def load_language_model(
                 f"{directory}: weight {name!r} has the shape {tuple(weight.shape)}, "
                 f"config.json asks for {tuple(expected[name].shape)}"
             )
-        place_weight(model, name, weight, dtype=dtype, device=device, quantization=quantization, updates=updates)
+        weight = weight.to(device)
+        for update in updates:
+            weight = update.apply(name.removesuffix(".weight"), weight)
+        place_weight(model, name, weight.to(dtype), quantization)
         del expected[name]
     if config.tie_word_embeddings:
         model.tie_weights()
@@ -116,22 +122,12 @@ def finish_language_model(model: LlamaForCausalLM, device: str | torch.device) -
 
 
 def place_weight(
-    model: LlamaForCausalLM,
-    name: str,
-    weight: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    quantization: Quantization | None = None,
-    updates: Sequence[LoraUpdate] = (),
+    model: LlamaForCausalLM, name: str, weight: torch.Tensor, quantization: Quantization | None = None
 ) -> None:
-    """Put one weight into a model that was built on the meta device."""
+    """Put one weight, on its device, into a model that was built on the meta device; it takes the model's dtype."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
-    weight = weight.to(device)
-    for update in updates:
-        weight = update.apply(module_name, weight)
-    weight = weight.to(dtype)
+    weight = weight.to(model.dtype)
     if quantization and is_decoder_linear(module_name, module):
         model.set_submodule(module_name, quantize_linear(weight, quantization))
     else:
@@ -160,6 +156,9 @@ def quantize_linear(weight: torch.Tensor, quantization: Quantization) -> nn.Modu
     )
     layer.weight = packed.to(weight.device)  # moving it to its device quantises it
     assert layer.weight.bnb_quantized, "bitsandbytes left the weight in float"
+    # On CPUs with AVX512-BF16 it would repack the weights in place at the first inference call, for a kernel that
+    # rounds to bfloat16 and takes no width that is not a multiple of 32; training could not go on after that.
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 

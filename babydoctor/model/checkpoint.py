@@ -147,12 +147,13 @@ def build_model(
         run: the run directory that the manifest's ``./`` paths are relative to.
         projector: safetensors file with its weights; None leaves it freshly initialised.
         adapter: peft LoRA directory to attach for inference.
-        dtype: replaces the manifest's.
+        dtype: the precision to compute in; None: the manifest's. The weights are the same, rounded to the manifest's.
     """
     dtype = dtype or manifest.torch_dtype
     language_model = load_language_model(
         resolve(run, manifest.language_model),
-        dtype=dtype,
+        dtype=manifest.torch_dtype,
+        compute_dtype=dtype,
         device=device,
         quantization=Quantization(manifest.double_quantization) if manifest.quantization == "nf4" else None,
         merge_adapters=[Path(resolve(run, base_adapter)) for base_adapter in manifest.base_adapters],
