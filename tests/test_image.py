@@ -164,6 +164,7 @@ def test_size_is_checked_before_decoding() -> None:
         load_image(encoded(Image.new("L", (100, 90))), max_pixels=8000)
 
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning", "ignore:Truncated File Read")
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_every_truncation_and_damage_is_a_user_error(format: str) -> None:
     rng = np.random.default_rng(0)

@@ -54,7 +54,7 @@ def download_url(url: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as response:
             if response.status_code == 416:  # nothing is left: the earlier try had all of it
@@ -80,7 +80,7 @@ def _write_response(response: object, partial: Path, start: int, name: str) -> N
 
     assert isinstance(response, httpx.Response)
     length = response.headers.get("Content-Length")
-    total = start + int(length) if length and "Content-Encoding" not in response.headers else None
+    total = start + int(length) if length else None
     console = Console(stderr=True)
     columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     written = start
@@ -89,7 +89,7 @@ def _write_response(response: object, partial: Path, start: int, name: str) -> N
         partial.open("ab" if start else "wb") as file,
     ):
         task = progress.add_task(name, total=total, completed=start)
-        for chunk in response.iter_bytes(1 << 20):
+        for chunk in response.iter_raw():  # in the sizes that arrive: what is held back is lost when it is cut off
             file.write(chunk)
             written += len(chunk)
             progress.update(task, completed=written)
