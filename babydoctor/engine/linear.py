@@ -1,0 +1,80 @@
+"""Linear layers as the engine runs them: fused, and on the CPU packed once into the layout oneDNN multiplies fastest.
+
+Measured on two AVX-512 cores in bfloat16, one row times ``[32000, 512]``: ``F.linear`` 1.8 ms, packed 0.36 ms (there
+it runs at memory speed); sixteen rows times ``[1536, 512]``: 131 µs against 77 µs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+"""``[M, in] -> [M, out]``."""
+
+PACKING_ROWS = 16
+"""Rows that the packed layout is chosen for; the same layout is as fast for 1 and for 300 (measured)."""
+
+
+def build_linear(modules: Sequence[nn.Module], *, pack: bool) -> Linear:
+    """One function for one or several linear modules with the same input, their outputs side by side.
+
+    Plain ``nn.Linear`` modules of one dtype become one product. Anything else (4-bit layers, LoRA) is called as it is.
+    With ``pack`` the weights are copied into oneDNN's layout; else several modules are fused into one new weight that
+    the modules then share, so that no memory is used twice.
+    """
+    if any(type(module) is not nn.Linear for module in modules) or len({m.weight.dtype for m in modules}) > 1:
+        if len(modules) == 1:
+            return modules[0]
+        return lambda rows: torch.cat([module(rows) for module in modules], dim=-1)
+    plain = [module for module in modules if isinstance(module, nn.Linear)]
+    bias: torch.Tensor | None = None
+    if any(module.bias is not None for module in plain):
+        bias = torch.cat([torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias.detach() for m in plain])
+    weight = plain[0].weight.detach() if len(plain) == 1 else torch.cat([module.weight.detach() for module in plain])
+    if pack:
+        return build_packed_linear(weight, bias)
+    if len(plain) > 1:
+        for module, part in zip(plain, weight.split([len(module.weight) for module in plain]), strict=True):
+            module.weight.data = part
+    return lambda rows: linear(rows, weight, bias)
+
+
+def build_packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """A linear layer over a copy of ``weight`` ``[out, in]`` in oneDNN's layout (the operators torch.compile uses)."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKING_ROWS)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda rows: multiply(rows, packed, bias, "none", [], "")
+
+
+def packing_pays(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether to pack: a CPU with oneDNN, a dtype it multiplies, and memory for a second copy with room to spare."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if any(weight.device.type != "cpu" for weight in weights):
+        return False
+    if not all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights):
+        return False
+    if any(weight.dtype == torch.bfloat16 for weight in weights) and not cpu_multiplies_bfloat16():
+        return False
+    return sum(weight.numel() * weight.element_size() for weight in weights) < available_memory_bytes() // 2
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 products for this CPU (AVX-512 at least)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def available_memory_bytes() -> int:
+    """Memory of this machine that new allocations can have."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

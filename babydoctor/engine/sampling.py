@@ -1,0 +1,60 @@
+"""Choosing the next token from logits, each request by its own rules and its own random numbers.
+
+Shapes: ``R`` rows of logits, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from babydoctor.engine.request import GenerationRequest
+
+NUCLEUS_CANDIDATES = 256
+"""Top-p looks at this many likeliest tokens first and sorts the whole vocabulary only when they are not enough."""
+
+
+def build_random(request: GenerationRequest) -> np.random.Generator:
+    """The random numbers of one request. They depend on its seed alone, never on who else is being served."""
+    return np.random.default_rng(request.seed)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """The likeliest token of each row of ``[R, V]``, and whether the row is sound (no NaN, no infinity on top)."""
+    values, tokens = logits.max(dim=-1)
+    return tokens.tolist(), torch.isfinite(values).tolist()
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, random: np.random.Generator) -> int:
+    """Draw a token from float32 ``logits`` ``[V]`` at ``temperature``, from the nucleus of mass ``top_p``.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least ``top_p`` (Holtzman et al.
+    2020, as in transformers). One uniform number is drawn and inverted through the cumulated probabilities.
+    """
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p >= 1.0:
+        cumulated = probabilities.cumsum(0)
+        return _invert(cumulated, random)
+    candidates = min(NUCLEUS_CANDIDATES, len(probabilities))
+    top, tokens = probabilities.topk(candidates)
+    if float(top.sum()) < top_p:
+        top, tokens = probabilities.sort(descending=True, stable=True)
+    cumulated = top.cumsum(0)
+    size = int(torch.searchsorted(cumulated, torch.tensor(top_p, dtype=cumulated.dtype, device=cumulated.device))) + 1
+    return int(tokens[_invert(cumulated[:size], random)])
+
+
+def _invert(cumulated: torch.Tensor, random: np.random.Generator) -> int:
+    point = torch.tensor(random.random(), dtype=cumulated.dtype, device=cumulated.device) * cumulated[-1]
+    # right=True: a point that falls on a boundary belongs to the next token, so tokens of probability 0 are never drawn.
+    index = int(torch.searchsorted(cumulated, point, right=True))
+    return min(index, len(cumulated) - 1)
+
+
+def log_probabilities(logits: torch.Tensor, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log probability of ``token`` under ``logits`` ``[V]`` at temperature 1, and the ``num_top`` likeliest ones."""
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    if not num_top:
+        return float(scores[token]), []
+    values, tokens = scores.topk(min(num_top, len(scores)))
+    return float(scores[token]), list(zip(tokens.tolist(), values.tolist(), strict=True))
