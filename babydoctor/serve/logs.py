@@ -1,0 +1,80 @@
+"""Logs as one JSON object a line on stderr. They say what happened, never to whom or about what.
+
+No prompt, answer, image, key or address gets in: records are built from named fields, and an exception is logged as
+its type and the places in the code, without its message, which may quote a request.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import re
+import sys
+import time
+import traceback
+import uuid
+from typing import Any
+
+REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# Libraries whose records quote URLs, addresses or bodies; their warnings are logged without the text.
+_FOREIGN = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx", "httpcore", "fastapi")
+
+
+def new_request_id(proposed: str | None = None) -> str:
+    """The client's own id where it is a plain short one, else a new one."""
+    return proposed if proposed and _SAFE_ID.fullmatch(proposed) else uuid.uuid4().hex
+
+
+class JsonFormatter(logging.Formatter):
+    """Records -> JSON. ``event`` is the message of our own records; others give only their logger and level."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+
+    def format(self, record: logging.LogRecord) -> str:
+        is_ours = record.name.startswith("babydoctor")
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "part": self.part,
+            "event": record.getMessage() if is_ours else f"{record.name} reported",
+        }
+        if (request_id := REQUEST_ID.get()) is not None:
+            entry["request_id"] = request_id
+        entry |= getattr(record, "fields", {})
+        if record.exc_info and record.exc_info[1] is not None:
+            entry |= describe_exception(record.exc_info[1])
+        return json.dumps(entry)
+
+
+def describe_exception(error: BaseException) -> dict[str, Any]:
+    """Type and places of an exception, without its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename.rsplit('/', 2)[-2:]}".strip("[]").replace("', '", "/").strip("'") for frame in frames]
+    stack = [f"{place}:{frame.lineno} {frame.name}" for place, frame in zip(places, frames, strict=True)]
+    return {"exception": type(error).__name__, "stack": stack[-12:]}
+
+
+def set_up_logging(part: str, level: str = "INFO") -> None:
+    """Send all logs of this process to stderr as JSON. Called once, by the command that runs a part."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(part))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("babydoctor").setLevel(level)
+    for name in _FOREIGN:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+
+
+def log(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
+    """Log an event with named fields."""
+    logger.log(level, event, extra={"fields": fields})

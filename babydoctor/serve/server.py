@@ -1,0 +1,122 @@
+"""Run an application under uvicorn: a socket bound beforehand, and an end in which running answers may finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from babydoctor.schema import UserError
+from babydoctor.serve.settings import is_loopback
+
+WILDCARDS = ("0.0.0.0", "::", "")
+
+
+def bind(part: str, host: str, port: int) -> socket.socket:
+    """Bind a listening socket; port 0 takes a free one.
+
+    Raises:
+        UserError: the port is taken, or the host is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        mend = f"choose another with {part}.port=..." if error.errno == errno.EADDRINUSE else f"check {part}.host"
+        raise UserError(f"{part} cannot listen on {host}:{port}: {error.strerror}; {mend}") from None
+    sock.set_inheritable(False)
+    return sock
+
+
+def local_url(sock: socket.socket) -> str:
+    """The URL of a bound socket for callers on this machine."""
+    host, port = sock.getsockname()[:2]
+    if host in WILDCARDS:
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def reachable_url(sock: socket.socket, caller: str) -> str:
+    """The URL under which ``caller`` (a URL, too) reaches this socket.
+
+    Raises:
+        UserError: the socket listens on this machine only and the caller is on another one.
+    """
+    host = str(sock.getsockname()[0])
+    caller_host = urlsplit(caller).hostname or ""
+    if is_loopback(caller_host):
+        return local_url(sock)
+    if is_loopback(host):
+        raise UserError(
+            f"the worker listens on {host}, which the controller at {caller} cannot reach; set worker.host=0.0.0.0, "
+            "or worker.address=... where something in between forwards to it"
+        )
+    if host in WILDCARDS:
+        # Connecting a UDP socket sends nothing; it only asks which of our addresses faces the controller.
+        with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((caller_host, urlsplit(caller).port or 80))
+                host = str(probe.getsockname()[0])
+            except OSError as error:
+                raise UserError(
+                    f"worker.controller={caller} cannot be resolved ({error.strerror}); check it, or set worker.address"
+                ) from None
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT: ``drain``, then stop. On the second: stop now.
+
+    uvicorn itself would tell every stream at once that its client has left.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None or self._loop is None:
+            self.should_exit = True
+            self.force_exit = self._draining is not None
+            return
+        self._draining = self._loop.create_task(self._drain_and_stop())
+        # Signal handlers run between two steps of the loop, which may be asleep.
+        self._loop.call_soon_threadsafe(lambda: None)
+
+    async def _drain_and_stop(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
+
+
+def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]]) -> None:
+    """Serve until a signal comes and running answers are finished."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        backlog=1024,
+        ws="none",
+        loop="asyncio",
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        DrainingServer(config, drain).run(sockets=[sock])
