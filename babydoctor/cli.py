@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 
 import typer
@@ -34,6 +35,8 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; a ``UserError`` becomes one paragraph on stderr and exit status 2."""
+    # It would advise to install a package that downloads kernels; 4-bit layers work without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         build_app()()
     except UserError as error:

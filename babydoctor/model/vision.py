@@ -5,6 +5,8 @@ Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` vision 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +30,25 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
                 f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
                 "for example openai/clip-vit-large-patch14"
             )
-        tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
+        with _no_progress_bar():  # it is there in no time
+            tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
     except OSError as error:
         raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
     tower.to(torch.device(device))  # type: ignore[arg-type]
     return tower.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def num_patches(config: object) -> int:
