@@ -82,6 +82,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
     reporter = Reporter(run, config, cursor.step, total_steps) if accelerator.is_main_process else None
     held_out = HeldOut(config, encoder) if reporter and config.data.eval_rows else None
+    if reporter:
+        reporter.begin(model, len(samples), cursor)
 
     for data in iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers):
         begun = time.monotonic()
@@ -266,6 +268,12 @@ class Reporter:
         self._num_cut = sum("tokens_cut" in line for line in kept)
         self._num_bad = sum("left_out" in line for line in kept)
         self._last = time.monotonic()
+
+    def begin(self, model: BabyDoctor, num_samples: int, cursor: Cursor) -> None:
+        """Say what is about to be done."""
+        trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
+        resumed = f", resumed after step {cursor.step}" if cursor.step else ""
+        self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
 
     def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
         """Record one finished step; speeds count the time that the step waited for data."""
