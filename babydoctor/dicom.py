@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.dicom_safety import check_deflated, codestream_size
+from babydoctor.dicom_safety import check_deflated, codestream_size, without_value_warnings
 from babydoctor.image import MAX_PIXELS, check_size
 from babydoctor.schema import UserError
 from babydoctor.voi import CT_PRESETS, Window, apply_window
@@ -72,6 +72,7 @@ class DicomImage:
     dataset: Any = field(repr=False, compare=False)
 
 
+@without_value_warnings()
 def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> DicomImage:
     """Read the header of a DICOM image; ``name`` stands for the file in messages when ``source`` is bytes.
 
@@ -166,6 +167,7 @@ def _windows(dataset: Any, frame: int) -> tuple[Window, ...]:
     return tuple(windows)
 
 
+@without_value_warnings()
 def render(
     dicom: DicomImage,
     frame: int = 0,
@@ -343,6 +345,7 @@ def _square_pixels(dicom: DicomImage, image: Image.Image) -> Image.Image:
     return stretched
 
 
+@without_value_warnings()
 def harmless_facts(dicom: DicomImage) -> dict[str, Any]:
     """What may be shown or logged: nothing from ``IDENTIFYING_TAGS``, no free text, no UIDs, no private tags.
 
@@ -372,6 +375,7 @@ def harmless_facts(dicom: DicomImage) -> dict[str, Any]:
     return facts
 
 
+@without_value_warnings()
 def identifying_tags(dicom: DicomImage) -> tuple[str, ...]:
     """Which of ``IDENTIFYING_TAGS`` the file carries with a value, nested items included. Keywords, never values."""
     found: set[str] = set()

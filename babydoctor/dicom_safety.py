@@ -1,10 +1,21 @@
-"""Guards against DICOM files that are small to send and huge to decode."""
+"""Guards for DICOM files from anywhere: small to send and huge to decode, or with a person's data in warnings."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from babydoctor.schema import UserError
+
+
+@contextmanager
+def without_value_warnings() -> Iterator[None]:
+    """Keep pydicom from quoting odd values, a patient's name among them, in warnings and logs."""
+    from pydicom.config import disable_value_validation
+
+    with disable_value_validation():
+        yield
 
 
 def check_deflated(data: bytes, name: str, max_pixels: int) -> None:

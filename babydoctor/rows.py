@@ -51,7 +51,8 @@ def iter_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
         return
-    if not path.exists() and not _split_of(text)[0].exists() and not _HUB_ID.fullmatch(text):
+    is_hub_id = _HUB_ID.fullmatch(text) and path.suffix not in (".json", ".jsonl", ".parquet")
+    if not path.exists() and not _split_of(text)[0].exists() and not is_hub_id:
         raise UserError(f"{text}: no such file or directory, nor the id of a data set on the hub (owner/name)")
     yield from _iter_dataset(text)
 
@@ -88,7 +89,7 @@ def _iter_json_list(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
             if not at_end or position < len(buffer):
                 buffer, position = buffer[position:] + chunk, 0
             if position == len(buffer):
-                raise UserError(f"{path}: ends after row {index - 1}, before the list is closed; is it cut off?")
+                raise UserError(f"{path}: ends after {index} rows, before the list is closed; is it cut off?")
             continue
         if expected == "row" and (buffer[position] != "]" or index > 0):
             try:
@@ -138,8 +139,9 @@ def _open_dataset(source: str) -> Any:
         else:  # a directory of parquet or JSON files, or a hub id; splits are told by file names
             loaded = datasets.load_dataset(str(path))
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
+        here = "" if path.exists() else "is not a file here and "
         raise UserError(
-            f"{source}: cannot be opened as a data set ({type(error).__name__}: {error}). "
+            f"{source}: {here}cannot be opened as a data set ({type(error).__name__}: {error}). "
             "Offline, give a file or a directory that is already here"
         ) from error
     if isinstance(loaded, dict):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from babydoctor.prepare.files import unpack_zip
+from babydoctor.prepare.files import gather_images, link_folder, unpack_zip
 from babydoctor.prepare.hub import download_url
 from babydoctor.prepare.instruct import download_instruct, prepare_instruct
 from babydoctor.prepare.lcs import download_lcs, prepare_lcs
@@ -59,6 +59,20 @@ def test_lcs_from_its_archive_or_unpacked(tmp_path: Path) -> None:
         assert (made.images / names[0]).is_file()
     with pytest.raises(UserError, match=r"holds no blip_laion_cc_sbu_558k\.json"):
         prepare_lcs(tmp_path, tmp_path / "out")
+
+
+def test_a_folder_of_images_is_linked_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert link_folder(tmp_path / "a", tmp_path / "out").resolve() == tmp_path / "a"
+    link_folder(tmp_path / "a", tmp_path / "out")
+    with pytest.raises(UserError, match="already links to"):
+        link_folder(tmp_path / "b", tmp_path / "out")
+    with pytest.raises(UserError, match="links to"):
+        gather_images(tmp_path / "b", tmp_path / "out", [], copy=True)
+    gather_images(tmp_path / "b", tmp_path / "copied", [], copy=True)
+    with pytest.raises(UserError, match="already holds images"):
+        link_folder(tmp_path / "b", tmp_path / "copied")
 
 
 def test_instruct_from_coco(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ Source = Annotated[Path | None, typer.Option("--source", help="Folder with the s
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch the original files first, into --source or OUT/download.")
 ]
-Copy = Annotated[bool, typer.Option("--copy/--link", help="Copy the images, or link OUT/images to where they are.")]
+Copy = Annotated[bool, typer.Option("--copy/--link", help="Copy the images into OUT/images, or link them.")]
 Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
 NumPatches = Annotated[int, typer.Option("--num-patches", help="Positions that an image takes.")]
 
@@ -181,17 +181,22 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
     from babydoctor.data import Problem, read_image, show_progress
     from babydoctor.schema import UserError
 
-    def decode(reference: str | bytes) -> str | None:
-        try:
-            read_image(reference, folder)
-        except UserError as error:
-            return str(error)
-        return None
+    def find_bad(references: list[str | bytes]) -> dict[str | bytes, str]:
+        bad = {}
+        for reference in references:
+            try:
+                read_image(reference, folder)
+            except UserError as error:
+                bad[reference] = str(error)
+        return bad
 
     references = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
+    # In groups: half a million tasks of one image each would take more memory than the rows.
+    groups = [references[start : start + 32] for start in range(0, len(references), 32)]
+    bad: dict[str | bytes, str] = {}
     with ThreadPoolExecutor() as pool:
-        messages = list(show_progress(pool.map(decode, references), "decoding images", total=len(references)))
-    bad = {reference: message for reference, message in zip(references, messages, strict=True) if message is not None}
+        for found in show_progress(pool.map(find_bad, groups), "decoding images (by 32)", total=len(groups)):
+            bad |= found
     return [
         Problem(sample.source, sample.id, "image_undecodable", bad[sample.image])
         for sample in samples

@@ -71,33 +71,53 @@ def write_left_out(path: Path, left_out: Iterable[dict[str, Any]]) -> Counter[st
     return counts
 
 
-def place_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) -> Path:
-    """Bring images under ``out/images``: as one link to the folder they are in, or as copies of those named.
+def link_folder(source: Path, out: Path) -> Path:
+    """Make ``out/images`` one link to the folder that the images are in: at no cost, also across file systems.
 
-    A link costs nothing and works across file systems. Copies already there with the same size are kept, so an
-    interrupted run goes on. Raises ``UserError`` where ``out/images`` already links to another folder.
+    Raises ``UserError`` where ``out/images`` is something else already.
     """
     target = out / "images"
-    if target.is_symlink() and (copy or target.resolve() != source.resolve()):
-        raise UserError(
-            f"{target} already links to {target.resolve()}; give this split an --out of its own, or remove the link"
-        )
     if target.resolve() == source.resolve():
         return target
-    if not copy:
-        if target.exists():
-            raise UserError(f"{target} already holds copies; go on with --copy, or give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source.resolve(), target_is_directory=True)
-        return target
-    for name in show_progress(sorted(set(names)), "copying images"):
-        original, place = source / name, target / name
-        if not place.exists() or place.stat().st_size != original.stat().st_size:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(place.name + ".partial")
-            shutil.copyfile(original, partial)
-            partial.replace(place)
+    if target.is_symlink() or target.exists():
+        what = f"already links to {target.resolve()}" if target.is_symlink() else "already holds images"
+        raise UserError(f"{target} {what}, not to {source}; give another --out, use --copy, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve(), target_is_directory=True)
     return target
+
+
+def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) -> Path:
+    """Bring the named images into ``out/images``, that several sources may share.
+
+    As hard links, which take no space, or as copies with ``copy`` and where the file system cannot link. Files
+    already there with the same size are kept, so an interrupted run goes on.
+    """
+    target = out / "images"
+    if target.resolve() == source.resolve():
+        return target
+    if target.is_symlink():
+        raise UserError(f"{target} links to {target.resolve()}; give another --out, or remove the link")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in show_progress(sorted(set(names)), "gathering images"):
+        original, place = source / name, target / name
+        if place.exists() and place.stat().st_size == original.stat().st_size:
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(place.name + ".partial")
+        partial.unlink(missing_ok=True)
+        if copy or not _hard_link(original, partial):
+            shutil.copyfile(original, partial)
+        partial.replace(place)
+    return target
+
+
+def _hard_link(original: Path, place: Path) -> bool:
+    try:
+        place.hardlink_to(original)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
 
 
 def keep_good_rows(
@@ -118,9 +138,19 @@ def keep_good_rows(
 
 
 def prepare_llava_rows(
-    rows: Iterable[tuple[str, Any]], images: Path, out: Path, *, name: str, copy: bool, num_expected: int | None
+    rows: Iterable[tuple[str, Any]],
+    images: Path,
+    out: Path,
+    *,
+    name: str,
+    num_expected: int | None,
+    copy: bool,
+    share: bool = False,
 ) -> Prepared:
-    """Write ``out/{name}.json`` with the good rows, ``out/{name}-left-out.jsonl`` with the others, and the images."""
+    """Write ``out/{name}.json`` with the good rows, ``out/{name}-left-out.jsonl`` with the others, and the images.
+
+    ``share``: other splits bring other images into the same folder.
+    """
     bad: list[Problem] = []
     seen: list[str] = []
     path, list_path = out / f"{name}.json", out / f"{name}-left-out.jsonl"
@@ -130,7 +160,7 @@ def prepare_llava_rows(
     )
     return Prepared(
         rows=path,
-        images=place_images(images, out, seen, copy=copy),
+        images=gather_images(images, out, seen, copy=copy) if copy or share else link_folder(images, out),
         num_rows=num_rows,
         num_images=len(set(seen)),
         num_read=num_rows + len(bad),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.data import show_progress
-from babydoctor.prepare.files import Prepared, place_images, prepare_llava_rows, write_left_out, write_rows
+from babydoctor.prepare.files import Prepared, gather_images, prepare_llava_rows, write_left_out, write_rows
 from babydoctor.prepare.hub import download_hub_snapshot
 from babydoctor.rows import iter_rows
 from babydoctor.schema import IMAGE_TOKEN, UserError
@@ -84,6 +84,7 @@ def prepare_roco(
 ) -> Prepared:
     """Write ``out/{split}.json`` from ROCO's files: a row for each caption whose JPEG is there.
 
+    The images are linked or copied into ``out/images``, which all splits can share: ROCO's numbers are unique.
     ``disjoint_from`` names folders of other splits; rows whose article also appears there are left out. What is left
     out, and each JPEG without a caption, is listed in ``out/{split}-left-out.jsonl``.
     """
@@ -113,7 +114,7 @@ def prepare_roco(
     kept_images = [row["image"] for row in rows]
     return Prepared(
         rows=out / f"{split}.json",
-        images=place_images(images, out, kept_images, copy=copy),
+        images=gather_images(images, out, kept_images, copy=copy),
         num_rows=write_rows(out / f"{split}.json", rows),
         num_images=len(set(kept_images)),
         num_read=num_read,
@@ -143,7 +144,9 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
             "(https://github.com/razorx89/roco-dataset): fetch them and name the folder with --source"
         )
     images = find_split(source, split) / "images"
-    return prepare_llava_rows(iter(rows), images, out, name=split, copy=copy, num_expected=NUM_HUB_ROWS[split])
+    return prepare_llava_rows(
+        iter(rows), images, out, name=split, num_expected=NUM_HUB_ROWS[split], copy=copy, share=True
+    )
 
 
 def _check_split(split: str) -> None:

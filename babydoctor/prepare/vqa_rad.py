@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from babydoctor.prepare.files import Prepared, place_images, unpack_zip, write_left_out, write_rows
+from babydoctor.prepare.files import Prepared, gather_images, link_folder, unpack_zip, write_left_out, write_rows
 from babydoctor.prepare.hub import download_url
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
@@ -94,7 +94,8 @@ def prepare_vqa_rad(
         splits["train"], splits["held_out"] = _split_by_image(splits["train"], hold_out_images, seed)
     list_path = out / "left-out.jsonl"
     counts = write_left_out(list_path, left_out)
-    target = place_images(images, out, [row["image"] for rows in splits.values() for row in rows], copy=copy)
+    names = [row["image"] for rows in splits.values() for row in rows]
+    target = gather_images(images, out, names, copy=True) if copy else link_folder(images, out)
     prepared = []
     for name, rows in splits.items():
         if rows:
