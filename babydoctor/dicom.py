@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.dicom_safety import check_deflated, codestream_size, without_value_warnings
+from babydoctor.dicom_safety import check_deflated, codestream_size, reading_values
 from babydoctor.image import MAX_PIXELS, check_size
 from babydoctor.schema import UserError
 from babydoctor.voi import CT_PRESETS, Window, apply_window
@@ -72,7 +72,6 @@ class DicomImage:
     dataset: Any = field(repr=False, compare=False)
 
 
-@without_value_warnings()
 def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> DicomImage:
     """Read the header of a DICOM image; ``name`` stands for the file in messages when ``source`` is bytes.
 
@@ -89,12 +88,13 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from error
     check_deflated(data, name, max_pixels)
-    try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-        rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-        num_frames = int(dataset.get("NumberOfFrames") or 1)
-    except Exception as error:  # pydicom raises nearly anything on damaged files
-        raise UserError(f"{name}: not a readable DICOM file ({type(error).__name__}: {error})") from error
+    with reading_values(name):
+        return _parse(pydicom.dcmread(io.BytesIO(data), force=True), name, max_pixels)
+
+
+def _parse(dataset: Any, name: str, max_pixels: int) -> DicomImage:
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    num_frames = int(dataset.get("NumberOfFrames") or 1)
     if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         kind = str(dataset.get("Modality") or "") or "no DICOM object"
         raise UserError(f"{name}: holds no image ({kind}); give a DICOM file with pixel data")
@@ -167,7 +167,6 @@ def _windows(dataset: Any, frame: int) -> tuple[Window, ...]:
     return tuple(windows)
 
 
-@without_value_warnings()
 def render(
     dicom: DicomImage,
     frame: int = 0,
@@ -181,7 +180,11 @@ def render(
     LUT, or else a window made from the frame's own values. ``image.info["window"]`` says which.
     Raises ``UserError`` for a frame, window or preset that cannot be, or pixels that cannot be decoded.
     """
-    chosen = _chosen_window(dicom, center, width, preset)
+    with reading_values(dicom.name):
+        return _render(dicom, frame, _chosen_window(dicom, center, width, preset))
+
+
+def _render(dicom: DicomImage, frame: int, chosen: Window | None) -> Image.Image:
     values = _decode_frame(dicom, frame)
     if dicom.photometric in _GREY:
         grey, explanation = _to_grey(dicom, values, frame, chosen)
@@ -219,16 +222,15 @@ def _decode_frame(dicom: DicomImage, frame: int) -> np.ndarray:
 
     if not 0 <= frame < dicom.num_frames:
         raise UserError(f"{dicom.name}: frame {frame} does not exist; it has frames 0 to {dicom.num_frames - 1}")
+    _check_codestream(dicom, frame)
     try:
-        _check_codestream(dicom, frame)
         values = pixel_array(dicom.dataset, index=frame)
-    except UserError:
-        raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         text = " ".join(str(error).split())
         mend = f". A decoder is missing: {_DECODER_HINT}" if "missing dependencies" in text else ""
         raise UserError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]}){mend}") from error
-    assert values.shape[:2] == (dicom.rows, dicom.columns), f"{values.shape} for {dicom.rows} x {dicom.columns}"
+    if values.shape[:2] != (dicom.rows, dicom.columns):
+        raise UserError(f"{dicom.name}: decodes to {values.shape}, the header says {dicom.rows} x {dicom.columns}")
     return values
 
 
@@ -345,13 +347,17 @@ def _square_pixels(dicom: DicomImage, image: Image.Image) -> Image.Image:
     return stretched
 
 
-@without_value_warnings()
 def harmless_facts(dicom: DicomImage) -> dict[str, Any]:
     """What may be shown or logged: nothing from ``IDENTIFYING_TAGS``, no free text, no UIDs, no private tags.
 
     A list of what is allowed, so that a new or private attribute stays inside. Text is passed on only where it has
     the form of a DICOM code string.
     """
+    with reading_values(dicom.name):
+        return _harmless_facts(dicom)
+
+
+def _harmless_facts(dicom: DicomImage) -> dict[str, Any]:
     dataset = dicom.dataset
     facts: dict[str, Any] = {
         "modality": dicom.modality,
@@ -375,12 +381,12 @@ def harmless_facts(dicom: DicomImage) -> dict[str, Any]:
     return facts
 
 
-@without_value_warnings()
 def identifying_tags(dicom: DicomImage) -> tuple[str, ...]:
     """Which of ``IDENTIFYING_TAGS`` the file carries with a value, nested items included. Keywords, never values."""
     found: set[str] = set()
     wanted = frozenset(IDENTIFYING_TAGS)
-    for element in dicom.dataset.iterall():
-        if element.keyword in wanted and element.value not in (None, "", []):
-            found.add(element.keyword)
+    with reading_values(dicom.name):
+        for element in dicom.dataset.iterall():
+            if element.keyword in wanted and element.value not in (None, "", []):
+                found.add(element.keyword)
     return tuple(sorted(found))

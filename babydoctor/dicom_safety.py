@@ -10,12 +10,24 @@ from babydoctor.schema import UserError
 
 
 @contextmanager
-def without_value_warnings() -> Iterator[None]:
-    """Keep pydicom from quoting odd values, a patient's name among them, in warnings and logs."""
+def reading_values(name: str) -> Iterator[None]:
+    """Around all that touches a data set's values: pydicom parses them when they are asked for.
+
+    Whatever it raises on a damaged value becomes a ``UserError`` for the file ``name``. It is also kept from quoting
+    odd values, a patient's name among them, in warnings and logs.
+    """
     from pydicom.config import disable_value_validation
 
-    with disable_value_validation():
-        yield
+    try:
+        with disable_value_validation():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})"
+        ) from error
 
 
 def check_deflated(data: bytes, name: str, max_pixels: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -243,6 +244,22 @@ def test_any_cut_of_a_real_file_is_a_user_error() -> None:
     for length in range(132, len(data) - 200, 431):  # the file ends with padding, that nobody misses
         with pytest.raises(UserError):
             load_image(data[:length])
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom names the odd tags and lengths it meets
+@pytest.mark.parametrize("name", ["CT_small", "examples_palette", "examples_ybr_color", "MR_small_RLE", "rtdose"])
+def test_flipped_bytes_are_user_errors_or_pictures(name: str) -> None:
+    data = path_of(f"{name}.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for place in rng.integers(132, min(len(data), 3000), rng.choice([1, 8])):
+            damaged[place] = rng.integers(256)
+        with contextlib.suppress(UserError):
+            dicom = read_dicom(bytes(damaged), max_pixels=4_000_000)
+            assert render(dicom).mode == "RGB"
+            harmless_facts(dicom)
+            identifying_tags(dicom)
 
 
 def test_sizes_are_checked_before_decoding() -> None:
