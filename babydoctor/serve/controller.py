@@ -62,6 +62,7 @@ class Controller:
         self._probes: set[asyncio.Task[None]] = set()
         self._refresh: asyncio.Task[None] | None = None
         self._num_open = 0
+        self.draining = False
         timeout = httpx.Timeout(own.worker_silence_s, connect=own.connect_timeout_s)
         # Connections are given up before uvicorn, on the other side, would (5 s). Proxies from the environment are
         # not used: patients' images go to the worker and nowhere else.
@@ -93,9 +94,13 @@ class Controller:
             raise ApiError(500, "worker_failed", "The model's template is not known to this controller.") from None
 
     def unready(self) -> str | None:
+        if self.draining:
+            return "The controller is shutting down."
         return None if self.model_names() else "No worker is registered, or none can be reached."
 
     async def open(self, request: GenerateRequest) -> Answer:
+        if self.draining:
+            raise ApiError(503, "draining", "The server is shutting down.", retry_after_s=5)
         check_request(request, self.settings.limits)
         if self._num_open >= self.settings.limits.max_open:
             raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
@@ -184,6 +189,13 @@ class Controller:
             for record in self.registry.records.values():
                 if record.failed:
                     self._probe_soon(record)
+
+    async def drain(self) -> None:
+        """Take nothing new and let what is open finish."""
+        self.draining = True
+        deadline = time.monotonic() + self.settings.worker.drain_s
+        while self._num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     async def close(self) -> None:
         for task in self._probes:
@@ -281,6 +293,7 @@ def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.backend = controller
+    app.state.drain = controller.drain
     add_error_handlers(app)
     _add_controller_routes(app, controller)
     add_common_routes(app, controller)

@@ -45,5 +45,5 @@ class Retention:
             descriptor = os.open(path, flags | os.O_WRONLY, 0o600)
         except FileExistsError:
             return
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -1,0 +1,131 @@
+"""``babydoctor serve | controller | worker | web``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from babydoctor.serve.settings import Secrets, ServeSettings
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer evaluates this on Python 3.10)
+    typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
+]
+Config = Annotated[Optional[Path], typer.Option(help="YAML file like configs/serve.yaml")]  # noqa: UP045
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(serve)
+    app.command()(controller)
+    app.command()(worker)
+    app.command()(web)
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    overrides: Overrides = None,
+    config: Config = None,
+    workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="the page for clinicians")] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the parts' logs in full")] = False,
+) -> None:
+    """Start controller, workers and page; stop all of them on Ctrl-C."""
+    from rich.console import Console
+
+    from babydoctor.model.checkpoint import read_manifest
+    from babydoctor.serve.launch import launched
+    from babydoctor.serve.settings import load_settings
+
+    console = Console(highlight=False)
+    name = load_settings(config, overrides or []).worker.model_name or run.resolve().name
+    read_manifest(run)
+    level = "INFO" if verbose else "WARNING"
+    with console.status("starting") as status:
+        parts = launched(
+            run,
+            config=config,
+            overrides=overrides or [],
+            num_workers=workers,
+            page=page,
+            log_level=level,
+            on_event=lambda text: status.update(text),
+        )
+        try:
+            served = parts.__enter__()
+        finally:
+            status.stop()
+    try:
+        console.print(f"BabyDoctor serves [bold]{name}[/] (research use only)")
+        if served.page_url:
+            console.print(f"  page         {served.page_url}")
+        console.print(f"  OpenAI API   {served.controller_url}/v1")
+        console.print(f"  LLaVA wire   {served.controller_url}")
+        console.print(f"  API docs     {served.controller_url}/docs")
+        console.print("Ctrl-C stops it.")
+        served.supervise(console.print)
+    except KeyboardInterrupt:
+        console.print("stopping")
+    finally:
+        parts.__exit__(None, None, None)
+
+
+def controller(overrides: Overrides = None, config: Config = None) -> None:
+    """Run the controller alone."""
+    settings, secrets = _begin("controller", config, overrides)
+
+    from babydoctor.serve.controller import build_controller_app
+    from babydoctor.serve.server import bind, run_server
+
+    sock = bind("controller", settings.controller.host, settings.controller.port)
+    app = build_controller_app(settings, secrets)
+    run_server(app, sock, app.state.drain)
+
+
+def worker(
+    run: Annotated[Path, typer.Argument(help="run directory")], overrides: Overrides = None, config: Config = None
+) -> None:
+    """Run one worker alone: a model behind HTTP."""
+    settings, secrets = _begin("worker", config, overrides)
+
+    from babydoctor.serve.server import bind, reachable_url, run_server
+    from babydoctor.serve.worker import build_worker_app, load_worker
+
+    own = settings.worker
+    sock = bind("worker", own.host, own.port)
+    address = (own.address or reachable_url(sock, own.controller)) if own.controller else None
+    app = build_worker_app(load_worker(run, settings), secrets, address)
+    run_server(app, sock, app.state.drain)
+
+
+def web(
+    overrides: Overrides = None,
+    config: Config = None,
+    controller_url: Annotated[
+        str, typer.Option("--controller", help="URL of the controller")
+    ] = "http://127.0.0.1:21001",
+) -> None:
+    """Run the page alone."""
+    settings, secrets = _begin("page", config, overrides)
+
+    from babydoctor.serve.web import run_page
+
+    key = secrets.api_keys[0] if secrets.api_keys else None
+    run_page(controller_url, settings.page.host, settings.page.port, api_key=key)
+
+
+def _begin(part: str, config: Path | None, overrides: list[str] | None) -> tuple[ServeSettings, Secrets]:
+    """What all parts do first."""
+    from babydoctor.serve.launch import LOG_LEVEL_VARIABLE, die_with_parent
+    from babydoctor.serve.logs import set_up_logging
+    from babydoctor.serve.settings import check_exposure, load_secrets, load_settings
+
+    die_with_parent()
+    set_up_logging(part, os.environ.get(LOG_LEVEL_VARIABLE, "INFO"))
+    settings, secrets = load_settings(config, overrides or []), load_secrets()
+    check_exposure(part, getattr(settings, part).host, settings, secrets)
+    return settings, secrets

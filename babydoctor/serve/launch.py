@@ -1,0 +1,300 @@
+"""Controller, workers and page as child processes of one command, which leaves none of them behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from babydoctor.schema import UserError
+from babydoctor.serve.server import WILDCARDS, bind
+from babydoctor.serve.settings import (
+    SECRET_VARIABLE,
+    Secrets,
+    ServeSettings,
+    check_exposure,
+    load_secrets,
+    load_settings,
+)
+
+PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
+LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
+
+MAX_RESTARTS = 5
+"""A worker that dies more often than this is broken, not unlucky."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Called first thing in a child: end when the launching process does, even if that is killed."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
+    if os.getppid() != int(parent):  # it died before we asked
+        os._exit(1)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@dataclass(eq=False)
+class Child:
+    """One part. ``ready_url`` answers 200 once it works."""
+
+    name: str
+    arguments: list[str]
+    ready_url: str
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] = field(init=False)
+    num_restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        # A session of its own: Ctrl-C reaches only the launcher, which then ends the parts in the right order.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from babydoctor.cli import main; main()", *self.arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def exit_status(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self, patience_s: float) -> None:
+        """SIGTERM, and SIGKILL for what does not end in time."""
+        if self.exit_status is None:
+            self.process.terminate()
+            try:
+                self.process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        if self.exit_status is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Launched:
+    """What runs."""
+
+    children: list[Child]
+    controller_url: str
+    worker_urls: list[str]
+    page_url: str | None
+    secret: str
+
+    def supervise(self, on_event: Callable[[str], None]) -> None:
+        """Watch the parts until one that cannot be spared ends; start dead workers anew.
+
+        Raises:
+            UserError: the controller or the page has ended, or a worker keeps dying.
+        """
+        while True:
+            time.sleep(0.2)
+            for child in self.children:
+                if child.exit_status is None:
+                    continue
+                if not child.name.startswith("worker") or child.num_restarts >= MAX_RESTARTS:
+                    raise UserError(f"{child.name} ended with status {child.exit_status}; everything is stopped")
+                child.num_restarts += 1
+                on_event(f"{child.name} ended with status {child.exit_status}; it is started again")
+                time.sleep(0.5 * 2 ** (child.num_restarts - 1))
+                child.start()
+
+    def stop(self, patience_s: float) -> None:
+        """End the page, then the controller (its answers may finish), then the workers."""
+        try:
+            for child in reversed(self.children):
+                if not child.name.startswith("worker"):
+                    child.stop(patience_s)
+            workers = [child for child in self.children if child.name.startswith("worker")]
+            for child in workers:
+                if child.exit_status is None:
+                    child.process.terminate()
+            for child in workers:
+                child.stop(patience_s)
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C: no more patience
+        finally:
+            for child in self.children:
+                child.kill()
+
+
+@contextmanager
+def launched(
+    run: Path,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    num_workers: int = 1,
+    page: bool = True,
+    log_level: str = "WARNING",
+    ready_within_s: float = 1800,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> Iterator[Launched]:
+    """Start all parts, wait until they are ready, and end them on the way out, however that comes about.
+
+    Args:
+        config: a YAML file like ``configs/serve.yaml``.
+        overrides: ``key=value`` settings.
+        on_event: told what is being waited for.
+
+    Raises:
+        UserError: a port is taken, or a part ended before it was ready.
+    """
+    settings = load_settings(config, overrides)
+    given = load_secrets()
+    # Without one of its own, each launch makes a secret, so that no other user of this machine can register a worker.
+    known = Secrets(given.api_keys, given.registration or secrets.token_urlsafe(32))
+    for part in ("controller", "worker", *(("page",) if page else ())):
+        check_exposure(part, getattr(settings, part).host, settings, known)
+    parts = _Parts(run, config, overrides, settings, known.registration or "", log_level, num_workers)
+    served = Launched([], parts.controller_url, [], None, parts.secret)
+    previous = _raise_on_signals()
+    try:
+        served.children.append(parts.controller())
+        for index in range(num_workers):
+            child, url = parts.worker(index)
+            served.children.append(child)
+            served.worker_urls.append(url)
+        if page:
+            child, served.page_url = parts.page()
+            served.children.append(child)
+        _wait_until_ready(served, num_workers, ready_within_s, on_event)
+        yield served
+    finally:
+        served.stop(settings.worker.drain_s + 10)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Parts:
+    """How each part is started."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: Path | None,
+        overrides: Sequence[str],
+        settings: ServeSettings,
+        secret: str,
+        log_level: str,
+        num_workers: int,
+    ) -> None:
+        self._run = run
+        self._settings = settings
+        self.secret = secret
+        self._common = [*(["--config", str(config)] if config else []), *overrides]
+        self._environment = os.environ | {
+            SECRET_VARIABLE: secret,
+            PARENT_VARIABLE: str(os.getpid()),
+            LOG_LEVEL_VARIABLE: log_level,
+        }
+        if num_workers > 1:
+            # Without this each worker would start a thread for every core.
+            threads = str(max(1, (os.cpu_count() or 1) // num_workers))
+            self._environment.setdefault("OMP_NUM_THREADS", threads)
+        own = settings.controller
+        self._controller_port = _free_port("controller", own.host, own.port)
+        self.controller_url = _url(own.host, self._controller_port)
+
+    def controller(self) -> Child:
+        arguments = ["controller", *self._common, f"controller.port={self._controller_port}"]
+        return Child("controller", arguments, f"{self.controller_url}/healthz", self._environment)
+
+    def worker(self, index: int) -> tuple[Child, str]:
+        own = self._settings.worker
+        port = _free_port("worker", own.host, own.port + index if own.port else 0)
+        # A worker of this machine is called by way of the loopback address, whatever else it listens on.
+        url = _url(own.host, port)
+        places = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
+        arguments = ["worker", str(self._run), *self._common, *places]
+        return Child(f"worker {index + 1}", arguments, f"{url}/readyz", self._environment), url
+
+    def page(self) -> tuple[Child, str]:
+        own = self._settings.page
+        port = _free_port("page", own.host, own.port)
+        url = _url(own.host, port)
+        arguments = ["web", *self._common, f"page.port={port}", "--controller", self.controller_url]
+        return Child("page", arguments, url, self._environment), url
+
+
+def _free_port(part: str, host: str, port: int) -> int:
+    """The port itself if it is free, a free one for 0."""
+    with bind(part, host, port) as sock:
+        return int(sock.getsockname()[1])
+
+
+def _url(host: str, port: int) -> str:
+    host = "127.0.0.1" if host in WILDCARDS else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _raise_on_signals() -> dict[int, object]:
+    """SIGTERM and SIGHUP end this process by way of ``finally`` too. Only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    return {number: signal.signal(number, leave) for number in numbers}
+
+
+def _wait_until_ready(served: Launched, num_workers: int, within_s: float, on_event: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + within_s
+    headers = {"Authorization": f"Bearer {served.secret}"}
+    with httpx.Client(timeout=5, trust_env=False) as client:
+        for child in served.children:
+            on_event(f"waiting for {child.name}")
+            while not _answers(client, child.ready_url):
+                _check_alive(served, deadline)
+                time.sleep(0.1)
+        on_event("waiting for the workers to register")
+        while True:
+            response = client.get(f"{served.controller_url}/workers", headers=headers)
+            if response.status_code == 200 and sum(not worker["failed"] for worker in response.json()) >= num_workers:
+                return
+            _check_alive(served, deadline)
+            time.sleep(0.1)
+
+
+def _answers(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code < 400
+    except httpx.HTTPError:
+        return False
+
+
+def _check_alive(served: Launched, deadline: float) -> None:
+    for child in served.children:
+        if child.exit_status is not None:
+            raise UserError(f"{child.name} ended with status {child.exit_status} before it was ready; see above why")
+    if time.monotonic() > deadline:
+        raise UserError("the parts were not ready in time; `--verbose` shows what they do")
