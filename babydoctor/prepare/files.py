@@ -43,7 +43,7 @@ def replace_when_done(path: Path) -> Iterator[IO[str]]:
     """Open a text file that takes its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON spells it so, too
         yield file
         file.flush()
         os.fsync(file.fileno())
