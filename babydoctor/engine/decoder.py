@@ -128,7 +128,14 @@ class Decoder:
         capacity: positions that rotary tables are made for, the longest context.
     """
 
-    def __init__(self, model: LlamaForCausalLM, memory: KeyValueMemory, *, pack: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        memory: KeyValueMemory,
+        *,
+        pack: bool | None = None,
+        compile_layers: bool = False,
+    ) -> None:
         config = model.config
         self.memory = memory
         self.num_heads = config.num_attention_heads
@@ -162,6 +169,8 @@ class Decoder:
         half = self.head_dim // 2
         self.cos = cos[0].unsqueeze(1)
         self.sin = torch.cat((-sin[0][:, :half], sin[0][:, half:]), dim=-1).unsqueeze(1)
+        if compile_layers:
+            self._run_layer = torch.compile(self._run_layer, dynamic=True)  # type: ignore[method-assign]
         self._offsets = torch.arange(self.num_kv_heads, device=self.device) * memory.capacity
 
     @torch.inference_mode()

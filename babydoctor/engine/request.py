@@ -9,6 +9,7 @@ This module is free of torch, so that servers and tests can import it at no cost
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 GREEDY_TEMPERATURE = 1e-3
 """At or below this temperature the likeliest token is taken (the LLaVA wire's rule)."""
@@ -39,7 +42,7 @@ class InvalidRequestError(EngineError):
 
 
 class PromptTooLongError(EngineError):
-    """Prompt plus ``max_new_tokens`` do not fit into the context."""
+    """The prompt leaves no room in the context for an answer."""
 
     code = "prompt_too_long"
 
@@ -202,7 +205,11 @@ class GenerationHandle:
                 self._events.append(event)
             self._condition.notify_all()
         if listener is not None:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                # A reader that breaks must not take the engine down with it.
+                logger.exception("the listener of a request failed")
 
     def add_listener(self, listener: Callable[[Event], None]) -> None:
         """Call ``listener`` with every event, past ones first. It runs on the engine's thread: it must be quick."""

@@ -46,7 +46,7 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, random: np.ra
 
 def _invert(cumulated: torch.Tensor, random: np.random.Generator) -> int:
     point = torch.tensor(random.random(), dtype=cumulated.dtype, device=cumulated.device) * cumulated[-1]
-    # right=True: a point that falls on a boundary belongs to the next token, so tokens of probability 0 are never drawn.
+    # right=True: a point on a boundary belongs to the next token, so tokens of probability 0 are never drawn.
     index = int(torch.searchsorted(cumulated, point, right=True))
     return min(index, len(cumulated) - 1)
 
