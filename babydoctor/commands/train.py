@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
     app.command()(train)
     app.command()(merge)
+    app.command()(chat)
 
 
 def train(
@@ -72,3 +73,16 @@ def merge(
         raise UserError(f"--dtype {dtype!r} is not float32 or bfloat16")
     report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
     print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    question: Annotated[Optional[str], typer.Argument(help="without it, a conversation")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="PNG, JPEG or DICOM")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
+) -> None:
+    """Ask a run about an image; the answer streams to the terminal."""
+    from babydoctor.chat import answer
+
+    answer(run, image, question, max_new_tokens=max_new_tokens, temperature=temperature)
