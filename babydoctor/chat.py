@@ -9,8 +9,8 @@ from pathlib import Path
 
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.engine.engine import Engine
-from babydoctor.engine.settings import EngineSettings
 from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput
+from babydoctor.engine.settings import EngineSettings
 from babydoctor.image import load_image, to_pixels
 from babydoctor.model.checkpoint import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN, Turn
