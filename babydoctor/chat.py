@@ -7,28 +7,31 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from babydoctor.conversation import get_template, render_prompt
+from babydoctor.dicom import read_dicom, render
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput
 from babydoctor.engine.settings import EngineSettings
-from babydoctor.image import load_image, to_pixels
+from babydoctor.image import is_dicom, load_image, to_pixels
 from babydoctor.model.checkpoint import Run, load_run
-from babydoctor.schema import IMAGE_TOKEN, Turn
+from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
 from babydoctor.tokens import encode
 
 
 class Chat:
     """A conversation with a run about at most one image. Use as a context manager: it owns an engine."""
 
-    def __init__(self, run: Run, image: Path | None) -> None:
+    def __init__(self, run: Run, image: Path | None, *, frame: int = 0, preset: str | None = None) -> None:
+        """``frame`` and CT ``preset`` choose what is shown of a DICOM file."""
         self.run = run
         self.template = get_template(run.manifest.template)
         self.turns: list[Turn] = []
         self.images: tuple[ImageInput, ...] = ()
         if image is not None:
-            pixels = to_pixels(load_image(image), run.manifest.image)
-            key = hashlib.sha256(image.read_bytes() + repr(run.manifest.image).encode()).hexdigest()
-            self.images = (ImageInput(key, pixels),)
+            pixels = to_pixels(open_picture(image, frame, preset), run.manifest.image)
+            self.images = (ImageInput(hashlib.sha256(pixels.tobytes()).hexdigest(), pixels),)
         self.engine = Engine(run.model, run.tokenizer, EngineSettings(max_running=1, cached_slots=1))
 
     def __enter__(self) -> Chat:
@@ -62,9 +65,34 @@ class Chat:
                 self.turns = [*turns, Turn("assistant", event.text.strip())]
 
 
-def answer(path: Path, image: Path | None, question: str | None, *, max_new_tokens: int, temperature: float) -> None:
+def open_picture(path: Path, frame: int = 0, preset: str | None = None) -> Image.Image:
+    """A picture file, or one frame of a DICOM file under a window preset, as RGB.
+
+    Raises:
+        UserError: it cannot be read, or a frame or preset was named and it is no DICOM.
+    """
+    if frame == 0 and preset is None:
+        return load_image(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such image file")
+    data = path.read_bytes()
+    if not is_dicom(data, path.name):
+        raise UserError(f"{path} is no DICOM file; --frame and --preset are for DICOM")
+    return render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+
+
+def answer(
+    path: Path,
+    image: Path | None,
+    question: str | None,
+    *,
+    frame: int = 0,
+    preset: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> None:
     """Print the answer to one question as it comes; without a question, ask for them until the input ends."""
-    with Chat(load_run(path), image) as chat:
+    with Chat(load_run(path), image, frame=frame, preset=preset) as chat:
         if question is not None:
             _print_stream(chat.ask(question, max_new_tokens=max_new_tokens, temperature=temperature))
             return

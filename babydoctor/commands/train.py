@@ -79,10 +79,20 @@ def chat(
     run: Annotated[Path, typer.Argument(help="run directory")],
     question: Annotated[Optional[str], typer.Argument(help="without it, a conversation")] = None,  # noqa: UP045
     image: Annotated[Optional[Path], typer.Option(help="PNG, JPEG or DICOM")] = None,  # noqa: UP045
+    frame: Annotated[int, typer.Option(min=0, help="which frame of a DICOM loop, from 0")] = 0,
+    preset: Annotated[Optional[str], typer.Option(help="CT window of a DICOM: lung, bone, ...")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
 ) -> None:
     """Ask a run about an image; the answer streams to the terminal."""
     from babydoctor.chat import answer
 
-    answer(run, image, question, max_new_tokens=max_new_tokens, temperature=temperature)
+    answer(
+        run,
+        image,
+        question,
+        frame=frame,
+        preset=preset,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
