@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``T`` token positions, ``N`` images, ``P`` patches an image,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
+from babydoctor.model.decoder import decoder_layer, rms_norm, tail_index
 from babydoctor.model.loss import summed_cross_entropy
 from babydoctor.model.vision import num_patches, patch_features
 from babydoctor.schema import IGNORE_INDEX
@@ -29,6 +31,7 @@ class BabyDoctor(nn.Module):
         vision_layer: the tower's hidden layer that is projected (-2 in LLaVA).
         recompute_every: 0 keeps all activations; ``k`` recomputes one decoder layer in ``k`` in the backward
             pass (1: all of them).
+        compiled: whether ``compile_layers`` was called.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class BabyDoctor(nn.Module):
         self.language_model = language_model
         self.vision_layer = vision_layer
         self.recompute_every = 0
+        self.compiled = False
 
     @property
     def num_patches(self) -> int:
@@ -97,23 +101,89 @@ class BabyDoctor(nn.Module):
         """
         features = None if pixel_values is None else self.encode_images(pixel_values)
         embeds = self.embed(input_ids[None], image_mask[None], features)
-        hidden = self.decode(embeds, position_ids[None], document_lengths)[0]
+        # What comes before a document's first target only matters as keys and values in the last layer.
+        tails = supervised_tails(targets, document_lengths)
+        hidden = self.decode(embeds, position_ids[None], document_lengths, tails)[0]
+        targets = targets[tail_index(document_lengths, tails, targets.device)]
         supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
         return summed_cross_entropy(hidden[supervised], self.language_model.lm_head.weight, targets[supervised])
 
     def decode(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, document_lengths: tuple[int, ...]
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_lengths: Sequence[int],
+        tail_lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run LLaMA's layers over packed documents: ``[1, T, D] -> [1, T, D]``, after the final norm."""
+        """Run LLaMA's layers over packed documents, the final norm included.
+
+        Args:
+            embeds: ``[1, T, D]``.
+            position_ids: ``[1, T]``.
+            tail_lengths: how many of each document's last positions are wanted, ``Q`` together. None: all.
+
+        Returns:
+            ``[1, Q, D]``.
+        """
+        if self.compiled:
+            return self._decode_compiled(embeds, position_ids, document_lengths, tail_lengths)
+        body: Any = self.language_model.model
+        hidden = embeds[0].to(self.language_model.dtype)
+        # The precision of each operation is said in the operation; autocast would only look for casts to do.
+        with torch.autocast(embeds.device.type, enabled=False):
+            cos, sin = (x[0] for x in body.rotary_emb(hidden[None], position_ids))
+            for index, layer in enumerate(body.layers):
+                tails = tail_lengths if index == len(body.layers) - 1 else None
+                call = (
+                    partial(checkpoint, decoder_layer, use_reentrant=False)
+                    if self._recomputes(index)
+                    else decoder_layer
+                )
+                hidden = call(layer, hidden, cos, sin, document_lengths, tails)
+            return rms_norm(hidden, body.norm)[None]
+
+    def _decode_compiled(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_lengths: Sequence[int],
+        tail_lengths: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """``decode`` through transformers' own layers, which torch.compile fuses better than ours."""
         body: Any = self.language_model.model
         rotary = body.rotary_emb(embeds, position_ids)
         hidden = embeds
         for index, layer in enumerate(body.layers):
-            recompute = self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled()
-            call = partial(checkpoint, layer.__call__, use_reentrant=False) if recompute else layer
-            hidden = call(hidden, attention_mask=None, position_embeddings=rotary, document_lengths=document_lengths)
+            call = partial(checkpoint, layer.__call__, use_reentrant=False) if self._recomputes(index) else layer
+            hidden = call(
+                hidden, attention_mask=None, position_embeddings=rotary, document_lengths=tuple(document_lengths)
+            )
+        if tail_lengths is not None:
+            hidden = hidden[:, tail_index(document_lengths, tail_lengths, hidden.device)]
         return body.norm(hidden)
+
+    def _recomputes(self, index: int) -> bool:
+        return bool(self.recompute_every) and index % self.recompute_every == 0 and torch.is_grad_enabled()
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer with torch.compile at its first use."""
+        self.compiled = True
+        layers: Any = self.language_model.model.layers
+        for layer in layers:
+            layer.compile()
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name, in a fixed order."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def supervised_tails(targets: torch.Tensor, document_lengths: Sequence[int]) -> tuple[int, ...]:
+    """How many positions each document has from its first supervised one on; at least 1.
+
+    Args:
+        targets: ``[T]``, ``IGNORE_INDEX`` where not supervised.
+    """
+    tails = []
+    for document in (targets.cpu() != IGNORE_INDEX).split(tuple(document_lengths)):
+        tails.append(len(document) - int(document.int().argmax()) if document.any() else 1)
+    return tuple(tails)

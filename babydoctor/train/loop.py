@@ -129,8 +129,7 @@ def build_trainable_model(
         add_lora(model.language_model, config.lora)
     model.recompute_every = recompute_every(config.train.gradient_checkpointing)
     if config.train.compile:
-        for layer in model.language_model.model.layers:
-            layer.compile()
+        model.compile_layers()
     return model.train()
 
 

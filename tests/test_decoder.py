@@ -1,0 +1,213 @@
+"""The training forward of the decoder: transformers' numbers, one document at a time or packed, with LoRA or 4-bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from babydoctor.config import LoraConfig
+from babydoctor.model.adapters import add_lora, build_language_model, finish_language_model
+from babydoctor.model.attention import ATTENTION_NAME, QUERY_BLOCK, attend, register_packed_attention
+from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
+from babydoctor.model.decoder import rms_norm, rotate, swiglu, tail_index
+from babydoctor.model.linear import apply_linears, draw_keep_mask
+from babydoctor.schema import IGNORE_INDEX
+
+LENGTHS = (5, 300, 1, 129, 128, 40)
+
+
+def reference_attention(q, k, v, query_lengths):
+    outputs, first_row, first_key = [], 0, 0
+    groups = q.shape[1] // k.shape[1]
+    for length, asking in zip(LENGTHS, query_lengths, strict=True):
+        a = q[first_row : first_row + asking].transpose(0, 1)
+        b, c = (x[first_key : first_key + length].transpose(0, 1).repeat_interleave(groups, 0) for x in (k, v))
+        scores = a @ b.transpose(1, 2) / q.shape[-1] ** 0.5
+        allowed = torch.arange(length)[None] <= torch.arange(length - asking, length)[:, None]
+        outputs.append((scores.masked_fill(~allowed.to(q.device), -torch.inf).softmax(-1) @ c).transpose(0, 1))
+        first_row, first_key = first_row + asking, first_key + length
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("tails", [LENGTHS, (1, 131, 1, 20, 128, 2)])
+def test_attention_and_its_gradients_equal_the_definition(kv_heads, tails):
+    torch.manual_seed(0)
+    q = torch.randn(sum(tails), 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(sum(LENGTHS), kv_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ours, expected = attend(q, k, v, LENGTHS, tails), reference_attention(q, k, v, tails)
+    torch.testing.assert_close(ours, expected)
+    seed = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), seed) for out in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert max(LENGTHS) > 2 * QUERY_BLOCK
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tails", [LENGTHS, (1, 131, 1, 20, 128, 2)])
+def test_cuda_kernel_equals_the_definition(tails):
+    torch.manual_seed(0)
+    q = torch.randn(sum(tails), 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    k, v = (torch.randn(sum(LENGTHS), 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(2))
+    ours = attend(q, k, v, LENGTHS, tails)
+    expected = reference_attention(q.double(), k.double(), v.double(), tails)
+    torch.testing.assert_close(ours.double(), expected, atol=2e-2, rtol=2e-2)
+    seed = torch.randn_like(ours)
+    gradients = torch.autograd.grad(ours, (q, k, v), seed)
+    for a, b in zip(gradients, torch.autograd.grad(expected, (q, k, v), seed.double()), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)
+
+
+def test_parts_pass_gradcheck():
+    torch.manual_seed(0)
+    norm = LlamaForCausalLM(tiny_config()).double().model.norm
+    x, y = (torch.randn(6, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    angle = torch.randn(6, 4, dtype=torch.float64)
+    cos, sin = (f(torch.cat((angle, angle), -1)) for f in (torch.cos, torch.sin))
+    assert torch.autograd.gradcheck(swiglu, (x, y))
+    assert torch.autograd.gradcheck(lambda x: rotate(x.view(6, 4, 8), cos, sin), (x,))
+    # The norm's mean is in float32, so it is compared with autograd through the same formula.
+    expected = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
+    for a, b in zip(torch.autograd.grad(rms_norm(x, norm), x, y), torch.autograd.grad(expected, x, y), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def tiny_config(**values) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=60, **values
+    )
+
+
+def build_tiny(dtype=torch.float32, **values) -> BabyDoctor:
+    torch.manual_seed(0)
+    register_packed_attention()
+    config = tiny_config(**values)
+    config._attn_implementation = ATTENTION_NAME
+    language_model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    tower = CLIPVisionModel(vision).to(dtype).requires_grad_(False).eval()
+    return BabyDoctor(tower, torch.nn.Linear(16, 32), language_model)
+
+
+def packed_inputs(lengths=(9, 17, 12)) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    total = sum(lengths)
+    image_mask, targets = torch.zeros(total, dtype=torch.bool), torch.full((total,), IGNORE_INDEX)
+    start = 0
+    for length in lengths:
+        image_mask[start + 1 : start + 5] = True
+        targets[start + length - 4 : start + length - 1] = 7
+        start += length
+    return {
+        "input_ids": torch.randint(3, 60, (total,), generator=generator),
+        "targets": targets,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+        "image_mask": image_mask,
+        "document_lengths": lengths,
+        "pixel_values": torch.randn(len(lengths), 3, 28, 28, generator=generator),
+    }
+
+
+def loss_and_gradients(model: BabyDoctor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.trainable_parameters().items()}
+
+
+@pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_loss_and_gradients_equal_transformers_layers(values, with_lora):
+    model = build_tiny(**values)
+    if with_lora:
+        add_lora(model.language_model, LoraConfig(r=4, alpha=8, dropout=0.0))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    loss, gradients = loss_and_gradients(model, packed_inputs())
+    model.compiled = True  # transformers' layers, here without the compiler
+    expected, expected_gradients = loss_and_gradients(model, packed_inputs())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == expected_gradients.keys() and len(gradients) == (44 if with_lora else 2)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_packed_loss_equals_the_sum_of_single_losses():
+    model, inputs = build_tiny(), packed_inputs()
+    total, start = torch.zeros(()), 0
+    for index, length in enumerate(inputs["document_lengths"]):
+        part = slice(start, start + length)
+        single = {k: inputs[k][part] for k in ("input_ids", "targets", "position_ids", "image_mask")}
+        pixels = inputs["pixel_values"][index : index + 1]
+        total += model(**single, document_lengths=(length,), pixel_values=pixels).detach()
+        start += length
+    torch.testing.assert_close(model(**inputs).detach(), total, atol=1e-5, rtol=1e-5)
+
+
+def test_tails_begin_at_the_first_target():
+    targets = torch.tensor([-100, 1, -100, -100, 2, 3, -100, -100])
+    assert supervised_tails(targets, (3, 3, 2)) == (2, 2, 1)
+    assert tail_index((3, 3, 2), (2, 2, 1)).tolist() == [1, 2, 4, 5, 7]
+
+
+def test_recomputing_changes_nothing_with_dropout():
+    model = build_tiny()
+    add_lora(model.language_model, LoraConfig(r=4, alpha=8, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.train()
+    results = []
+    for model.recompute_every in (0, 1, 2):
+        torch.manual_seed(3)
+        results.append(loss_and_gradients(model, packed_inputs()))
+    for loss, gradients in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(gradients[name], results[0][1][name]) for name in gradients)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    keep = draw_keep_mask((1001, 1003), 0.05, torch.device("cpu"))
+    assert keep.shape == (1001, 1003) and set(keep.unique().tolist()) == {0, 1}
+    assert abs(keep.float().mean().item() - 0.95) < 1e-3
+    model = build_tiny()
+    add_lora(model.language_model, LoraConfig(r=32, alpha=32, dropout=0.3))
+    layer = model.language_model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(5, 32)
+    layer.eval()
+    (expected,) = apply_linears(x, [layer])
+    torch.testing.assert_close(expected, layer(x))
+    layer.train()
+    mean = torch.stack([apply_linears(x, [layer])[0] for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, expected, atol=0.2, rtol=0.05)
+
+
+def test_gradients_through_a_4bit_base():
+    pytest.importorskip("bitsandbytes")
+    from babydoctor.model.adapters import Quantization, dequantized_weight, place_weight
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=60
+    )
+    plain = LlamaForCausalLM(config)
+    model = build_language_model(config, torch.float32)
+    for name, weight in plain.named_parameters():
+        place_weight(model, name, weight.data, Quantization())
+    finish_language_model(model, "cpu")
+    base = copy.deepcopy(model.model.layers[0].mlp.gate_proj)
+    add_lora(model, LoraConfig(r=4, alpha=8, dropout=0.0))
+    layer = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(7, 64, requires_grad=True)
+    (y,) = apply_linears(x, [layer])
+    torch.testing.assert_close(y, x @ dequantized_weight(base).float().T, atol=1e-4, rtol=1e-4)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dequantized_weight(base).float().sum(0).expand(7, -1), atol=1e-3, rtol=1e-3)
+    assert layer.lora_B["default"].weight.grad.abs().sum() > 0
