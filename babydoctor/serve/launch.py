@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -255,7 +256,7 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _raise_on_signals() -> dict[int, object]:
+def _raise_on_signals() -> dict[int, Any]:
     """SIGTERM and SIGHUP end this process by way of ``finally`` too. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}

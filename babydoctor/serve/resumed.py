@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from babydoctor.engine.stops import Detokenizer, StopFilter
@@ -14,13 +14,14 @@ class ResumedText:
     Args:
         token_ids: what was generated before.
         stops: strings that end the answer.
+        eos: tokens that end it.
     """
 
-    def __init__(self, tokenizer: Any, token_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, token_ids: Sequence[int], stops: Sequence[str], eos: Container[int]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._filter = StopFilter(stops)
         self._text = ""
-        self.ended = bool(token_ids) and token_ids[-1] == tokenizer.eos_token_id
+        self.ended = bool(token_ids) and token_ids[-1] in eos
         self.add(token_ids)
 
     def add(self, token_ids: Iterable[int]) -> str:

@@ -135,12 +135,12 @@ class Worker:
         self.name = name
         self.run = run
         self.engine = engine
-        self.places = Places(engine.num_slots, settings.limits.max_queue)
+        self.places = Places(engine.memory.max_running, settings.limits.max_queue)
         self.draining = False
         self.jobs: set[Job] = set()
         self._template = get_template(run.manifest.template)
         self._num_patches = run.model.num_patches
-        self._context_length = engine.context_length
+        self._context_length = engine.max_context
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="prepare")
         self._pump: EventPump | None = None
@@ -158,7 +158,9 @@ class Worker:
         return self._template
 
     def unready(self) -> str | None:
-        return "The worker is shutting down." if self.draining else None
+        if self.draining:
+            return "The worker is shutting down."
+        return None if self.engine.healthy else "The engine has stopped; the worker has to be started anew."
 
     async def open(self, request: GenerateRequest) -> Answer:
         self._check_model(request.model)
@@ -260,7 +262,7 @@ class Worker:
             answer=Answer(self._nothing),
             request=request,
             prompt_tokens=len(example),
-            resumed=ResumedText(self.run.tokenizer, resume_ids, request.stops) if resume_ids else None,
+            resumed=self._resume(resume_ids, request) if resume_ids else None,
             request_id=REQUEST_ID.get() or "",
             images=tuple(encoded) if self._retention else (),
             num_tokens=len(resume_ids),
@@ -279,7 +281,8 @@ class Worker:
             images=images,
             max_new_tokens=num_left,
             temperature=max(0.0, request.temperature),
-            top_p=request.top_p,
+            # 0 is allowed on the wire and means the likeliest token alone.
+            top_p=max(request.top_p, 1e-6),
             stop=request.stops,
             seed=request.seed,
             logprobs=int(request.logprobs) - 1 if request.logprobs else None,
@@ -293,6 +296,9 @@ class Worker:
             raise _api_error(error) from None
         job.handle.add_listener(lambda event: self._push(job, event))
         return job
+
+    def _resume(self, token_ids: tuple[int, ...], request: GenerateRequest) -> ResumedText:
+        return ResumedText(self.run.tokenizer, token_ids, request.stops, self.engine.eos)
 
     def _push(self, job: Job, event: Event) -> None:
         assert self._pump is not None, "start() comes before the first request"
@@ -441,11 +447,13 @@ class Worker:
     def _add_gauges(self) -> None:
         gauge = self.metrics.gauge
         gauge("queue_length", "Requests running and waiting", lambda: self.places.taken)
-        for name in self.engine.stats():
-            gauge(f"engine_{name}", f"{name.replace('_', ' ')} of the engine", partial(self._stat, name))
+        snapshot = self.engine.stats()
+        for name in type(snapshot).__slots__:
+            if isinstance(getattr(snapshot, name), int | float):
+                gauge(f"engine_{name}", f"{name.replace('_', ' ')} of the engine", partial(self._stat, name))
 
     def _stat(self, name: str) -> float:
-        return float(self.engine.stats()[name])
+        return float(getattr(self.engine.stats(), name))
 
 
 def _api_error(error: EngineError) -> ApiError:
@@ -479,7 +487,9 @@ def load_worker(path: Path, settings: ServeSettings) -> Worker:
     known = {item.name for item in fields(EngineSettings)}
     if unknown := sorted(settings.engine.keys() - known):
         raise UserError(f"engine.{unknown[0]} is not a setting of the engine; it has {', '.join(sorted(known))}")
-    engine = Engine(run.model, run.tokenizer, EngineSettings(**settings.engine))
+    # How many may wait is decided at admission, before an image is touched; the engine's own limit lies above that.
+    values = {"max_queue": max(256, settings.limits.max_queue)} | settings.engine
+    engine = Engine(run.model, run.tokenizer, EngineSettings(**values)).start()
     name = settings.worker.model_name or path.resolve().name
     return Worker(run, engine, settings, name)
 
