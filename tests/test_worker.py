@@ -334,9 +334,8 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
         headers = {"Authorization": "Bearer key-of-the-ward-2"}
         answer = llava_answer(server.url, generation(png()), headers=headers)
 
-        entry = json.loads(
-            wait_until(lambda: (kept / "requests.jsonl").exists() and (kept / "requests.jsonl").read_text())
-        )
+        file = kept / "requests.jsonl"
+        entry = json.loads(wait_until(lambda: file.exists() and file.read_text(), 5, "the kept request"))
         assert entry["prompt"] == PROMPT and entry["answer"] == answer
         assert (kept / "images" / entry["images"][0]).read_bytes() == png()
         assert (kept.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)

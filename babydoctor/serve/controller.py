@@ -220,17 +220,18 @@ class Controller:
         task.add_done_callback(self._probes.discard)
 
     async def _probe_all(self) -> None:
-        await asyncio.gather(*(self._probe(record) for record in list(self.registry.records.values())))
+        records = list(self.registry.records.values())
+        await asyncio.gather(*(self._probe(record, is_decisive=True) for record in records))
 
-    async def _probe(self, record: WorkerRecord) -> None:
+    async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
         status = await self._fetch_status(record.url)
         if self.registry.records.get(record.url) is not record:
             return  # registered anew meanwhile
         if status is None:
-            if not record.failed:
+            if not (record.failed or record.doubtful):
                 log(logger, logging.WARNING, "worker cannot be reached", worker=record.worker_id)
-            record.failed = True
-            record.proven = False
+            record.doubtful = True
+            record.failed = record.failed or is_decisive
             return
         if record.failed or not record.proven:
             log(logger, logging.INFO, "worker reached", worker=record.worker_id)
@@ -319,7 +320,7 @@ def _add_controller_routes(app: FastAPI, controller: Controller) -> None:
         """A worker is alive. `exist` false: register again; `reachable` false: nobody reaches it at its address."""
         url = controller.check_registrant(request, body.worker_name)
         record = controller.heart_beat(url, body.queue_length)
-        return {"exist": record is not None, "reachable": record is not None and not record.failed}
+        return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
 
     @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def unregister_worker(body: HeartBeat, request: Request) -> None:

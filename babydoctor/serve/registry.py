@@ -31,6 +31,8 @@ class WorkerRecord:
     """A connection to it failed and no probe has succeeded since."""
     proven: bool = False
     """The controller has reached it at this URL."""
+    doubtful: bool = False
+    """The controller has tried to and could not; it is asked where there is no other."""
     inflight: int = 0
     """Requests that this controller has open on it."""
     unreported: int = 0
@@ -101,7 +103,7 @@ class Registry:
         record.status = status
         record.unreported = 0
         record.last_seen_s = now_s
-        record.failed = False
+        record.failed = record.doubtful = False
         record.proven = True
 
     def expire(self, now_s: float) -> list[WorkerRecord]:
@@ -126,6 +128,7 @@ class Registry:
     def pick(self, model: str, now_s: float, exclude: Collection[WorkerRecord] = ()) -> WorkerRecord | None:
         """Choose a worker for one request; None where no worker in rotation serves the model."""
         able = [r for r in self.in_rotation(now_s) if model in r.status.model_names and r not in exclude]
+        able = [r for r in able if not r.doubtful] or able
         if not able:
             return None
         if self.dispatch == "lottery":
