@@ -6,7 +6,7 @@ cursor: a resumed run asks for step ``n`` and gets what an uninterrupted run got
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,12 +78,19 @@ class Encoder:
             raise UserError(f"{sample.source or sample.id}: no token is supervised; the answer is empty")
         return example
 
-    def pixels(self, batch: Batch, images_dir: str | None) -> torch.Tensor | None:
-        """The pixels of a batch's images, ``[N, 3, S, S]``."""
+    def pixels(
+        self, batch: Batch, images_dir: str | None, loaded: Mapping[str | bytes, np.ndarray] | None = None
+    ) -> torch.Tensor | None:
+        """The pixels of a batch's images, ``[N, 3, S, S]``; those in ``loaded`` are not read again."""
         if not batch.images:
             return None
-        pixels = [to_pixels(read_image(image, images_dir), self.image) for image in batch.images]
+        loaded = loaded or {}
+        pixels = [loaded[image] if image in loaded else self.read(image, images_dir) for image in batch.images]
         return torch.from_numpy(np.stack(pixels))
+
+    def read(self, image: str | bytes, images_dir: str | None) -> np.ndarray:
+        """One image as pixels ``[3, S, S]``. Raises ``UserError`` where it cannot be read."""
+        return to_pixels(read_image(image, images_dir), self.image)
 
 
 class StepDataset(Dataset[StepData]):
@@ -113,12 +120,14 @@ class StepDataset(Dataset[StepData]):
     def __getitem__(self, step: int) -> StepData:
         bad: list[tuple[str, str]] = []
         examples: list[Example] = []
+        loaded: dict[str | bytes, np.ndarray] = {}
         for index in self.sampler.samples_of_step(step):
             sample = self.samples[index]
             try:
                 example = self.encoder.encode(sample)
                 if self.quarantine and sample.image is not None:
-                    read_image(sample.image, self.images_dir)  # every rank must agree on what is left out
+                    # Every rank must agree on what is left out, so each reads all images of the step.
+                    loaded[sample.image] = self.encoder.read(sample.image, self.images_dir)
             except UserError as error:
                 if not self.quarantine:
                     raise
@@ -129,7 +138,7 @@ class StepDataset(Dataset[StepData]):
         mine = [batch for batch in batches[self.rank :: self.num_ranks] if len(batch)]
         return StepData(
             batches=mine,
-            pixels=[self.encoder.pixels(batch, self.images_dir) for batch in mine],
+            pixels=[self.encoder.pixels(batch, self.images_dir, loaded) for batch in mine],
             num_supervised=sum(batch.num_supervised for batch in batches),
             num_tokens=sum(len(batch) for batch in batches),
             num_samples=len(examples),
