@@ -72,9 +72,11 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         UserError: the pickle asks for code to be run, or does not hold tensors by name.
     """
     import pickle
+    import zipfile
 
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip archives and cannot be memory-mapped.
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(
             f"{path} is refused: it is damaged or holds more than plain tensors, and opening it could run code "

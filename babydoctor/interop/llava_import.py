@@ -1,0 +1,332 @@
+"""``babydoctor import``: a checkpoint of the original LLaVA code becomes a run directory.
+
+The four layouts in which such checkpoints are published:
+
+====================  =====================================================  ==============================
+layout                files                                                  becomes
+====================  =====================================================  ==============================
+projector on a base   ``mm_projector.bin``                                   projector
+LoRA on a base        ``adapter_model.*`` and ``non_lora_trainables.bin``    projector, ``adapter/``
+merged, tower inside  ``model*.safetensors`` with ``model.vision_tower.*``   projector, ``language_model/``,
+                                                                             ``vision_tower/``
+merged, no tower      ``pytorch_model*.bin`` or ``model*.safetensors``       projector, ``language_model/``
+====================  =====================================================  ==============================
+
+Source: LLaVA release 1.2, ``llava/model/builder.py`` (what is read from where) and ``llava/train/train.py`` (what is
+written).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from babydoctor.conversation import get_template
+from babydoctor.image import ImageMode, ImageSettings
+from babydoctor.interop.shards import ShardWriter, with_progress
+from babydoctor.model.adapters import PEFT_PREFIX, LoraUpdate, build_language_model, load_language_config
+from babydoctor.model.checkpoint import Manifest, atomic_directory, describe_software, write_manifest
+from babydoctor.model.projector import PROJECTOR_KINDS, build_projector
+from babydoctor.model.weights import iterate_weights, load_pickle, local_directory
+from babydoctor.schema import UserError
+
+PROJECTOR_PREFIX = "model.mm_projector."
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+
+_LLAVA_KEYS = ("mm_", "tune_", "freeze_", "unfreeze_", "use_mm_", "image_", "tokenizer_", "_name_or_path", "auto_map")
+"""Keys of a LLaVA ``config.json`` that are not the language model's, by their beginnings."""
+
+Layout = Literal["projector", "lora", "merged"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of the original code: where it is, which layout, what its configuration says."""
+
+    directory: Path
+    layout: Layout
+    config: dict[str, Any]
+    language_model: str
+    vision_tower: str
+
+    @property
+    def projector_kind(self) -> Any:
+        return self.config.get("mm_projector_type", "linear")
+
+    @property
+    def vision_layer(self) -> int:
+        return int(self.config.get("mm_vision_select_layer", -2))
+
+
+def import_llava(
+    source: str | Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    vision_tower: str | None = None,
+    template: str = "llava_llama_2",
+    image_mode: ImageMode | None = None,
+) -> Manifest:
+    """Write a run directory from a LLaVA checkpoint; weights pass through one at a time.
+
+    Args:
+        source: a directory or hub id.
+        base: the language model of a projector or LoRA; None: what its configuration names.
+        vision_tower: None: what the configuration names.
+        template: the conversation template that it was trained with; the original keeps no record of it.
+        image_mode: None: ``image_aspect_ratio`` of the configuration.
+
+    Raises:
+        UserError: something is missing, of another architecture, or has no place in our model. ``out`` is then
+            left as it was.
+    """
+    get_template(template)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    checkpoint = open_source(source, base, vision_tower)
+    tower_directory = local_directory(checkpoint.vision_tower)
+    tower_width = _tower_width(tower_directory)
+    image = ImageSettings.from_processor_dir(tower_directory, image_mode or _image_mode(checkpoint))
+    with atomic_directory(out) as directory:
+        if checkpoint.layout == "merged":
+            parts = _import_merged(checkpoint, tower_directory, directory)
+        else:
+            parts = _import_trained_part(checkpoint, directory)
+        _save_projector(checkpoint, parts.projector, tower_width, parts.text_width, directory)
+        manifest = Manifest(
+            name=Path(str(source)).name,
+            language_model=parts.language_model,
+            vision_tower=parts.vision_tower or checkpoint.vision_tower,
+            projector=checkpoint.projector_kind,
+            vision_layer=checkpoint.vision_layer,
+            template=template,
+            image_size=image.size,
+            image_mode=image.mode,
+            image_mean=image.mean,
+            image_std=image.std,
+            max_length=int(checkpoint.config.get("tokenizer_model_max_length") or 2048),
+            dtype="float32" if checkpoint.config.get("torch_dtype") == "float32" else "bfloat16",
+            **describe_software(),
+        )
+        write_manifest(directory, manifest)
+    return manifest
+
+
+def open_source(source: str | Path, base: str | None, vision_tower: str | None) -> Source:
+    """Recognise the layout of a checkpoint and find what it stands on.
+
+    Raises:
+        UserError: it is no LLaVA checkpoint, or one that this model cannot be.
+    """
+    directory = local_directory(source)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json; give the folder of a LLaVA checkpoint")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    _check_architecture(config, path)
+    layout = _layout(directory)
+    if layout == "merged":
+        language_model = "./language_model"
+    else:
+        named = base or config.get("_name_or_path") or _adapter_base(directory)
+        if not named:
+            raise UserError(f"{path} does not say which language model it stands on; give it with --base")
+        language_model = _locate(named, None if base else directory, "--base")
+    tower = vision_tower or config.get("mm_vision_tower")
+    if not tower:
+        raise UserError(f"{path} names no mm_vision_tower; give it with --vision-tower")
+    return Source(
+        directory, layout, config, language_model, _locate(tower, None if vision_tower else directory, "--vision-tower")
+    )
+
+
+def _layout(directory: Path) -> Layout:
+    if (directory / "adapter_config.json").is_file():
+        return "lora"
+    if any(directory.glob("model*.safetensors")) or any(directory.glob("pytorch_model*.bin")):
+        return "merged"
+    if (directory / "mm_projector.bin").is_file():
+        return "projector"
+    raise UserError(
+        f"{directory} is in none of LLaVA's layouts: it holds no mm_projector.bin, adapter_config.json, "
+        "model*.safetensors or pytorch_model*.bin"
+    )
+
+
+def _check_architecture(config: dict[str, Any], path: Path) -> None:
+    """Refuse what would load and then answer wrongly."""
+    kind = config.get("model_type")
+    if "text_config" in config:
+        raise UserError(
+            f"{path} is transformers' own Llava format; import reads the original code's (model_type llava_llama)"
+        )
+    if kind not in ("llava_llama", "llava") or "mm_vision_tower" not in config:
+        raise UserError(
+            f"{path}: model_type={kind!r} cannot be read; import takes LLaVA on LLaMA (model_type llava_llama). "
+            "MPT, Mistral and Qwen language models are other architectures."
+        )
+    for key, allowed in (
+        ("mm_projector_type", PROJECTOR_KINDS),
+        ("mm_vision_select_feature", ("patch",)),
+        ("mm_patch_merge_type", ("flat",)),
+        ("image_aspect_ratio", ("square", "pad", None)),
+        ("mm_use_im_start_end", (False,)),
+        ("attention_bias", (False,)),
+    ):
+        if config.get(key, allowed[0]) not in allowed:
+            choices = ", ".join(repr(value) for value in allowed if value is not None)
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported; only {choices}")
+
+
+def _image_mode(checkpoint: Source) -> ImageMode:
+    return "pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "square"
+
+
+def _adapter_base(directory: Path) -> str | None:
+    path = directory / "adapter_config.json"
+    return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+
+
+def _locate(named: str, relative_to: Path | None, option: str) -> str:
+    """An absolute directory, or the hub id as it is; a path in a configuration is relative to its folder."""
+    for path in (relative_to / named if relative_to else Path(named), Path(named)):
+        if path.is_dir():
+            return str(path.resolve())
+    if named.startswith((".", "/", "~")) or named.count("/") > 1:
+        raise UserError(f"the directory {named!r} is not there; give where it is with {option}")
+    return named
+
+
+def _tower_width(directory: Path) -> int:
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("model_type") not in ("clip", "clip_vision_model"):
+        raise UserError(f"{directory}: model_type={config.get('model_type')!r} is no CLIP tower; see --vision-tower")
+    return int(config.get("vision_config", config)["hidden_size"])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What was read besides files that were written: references for the manifest, and the projector's weights."""
+
+    projector: dict[str, torch.Tensor]
+    text_width: int
+    language_model: str
+    vision_tower: str | None = None
+
+
+def _import_trained_part(checkpoint: Source, out: Path) -> _Parts:
+    """Projector only, or LoRA and projector: the language model stays where it is."""
+    is_lora = checkpoint.layout == "lora"
+    path = checkpoint.directory / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    if not path.is_file():
+        raise UserError(f"{path} is missing; a LLaVA LoRA has its projector there. Copy it beside adapter_config.json")
+    projector = {}
+    for name, weight in load_pickle(path).items():
+        # Saved from a peft model the names begin with base_model.model.
+        plain = name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+        if not plain.startswith(PROJECTOR_PREFIX):
+            raise UserError(f"{path}: {name!r} is not a weight of the projector, and there is no other place for it")
+        projector[plain.removeprefix(PROJECTOR_PREFIX)] = weight
+    config = load_language_config(checkpoint.language_model)
+    if is_lora:
+        _copy_adapter(checkpoint, out / "adapter")
+    return _Parts(projector, config.hidden_size, checkpoint.language_model)
+
+
+def _copy_adapter(checkpoint: Source, out: Path) -> None:
+    """Write the adapter as safetensors, checked against the base's shapes."""
+    update = LoraUpdate(checkpoint.directory)
+    config = load_language_config(checkpoint.language_model)
+    shapes = {name: p.shape for name, p in build_language_model(config, torch.float32).named_parameters()}
+    state = {}
+    for module, sides in update.weights.items():
+        shape = shapes.get(module + ".weight")
+        if shape is None or not module.startswith("model.layers."):
+            raise UserError(f"{checkpoint.directory}: {checkpoint.language_model} has no layer {module!r} for its LoRA")
+        missing = {"A", "B"} - set(sides)
+        if missing or (sides["B"].shape[0], sides["A"].shape[1]) != tuple(shape):
+            found = {side: tuple(weight.shape) for side, weight in sides.items()}
+            raise UserError(f"{checkpoint.directory}: the LoRA {found} of {module!r} does not fit {tuple(shape)}")
+        for side, weight in sides.items():
+            state[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] = weight.contiguous()
+    out.mkdir()
+    save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    values = {**update.config, "base_model_name_or_path": checkpoint.language_model, "inference_mode": True}
+    (out / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Parts:
+    """A whole model in one folder: language model, projector and perhaps the tower."""
+    source = checkpoint.directory
+    language_directory = out / "language_model"
+    language_directory.mkdir()
+    _write_language_config(checkpoint, language_directory)
+    copied = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).is_file()]
+    if not copied:
+        raise UserError(f"{source} holds neither tokenizer.model nor tokenizer.json; copy them from its base model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+        if (source / name).is_file():
+            copied.append(source / name)
+    for file in copied:
+        shutil.copy2(file, language_directory / file.name)
+    config = load_language_config(language_directory)
+    missing = {name: p.shape for name, p in build_language_model(config, torch.float32).named_parameters()}
+    if config.tie_word_embeddings:
+        missing.pop("lm_head.weight", None)
+    language, tower = ShardWriter(language_directory), None
+    projector: dict[str, torch.Tensor] = {}
+    for name, weight in with_progress(iterate_weights(source), "Importing weights"):
+        if name.startswith(PROJECTOR_PREFIX):
+            projector[name.removeprefix(PROJECTOR_PREFIX)] = weight.clone()
+        elif name.startswith(TOWER_PREFIX):
+            tower = tower or ShardWriter(out / "vision_tower")
+            if not name.endswith("position_ids"):  # a buffer that older transformers saved
+                tower.write(name.removeprefix(TOWER_PREFIX), weight)
+        elif name in missing:
+            if weight.shape != missing[name]:
+                raise UserError(
+                    f"{source}: {name!r} has the shape {tuple(weight.shape)}, config.json asks for "
+                    f"{tuple(missing[name])}"
+                )
+            language.write(name, weight)
+            del missing[name]
+        elif not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{source} holds a weight {name!r} that has no place in a LLaVA on LLaMA")
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights, the first is {next(iter(missing))!r}")
+    language.close()
+    if tower is None:
+        return _Parts(projector, config.hidden_size, "./language_model")
+    tower.close()
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if (tower_directory / name).is_file():
+            shutil.copy2(tower_directory / name, out / "vision_tower")
+    return _Parts(projector, config.hidden_size, "./language_model", "./vision_tower")
+
+
+def _write_language_config(checkpoint: Source, out: Path) -> None:
+    config = {key: value for key, value in checkpoint.config.items() if not key.startswith(_LLAVA_KEYS)}
+    config.update(model_type="llama", architectures=["LlamaForCausalLM"])
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_projector(
+    checkpoint: Source, weights: dict[str, torch.Tensor], vision_width: int, text_width: int, out: Path
+) -> None:
+    """Check names and shapes, then write ``projector.safetensors``."""
+    expected = build_projector(checkpoint.projector_kind, vision_width, text_width).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        if wanted != found:
+            raise UserError(
+                f"{checkpoint.directory}: the projector's {name!r} is {found}; a {checkpoint.projector_kind!r} "
+                f"projector from width {vision_width} to {text_width} has {wanted} there"
+            )
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, out / "projector.safetensors")
