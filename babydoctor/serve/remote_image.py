@@ -9,6 +9,7 @@ from the environment are not used.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable
@@ -62,7 +63,10 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
         if not addresses or not all(self._is_allowed(address) for address in addresses):
             raise _refused("The image's host is not on the public internet.")
-        return await self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+        return await self._backend.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
 
 
 async def fetch_image(url: str, settings: RemoteImages, is_allowed: AddressCheck = is_public) -> bytes:
@@ -90,8 +94,8 @@ async def _follow(url: str, settings: RemoteImages, is_allowed: AddressCheck) ->
             url = _check_url(url, settings)
             async with pool.stream("GET", url, headers={"Accept": "image/*, application/dicom"}) as response:
                 if response.status in (301, 302, 303, 307, 308):
-                    location = dict(response.headers).get(b"location", b"").decode("latin-1")
-                    url = urljoin(url, location)
+                    headers = {name.lower(): value for name, value in response.headers}
+                    url = urljoin(url, headers.get(b"location", b"").decode("latin-1"))
                     continue
                 if response.status != 200:
                     raise _refused(f"The image's host answered {response.status}.")
