@@ -37,13 +37,14 @@ def serve(
     """Start controller, workers and page; stop all of them on Ctrl-C."""
     from rich.console import Console
 
-    from babydoctor.model.checkpoint import read_manifest
+    from babydoctor.schema import UserError
     from babydoctor.serve.launch import launched
     from babydoctor.serve.settings import load_settings
 
     console = Console(highlight=False)
     name = load_settings(config, overrides or []).worker.model_name or run.resolve().name
-    read_manifest(run)
+    if not (run / "manifest.json").is_file():  # the rest is the worker's to check; this process stays without torch
+        raise UserError(f"{run} is not a run directory: it has no manifest.json. `babydoctor train` writes one")
     level = "INFO" if verbose else "WARNING"
     with console.status("starting") as status:
         parts = launched(
