@@ -138,12 +138,12 @@ def test_the_registered_address_is_one_that_the_controller_reaches():
     with bind("worker", "127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
         assert local_url(sock) == reachable_url(sock, "http://localhost:21001") == f"http://127.0.0.1:{port}"
-        with pytest.raises(UserError, match="worker.host=0.0.0.0"):
+        with pytest.raises(UserError, match=r"worker\.host=0\.0\.0\.0"):
             reachable_url(sock, "http://192.0.2.1:21001")
     with bind("worker", "0.0.0.0", 0) as sock:
         assert reachable_url(sock, "http://127.0.0.1:21001") == local_url(sock)
         assert "0.0.0.0" not in local_url(sock)
-    with pytest.raises(UserError, match="check worker.host"):
+    with pytest.raises(UserError, match=r"check worker\.host"):
         bind("worker", "203.0.113.7", free_port())
 
 
