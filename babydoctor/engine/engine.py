@@ -11,16 +11,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from babydoctor.engine.attention import image_attention
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
 from babydoctor.engine.job import Job, build_content
-from babydoctor.engine.kv import FeatureCache
+from babydoctor.engine.kv import Content, FeatureCache
 from babydoctor.engine.request import (
     MAX_TOP_LOGPROBS,
     EngineClosedError,
@@ -75,6 +77,7 @@ class Engine:
         self._vocabulary = language_model.config.vocab_size
         self._changed = threading.Condition()
         self._inbox: deque[Job] = deque()
+        self._errands: deque[tuple[GenerationRequest, tuple[int, ...], Future[np.ndarray]]] = deque()
         self._running: list[Job] = []
         self._num_running = 0
         self._accepting = True
@@ -144,6 +147,31 @@ class Engine:
             stats.image_cache_bytes = self.features.num_bytes
             stats.kv_used = self.memory.used_fraction
         return stats
+
+    def attention_map(
+        self, request: GenerationRequest, answer_ids: Sequence[int], timeout_s: float | None = None
+    ) -> np.ndarray:
+        """Where the model looked while it gave this answer; computed between two steps of the running answers.
+
+        Returns:
+            Float32 ``[A, N * P]``: for each answer token the attention to each image position, see ``attention.py``.
+
+        Raises:
+            InvalidRequestError, PromptTooLongError, EngineClosedError: it cannot be computed.
+            TimeoutError: not within ``timeout_s``.
+        """
+        self._check(request)
+        if not request.images or not answer_ids:
+            raise InvalidRequestError("an attention map needs an image and an answer")
+        if len(request.input_ids) + len(answer_ids) > self.max_context:
+            raise PromptTooLongError(f"prompt and answer take more than {self.max_context} positions")
+        result: Future[np.ndarray] = Future()
+        with self._changed:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineClosedError("the engine is closed")
+            self._errands.append((request, tuple(answer_ids), result))
+            self._changed.notify_all()
+        return result.result(timeout_s)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no new requests and wait for the ones that are here. False if some are left after ``timeout_s``."""
@@ -216,16 +244,20 @@ class Engine:
             failure = RequestFailedError("the engine stopped") if self._broken else None
             for job in [*self._running, *self._inbox]:
                 self._end(job, reason, failure)
+            for _, _, result in self._errands:
+                result.set_exception(EngineClosedError("the engine is closed"))
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._inbox or self._running)
+            self._changed.wait_for(lambda: self._stopping or self._inbox or self._running or self._errands)
             return not self._stopping
 
     def _step(self) -> None:
         """Let go of cancelled and late requests, admit waiting ones, compute one step, give out the tokens."""
         self._sweep()
+        if self._errands:
+            self._run_errand(*self._errands.popleft())
         self._admit()
         jobs, rows, chunks, chunk_jobs = self._plan()
         if not jobs and not chunk_jobs:
@@ -237,6 +269,17 @@ class Engine:
             self._step_one_by_one([*jobs, *chunk_jobs])
             return
         self._take_logits(jobs, chunks, chunk_jobs, logits)
+
+    def _run_errand(self, request: GenerationRequest, answer_ids: tuple[int, ...], result: Future[np.ndarray]) -> None:
+        try:
+            mask = np.concatenate([np.asarray(request.image_mask, bool), np.zeros(len(answer_ids), bool)])
+            ids = np.concatenate([np.asarray(request.input_ids), np.asarray(answer_ids)])
+            content = build_content(ids, mask, tuple(image.key for image in request.images))
+            embeds = self._embed(ids, content, request.images, 0)
+            looked = image_attention(self.model.language_model, embeds, torch.from_numpy(mask), len(answer_ids))
+            result.set_result(looked.numpy())
+        except Exception as error:
+            result.set_exception(error)
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -265,7 +308,9 @@ class Engine:
                 job.claim = self.memory.claim(job.prompt)
                 assert job.claim is not None, "no free slot"
                 job.num_computed = job.claim.num_reused
-                job.embeds = self._embed(job)
+                job.embeds = self._embed(
+                    np.asarray(job.request.input_ids), job.prompt, job.request.images, job.num_computed
+                )
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -275,14 +320,12 @@ class Engine:
     def _num_decoding(self) -> int:
         return sum(job.decoding for job in self._running)
 
-    def _embed(self, job: Job) -> torch.Tensor:
-        """Input embeddings ``[T', D]`` of the prompt positions that are not computed yet."""
-        start = job.num_computed
-        ids = torch.as_tensor(np.asarray(job.request.input_ids, np.int64)[start:]).to(self.memory.device)
+    def _embed(self, input_ids: np.ndarray, content: Content, images: Sequence[ImageInput], start: int) -> torch.Tensor:
+        """Input embeddings ``[T - start, D]`` of the positions from ``start`` on."""
+        ids = torch.from_numpy(input_ids[start:].astype(np.int64)).to(self.memory.device)
         embeds = self.decoder.embed_tokens(ids)
-        patches = self.model.num_patches
-        for (first, _), image in zip(job.prompt.images, job.request.images, strict=True):
-            end = first + patches
+        for (first, _), image in zip(content.images, images, strict=True):
+            end = first + self.model.num_patches
             if end > start:
                 features = self._image_features(image)
                 begin = max(first, start)
