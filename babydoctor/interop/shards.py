@@ -63,7 +63,7 @@ class ShardWriter:
             "data_offsets": [start, self._size],
         }
         # Bytes, because numpy knows no bfloat16.
-        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         if self._size >= self.shard_bytes or len(self._header) > _MAX_TENSORS:
             self._finish_shard()
 

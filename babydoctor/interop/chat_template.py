@@ -1,0 +1,87 @@
+"""Our conversation templates as Jinja chat templates, for software that renders prompts itself.
+
+Content is a string or a list of parts. Images come first, each on a line of its own, as in training; then the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from babydoctor.conversation import Template
+from babydoctor.schema import IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LLAMA_CPP_MARKER = "<__media__>"
+"""What llama.cpp puts in the place of an image before it renders the template."""
+
+# macro words(content): the text parts. macro images(content): one image token and a newline each.
+_MACROS = """\
+{%- macro words(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}{%- for part in content if part.type == 'text'TEXT_ONLY -%}
+{{ '\\n' if not loop.first }}{{ part.text }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- macro images(content) -%}
+{%- if content is not string -%}{%- for part in content if IS_IMAGE -%}
+{{ IMAGE }}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+"""
+
+_BODY = """\
+{%- set first = 1 if messages[0].role == 'system' else 0 -%}
+{%- set system = words(messages[0].content) if first else DEFAULT_SYSTEM -%}
+{{ BOS }}
+{%- for message in messages[first:] -%}
+{%- if message.role == 'user' -%}
+{%- if loop.first -%}{%- if system -%}{{ BEFORE_SYSTEM }}{{ system }}{{ AFTER_SYSTEM }}
+{%- else -%}{{ WITHOUT_SYSTEM }}{%- endif -%}
+{%- else -%}{{ NEXT_OPENING }}{%- endif -%}
+{{ images(message.content) }}USER_TEXT{{ REPLY_CUE }}
+{%- else -%}{{ BEFORE_ANSWER }}{{ words(message.content) }}{{ AFTER_ANSWER }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = False) -> str:
+    """The Jinja text of a conversation template.
+
+    Args:
+        spaces: write out the space that SentencePiece puts before text at its beginning and after an image. Needed
+            where the tokenizer adds it only at the very beginning (``adds_prefix_everywhere`` is false).
+        llama_cpp: images arrive as text parts that hold its marker, not as parts of type image.
+    """
+    space = " " if spaces and template.keeps_user_text else ""
+    line = "\n" if template.keeps_user_text else ""  # plain is the image and nothing else
+    before_system, _, after_system = template.opening.partition("{system}")
+    before_answer, _, after_answer = template.reply.partition("{answer}")
+    texts = {
+        "IMAGE": f"part.text ~ {json.dumps(line)}" if llama_cpp else json.dumps(f"{IMAGE_TOKEN}{space}{line}"),
+        "IS_IMAGE": f"part.text == '{LLAMA_CPP_MARKER}'"
+        if llama_cpp
+        else "part.type == 'image' or part.type == 'image_url'",
+        "TEXT_ONLY": f" and part.text != '{LLAMA_CPP_MARKER}'" if llama_cpp else "",
+        "USER_TEXT": "{{ words(message.content) }}" if template.keeps_user_text else "",
+        "DEFAULT_SYSTEM": json.dumps(template.system),
+        "BOS": f"bos_token ~ {json.dumps(space)}",
+        "BEFORE_SYSTEM": json.dumps(before_system if template.opening else ""),
+        "AFTER_SYSTEM": json.dumps(after_system),
+        "WITHOUT_SYSTEM": json.dumps(template.opening_without_system),
+        "NEXT_OPENING": json.dumps(template.next_opening),
+        "REPLY_CUE": json.dumps(template.reply_cue),
+        "BEFORE_ANSWER": json.dumps(before_answer),
+        "AFTER_ANSWER": json.dumps(after_answer),
+    }
+    return re.sub(rf"\b({'|'.join(texts)})\b", lambda match: texts[match[1]], _MACROS + _BODY)
+
+
+def adds_prefix_everywhere(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its prefix space after special tokens too (as LLaMA's did before 2023's repair)."""
+    special = tokenizer.eos_token
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    after = tokenizer(f"{special}a", add_special_tokens=False)["input_ids"][1:]
+    return list(alone) == list(after)

@@ -1,0 +1,95 @@
+"""``babydoctor export``: one run directory in, one directory for other software out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from babydoctor.interop.plain import PlainRun, open_plain
+from babydoctor.model.checkpoint import atomic_directory
+from babydoctor.schema import UserError
+
+FORMATS = ("hf", "llava", "gguf")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_USE = {
+    "hf": """\
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    processor = AutoProcessor.from_pretrained("DIR")
+    model = LlavaForConditionalGeneration.from_pretrained("DIR", dtype="auto")
+    messages = [{"role": "user", "content": [{"type": "image", "path": "scan.png"}, {"type": "text", "text": "..."}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    print(processor.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))
+
+    transformers serve --force-model DIR
+    vllm serve DIR --max-model-len 2048 --limit-mm-per-prompt '{"image": 1}'
+    python -m sglang.launch_server --model-path DIR
+""",
+    "llava": """\
+    cd DIR && python -m llava.eval.run_llava --model-path . --image-file scan.png --query "..."
+""",
+    "gguf": """\
+    llama-server -m DIR/model.gguf --mmproj DIR/mmproj.gguf --jinja -c 2048 --temp 0
+    llama-mtmd-cli -m DIR/model.gguf --mmproj DIR/mmproj.gguf --jinja --temp 0 --image scan.png -p "..."
+""",
+}
+
+
+def export_run(path: Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
+    """Write a run in another format, with a README that says how to use it.
+
+    Args:
+        format: one of ``FORMATS``.
+        dtype: of the weights; None: the run's. ``gguf`` also takes llama.cpp's block formats.
+
+    Returns:
+        What to tell the user; it stands in the README too.
+
+    Raises:
+        UserError: unknown format or dtype, or the run cannot be said in that format. ``out`` is left as it was.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    run = open_plain(path)
+    with atomic_directory(out) as directory:
+        notes = _write(run, directory, format, dtype or run.manifest.dtype)
+        (directory / "README.md").write_text(_readme(run, format, notes, out.name))
+    return [f"{out}: {run.manifest.name} for {format}", *notes]
+
+
+def _write(run: PlainRun, directory: Path, format: str, dtype: str) -> list[str]:
+    if format == "gguf":
+        from babydoctor.interop.gguf_export import export_gguf
+
+        return export_gguf(run, directory, dtype)
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if format == "hf":
+        from babydoctor.interop.hf_export import export_hf
+
+        return export_hf(run, directory, _DTYPES[dtype])
+    from babydoctor.interop.llava_export import export_llava
+
+    return export_llava(run, directory, _DTYPES[dtype])
+
+
+def _readme(run: PlainRun, format: str, notes: list[str], name: str) -> str:
+    manifest = run.manifest
+    lines = [
+        f"# {manifest.name}",
+        "",
+        "For academic research only: not a medical device, and never a replacement for a doctor.",
+        "",
+        f"Exported by BabyDoctor (`babydoctor export --format {format}`). Template `{manifest.template}`, images "
+        f"{manifest.image_size} px, `{manifest.image_mode}`.",
+        "",
+        _USE[format].replace("DIR", name),
+        *[f"- {note}" for note in notes],
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,158 @@
+"""``babydoctor export --format hf``: a directory for transformers' ``LlavaForConditionalGeneration``.
+
+Weights are named as in llava-hf/llava-1.5-7b-hf, the names that transformers 4 and 5, vLLM and SGLang all read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babydoctor.conversation import get_template
+from babydoctor.interop.chat_template import adds_prefix_everywhere, build_chat_template
+from babydoctor.interop.plain import PlainRun
+from babydoctor.interop.shards import ShardWriter, with_progress
+from babydoctor.model.adapters import build_language_model
+from babydoctor.schema import IMAGE_TOKEN, UserError
+
+
+def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
+    """Write the directory; weights pass through one at a time.
+
+    Returns:
+        Lines that tell the user what the other software will do differently, if anything.
+
+    Raises:
+        UserError: this run has no exact counterpart there.
+    """
+    if run.manifest.image_size != run.vision_config.image_size:
+        raise UserError(
+            f"{run.path}: images are {run.manifest.image_size} px but the tower takes {run.vision_config.image_size}"
+        )
+    projector = run.mlp_projector()
+    image_token_id, vocab_size = write_tokenizer(run, out)
+    write_config(run, out, image_token_id, vocab_size, dtype)
+    write_processor(run, out)
+    shards = ShardWriter(out)
+    count = sum(1 for _ in build_language_model(run.language_config, dtype).parameters())
+    for name, weight in with_progress(run.language_weights(), "Writing the language model", count):
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weight = add_rows(weight, vocab_size, run.tokenizer.unk_token_id or 0)
+        shards.write(f"language_model.{name}", weight.to(dtype))
+    for name, weight in run.tower_weights():
+        shards.write(f"vision_tower.vision_model.{name}", weight.to(dtype))
+    for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
+        for part in ("weight", "bias"):
+            shards.write(f"multi_modal_projector.{theirs}.{part}", projector[f"{ours}.{part}"].to(dtype))
+    shards.close()
+    return list(_notes(run))
+
+
+def _notes(run: PlainRun) -> Iterator[str]:
+    if run.manifest.image_mode == "pad":
+        yield (
+            "Images are letterboxed by LlavaImageProcessor (do_pad). It pads where the scan's two margins differ by a "
+            "pixel as this run does, and resizes with Pillow or torchvision, whichever is installed: torchvision "
+            "rounds some pixels differently, by one step of 255."
+        )
+    else:
+        yield "Images are resized and cropped by CLIPImageProcessor, with Pillow or torchvision."
+    if run.manifest.template == "plain":
+        yield "The template 'plain' writes one line: stop at a newline."
+
+
+def add_rows(weight: torch.Tensor, num_rows: int, like: int) -> torch.Tensor:
+    """Rows for new ids, equal to row ``like`` (the unknown token's).
+
+    A zero row would give its id the logit 0, which may be the largest. An equal row gives an equal logit, and the
+    lower id wins; no trained model ever writes the unknown token.
+    """
+    missing = num_rows - len(weight)
+    return torch.cat([weight, weight[like : like + 1].expand(missing, -1)]) if missing > 0 else weight
+
+
+def write_tokenizer(run: PlainRun, out: Path) -> tuple[int, int]:
+    """The tokenizer with ``<image>`` as a token of its own.
+
+    Returns:
+        The id of ``<image>`` and the size of the vocabulary that has it.
+    """
+    tokenizer = run.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    assert isinstance(image_token_id, int), image_token_id
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    template = get_template(run.manifest.template)
+    tokenizer.chat_template = build_chat_template(template, spaces=not adds_prefix_everywhere(tokenizer))
+    tokenizer.save_pretrained(str(out))
+    return image_token_id, max(run.language_config.vocab_size, image_token_id + 1)
+
+
+def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """``config.json`` and ``generation_config.json``."""
+    name = str(dtype).removeprefix("torch.")
+    text = {**run.language_config_values(), "vocab_size": vocab_size, "torch_dtype": name, "tie_word_embeddings": False}
+    vision = run.vision_config.to_dict()
+    for key in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
+        vision.pop(key, None)
+    config: dict[str, Any] = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image_token_id,
+        "image_seq_length": run.num_patches,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": run.manifest.vision_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "torch_dtype": name,
+        "text_config": text,
+        "vision_config": {**vision, "model_type": "clip_vision_model"},
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    tokenizer = run.tokenizer
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": [image_token_id],
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def write_processor(run: PlainRun, out: Path) -> None:
+    """The processor's files, in the layout that transformers 4 and 5 both read."""
+    image = run.manifest.image
+    is_pad = image.mode == "pad"
+    preprocessor: dict[str, Any] = {
+        "processor_class": "LlavaProcessor",
+        "image_processor_type": "LlavaImageProcessor" if is_pad else "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image.size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": image.size, "width": image.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+    if is_pad:
+        preprocessor["do_pad"] = True
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": run.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

@@ -1,0 +1,94 @@
+"""``babydoctor export --format llava``: a merged directory that the original LLaVA code loads.
+
+Source: LLaVA release 1.2, ``llava/model/builder.py``. The original takes the conversation template from the
+directory's name, see ``suggested_name``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
+from babydoctor.interop.plain import PlainRun
+from babydoctor.interop.shards import ShardWriter, with_progress
+from babydoctor.model.adapters import build_language_model
+from babydoctor.model.merge import copy_model_files
+
+_NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}
+"""What the original looks for in a model's name to choose a template (``llava/eval/run_llava.py``)."""
+
+
+def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
+    """Write the directory, the tower inside; weights pass through one at a time.
+
+    Returns:
+        Lines that tell the user what to mind.
+    """
+    shards = ShardWriter(out)
+    count = sum(1 for _ in build_language_model(run.language_config, dtype).parameters())
+    for name, weight in with_progress(run.language_weights(), "Writing the language model", count):
+        shards.write(name, weight.to(dtype))
+    for name, weight in run.projector_weights().items():
+        shards.write(PROJECTOR_PREFIX + name, weight.to(dtype))
+    for name, weight in run.tower_weights():
+        shards.write(f"{TOWER_PREFIX}vision_model.{name}", weight.to(dtype))
+    shards.close()
+    # The original reads configuration and processor of the tower from there, its weights from the shards.
+    copy_model_files(run.tower_directory, out / "vision_tower")
+    _write_config(run, out, dtype)
+    _write_tokenizer(run, out)
+    return [
+        "config.json names the tower as ./vision_tower: start the original code in this directory, or put "
+        "openai/clip-vit-large-patch14 (or where the tower is) into mm_vision_tower.",
+        f"The original chooses the template by the directory's name: let it contain "
+        f"{_NAME_HINTS[run.manifest.template]!r}, and no 'lora'.",
+    ]
+
+
+def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
+    config = {
+        **run.language_config_values(),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": run.manifest.image_mode,
+        "mm_hidden_size": run.vision_config.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_lr": None,
+        "mm_projector_type": run.manifest.projector,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": run.manifest.vision_layer,
+        "mm_vision_tower": "./vision_tower",
+        "tokenizer_model_max_length": run.manifest.max_length,
+        "tokenizer_padding_side": "right",
+        "tune_mm_mlp_adapter": False,
+        "use_cache": True,
+        "use_mm_proj": True,
+    }
+    # transformers 4.37 knows rotary embeddings by these two keys, transformers 5 by one.
+    rope = config.pop("rope_parameters", None)
+    if isinstance(rope, dict):
+        config["rope_theta"] = rope.get("rope_theta", 10000.0)
+        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = run.tokenizer
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _write_tokenizer(run: PlainRun, out: Path) -> None:
+    """The base's own files where there are any: the original loads the slow tokenizer from tokenizer.model."""
+    import shutil
+
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for name in names:
+        if (run.language_directory / name).is_file():
+            shutil.copy2(run.language_directory / name, out)
+    if not (out / "tokenizer_config.json").is_file():
+        run.tokenizer.save_pretrained(str(out))

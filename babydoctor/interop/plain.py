@@ -1,0 +1,167 @@
+"""A run as plain weights, read one at a time: what every export starts from.
+
+The language model is never built. Each weight is read from the base, the LoRAs of earlier stages are added, it is
+rounded to the run's precision (to NF4 and back where the run is 4-bit: that is what its own LoRA was trained on), the
+run's own LoRA is added, and the next weight follows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from babydoctor.model.adapters import (
+    LoraUpdate,
+    Quantization,
+    build_language_model,
+    dequantized_weight,
+    is_decoder_linear,
+    load_language_config,
+    quantize_linear,
+)
+from babydoctor.model.checkpoint import Manifest, read_manifest, resolve
+from babydoctor.model.vision import num_patches
+from babydoctor.model.weights import iterate_weights, local_directory
+from babydoctor.schema import UserError
+from babydoctor.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """A run directory that is read, not loaded."""
+
+    path: Path
+    manifest: Manifest
+
+    @cached_property
+    def language_directory(self) -> Path:
+        return local_directory(resolve(self.path, self.manifest.language_model))
+
+    @cached_property
+    def tower_directory(self) -> Path:
+        return local_directory(resolve(self.path, self.manifest.vision_tower))
+
+    @cached_property
+    def language_config(self) -> LlamaConfig:
+        return load_language_config(self.language_directory)
+
+    @cached_property
+    def vision_config(self) -> CLIPVisionConfig:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig.from_pretrained(str(self.tower_directory))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.language_directory)
+
+    @property
+    def num_patches(self) -> int:
+        return num_patches(self.vision_config)
+
+    @property
+    def adapter(self) -> Path | None:
+        return self.path / "adapter" if (self.path / "adapter").is_dir() else None
+
+    def language_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of the language model by its name in transformers' LLaMA; ``lm_head`` also where it is tied.
+
+        Float32 where a LoRA was added, else in the run's precision.
+
+        Raises:
+            UserError: the base is incomplete or an adapter does not fit it.
+        """
+        dtype = self.manifest.torch_dtype
+        model = build_language_model(self.language_config, dtype)
+        missing = {name for name, _ in model.named_parameters()}
+        tied = bool(self.language_config.tie_word_embeddings)
+        earlier = [LoraUpdate(Path(resolve(self.path, adapter))) for adapter in self.manifest.base_adapters]
+        own = [LoraUpdate(self.adapter)] if self.adapter else []
+        for name, weight in iterate_weights(self.language_directory):
+            if name not in missing:  # buffers of old releases; load_language_model refuses anything else
+                continue
+            missing.discard(name)
+            module = name.removesuffix(".weight")
+            for update in earlier:
+                weight = update.apply(module, weight)
+            weight = weight.to(dtype)
+            if self.manifest.quantization == "nf4" and is_decoder_linear(module, model.get_submodule(module)):
+                layer = quantize_linear(weight.clone(), Quantization(self.manifest.double_quantization))
+                weight = dequantized_weight(layer)
+            for update in own:
+                weight = update.apply(module, weight)
+            yield name, weight
+            if tied and name == "model.embed_tokens.weight":
+                missing.discard("lm_head.weight")
+                yield "lm_head.weight", weight
+        if missing:
+            raise UserError(f"{self.language_directory} lacks {len(missing)} weights, one is {min(missing)!r}")
+        for update in (*earlier, *own):
+            update.check_all_used()
+
+    def tower_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight of the tower by its name below ``vision_model.``, as transformers has always written it."""
+        for name, weight in iterate_weights(self.tower_directory):
+            plain = name.removeprefix("vision_model.")
+            known = plain.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
+            if known and not plain.endswith("position_ids"):
+                yield plain, weight
+
+    def projector_weights(self) -> dict[str, torch.Tensor]:
+        """As in ``projector.safetensors``: ``weight`` and ``bias``, or ``0.*`` and ``2.*`` of an MLP."""
+        path = self.path / "projector.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} is missing; the run was not finished or not copied whole")
+        return load_file(path)
+
+    def mlp_projector(self) -> dict[str, torch.Tensor]:
+        """The projector as LLaVA-1.5's two layers, ``0.weight 0.bias 2.weight 2.bias``, float32.
+
+        A linear one is written as the exact pair of the identity gelu(x) - gelu(-x) = x: the first layer is
+        [I; -I; 0], the second [W, -W, 0] with W's bias.
+
+        Raises:
+            UserError: the text width is below twice the vision width, so that x and -x do not fit.
+        """
+        weights = {name: weight.float() for name, weight in self.projector_weights().items()}
+        if self.manifest.projector != "linear":
+            return weights
+        text, vision = weights["weight"].shape
+        if text < 2 * vision:
+            raise UserError(
+                f"{self.path}: a linear projector becomes LLaVA-1.5's MLP only where the text width ({text}) is at "
+                f"least twice the vision width ({vision}); train with model.projector: mlp2x_gelu to export this pair"
+            )
+        identity = torch.eye(vision)
+        first, second = torch.zeros(text, vision), torch.zeros(text, text)
+        first[:vision], first[vision : 2 * vision] = identity, -identity
+        second[:, :vision], second[:, vision : 2 * vision] = weights["weight"], -weights["weight"]
+        return {"0.weight": first, "0.bias": torch.zeros(text), "2.weight": second, "2.bias": weights["bias"]}
+
+    def language_config_values(self) -> dict[str, Any]:
+        """``config.json`` of the language model as it stands on disk."""
+        values = json.loads((self.language_directory / "config.json").read_text(encoding="utf-8"))
+        for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+            values.pop(key, None)
+        return values
+
+
+def open_plain(path: Path) -> PlainRun:
+    """Read a run's manifest and check that its parts are there.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    run = PlainRun(path, read_manifest(path))
+    _ = run.language_config, run.vision_config
+    return run
