@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from babydoctor.eval.tasks import CAPTION_PROMPT, Question, Task, TaskConfig, closed_or_open, read_json
+from babydoctor.eval.tasks import (
+    CAPTION_PROMPT,
+    Question,
+    Task,
+    TaskConfig,
+    closed_or_open,
+    load_llava_rows,
+    normalize_group,
+    read_json,
+)
 from babydoctor.schema import UserError
 
-# Misspelt types in VQA-RAD's official file.
-_VQA_RAD_TYPES = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 VQA_RAD_LEAKAGE = (
     "VQA-RAD's official split is by question: 202 of its 203 test images are also in train. A score on it says "
     "little about new images."
@@ -55,58 +62,37 @@ def _records(path: Path, *keys: str) -> list[dict[str, Any]]:
     return rows
 
 
-def held_out_images(names: set[str], fraction: float) -> set[str]:
-    """Choose ``fraction`` of the images, at least one, by the SHA-256 of their names: the same on every machine."""
-    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return set(ordered[: max(1, round(len(ordered) * fraction))])
-
-
-def _held_out_fraction(split: str) -> float:
-    try:
-        fraction = float(split.partition(":")[2] or "0.1")
-    except ValueError:
-        fraction = -1.0
-    if not 0 < fraction < 1:
-        raise UserError(f"--split {split}: write held-out:0.1 with a share of the images between 0 and 1")
-    return fraction
-
-
 def load_vqa_rad(config: TaskConfig) -> Task:
-    """VQA-RAD's official JSON. Splits: "test" (``phrase_type`` begins with "test_"), "train", "all", "held-out:0.1".
+    """VQA-RAD's official JSON, or rows that `babydoctor data vqa-rad` wrote from it.
+
+    Splits of the official file: "test" (``phrase_type`` begins with "test_"), "train" and "all".
 
     Source: Lau et al., Scientific Data 2018; https://osf.io/89kps.
     """
     path = _only_file(config, "*VQA_RAD*.json", "*.json")
+    rows = read_json(path)
+    if rows and "conversations" in rows[0]:
+        official_test = any(str(row.get("phrase_type", "")).startswith("test") for row in rows)
+        notes = (VQA_RAD_LEAKAGE,) if official_test else ("Not the official test split.",)
+        return replace(load_llava_rows(replace(config, data=str(path))), name="vqa-rad", notes=notes)
     rows = _records(path, "image_name", "question", "answer", "answer_type", "phrase_type")
     images = image_folder(config, path.parent, "images", "VQA_RAD Image Folder")
     split = config.split or "test"
-    is_test = [str(row["phrase_type"]).startswith("test_") for row in rows]
-    notes = [VQA_RAD_LEAKAGE]
-    if split in ("test", "train"):
-        keep = [test == (split == "test") for test in is_test]
-        if not any(keep):
-            raise UserError(
-                f"{path}: none of its {len(rows)} rows belongs to split {split!r} (by phrase_type); "
-                "give --split held-out:0.1 to hold out a tenth of the images, or --split all"
-            )
-    elif split.startswith("held-out"):
-        fraction = _held_out_fraction(split)
-        held_out = held_out_images({row["image_name"] for row in rows}, fraction)
-        keep = [row["image_name"] in held_out for row in rows]
-        notes = [f"Rows held out by image: {len(held_out)} images ({fraction:.0%}); not the official test split."]
-    elif split == "all":
-        keep = [True] * len(rows)
-    else:
-        raise UserError(f"--split {split}: VQA-RAD has test, train, all and held-out:FRACTION")
-    questions = tuple(
-        vqa_rad_question(row, number, images) for number, (row, kept) in enumerate(zip(rows, keep, strict=True)) if kept
-    )
-    return Task("vqa-rad", questions, tuple(notes))
+    if split not in ("test", "train", "all"):
+        raise UserError(f"--split {split}: VQA-RAD has test, train and all")
+    is_test = [str(row["phrase_type"]).startswith("test") for row in rows]
+    kept = [split == "all" or test == (split == "test") for test in is_test]
+    if not any(kept):
+        raise UserError(
+            f"{path}: none of its {len(rows)} rows belongs to split {split!r} (by phrase_type). "
+            "`babydoctor data vqa-rad --hold-out-images 0.1` holds out a tenth of the images: give its held_out.json"
+        )
+    questions = tuple(vqa_rad_question(row, number, images) for number, row in enumerate(rows) if kept[number])
+    return Task("vqa-rad", questions, (VQA_RAD_LEAKAGE,) if split != "train" else ())
 
 
 def vqa_rad_question(row: dict[str, Any], number: int, images: Path) -> Question:
     """One object of VQA-RAD's file. Two answers are numbers and two ``answer_type`` end in a space."""
-    first_type = str(row.get("question_type", "")).split(",")[0].strip().upper()
     return Question(
         id=f"{row.get('qid', number)}-{number}",
         image=images / row["image_name"],
@@ -115,8 +101,8 @@ def vqa_rad_question(row: dict[str, Any], number: int, images: Path) -> Question
         references=(str(row["answer"]).strip(),),
         kind="closed" if str(row["answer_type"]).strip().upper() == "CLOSED" else "open",
         groups={
-            "question_type": _VQA_RAD_TYPES.get(first_type, first_type) or "unknown",
-            "organ": str(row.get("image_organ", "unknown")).strip().upper(),
+            "question_type": normalize_group(str(row.get("question_type", ""))),
+            "organ": normalize_group(str(row.get("image_organ", ""))),
         },
     )
 

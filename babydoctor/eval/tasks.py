@@ -17,6 +17,15 @@ from babydoctor.eval.metrics import NO, YES, normalize
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 Kind = Literal["closed", "open", "caption"]
+_GROUP_KEYS = {
+    "question_type": "question_type",
+    "image_organ": "organ",
+    "organ": "organ",
+    "image_modality": "modality",
+    "modality": "modality",
+}
+# Misspelt types in VQA-RAD's official file.
+_MISSPELT = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 CAPTION_PROMPT = "The following image is a radiology scan. Deeply analyze and diagnose this image."
 
 
@@ -77,8 +86,7 @@ class TaskConfig:
     """What to ask. ``task`` is a name of ``TASKS``; ``data`` a folder, a file, or "hub" for the published copy.
 
     - ``images``: folder of the images; default is beside the data.
-    - ``split``: part of the data; each format has its own default. VQA-RAD also takes "held-out:0.1": a tenth of
-      the images, drawn by their names.
+    - ``split``: part of the data; each format has its own default.
     - ``language``: SLAKE only.
     - ``prompt``: how a question is asked; ``{question}`` is replaced.
     - ``max_questions``: the first so many questions, 0 for all.
@@ -152,11 +160,17 @@ def closed_or_open(references: tuple[str, ...]) -> Kind:
     return "closed" if {normalize(reference) for reference in references} <= {YES, NO} else "open"
 
 
+def normalize_group(value: str) -> str:
+    """One name for plots: of several question types ("PRES, ATTRIB") the first counts."""
+    first = value.split(",")[0].strip().upper()
+    return _MISSPELT.get(first, first) or "UNKNOWN"
+
+
 def load_llava_rows(config: TaskConfig) -> Task:
     """Any LLaVA JSON: every question of the user whose answer stands in the row is asked by itself.
 
-    A question of a later turn is asked without the turns before it. Rows may carry ``answer_type`` and, for plots,
-    ``question_type``, ``organ`` and ``modality``.
+    A question of a later turn is asked without the turns before it. Rows may carry ``answer_type`` (closed, open,
+    caption) and, for plots, ``question_type``, ``image_organ`` and ``modality``.
     """
     path = Path(config.data)
     rows = read_json(path)
@@ -174,7 +188,7 @@ def load_llava_rows(config: TaskConfig) -> Task:
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}#{number}: not a LLaVA row (needs conversations of from and value)") from error
         name = row.get("image")
-        groups = {key: str(row[key]) for key in ("question_type", "organ", "modality") if row.get(key)}
+        groups = {group: normalize_group(str(row[key])) for key, group in _GROUP_KEYS.items() if row.get(key)}
         for turn, (prompt, answer) in enumerate(pairs):
             references = (answer,)
             kind = _row_kind(row.get("answer_type"), references)
