@@ -40,9 +40,9 @@ class Demo:
 
     def make_base(self) -> None:
         """Train the tiny CLIP and the tiny LLaMA from scratch on the training split."""
-        from babydoctor.prepare.tiny import make_tiny_base
+        from babydoctor.prepare.tiny import TinySettings, make_tiny_base
 
-        make_tiny_base(self.phantoms, self.base, seed=SEED)
+        make_tiny_base(self.phantoms, self.base, TinySettings(seed=SEED))
 
     def train_stage(self, stage: str) -> None:
         """Run one stage, or go on with it where it was interrupted."""
