@@ -1,0 +1,78 @@
+"""What is exported for the original code has its layout, and comes back as the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from babydoctor.interop.export import export_run
+from babydoctor.interop.llava_import import import_llava
+from babydoctor.model.checkpoint import load_run, read_manifest, write_manifest
+from babydoctor.model.merge import probe_logits
+from babydoctor.schema import UserError
+
+
+@pytest.fixture(scope="module")
+def run(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    import_llava(golden / "llava-golden-lora", out)
+    return out
+
+
+def test_layout_is_the_original_s(run: Path, golden: Path, tmp_path: Path) -> None:
+    """Same keys, dtypes and shapes as the original's own merge, and the same weights; the same configuration."""
+    export_run(run, tmp_path / "llava", format="llava")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "llava", golden / "llava-golden-merged"))
+    assert {k: (v.dtype, v.shape) for k, v in ours.items()} == {k: (v.dtype, v.shape) for k, v in theirs.items()}
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-6)
+    mine, original = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "llava", golden / "llava-golden-merged")
+    )
+    mine["mm_vision_tower"] = original["mm_vision_tower"]
+    original.pop("transformers_version")
+    assert mine == original
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_comes_back_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> None:
+    export_run(run, tmp_path / "llava", format="llava", dtype=dtype)
+    import_llava(tmp_path / "llava", tmp_path / "back")
+    before, after = (probe_logits(load_run(path, dtype=torch.float32).model) for path in (run, tmp_path / "back"))
+    # Half a unit in the last place of a weight is 2^-9 of it in bfloat16; float16 comes back through bfloat16.
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    assert (after - before).abs().max() < tolerance * before.abs().max()
+
+
+def test_four_bit_run_is_exported_as_it_answers(run: Path, tmp_path: Path) -> None:
+    """A LoRA trained on NF4 is added to the dequantised base, earlier LoRAs having been merged before quantising."""
+    import shutil
+
+    pytest.importorskip("bitsandbytes")
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "adapter", tmp_path / "run" / "base_adapters" / "1-lora")
+    manifest = read_manifest(run).model_copy(
+        update={"quantization": "nf4", "base_adapters": ("./base_adapters/1-lora",)}
+    )
+    write_manifest(tmp_path / "run", manifest)
+    export_run(tmp_path / "run", tmp_path / "llava", format="llava")
+    import_llava(tmp_path / "llava", tmp_path / "back")
+    before, after = (probe_logits(load_run(tmp_path / name).model) for name in ("run", "back"))
+    assert (after - before).abs().max() < 1e-4
+    assert (before - probe_logits(load_run(run).model)).abs().max() > 0.05  # NF4 does change it
+
+
+def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'onnx' is not one of hf, llava, gguf"):
+        export_run(run, tmp_path / "out", format="onnx")
+    with pytest.raises(UserError, match="int8"):
+        export_run(run, tmp_path / "out", format="llava", dtype="int8")
+    with pytest.raises(UserError, match="exists already"):
+        export_run(run, tmp_path, format="llava")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        export_run(tmp_path, tmp_path / "out", format="llava")
+    assert not (tmp_path / "out").exists()
