@@ -189,9 +189,9 @@ def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body) -> np.n
         return blend(image, mask, look.solid)
     if case.finding == "cyst":
         # Wide enough that the hollow is seen at 84 px.
-        outer = radius * 1.15 + grid.pixel
+        outer = radius * 1.15 + 1.5 * grid.pixel
         image = blend(image, ellipse(grid, cx, cy, outer, outer), look.wall)
-        inner = outer - 1.5 * grid.pixel
+        inner = outer - 2.2 * grid.pixel
         image = blend(image, ellipse(grid, cx, cy, inner, inner), look.hollow)
         if case.modality == "ultrasound":  # sound that crosses fluid comes back stronger from behind
             image = blend(image, 0.5 * bar(grid, cx, cy + outer + 0.1, outer * 1.4, 0.2, 0), 0.9)

@@ -201,14 +201,20 @@ def _shuffled_questions(case: Case, rng: np.random.Generator) -> list[tuple[str,
     return [(kind, QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]) for kind in order]
 
 
-def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Rows as in LLaVA-Instruct: one of several turns in full sentences; for some cases also one long answer."""
+def lay_turns(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Closed questions about a case in random order with answers in full sentences."""
     turns = [
         (question, lay_answer(kind, str(truth_of(case, kind)), rng))
         for kind, question in _shuffled_questions(case, rng)
     ]
     if case.finding != "none" and rng.random() < 0.1:
         turns.append(_WORRY)
+    return turns
+
+
+def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows as in LLaVA-Instruct: one of several turns in full sentences; for some cases also one long answer."""
+    turns = lay_turns(case, rng)
     turns[0] = (_with_image(turns[0][0], rng), turns[0][1])
     rows = [_row(case, "chat", turns)]
     if rng.random() < 0.25:
