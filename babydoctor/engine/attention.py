@@ -9,8 +9,9 @@ a proof of what the answer rests on (Jain and Wallace 2019, "Attention is not Ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -47,7 +48,7 @@ def image_attention(
 
 
 def _attend(
-    attention: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
+    attention: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention of one layer that keeps its weights: ``[H, T, T]`` float32 and the output ``[T, D]``."""
     length = len(hidden)

@@ -1,0 +1,443 @@
+"""The engine against transformers' ``generate``, and what it promises for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from babydoctor.config import LoraConfig
+from babydoctor.engine.engine import Engine
+from babydoctor.engine.request import (
+    Delta,
+    EngineClosedError,
+    Finished,
+    GenerationRequest,
+    ImageInput,
+    InvalidRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    RequestFailedError,
+)
+from babydoctor.engine.settings import EngineSettings
+from babydoctor.model.adapters import Quantization, add_lora, quantize_linear
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.schema import UserError
+
+EOS = 0
+PATCHES = 4
+CONTEXT = 160
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so that characters and stop strings spread over several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": EOS, **{letter: index + 1 for index, letter in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def build_model(num_kv_heads: int = 2, seed: int = 0) -> BabyDoctor:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=num_kv_heads,
+        vocab_size=257,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=None,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    return BabyDoctor(
+        CLIPVisionModel(vision).eval(), torch.nn.Linear(32, 64), LlamaForCausalLM(config).eval()
+    ).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> BabyDoctor:
+    return build_model()
+
+
+def build_request(number: int, num_images: int = 1, length: int = 30, **options) -> GenerationRequest:
+    random = np.random.default_rng(number)
+    parts, masks, images = [random.integers(1, 257, 5)], [np.zeros(5, bool)], []
+    for index in range(num_images):
+        parts += [np.zeros(PATCHES, np.int64), random.integers(1, 257, 3)]
+        masks += [np.ones(PATCHES, bool), np.zeros(3, bool)]
+        pixels = random.standard_normal((3, 28, 28)).astype(np.float32)
+        images.append(ImageInput(f"image-{number}-{index}", pixels))
+    parts.append(random.integers(1, 257, length))
+    masks.append(np.zeros(length, bool))
+    options = {"max_new_tokens": 24, "ignore_eos": True} | options
+    return GenerationRequest(np.concatenate(parts).astype(np.int32), np.concatenate(masks), tuple(images), **options)
+
+
+@torch.no_grad()
+def reference(model: BabyDoctor, request: GenerationRequest) -> list[int]:
+    """Greedy tokens by transformers."""
+    ids = torch.from_numpy(request.input_ids.astype(np.int64))[None]
+    features = None
+    if request.images:
+        features = model.encode_images(torch.from_numpy(np.stack([image.pixels for image in request.images])))
+    embeds = model.embed(ids, torch.from_numpy(request.image_mask)[None], features)
+    output = model.language_model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        eos_token_id=None if request.ignore_eos else EOS,
+        pad_token_id=EOS,
+    )
+    return output[0].tolist()
+
+
+def tokens_of(handle) -> list[int]:
+    tokens = []
+    for event in handle:
+        if isinstance(event, Delta):
+            tokens.extend(event.token_ids)
+        else:
+            assert event.error is None, event.error
+    return tokens
+
+
+def settings(**options) -> EngineSettings:
+    return EngineSettings(**({"max_running": 4, "step_tokens": 24, "num_threads": 1} | options))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+def test_a_batch_gives_the_tokens_of_each_alone_and_of_generate(tokenizer, num_kv_heads, pack):
+    model = build_model(num_kv_heads)
+    requests = [build_request(seed, num_images=seed % 3, length=5 + 9 * (seed % 7)) for seed in range(11)]
+    expected = [reference(model, request) for request in requests]
+    with Engine(model, tokenizer, settings(pack_weights=pack)) as engine:
+        together = [engine.submit(request) for request in requests]
+        assert [tokens_of(handle) for handle in together] == expected
+    for request, tokens in zip(requests[:3], expected, strict=False):
+        with Engine(model, tokenizer, settings(max_running=1, pack_weights=pack)) as alone:
+            assert tokens_of(alone.submit(request)) == tokens
+
+
+def test_more_steps_than_one_slot_holds_positions_for_are_refused_or_cut(model, tokenizer):
+    with Engine(model, tokenizer, settings()) as engine:
+        with pytest.raises(PromptTooLongError, match="room for 159"):
+            engine.submit(build_request(0, length=CONTEXT))
+        finished = engine.submit(build_request(0, length=CONTEXT - 20, max_new_tokens=99)).result(60)
+        assert finished.finish_reason == "length"
+        assert finished.usage.total_tokens == CONTEXT
+
+
+def test_an_equal_prefix_is_reused_and_changes_nothing(model, tokenizer):
+    first = build_request(1)
+    answer = reference(model, first)
+    longer = np.concatenate([first.input_ids, np.asarray(answer[:-1]), [7, 8, 9]]).astype(np.int32)
+    turn = GenerationRequest(
+        longer,
+        np.concatenate([first.image_mask, np.zeros(len(longer) - len(first.input_ids), bool)]),
+        first.images,
+        max_new_tokens=12,
+        ignore_eos=True,
+    )
+    other_image = GenerationRequest(
+        first.input_ids, first.image_mask, build_request(2).images, max_new_tokens=12, ignore_eos=True
+    )
+    with Engine(model, tokenizer, settings()) as engine:
+        assert engine.submit(first).result(60).usage.cached_tokens == 0
+        again = engine.submit(first)
+        assert tokens_of(again) == answer
+        assert again.finished.usage.cached_tokens == len(first.input_ids) - 1
+        follow_up = engine.submit(turn)
+        assert tokens_of(follow_up) == reference(model, turn)
+        assert follow_up.finished.usage.cached_tokens == len(longer) - 3
+        # Same text, another image: reuse ends where the image begins.
+        other = engine.submit(other_image)
+        assert tokens_of(other) == reference(model, other_image)
+        assert other.finished.usage.cached_tokens == 5
+        assert engine.stats().image_cache_misses == 2
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(model, tokenizer):
+    def ask(seed: int | None) -> GenerationRequest:
+        return build_request(3, temperature=1.3, top_p=0.8, seed=seed)
+
+    with Engine(model, tokenizer, settings()) as engine:
+        alone = tokens_of(engine.submit(ask(5)))
+        crowd = [engine.submit(build_request(number, temperature=0.7)) for number in range(6)]
+        in_crowd = engine.submit(ask(5))
+        assert tokens_of(in_crowd) == alone
+        assert tokens_of(engine.submit(ask(6))) != alone
+        assert tokens_of(engine.submit(ask(None))) != tokens_of(engine.submit(ask(None)))
+        for handle in crowd:
+            handle.result(60)
+
+
+def test_text_and_stop_strings(model, tokenizer):
+    request = build_request(4, max_new_tokens=40)
+    tokens = reference(model, request)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    stop = next(text[i : i + 3] for i in range(8, 30) if "\ufffd" not in text[i : i + 3] and text[i : i + 3].isascii())
+    with Engine(model, tokenizer, settings()) as engine:
+        events = list(engine.submit(request))
+        assert "".join(event.text for event in events if isinstance(event, Delta)) == text == events[-1].text
+        options = {"max_new_tokens": 40, "stop": ("never", stop)}
+        events = list(engine.submit(build_request(4, **options)))
+    assert events[-1].finish_reason == "stop" and events[-1].stop_string == stop
+    shown = "".join(event.text for event in events if isinstance(event, Delta))
+    assert shown == text[: text.index(stop)] == events[-1].text
+
+
+def test_the_end_token_ends_an_answer(tokenizer):
+    model = build_model(seed=3)
+    probe = build_request(5, max_new_tokens=30)
+    tokens = reference(model, probe)
+    engine = Engine(model, tokenizer, settings())
+    engine.eos = frozenset({tokens[9]})
+    with engine:
+        handle = engine.submit(build_request(5, max_new_tokens=30, ignore_eos=False))
+        assert tokens_of(handle) == tokens[: tokens.index(tokens[9]) + 1]
+        assert handle.finished.finish_reason == "stop" and handle.finished.stop_string is None
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_the_model(model, tokenizer):
+    request = build_request(6, num_images=0, max_new_tokens=5, logprobs=3)
+    with Engine(model, tokenizer, settings()) as engine:
+        events = [event for event in engine.submit(request) if isinstance(event, Delta)]
+    given = [item for event in events for item in event.logprobs]
+    ids = np.concatenate([request.input_ids, [item.token_id for item in given]]).astype(np.int64)
+    logits = model.language_model(torch.from_numpy(ids)[None]).logits[0, len(request.input_ids) - 1 : -1]
+    expected = torch.log_softmax(logits, -1)
+    for row, item in zip(expected, given, strict=True):
+        assert item.logprob == pytest.approx(float(row[item.token_id]), abs=1e-4)
+        assert [token for token, _, _ in item.top] == row.topk(3).indices.tolist()
+        assert item.top[0][0] == item.token_id and item.top[0][2] == pytest.approx(item.logprob)
+
+
+def test_cancel_ends_a_request_at_the_next_step_and_frees_its_slot(model, tokenizer):
+    with Engine(model, tokenizer, settings(max_running=1)) as engine:
+        handle = engine.submit(build_request(7, max_new_tokens=120))
+        waiting = engine.submit(build_request(8, max_new_tokens=3))
+        never_started = engine.submit(build_request(9))
+        never_started.cancel()
+        for event in handle:
+            assert isinstance(event, Delta)
+            handle.cancel()
+            break
+        finished = handle.wait(60)
+        assert finished.finish_reason == "cancelled" and finished.usage.completion_tokens < 100
+        assert waiting.result(60).finish_reason == "length"
+        assert never_started.result(60).finish_reason == "cancelled"
+        stats = engine.stats()
+        assert stats.running == stats.queued == 0 and engine.memory.num_free == 1
+        assert stats.finished == {"cancelled": 2, "length": 1}
+
+
+def test_a_deadline_ends_a_request_running_or_waiting(model, tokenizer):
+    with Engine(model, tokenizer, settings(max_running=1)) as engine:
+        late = engine.submit(build_request(7, max_new_tokens=120, timeout_s=0.0))
+        assert late.result(60).finish_reason == "deadline"
+        assert engine.submit(build_request(7, timeout_s=60)).result(60).finish_reason == "length"
+
+
+def break_image() -> np.ndarray:
+    raise OSError("the file is gone")
+
+
+def test_an_exception_ends_only_the_request_that_caused_it(model, tokenizer, monkeypatch):
+    good = build_request(10)
+    expected = reference(model, good)
+    broken = build_request(11)
+    broken = GenerationRequest(broken.input_ids, broken.image_mask, (ImageInput("gone", break_image),))
+    not_a_number = build_request(12)
+    not_a_number = GenerationRequest(
+        not_a_number.input_ids,
+        not_a_number.image_mask,
+        (ImageInput("nan", np.full((3, 28, 28), np.nan, np.float32)),),
+    )
+    poison = build_request(13, num_images=0)
+    engine = Engine(model, tokenizer, settings())
+    forward = engine.decoder.forward
+    marked = model.language_model.model.embed_tokens(torch.from_numpy(poison.input_ids.astype(np.int64)))[-1]
+
+    def fail_on_poison(rows, chunks):
+        if any(torch.equal(chunk.embeds[-1], marked) for chunk in chunks):
+            raise RuntimeError("a kernel failed")
+        return forward(rows, chunks)
+
+    monkeypatch.setattr(engine.decoder, "forward", fail_on_poison)
+    with engine:
+        handles = [engine.submit(request) for request in (broken, good, not_a_number, poison)]
+        with pytest.raises(RequestFailedError, match="the file is gone"):
+            handles[0].result(60)
+        with pytest.raises(InvalidRequestError, match="finite"):
+            handles[2].result(60)
+        with pytest.raises(RequestFailedError, match="a kernel failed"):
+            handles[3].result(60)
+        assert tokens_of(handles[1]) == expected
+        assert tokens_of(engine.submit(good)) == expected
+        assert engine.memory.num_free == 4
+
+
+def test_damaged_output_is_reported_and_its_memory_cleaned(model, tokenizer):
+    request = build_request(14)
+    with Engine(model, tokenizer, settings(max_running=1, cached_slots=0)) as engine:
+        huge = GenerationRequest(
+            request.input_ids,
+            request.image_mask,
+            (ImageInput("huge", np.full((3, 28, 28), 3e38, np.float32)),),
+        )
+        with pytest.raises(RequestFailedError, match="not a number"):
+            engine.submit(huge).result(60)
+        assert tokens_of(engine.submit(request)) == reference(model, request)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": np.zeros(0, np.int32)}, "input_ids"),
+        ({"input_ids": np.full(42, 257, np.int32)}, "0 .. 256"),
+        ({"image_mask": np.zeros(42, bool)}, "image_mask marks 0"),
+        ({"image_mask": np.zeros(3, bool)}, "shape"),
+        ({"images": ()}, "0 images"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"logprobs": 99}, "logprobs=99"),
+        ({"stop": ("",)}, "empty"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_requests_that_cannot_be_meant_are_refused(model, tokenizer, change, message):
+    base = build_request(15)
+    fields = {name: getattr(base, name) for name in GenerationRequest.__slots__} | change
+    engine = Engine(model, tokenizer, settings())
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.submit(GenerationRequest(**fields))
+
+
+def test_a_full_queue_and_a_draining_engine_refuse(model, tokenizer):
+    with Engine(model, tokenizer, settings(max_running=1, max_queue=1)) as engine:
+        handles = [engine.submit(build_request(seed, max_new_tokens=100)) for seed in range(2)]
+        with pytest.raises(QueueFullError):
+            for seed in range(2, 9):
+                handles.append(engine.submit(build_request(seed, max_new_tokens=100)))
+        assert not engine.drain(timeout_s=0.01)
+        with pytest.raises(EngineClosedError):
+            engine.submit(build_request(9))
+        assert engine.drain(60)
+        assert all(handle.finished.finish_reason == "length" for handle in handles)
+        assert not engine.healthy
+
+
+def test_closing_cancels_what_runs(model, tokenizer):
+    engine = Engine(model, tokenizer, settings(max_running=2)).start()
+    handles = [engine.submit(build_request(seed, max_new_tokens=110)) for seed in range(4)]
+    engine.close()
+    engine.close()
+    assert all(handle.wait(10).finish_reason in ("cancelled", "length") for handle in handles)
+
+
+def test_events_reach_asyncio_and_broken_listeners_do_no_harm(model, tokenizer):
+    request = build_request(16)
+    expected = reference(model, request)
+
+    async def read(engine: Engine) -> list[int]:
+        tokens = []
+        async for event in engine.submit(request):
+            if isinstance(event, Finished):
+                return tokens
+            tokens.extend(event.token_ids)
+        raise AssertionError("no end")
+
+    def complain(event: object) -> None:
+        raise RuntimeError("nobody reads")
+
+    with Engine(model, tokenizer, settings()) as engine:
+        broken = engine.submit(build_request(17))
+        broken.add_listener(lambda event: None)
+        deaf = engine.submit(build_request(18, max_new_tokens=4))
+        threading.Event().wait(0.01)
+        with contextlib.suppress(RuntimeError):
+            deaf.add_listener(complain)
+        assert asyncio.run(read(engine)) == expected
+        assert deaf.wait(60) and broken.wait(60)
+
+
+def test_adapters_and_4_bit_layers_run_without_merging(tokenizer):
+    pytest.importorskip("bitsandbytes")
+    model = build_model(seed=4)
+    for name, module in list(model.language_model.named_modules()):
+        if name.startswith("model.layers.0.") and isinstance(module, torch.nn.Linear):
+            model.language_model.set_submodule(name, quantize_linear(module.weight.detach(), Quantization()))
+    add_lora(model.language_model, LoraConfig(r=4, alpha=8))
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    requests = [build_request(seed, length=8 + 7 * seed) for seed in range(3)]
+    expected = [reference(model, request) for request in requests]
+    with Engine(model, tokenizer, settings()) as engine:
+        assert [tokens_of(handle) for handle in [engine.submit(request) for request in requests]] == expected
+
+
+@torch.no_grad()
+def test_attention_map_is_that_of_eager_attention(model, tokenizer):
+    request = build_request(19)
+    answer = reference(model, request)[:6]
+    with Engine(model, tokenizer, settings()) as engine:
+        given = engine.attention_map(request, answer, timeout_s=60)
+    ids = torch.from_numpy(np.concatenate([request.input_ids, answer]).astype(np.int64))[None]
+    mask = torch.from_numpy(np.concatenate([request.image_mask, np.zeros(6, bool)]))[None]
+    embeds = model.embed(ids, mask, model.encode_images(torch.from_numpy(request.images[0].pixels)[None]))
+    model.language_model.set_attn_implementation("eager")
+    try:
+        layers = model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
+    finally:
+        model.language_model.set_attn_implementation("sdpa")
+    start = len(request.input_ids) - 1
+    expected = torch.stack(layers).mean((0, 2))[0, start : start + 6][:, mask[0]]
+    assert given.shape == (6, PATCHES)
+    np.testing.assert_allclose(given, expected.numpy(), atol=1e-5)
+
+
+def test_settings_name_what_is_wrong(model, tokenizer):
+    with pytest.raises(UserError, match="max_running=0"):
+        EngineSettings(max_running=0)
+    with pytest.raises(UserError, match="max_context=9999"):
+        Engine(model, tokenizer, EngineSettings(max_context=9999))
+    with pytest.raises(UserError, match="kv_budget_bytes=1000"):
+        Engine(model, tokenizer, EngineSettings(kv_budget_bytes=1000))
+
+
+def test_memory_is_allocated_once_and_within_the_budget(model, tokenizer):
+    budget = 2_000_000
+    with Engine(model, tokenizer, settings(kv_budget_bytes=budget, max_running=64)) as engine:
+        assert engine.memory.num_bytes <= budget < engine.memory.num_bytes * 1.1
+        places = [memory.data_ptr() for memory in (*engine.memory.keys, *engine.memory.values)]
+        handles = [engine.submit(build_request(seed)) for seed in range(8)]
+        assert all(handle.result(60).finish_reason == "length" for handle in handles)
+        assert places == [memory.data_ptr() for memory in (*engine.memory.keys, *engine.memory.values)]
+        stats = engine.stats()
+        assert stats.first_token_s.count == stats.per_token_s.count == 8 and stats.generated_tokens == 8 * 24

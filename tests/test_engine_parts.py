@@ -1,0 +1,190 @@
+"""The engine's parts that need no model: stop strings, detokenising, KV slots, runs of rows, sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from babydoctor.engine.decoder import plan_runs
+from babydoctor.engine.job import build_content
+from babydoctor.engine.kv import Content, FeatureCache, KeyValueMemory
+from babydoctor.engine.request import GenerationRequest
+from babydoctor.engine.sampling import build_random, sample
+from babydoctor.engine.stats import Histogram
+from babydoctor.engine.stops import Detokenizer, StopFilter
+
+
+def feed(filter: StopFilter, pieces: list[str]) -> list[str]:
+    shown = []
+    for piece in pieces:
+        shown.append(filter.add(piece))
+        if filter.found is not None:
+            break
+    return shown
+
+
+def test_an_end_that_may_begin_a_stop_string_is_held_back():
+    filter = StopFilter(["</s>", "\nUSER"])
+    assert feed(filter, ["fine", "\n", "US", "A is", " <", "/", "s"]) == ["fine", "", "", "\nUSA is", " ", "", ""]
+    assert filter.found is None
+    assert filter.flush() == "</s"
+
+
+def test_the_first_stop_string_ends_the_text_and_the_longer_one_wins():
+    filter = StopFilter(["END", "ENDING", "x"])
+    assert feed(filter, ["the E", "ND", "x"]) == ["the ", ""] and filter.found == "END"
+    filter = StopFilter(["b", "abc"])
+    assert feed(filter, ["zabc"]) == ["z"] and filter.found == "abc"
+    filter = StopFilter([])
+    assert feed(filter, ["a", "b"]) == ["a", "b"] and filter.flush() == ""
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_no_delta_ever_splits_a_character(byte_tokenizer):
+    text = "Erguß, 5 µm → 肺炎 🫁 done"
+    detokenizer = Detokenizer(byte_tokenizer)
+    deltas = [detokenizer.add(token) for token in byte_tokenizer.encode(text)]
+    assert all("\ufffd" not in delta for delta in deltas)
+    assert "".join(deltas) == text
+    assert detokenizer.flush() == ""
+
+
+def test_bytes_that_are_no_character_come_out_as_the_tokenizer_writes_them(byte_tokenizer):
+    tokens = byte_tokenizer.encode("a肺")[:-1]
+    detokenizer = Detokenizer(byte_tokenizer)
+    assert [detokenizer.add(token) for token in tokens] == ["a", "", ""]
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_sentencepiece_text_is_the_same_in_pieces(golden):
+    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
+    for text in ("The lungs are clear.  No effusion,\nno pneumothorax.", "5 µm → 肺炎 🫁", " leading"):
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        detokenizer = Detokenizer(tokenizer)
+        pieces = [detokenizer.add(token) for token in tokens]
+        assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def content(tokens: list[int], *images: tuple[int, str]) -> Content:
+    return Content(np.asarray(tokens, np.int64), images)
+
+
+def test_a_common_prefix_ends_at_another_image():
+    mask = np.asarray([0, 0, 1, 1, 1, 1, 0], bool)
+    ids = np.asarray([5, 6, 0, 0, 0, 0, 7])
+    both = build_content(ids, mask, ("a", "b"))
+    assert both.images == ((2, "a"), (4, "b"))
+    assert both.common_prefix(build_content(ids, mask, ("a", "b"))) == 7
+    assert both.common_prefix(build_content(ids, mask, ("a", "c"))) == 4
+    assert both.common_prefix(build_content(ids, mask, ("x", "b"))) == 2
+    assert both.common_prefix(both.head(3)) == 3
+    # A text token never equals an image position, whatever id the slot holds in input_ids.
+    assert both.common_prefix(content([5, 6, 0, 0])) == 2
+
+
+def build_slots(num_slots: int, max_running: int) -> KeyValueMemory:
+    return KeyValueMemory(1, 1, 2, 16, num_slots, max_running, torch.float32, torch.device("cpu"))
+
+
+def fill(memory: KeyValueMemory, slot, tokens: list[int]) -> None:
+    slot.content = content(tokens)
+    for plane in (*memory.keys, *memory.values):
+        plane[slot.index, 0, : len(tokens)] = torch.tensor(tokens, dtype=torch.float32)[:, None]
+
+
+def held(memory: KeyValueMemory, slot) -> list[int]:
+    assert torch.equal(memory.keys[0][slot.index], memory.values[0][slot.index])
+    return memory.keys[0][slot.index, 0, : len(slot.content), 0].int().tolist()
+
+
+def test_slots_pass_prefixes_on_in_place_or_by_a_copy():
+    memory = build_slots(3, 2)
+    first = memory.claim(content([1, 2, 3, 4]))
+    assert first.num_reused == 0
+    fill(memory, first.slot, [1, 2, 3, 4])
+    # A running request's prefix is copied.
+    second = memory.claim(content([1, 2, 9]))
+    assert (second.num_reused, second.slot is first.slot) == (2, False)
+    assert held(memory, second.slot) == [1, 2]
+    assert memory.claim(content([1])) is None
+    memory.release(first.slot)
+    # A finished one's slot is taken over, and the last position of a prompt is always computed.
+    third = memory.claim(content([1, 2, 3, 4]))
+    assert (third.num_reused, third.slot) == (3, first.slot)
+    with pytest.raises(AssertionError, match="twice"):
+        memory.release(third.slot)
+        memory.release(third.slot)
+
+
+def test_what_a_finished_request_left_moves_aside_and_the_oldest_goes():
+    memory = build_slots(2, 1)
+    for tokens in ([1, 1, 1, 1], [2, 2, 2, 2]):
+        claim = memory.claim(content(tokens))
+        assert claim.num_reused == 0
+        fill(memory, claim.slot, tokens)
+        memory.release(claim.slot)
+    claim = memory.claim(content([1, 1, 1, 1, 5]))
+    assert claim.num_reused == 4 and held(memory, claim.slot) == [1, 1, 1, 1]
+    memory.release(claim.slot, scrub=True)
+    assert memory.keys[0][claim.slot.index].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths", "runs"),
+    [
+        ([], [], []),
+        ([0, 1, 2], [100, 90, 110], [[0, 1, 2]]),
+        ([0, 2], [100, 100], [[0, 1]]),
+        ([0, 9], [300, 300], [[0], [1]]),
+        ([0, 1, 2], [100, 4000, 100], [[0], [1], [2]]),
+    ],
+)
+def test_neighbouring_slots_are_attended_to_together_where_that_is_cheaper(slots, lengths, runs):
+    assert plan_runs(slots, lengths, call_positions=512) == runs
+
+
+def test_features_are_kept_up_to_the_budget_and_the_least_used_go():
+    cache = FeatureCache(budget_bytes=2 * 4 * 10)
+    for key in ("a", "b"):
+        cache.put(key, torch.zeros(10))
+    assert cache.get("a") is not None
+    cache.put("c", torch.zeros(10))
+    assert cache.get("b") is None and cache.get("a") is not None and cache.get("c") is not None
+    cache.put("too large", torch.zeros(100))
+    assert cache.num_bytes == 80 and (cache.hits, cache.misses) == (3, 1)
+
+
+def test_draws_follow_the_nucleus():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    random = build_random(GenerationRequest(np.zeros(1, np.int32), seed=1))
+    draws = np.bincount([sample(logits, 1.0, 1.0, random) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(draws, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    draws = np.bincount([sample(logits, 1.0, 0.7, random) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(draws, [0.625, 0.375, 0, 0], atol=0.03)
+    assert {sample(logits, 1.0, 0.4, random) for _ in range(50)} == {0}
+    assert {sample(logits, 0.02, 1.0, random) for _ in range(50)} == {0}
+
+
+def test_a_flat_nucleus_wider_than_the_first_candidates_is_exact():
+    logits = torch.zeros(1000)
+    random = np.random.default_rng(0)
+    draws = {sample(logits, 1.0, 0.9, random) for _ in range(6000)}
+    assert len(draws) > 850 and max(draws) <= 900
+
+
+def test_histograms_count_up_to_each_bound():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    assert histogram.counts == [2, 1, 1] and histogram.count == 4 and histogram.total == 12.0
