@@ -170,29 +170,39 @@ def stages(
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="config of each stage, in order; default: the tiny preset's"),
     ] = None,
-    data: Annotated[Optional[Path], typer.Option(help="phantoms; default: those of the tiny preset")] = None,  # noqa: UP045
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="LABEL=DIR", help="score these runs and train nothing; equal labels are seeds"),
+    ] = None,
+    task: Annotated[str, typer.Option(help="task that the runs are scored on")] = "phantom",
+    data: Annotated[Path, typer.Option(help="questions of the task; the tiny preset also trains on them")] = Path(
+        ".demo/phantoms"
+    ),
+    base: Annotated[Path, typer.Option(help="tiny base, with llama/ and clip/")] = Path(".demo/base"),
     seeds: Annotated[int, typer.Option(min=1, help="how often everything is trained, each time with another seed")] = 3,
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="[STAGE:]KEY=VALUE", help="setting for every stage, or for one"),
     ] = None,
-    picture: Annotated[Optional[Path], typer.Option(help="also write the picture here")] = None,  # noqa: UP045
     max_questions: Annotated[int, typer.Option(min=0, help="ask only the first so many; 0: all")] = 0,
+    picture: Annotated[Optional[Path], typer.Option(help="also write the picture here")] = None,  # noqa: UP045
 ) -> None:
     """Train with each stage left out in turn, and with all, and say what each one brings. Goes on where it stopped."""
-    from babydoctor.eval.stages import StagesConfig, run_stages
+    from babydoctor.eval.stages import StagesConfig, run_stages, write_picture
 
-    settings = StagesConfig(
-        out=out,
-        configs=tuple(config or ()),
-        data=data,
-        num_seeds=seeds,
-        overrides=tuple(override or ()),
-        max_questions=max_questions,
+    table = run_stages(
+        StagesConfig(
+            out=out,
+            configs=tuple(config or ()),
+            runs=tuple(run or ()),
+            task=task,
+            data=data,
+            base=base,
+            num_seeds=seeds,
+            overrides=tuple(override or ()),
+            max_questions=max_questions,
+        )
     )
-    table = run_stages(settings)
     if picture is not None:
-        from babydoctor.eval.stages import write_picture
-
         write_picture(picture, table)
     print((out / "stages.md").read_text(encoding="utf-8"))
