@@ -153,6 +153,17 @@ def test_an_answer_through_the_controller_is_the_workers(controller: Server):
     assert "token_ids" not in whole
 
 
+def test_attention_and_details_pass_through(controller: Server):
+    test_without_a_status_the_controller_asks_the_worker(controller)
+    body = generation(png()) | {"answer": "a scan"}
+    reply = call(controller, "/worker_attention", body)
+    assert reply.json() == call(tiny_worker(), "/worker_attention", body).json() and reply.json()["grid"] == [4, 4]
+    assert call(controller, "/worker_attention", body | {"images": []}).status_code == 422
+    assert call(controller, "/model_details", {"model": "tiny"}).json()["template"] == "llava_llama_2"
+    assert call(controller, "/count_token", {"model": "tiny", "prompt": "x"}).json()["count"] == 2
+    assert call(controller, "/worker_attention", body | {"model": "nobody"}).status_code == 404
+
+
 def test_a_workers_refusal_reaches_the_client(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     refused = call(controller, "/worker_generate_stream", generation(b"no image"))

@@ -145,6 +145,20 @@ def test_an_answer_goes_on_from_another_workers_tokens(worker: Server):
     assert llava_answer(worker.url, body | {"stop": stop, "resume_ids": ids[:17]}) == answer[: answer.index(stop)]
 
 
+def test_where_it_looked(worker: Server):
+    answer = llava_answer(worker.url, generation(png()))
+    body = {"model": "tiny", "prompt": PROMPT, "answer": answer, "images": [bare_base64(png())]}
+    reply = post(worker, body, "/worker_attention").json()
+    assert reply["grid"] == [4, 4] and "".join(token["text"] for token in reply["tokens"]) == answer
+    for token in reply["tokens"]:
+        assert len(token["weights"]) == 16 and min(token["weights"]) >= 0 and 0 < sum(token["weights"]) < 1
+    other = post(worker, body | {"images": [bare_base64(png(1))]}, "/worker_attention").json()
+    assert other != reply
+    assert post(worker, body | {"prompt": "no image", "images": []}, "/worker_attention").status_code == 422
+    assert post(worker, body | {"answer": ""}, "/worker_attention").status_code == 422
+    assert post(worker, body | {"answer": "x" * 9000}, "/worker_attention").status_code == 422
+
+
 def test_docs_and_metrics(worker: Server):
     assert requests.get(worker.url + "/docs", timeout=5).status_code == 200
     text = requests.get(worker.url + "/metrics", timeout=5).text

@@ -169,7 +169,7 @@ class AttentionRequest(Body):
 
 class TokenAttention(BaseModel):
     text: str = Field(description="The piece of the answer; all pieces together are the answer.")
-    weights: list[float] = Field(description="One weight an image patch, row by row; they sum to 1.")
+    weights: list[float] = Field(description="Share of attention that went to each image patch, row by row.")
 
 
 class AttentionReply(BaseModel):

@@ -1,8 +1,8 @@
 """Many clients for minutes, some of whom leave early: nothing may fail, leak or grow.
 
-``python -m babydoctor.serve.soak RUN --clients 200 --seconds 180`` starts a controller and workers on loopback, lets the
-clients at them over both wires, and exits with 1 unless: the only refusals were 429, all places are free again at the
-end, and the memory of no process grew after the first half.
+``python -m babydoctor.serve.soak RUN --clients 200 --seconds 180`` starts a controller and workers on loopback, lets
+the clients at them over both wires, and exits with 1 unless: the only refusals were 429, all places are free again at
+the end, and the memory of no process grew after the first half.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class SoakReport:
         ]
         for url, values in self.rss_bytes.items():
             middle, end = _halves(values)
-            lines.append(
-                f"{url}: memory {middle / 2**20:.0f} MiB at half time, {end / 2**20:.0f} MiB in the second half"
-            )
+            lines.append(f"{url}: memory {middle / 2**20:.0f} MiB in the first half, {end / 2**20:.0f} MiB at the end")
         return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import time
 from collections import OrderedDict, deque
@@ -40,7 +41,7 @@ from babydoctor.engine.request import (
     QueueFullError,
 )
 from babydoctor.image import load_image, to_pixels
-from babydoctor.schema import Example, UserError
+from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
 from babydoctor.serve.admission import Keys, Places, check_image_count, check_request, decode_image
 from babydoctor.serve.answers import Answer
 from babydoctor.serve.frontend import BODY_ERRORS, OPEN_PATHS, add_common_routes, errors
@@ -61,9 +62,9 @@ from babydoctor.serve.protocol import (
     overflow_error,
 )
 from babydoctor.serve.registration import Registration
-from babydoctor.serve.resumed import ResumedText
 from babydoctor.serve.retention import Retention
 from babydoctor.serve.settings import Secrets, ServeSettings
+from babydoctor.serve.token_text import ResumedText, label_rows
 from babydoctor.tokens import encode
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class Worker:
         self._context_length = engine.max_context
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="prepare")
+        # Waits for the engine, so it has a thread of its own: preparing the next requests must not wait with it.
+        self._lookers = ThreadPoolExecutor(1, thread_name_prefix="attention")
         self._pump: EventPump | None = None
         retention_dir = settings.worker.retention_dir
         self._retention = Retention(retention_dir) if retention_dir else None
@@ -184,12 +187,17 @@ class Worker:
     async def attention(self, request: AttentionRequest) -> dict[str, Any]:
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
-        if not request.images:
-            raise ApiError(422, "no_image", "The prompt has no image to look at.", param="images")
+        if len(request.images) != 1:
+            raise ApiError(422, "wrong_image_count", "There must be one image to look at.", param="images")
+        if len(request.prompt) > self.settings.limits.max_prompt_chars:
+            raise ApiError(422, "prompt_too_long", "The prompt is too long.", param="prompt")
+        if self.draining:
+            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
         self.places.take()
         started_s = time.monotonic()
         try:
-            return await self._in_thread(self._attention, request)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._lookers, self._attention, request)
         finally:
             self.places.give_back(time.monotonic() - started_s)
 
@@ -241,6 +249,7 @@ class Worker:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._lookers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
 
     # From request to engine; runs in a thread of ``_threads``.
@@ -330,11 +339,22 @@ class Worker:
         return ImageInput(key, pixels)
 
     def _attention(self, request: AttentionRequest) -> dict[str, Any]:
-        from babydoctor.engine.attention import attention_maps
-
-        images = [self._load(decode_image(text, index), index) for index, text in enumerate(request.images)]
-        example = self._encode(request.prompt)
-        return attention_maps(self.engine, self.run, example, images, request.answer)
+        images = tuple(self._load(decode_image(text, index), index) for index, text in enumerate(request.images))
+        # The answer is marked as supervised, so that the one place that tokenises says which tokens are its.
+        segments = (*split_images(request.prompt), Segment(request.answer, supervised=True))
+        whole = encode(segments, self.run.tokenizer, self._num_patches)
+        answer = whole.labels != IGNORE_INDEX
+        generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
+        answer_ids = whole.input_ids[answer].tolist()
+        try:
+            looked = self.engine.attention_map(generation, answer_ids, self.settings.limits.request_timeout_s)
+        except EngineError as error:
+            raise _api_error(error) from None
+        except TimeoutError:
+            raise ApiError(504, "deadline", "The model was too busy to look again.") from None
+        edge = math.isqrt(self._num_patches)
+        assert edge * edge == self._num_patches, self._num_patches
+        return {"grid": [edge, edge], "tokens": label_rows(self.run.tokenizer, answer_ids, looked, request.answer)}
 
     # From engine to answer; runs in the event loop.
 

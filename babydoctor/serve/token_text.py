@@ -1,9 +1,11 @@
-"""The text of an answer that another worker began: its tokens first, then the engine's."""
+"""Text of given tokens: of an answer that another worker began, and of one that is looked at again."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from babydoctor.engine.stops import Detokenizer, StopFilter
 
@@ -39,3 +41,28 @@ class ResumedText:
         if self._filter.found is None:
             self._text += self._filter.flush()
         return self._text
+
+
+def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text: str) -> list[dict[str, Any]]:
+    """Join each token's piece of ``text`` with its row of ``rows`` ``[A, P]``.
+
+    Tokens that only together make a character become one piece, with the mean of their rows.
+    """
+    detokenizer = Detokenizer(tokenizer)
+    pieces: list[tuple[str, list[np.ndarray]]] = []
+    waiting: list[np.ndarray] = []
+    for index, (token_id, row) in enumerate(zip(token_ids, rows, strict=True)):
+        waiting.append(row)
+        piece = detokenizer.add(token_id)
+        if index == len(token_ids) - 1:
+            piece += detokenizer.flush()
+        if piece:
+            pieces.append((piece, waiting))
+            waiting = []
+    # A tokenizer may drop the space in front and such; the pieces shall join to the text that was given.
+    joined = "".join(piece for piece, _ in pieces)
+    start = text.find(joined)
+    if pieces and joined != text and start >= 0:
+        pieces[0] = (text[:start] + pieces[0][0], pieces[0][1])
+        pieces[-1] = (pieces[-1][0] + text[start + len(joined) :], pieces[-1][1])
+    return [{"text": piece, "weights": np.mean(own, axis=0).tolist()} for piece, own in pieces]
