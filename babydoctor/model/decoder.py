@@ -108,7 +108,10 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        by_head = torch.empty(x.shape[1], x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)  # as attention reads
+        if x.is_cuda:
+            return _rotate_into(torch.empty_like(x), x, cos, sin, 1)
+        # The CPU's attention multiplies head by head, so a head's positions stand side by side there.
+        by_head = torch.empty(x.shape[1], x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)
         return _rotate_into(by_head.transpose(0, 1), x, cos, sin, 1)
 
     @staticmethod

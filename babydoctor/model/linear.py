@@ -57,13 +57,17 @@ def apply_linears(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.
             factors += [peft_layer.lora_A[ADAPTER].weight, peft_layer.lora_B[ADAPTER].weight]
         else:
             layers.append(_Layer(module))
-    if not factors:
+    if not factors and not any(_is_4bit(layer.base) for layer in layers):
         return tuple(linear(x, layer.weight(x.dtype), _bias(layer.base, x)) for layer in layers)
     keep = draw_keep_mask(x.shape, dropout, x.device) if dropout else None
-    return _LoraLinears.apply(x, keep, tuple(layers), *factors)
+    return _FrozenLinears.apply(x, keep, tuple(layers), *factors)
 
 
-class _LoraLinears(torch.autograd.Function):
+class _FrozenLinears(torch.autograd.Function):
+    """The operation. It keeps the dropped-out input (only where there is a LoRA), the mask and the low-rank products;
+    never a weight, which for a 4-bit base would be a float copy of it.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, keep: torch.Tensor | None, layers: tuple[_Layer, ...], *factors: torch.Tensor
@@ -81,7 +85,7 @@ class _LoraLinears(torch.autograd.Function):
             outputs.append(output)
         ctx.layers = layers
         ctx.num_factors = len(factors)
-        ctx.save_for_backward(dropped, keep, *factors, *lows)
+        ctx.save_for_backward(dropped if factors else None, keep, *factors, *lows)
         return tuple(outputs)
 
     @staticmethod
@@ -123,6 +127,10 @@ def draw_keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -
         size *= length
     draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     return (draws[:size] >= round(dropout * 65536) - 32768).view(torch.uint8).view(tuple(shape))
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    return getattr(base.weight, "quant_state", None) is not None
 
 
 def _has_lora(module: nn.Module) -> bool:

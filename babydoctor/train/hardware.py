@@ -1,0 +1,81 @@
+"""Devices by name: memory, peak speed and bandwidth, for plans and for the ceiling that speeds are held against."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from babydoctor.schema import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device.
+
+    ``memory_bytes`` is what a program can use in all; ``flops_per_s`` the dense bfloat16 matrix peak with float32
+    accumulation; ``bytes_per_s`` the memory bandwidth.
+    """
+
+    name: str
+    memory_bytes: int
+    flops_per_s: float
+    bytes_per_s: float
+    is_cuda: bool = True
+
+
+# Peaks from NVIDIA's data sheets (A10, A100 40/80 GB SXM, L4, H100 SXM, H200 SXM) and the Ada white paper (4090),
+# always without sparsity. Memory is the total that nvidia-smi reports, below the nominal size where ECC takes a part.
+GPUS = {
+    name: Hardware(name, round(mib * 2**20), tflops * 1e12, gb_per_s * 1e9)
+    for name, mib, tflops, gb_per_s in (
+        ("a10", 23028, 125, 600),
+        ("a100-40", 40960, 312, 1555),
+        ("a100-80", 81920, 312, 2039),
+        ("l4", 23034, 121, 300),
+        ("4090", 24564, 165, 1008),
+        ("h100", 81559, 989, 3350),
+        ("h200", 143771, 989, 4800),
+    )
+}
+GPUS["a100"] = GPUS["a100-80"]
+
+CPU_FLOPS_PER_S_PER_CORE = 2e11
+CPU_BYTES_PER_S = 2e10
+"""Rough values for a server core with AVX512-BF16; ``babydoctor bench train`` measures the real ones."""
+
+
+def find_hardware(name: str) -> Hardware:
+    """A GPU of the table, or ``cpu``: this machine.
+
+    Raises:
+        UserError: the name is not known.
+    """
+    key = name.lower()
+    if key == "cpu":
+        return this_cpu()
+    if key not in GPUS:
+        raise UserError(f"--gpu {name!r} is not one of {', '.join((*GPUS, 'cpu'))}")
+    return GPUS[key]
+
+
+def this_cpu() -> Hardware:
+    """This machine's CPU with all of its memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware("cpu", memory, cores * CPU_FLOPS_PER_S_PER_CORE, CPU_BYTES_PER_S, is_cuda=False)
+
+
+def this_device(device: str) -> Hardware:
+    """The device that a run has: the CPU, or the CUDA device with the table's peaks where its name is known."""
+    if not device.startswith("cuda"):
+        return this_cpu()
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.device(device))
+    words = properties.name.lower().replace("-", " ").split()
+    near = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in words]
+    # Of variants with different memory the nearest; an unknown device gets the A10's peaks and its own memory.
+    known = min(near or [GPUS["a10"]], key=lambda gpu: abs(gpu.memory_bytes - properties.total_memory))
+    return replace(known, name=properties.name, memory_bytes=properties.total_memory)
