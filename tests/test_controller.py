@@ -93,6 +93,13 @@ def test_register_list_address_and_expiry(controller: Server):
     assert call(controller, "/receive_heart_beat", {"worker_name": url, "queue_length": 1}).json()["exist"] is False
 
 
+@pytest.mark.parametrize(
+    "header", [{"X-Forwarded-For": "127.0.0.1"}, {"Origin": "http://evil"}, {"Host": "evil:21001"}]
+)
+def test_without_a_secret_only_programs_of_this_machine_register(controller: Server, header: dict[str, str]):
+    assert register(controller, "http://127.0.0.1:9", "evil", headers=header).status_code == 403
+
+
 def test_without_a_status_the_controller_asks_the_worker(controller: Server):
     worker = tiny_worker()
     body = {"worker_name": worker.url, "check_heart_beat": False, "worker_status": None}
@@ -394,9 +401,9 @@ def test_secret_and_keys(folder: Path):
     environment = {"BABYDOCTOR_API_KEYS": "key-of-the-ward-1", "BABYDOCTOR_REGISTRATION_SECRET": SECRET}
     trusted = tiny_worker().url
     server = start_controller(folder / "locked.log", f"controller.trusted_workers=[{trusted}]", environment=environment)
-    worker = start_worker(
-        tiny_run(), folder / "locked-worker.log", f"worker.controller={server.url}", environment=environment
-    )
+    # One position a step makes a long prompt outlast the deadline.
+    slow = ("engine.step_tokens=1", "limits.request_timeout_s=3", f"worker.controller={server.url}")
+    worker = start_worker(tiny_run(), folder / "locked-worker.log", *slow, environment=environment)
     key = {"Authorization": "Bearer key-of-the-ward-1"}
     try:
         wait_until(lambda: requests.get(f"{server.url}/healthz", timeout=2).ok, 60, "the controller")
@@ -416,7 +423,14 @@ def test_secret_and_keys(folder: Path):
         # Controller and worker show each other the secret.
         wait_ready(worker)
         wait_until(lambda: "tiny" in call(server, "/list_models", headers=key).json()["models"], 10, "registration")
-        assert llava_answer(server.url, generation(png()), headers=key)
+        assert llava_answer(server.url, generation(png(), max_new_tokens=4), headers=key)
+
+        late = generation() | {"prompt": "x" * 4000}
+        *_, last = llava_stream(server.url, late, headers=key)
+        assert last["error_code"] == 1 and "longer than this server allows" in last["text"]
+        assert call(server, "/worker_generate", late, headers=key).status_code == 504
+        knows = {"Authorization": f"Bearer {SECRET}"}
+        assert call(worker, "/worker_get_status", headers=knows).json()["queue_length"] == 0
         logged = server.log.read_text() + worker.log.read_text()
         assert SECRET not in logged and "key-of" not in logged and "127.0.0.1" not in logged
     finally:

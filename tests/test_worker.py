@@ -339,7 +339,9 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
     """One process for three settings, because starting one takes seconds."""
     keys = {"BABYDOCTOR_API_KEYS": "key-of-the-ward-1,key-of-the-ward-2"}
     kept = tmp_path / "kept"
-    server = start_worker(tiny_run(), tmp_path / "log", f"worker.retention_dir={kept}", environment=keys)
+    server = start_worker(
+        tiny_run(), tmp_path / "log", f"worker.retention_dir={kept}", "limits.body_timeout_s=1", environment=keys
+    )
     try:
         wait_ready(server)
         assert post(server, generation()).status_code == 401
@@ -353,6 +355,12 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
         assert entry["prompt"] == PROMPT and entry["answer"] == answer
         assert (kept / "images" / entry["images"][0]).read_bytes() == png()
         assert (kept.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+
+        host = urlsplit(server.url)
+        with socket.create_connection((host.hostname, host.port), timeout=10) as sock:
+            head = "POST /list HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-the-ward-2\r\nContent-Length: 9\r\n"
+            sock.sendall(head.encode() + b"\r\nslow")
+            assert b"408" in sock.recv(100)
 
         stream = llava_stream(server.url, generation(png(), max_new_tokens=300), headers=headers)
         next(stream)

@@ -148,7 +148,7 @@ class Controller:
         if url in self._trusted:
             return url
         if self._secret is None:
-            allowed = request.client is not None and is_loopback(request.client.host)
+            allowed = _is_from_this_machine(request)
         else:
             allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
         if not allowed:
@@ -274,6 +274,14 @@ class Controller:
                 404 if response.status_code == 404 else 500, "unsupported", "The model's worker cannot answer this."
             )
         raise ApiError(response.status_code, str(error.get("code")), str(error.get("message")))
+
+
+def _is_from_this_machine(request: Request) -> bool:
+    """Whether a caller is a program here, and not a stranger behind a proxy or a page in somebody's browser."""
+    headers = request.headers
+    is_forwarded = any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin"))
+    is_local = request.client is not None and is_loopback(request.client.host)
+    return is_local and not is_forwarded and is_loopback(request.url.hostname or "")
 
 
 def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:

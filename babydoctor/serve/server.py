@@ -113,6 +113,7 @@ def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=3,
         backlog=1024,
         ws="none",
