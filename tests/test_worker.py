@@ -160,7 +160,9 @@ def test_where_it_looked(worker: Server):
 
 
 def test_docs_and_metrics(worker: Server):
-    assert requests.get(worker.url + "/docs", timeout=5).status_code == 200
+    page = requests.get(worker.url + "/docs", timeout=5).text
+    assert "POST /worker_generate_stream" in page and "max_new_tokens" in page and "curl" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page
     text = requests.get(worker.url + "/metrics", timeout=5).text
     for name in ("first_token_seconds_bucket", "per_token_seconds_bucket", "generated_tokens_total", "queue_length"):
         assert f"babydoctor_{name}" in text

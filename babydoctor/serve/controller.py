@@ -298,6 +298,8 @@ def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
     app = FastAPI(
         title="BabyDoctor controller",
         version=__version__,
+        docs_url=None,
+        redoc_url=None,
         description="LLaVA's controller wire, FastChat's additions and OpenAI's chat completions. Research use only.",
         lifespan=lifespan,
     )

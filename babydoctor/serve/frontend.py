@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from babydoctor.conversation import Template
 from babydoctor.serve.answers import Answer, AnswerResponse, CollectedAnswer, StreamedAnswer, start_opening
+from babydoctor.serve.docs import add_docs
 from babydoctor.serve.logs import REQUEST_ID
 from babydoctor.serve.metrics import CONTENT_TYPE, HttpMetrics
 from babydoctor.serve.openai import DONE, ChatRequest, CompletionWriter, ModelCard, ModelList, to_generate
@@ -38,7 +39,7 @@ ERROR_HEADER = "x-babydoctor-error"
 
 STREAM_TYPE = "application/octet-stream"
 
-OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json", "/docs/oauth2-redirect")
+OPEN_PATHS = ("/healthz", "/readyz", "/docs", "/openapi.json")
 
 
 class Backend(Protocol):
@@ -113,6 +114,7 @@ WORK_ERRORS = (*BODY_ERRORS, 404, 429, 503, 504)
 
 def add_common_routes(app: FastAPI, backend: Backend) -> None:
     """Add everything that does not depend on who stands behind."""
+    add_docs(app)
     _add_operator_routes(app, backend)
     _add_llava_routes(app, backend)
     _add_fastchat_routes(app, backend)

@@ -543,6 +543,8 @@ def build_worker_app(worker: Worker, secrets: Secrets, address: str | None) -> F
     app = FastAPI(
         title="BabyDoctor worker",
         version=__version__,
+        docs_url=None,
+        redoc_url=None,
         description="LLaVA's worker wire, FastChat's additions and OpenAI's chat completions. Research use only.",
         lifespan=lifespan,
     )
