@@ -1,0 +1,562 @@
+"""The page's layout and what happens when something on it is used.
+
+Handlers get Gradio's session hash, find the session, change it, and return how the page changes. A ``PageError``
+becomes a sentence above the question box; nothing else reaches the user.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from babydoctor.schema import IMAGE_TOKEN
+from babydoctor.serve import web_view as show
+from babydoctor.serve.logs import log
+from babydoctor.serve.protocol import MAX_NEW_TOKENS
+from babydoctor.serve.web_chat import ControllerClient
+from babydoctor.serve.web_dicom import FILE_WINDOW, open_scan
+from babydoctor.serve.web_errors import PageError
+from babydoctor.serve.web_examples import build_examples, gallery_html
+from babydoctor.serve.web_feedback import ERROR_KINDS, VERDICTS, build_row, export_session, save_row
+from babydoctor.serve.web_overlay import group_words, place_on_image, to_data_url
+from babydoctor.serve.web_session import Exchange, Sampling, Session, Sessions
+from babydoctor.serve.web_style import (
+    BUTTONS_SCRIPT,
+    DOWNLOAD_SCRIPT,
+    DROP_HTML,
+    DROP_SCRIPT,
+    GATE_TEXT,
+    OVERLAY_NOTE,
+    THEME_SCRIPT,
+)
+
+if TYPE_CHECKING:
+    from babydoctor.serve.web import Uploads
+
+logger = logging.getLogger(__name__)
+
+Changes = dict[Any, Any]
+
+REFRESH_S = 15
+"""How often an open page asks which models there are."""
+
+
+def _told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
+    """Show a ``PageError`` as a sentence, and any other error as one without its text."""
+
+    @functools.wraps(handler)
+    def call(self: Page, *args: Any) -> Changes:
+        try:
+            return {self.status: show.status("")} | handler(self, *args)
+        except Exception as error:
+            return {self.status: self.sentence(error)}
+
+    return call
+
+
+def _told_async(handler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(handler)
+    async def call(self: Page, *args: Any) -> Changes:
+        try:
+            return {self.status: show.status("")} | await handler(self, *args)
+        except Exception as error:
+            return {self.status: self.sentence(error)}
+
+    return call
+
+
+class Page:
+    """The page.
+
+    Args:
+        client: asks the controller.
+        uploads: files that wait to be taken.
+        feedback_file: None: no feedback is taken.
+    """
+
+    def __init__(self, client: ControllerClient, uploads: Uploads, feedback_file: Path | None) -> None:
+        self.client = client
+        self.uploads = uploads
+        self.feedback_file = feedback_file
+        self.sessions = Sessions()
+        self.examples = {example.key: example for example in build_examples()}
+
+    def close(self) -> None:
+        """Stop all running answers."""
+        self.sessions.stop_all()
+
+    def sentence(self, error: Exception) -> str:
+        """An error as it is shown."""
+        if not isinstance(error, PageError):
+            log(logger, logging.ERROR, "page failed", exception=type(error).__name__, place=_place(error))
+            error = PageError("internal")
+        return show.status(error.sentence)
+
+    # Layout.
+
+    def build(self) -> gr.Blocks:
+        """Lay the page out and connect it."""
+        with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
+            self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
+            gr.HTML(show.BANNER, elem_id="bd-banner", js_on_load=None)
+            with gr.Row(elem_id="bd-header"):
+                gr.HTML(show.TITLE, js_on_load=None, min_width=280)
+                self.model = gr.Dropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
+                theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
+            self._build_gate()
+            with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
+                with gr.Column(scale=5, min_width=340):
+                    self._build_image()
+                with gr.Column(scale=6, min_width=340):
+                    self._build_chat()
+                    self._build_panels()
+            timer = gr.Timer(REFRESH_S)
+            self._connect(demo, timer)
+            theme.click(None, js=THEME_SCRIPT)
+        return demo
+
+    def _build_gate(self) -> None:
+        with gr.Column(elem_id="bd-gate", visible=True) as self.gate:
+            gr.Markdown(GATE_TEXT)
+            self.agree = gr.Checkbox(False, label="I have read this and will use BabyDoctor for research only")
+            self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
+
+    def _build_image(self) -> None:
+        script = DROP_SCRIPT.replace("MAX_BYTES", str(128 * 2**20))
+        self.drop = gr.HTML(DROP_HTML, js_on_load=script, elem_id="bd-drop")
+        self.viewer = gr.HTML(show.viewer(None), js_on_load=None, elem_id="bd-viewer")
+        with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
+            self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
+            with gr.Row():
+                self.center = gr.Slider(
+                    -1024, 3071, 40, step=1, label="Level (centre)", elem_id="bd-center", min_width=150
+                )
+                self.width = gr.Slider(1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150)
+        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame")
+        self.facts = gr.HTML("", js_on_load=None, elem_id="bd-facts")
+        with gr.Accordion("Example cases", open=True, elem_id="bd-example-panel") as self.example_panel:
+            self.gallery = gr.HTML(gallery_html([*self.examples.values()]), js_on_load=BUTTONS_SCRIPT)
+
+    def _build_chat(self) -> None:
+        self.chat = gr.Chatbot(
+            [],
+            label="Conversation",
+            elem_id="bd-chat",
+            height=360,
+            layout="bubble",
+            render_markdown=False,
+            latex_delimiters=[],
+            allow_tags=False,
+            feedback_options=None,
+            buttons=["copy"],
+            group_consecutive_messages=False,
+            placeholder="Load an image, then ask about it.",
+        )
+        self.status = gr.HTML("", js_on_load=None, elem_id="bd-status")
+        self.starters = gr.HTML(show.chips(show.QUESTIONS, "question"), js_on_load=BUTTONS_SCRIPT)
+        with gr.Row(elem_id="bd-ask"):
+            self.question = gr.Textbox(
+                label="Question",
+                placeholder="Ask about the image; Enter sends",
+                lines=1,
+                max_lines=6,
+                max_length=8000,
+                scale=5,
+                min_width=200,
+                elem_id="bd-question",
+            )
+            self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
+            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
+        with gr.Row():
+            self.again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="bd-again")
+            self.clear = gr.Button("Clear chat", size="sm", min_width=96, elem_id="bd-clear")
+            self.export = gr.Button("Export session", size="sm", min_width=110, elem_id="bd-export")
+        self.exported = gr.Textbox(visible=False)
+
+    def _build_panels(self) -> None:
+        with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel"):
+            self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
+            self.overlay = gr.HTML("", js_on_load=None, elem_id="bd-overlay")
+            self.words = gr.HTML("", js_on_load=BUTTONS_SCRIPT, elem_id="bd-words")
+            gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
+        with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
+            self.temperature = gr.Slider(
+                0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words, the same answer every time"
+            )
+            self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
+            self.max_tokens = gr.Slider(
+                16, MAX_NEW_TOKENS, 256, step=16, label="Longest answer, in tokens", info="about ¾ of a word each"
+            )
+        with gr.Accordion(
+            "Feedback on the last answer", open=False, elem_id="bd-feedback", visible=self.feedback_file is not None
+        ):
+            self.verdict = gr.Radio(
+                [("👍 Good", "up"), ("👎 Bad", "down")], label="How was the answer?", elem_id="bd-verdict"
+            )
+            self.errors = gr.CheckboxGroup(
+                [(text, kind) for kind, text in ERROR_KINDS.items()], label="What was wrong?", elem_id="bd-errors"
+            )
+            self.comment = gr.Textbox(
+                label="Comment", lines=2, max_length=4000, info="no names, please", elem_id="bd-comment"
+            )
+            self.consent = gr.Checkbox(
+                False, label="Save my feedback with this question and answer on the server", elem_id="bd-consent"
+            )
+            self.with_image = gr.Checkbox(False, label="Save the image, too", elem_id="bd-with-image")
+            self.save = gr.Button("Save feedback", size="sm", elem_id="bd-save")
+            self.saved = gr.HTML("", js_on_load=None, elem_id="bd-saved")
+
+    def _connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
+        image = [self.viewer, self.window_group, self.preset, self.center, self.width, self.frame, self.facts]
+        chat = [self.chat, self.question, self.send, self.stop, self.status, self.overlay, self.words]
+        gate = [self.gate, self.main, self.model, self.status, self.passed]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        latest: dict[str, Any] = private | {"trigger_mode": "always_last"}
+
+        demo.load(self.on_load, [self.passed], gate, **private)
+        demo.unload(self.on_unload)
+        timer.tick(self.on_tick, [self.model], [self.model], **private)
+        self.agree.change(lambda agreed: gr.Button(interactive=agreed), [self.agree], [self.enter], **private)
+        self.enter.click(self.on_enter, [self.agree], gate, **private)
+
+        loaded = [*image, *chat]
+        self.drop.upload(self.on_upload, None, loaded, **private)
+        self.gallery.select(self.on_example, None, loaded, **private)
+        self.frame.input(self.on_frame, [self.frame], [*image, self.status], **latest)
+        self.preset.input(self.on_preset, [self.preset], [*image, self.status], **latest)
+        for slider in (self.center, self.width):
+            slider.input(self.on_window, [self.center, self.width], [*image, self.status], **latest)
+
+        settings = [self.model, self.temperature, self.top_p, self.max_tokens]
+        gr.on([self.send.click, self.question.submit], self.on_ask, [self.question, *settings], chat, **private)
+        self.again.click(self.on_again, settings, chat, **private)
+        self.stop.click(self.on_stop, None, [self.stop], queue=False, **private)
+        self.clear.click(self.on_clear, None, chat, **private)
+        self.starters.select(self.on_starter, None, [self.question], **private)
+        self.export.click(self.on_export, None, [self.exported, self.status], **private).then(
+            None, [self.exported], None, js=DOWNLOAD_SCRIPT
+        )
+        self.look.click(self.on_look, None, [self.overlay, self.words, self.status], **private)
+        self.words.select(self.on_word, None, [self.overlay, self.status], **private)
+        feedback = [self.verdict, self.errors, self.comment, self.consent, self.with_image]
+        self.save.click(self.on_save, feedback, [*feedback, self.saved, self.status], **private)
+
+    # Gate and models.
+
+    async def on_load(self, passed: bool, request: gr.Request) -> Changes:
+        """A tab was opened, or opened anew."""
+        return await self._open_gate(request) if passed is True else {self.gate: gr.Column(visible=True)}
+
+    async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
+        """The user has read the notice."""
+        return await self._open_gate(request) | {self.passed: True} if agreed else {}
+
+    async def _open_gate(self, request: gr.Request) -> Changes:
+        self.sessions.get(request.session_hash).has_accepted = True
+        changes: Changes = {self.gate: gr.Column(visible=False), self.main: gr.Row(visible=True)}
+        try:
+            models = await self.client.models()
+        except PageError as error:
+            models = []
+            changes[self.status] = self.sentence(error)
+        else:
+            if not models:
+                changes[self.status] = self.sentence(PageError("no_worker"))
+        value = models[0] if models else None
+        return changes | {self.model: gr.Dropdown(choices=models, value=value, visible=True)}
+
+    async def on_tick(self, model: str | None) -> Any:
+        """Keep the list of models fresh; what the user has chosen stays chosen while it is there."""
+        try:
+            models = await self.client.models()
+        except PageError:
+            return gr.skip()
+        return gr.Dropdown(choices=models, value=model if model in models else (models[0] if models else None))
+
+    def on_unload(self, request: gr.Request) -> None:
+        """The tab was closed: forget its image and its conversation."""
+        self.sessions.forget(request.session_hash)
+
+    # Image.
+
+    @_told
+    def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """A file has come, or did not come whole."""
+        session = self.sessions.accepted(request.session_hash)
+        values = event._data or {}
+        if "token" not in values:
+            raise PageError(str(values.get("error", "upload_broken")), limit_mb=128)
+        return self._show_new(session, self.uploads.take(str(values["token"])), "", "", None)
+
+    @_told
+    def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """An example was chosen."""
+        session = self.sessions.accepted(request.session_hash)
+        example = self.examples[str((event._data or {}).get("example"))]
+        return self._show_new(session, example.load(), example.title, example.truth, example.question)
+
+    def _show_new(self, session: Session, data: bytes, title: str, truth: str, question: str | None) -> Changes:
+        scan = open_scan(data)
+        scan.title, scan.truth = title, truth
+        session.start_over()
+        session.scan = scan
+        changes = self._show_scan(session, moves_sliders=True) | self._idle(session)
+        return changes | ({self.question: question} if question else {})
+
+    @_told
+    def on_frame(self, frame: float, request: gr.Request) -> Changes:
+        """Another frame of a multi-frame file."""
+        session = self._with_scan(request)
+        assert session.scan is not None
+        session.scan.frame = min(max(int(frame), 1), session.scan.num_frames) - 1
+        return self._show_scan(session, moves_sliders=False)
+
+    @_told
+    def on_preset(self, preset: str, request: gr.Request) -> Changes:
+        """The file's own window, or one of the presets for CT."""
+        session = self._with_scan(request)
+        assert session.scan is not None
+        session.scan.center = session.scan.width = None
+        session.scan.preset = preset if preset in session.scan.presets and preset != FILE_WINDOW else None
+        return self._show_scan(session, moves_sliders=True)
+
+    @_told
+    def on_window(self, center: float, width: float, request: gr.Request) -> Changes:
+        """The sliders were moved."""
+        session = self._with_scan(request)
+        assert session.scan is not None
+        session.scan.preset = None
+        session.scan.center, session.scan.width = float(center), max(1.0, float(width))
+        return self._show_scan(session, moves_sliders=False) | {self.preset: gr.Dropdown(value=None)}
+
+    def _with_scan(self, request: gr.Request) -> Session:
+        session = self.sessions.accepted(request.session_hash)
+        if session.scan is None:
+            raise PageError("no_image")
+        return session
+
+    def _show_scan(self, session: Session, *, moves_sliders: bool) -> Changes:
+        scan = session.scan
+        assert scan is not None
+        session.view = scan.view()
+        changes: Changes = {self.viewer: show.viewer(session.view)}
+        if not moves_sliders:  # under the user's hand
+            return changes
+        changes |= {
+            self.facts: show.facts(scan),
+            self.window_group: gr.Group(visible=scan.has_window),
+            self.preset: gr.Dropdown(choices=scan.presets, value=scan.preset or FILE_WINDOW),
+            self.frame: gr.Slider(maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1),
+        }
+        if scan.has_window:
+            at = scan.window_range()
+            changes |= {
+                self.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
+                self.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
+            }
+        return changes
+
+    # Conversation.
+
+    async def on_ask(
+        self, question: str, model: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
+    ) -> AsyncIterator[Changes]:
+        """A question; yields the answer as it grows."""
+        try:
+            session = self.sessions.accepted(request.session_hash)
+            exchange = self._begin(session, question, model, Sampling(temperature, top_p, int(max_tokens)))
+        except PageError as error:
+            yield {self.status: self.sentence(error)}
+            return
+        async for changes in self._answer(session, exchange):
+            yield changes
+
+    async def on_again(
+        self, model: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
+    ) -> AsyncIterator[Changes]:
+        """The last question once more, with the present image and settings."""
+        try:
+            session = self.sessions.accepted(request.session_hash)
+            last = session.last
+            if last is None:
+                raise PageError("no_answer")
+            if not last.ended:
+                raise PageError("still_answering")
+            session.exchanges.pop()
+            try:
+                exchange = self._begin(session, last.question, model, Sampling(temperature, top_p, int(max_tokens)))
+            except PageError:
+                session.exchanges.append(last)
+                raise
+        except PageError as error:
+            yield {self.status: self.sentence(error)}
+            return
+        async for changes in self._answer(session, exchange):
+            yield changes
+
+    def _begin(self, session: Session, question: str, model: str, sampling: Sampling) -> Exchange:
+        question = question.strip()
+        if session.view is None:
+            raise PageError("no_image")
+        if not question:
+            raise PageError("no_question")
+        if IMAGE_TOKEN in question:
+            raise PageError("image_in_question")
+        if not model:
+            raise PageError("no_model")
+        if session.last is not None and not session.last.ended:
+            raise PageError("still_answering")
+        return Exchange(question, model, sampling, session.view)
+
+    async def _answer(self, session: Session, exchange: Exchange) -> AsyncIterator[Changes]:
+        turns = session.turns(exchange.question)
+        session.exchanges.append(exchange)
+        session.words = []
+        yield {
+            self.chat: show.messages(session),
+            self.question: "",
+            self.send: gr.Button(visible=False),
+            self.stop: gr.Button(visible=True),
+            self.status: show.status(""),
+            self.overlay: "",
+            self.words: "",
+        }
+        problem = ""
+        try:
+            async for _ in self.client.answer(exchange, turns):
+                yield {self.chat: show.messages(session)}
+        except Exception as error:
+            problem = self.sentence(error)
+            exchange.ended = "error"
+            exchange.note = "This answer broke off." if exchange.answer else ""
+        finally:
+            exchange.ended = exchange.ended or "stopped"
+        changes = self._idle(session) | {self.status: problem}
+        if problem and not exchange.answer and exchange in session.exchanges:
+            # Nothing came: the question goes back into its box, to be sent again.
+            session.exchanges.remove(exchange)
+            changes |= self._idle(session) | {self.question: exchange.question, self.status: problem}
+        yield changes
+
+    def _idle(self, session: Session) -> Changes:
+        """The page while no answer runs."""
+        return {
+            self.chat: show.messages(session),
+            self.send: gr.Button(visible=True),
+            self.stop: gr.Button(visible=False),
+            self.overlay: "",
+            self.words: "",
+        }
+
+    async def on_stop(self, request: gr.Request) -> Changes:
+        """Ask the running answer to end; its own handler then shows what there is."""
+        self.sessions.get(request.session_hash).stop()
+        return {self.stop: gr.Button(visible=False)}
+
+    @_told
+    def on_clear(self, request: gr.Request) -> Changes:
+        """A new conversation about the same image."""
+        session = self.sessions.accepted(request.session_hash)
+        session.start_over()
+        return self._idle(session)
+
+    def on_starter(self, event: gr.EventData) -> str:
+        """One of the ready-made questions."""
+        return str((event._data or {}).get("question", ""))
+
+    # What can be done with an answer.
+
+    @_told
+    def on_export(self, request: gr.Request) -> Changes:
+        """The session as a file, which the browser makes: nothing is written here."""
+        session = self.sessions.accepted(request.session_hash)
+        try:
+            return {self.exported: export_session(session)}
+        except PageError as error:
+            return {self.exported: "", self.status: self.sentence(error)}
+
+    @_told_async
+    async def on_look(self, request: gr.Request) -> Changes:
+        """Fetch the attention of the last answer and show that of the whole of it."""
+        session = self.sessions.accepted(request.session_hash)
+        exchange = session.last
+        if exchange is None or not exchange.answer:
+            raise PageError("no_answer")
+        if not exchange.ended:
+            raise PageError("still_answering")
+        reply = await self.client.attention(exchange)
+        session.image_mode = await self.client.image_mode(exchange.model)
+        session.words = group_words(reply["tokens"], *reply["grid"])
+        if not session.words:
+            raise PageError("no_answer")
+        buttons = show.word_buttons([word for word, _ in session.words])
+        return {self.words: buttons, self.overlay: self._overlay(session, 0)}
+
+    @_told
+    def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Another word of the answer."""
+        session = self.sessions.accepted(request.session_hash)
+        index = int((event._data or {}).get("word", 0))
+        if not 0 <= index < len(session.words):
+            raise PageError("no_answer")
+        return {self.overlay: self._overlay(session, index)}
+
+    def _overlay(self, session: Session, index: int) -> str:
+        assert session.last is not None
+        view = session.last.view
+        word, grid = session.words[index]
+        weights = place_on_image(grid, view.width, view.height, session.image_mode)
+        return show.overlay(view, to_data_url(weights), word)
+
+    @_told
+    def on_save(
+        self,
+        verdict: str | None,
+        errors: list[str],
+        comment: str,
+        consent: bool,
+        with_image: bool,
+        request: gr.Request,
+    ) -> Changes:
+        """Feedback; saved only with consent."""
+        session = self.sessions.accepted(request.session_hash)
+        try:
+            if session.last is None or not session.last.ended or self.feedback_file is None:
+                raise PageError("no_answer")
+            if not consent:
+                raise PageError("no_consent")
+            if verdict not in VERDICTS and not errors and not comment.strip():
+                raise PageError("no_verdict")
+            row = build_row(
+                session,
+                session.last,
+                verdict=verdict,
+                errors=errors,
+                comment=comment,
+                with_image=with_image,
+            )
+            save_row(self.feedback_file, row)
+        except PageError as error:
+            return {self.saved: self.sentence(error)}
+        thanks = "Saved with the image. Thank you." if with_image else "Saved without the image. Thank you."
+        return {
+            self.verdict: None,
+            self.errors: [],
+            self.comment: "",
+            self.consent: False,
+            self.with_image: False,
+            self.saved: show.status(thanks, "info"),
+        }
+
+
+def _place(error: Exception) -> str:
+    """Where in the code it happened; the message stays out of the log, for it may quote a file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace is not None else ""
