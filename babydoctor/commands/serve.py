@@ -113,10 +113,20 @@ def web(
     """Run the page alone."""
     settings, secrets = _begin("page", config, overrides)
 
+    from babydoctor.serve.settings import is_loopback
+    from babydoctor.serve.settings import is_loopback
     from babydoctor.serve.web import run_page
 
-    key = secrets.api_keys[0] if secrets.api_keys else None
-    run_page(controller_url, settings.page.host, settings.page.port, api_key=key)
+    own = settings.page
+    run_page(
+        controller_url,
+        own.host,
+        own.port,
+        api_key=secrets.api_keys[0] if secrets.api_keys else None,
+        # The page shows the controller a key; beyond this machine, its users have to show one first.
+        sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,
+        feedback_file=Path(own.feedback_file) if own.feedback_file else None,
+    )
 
 
 def _begin(part: str, config: Path | None, overrides: list[str] | None) -> tuple[ServeSettings, Secrets]:

@@ -35,6 +35,7 @@ class Limits(_Section):
     """What a request may cost. All are checked before the work that they limit."""
 
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="of a request; an image grows by a third in base64")
+    max_held_bytes: int = Field(2**30, gt=0, description="of all open requests together; more get 429")
     body_timeout_s: float = Field(30, gt=0, description="to send the whole body")
     max_pixels: int = Field(50_000_000, gt=0, description="of an image; checked in its header, before decoding")
     max_images: int = Field(1, ge=1, description="of a request; the stages train on one")
@@ -82,6 +83,10 @@ class WorkerSettings(_Section):
 class PageSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(7860, ge=0, le=65535)
+    feedback_file: str | None = Field(
+        "feedback/feedback.jsonl", description="users' feedback is appended there, with their consent; null: none taken"
+    )
+    feedback_file: str | None = Field("feedback.jsonl", description="what users consent to save; null: no feedback")
 
 
 class ServeSettings(_Section):

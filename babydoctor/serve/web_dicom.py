@@ -103,7 +103,7 @@ class Scan:
             raise dicom_error(error) from None
         window = str(image.info.get("window", ""))
         frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
-        return _to_view(image, f"{frame}window: {window}" if self.has_window else f"{frame}{window}")
+        return _to_view(image, frame + window)
 
     def window_range(self) -> WindowRange:
         """The present window and the sliders' ends: those of CT in HU, else around the file's own window."""

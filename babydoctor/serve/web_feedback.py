@@ -18,7 +18,7 @@ from babydoctor.serve.web_errors import PageError
 from babydoctor.serve.web_session import Exchange, Session
 from babydoctor.serve.web_style import EXPORT_CSS, RESEARCH_NOTICE
 
-VERDICTS = {"up": "Good answer", "down": "Bad answer"}
+VERDICTS = {"up": "Good", "down": "Bad"}
 
 ERROR_KINDS = {
     "false_finding": "False finding: it names something that is not there",

@@ -105,7 +105,7 @@ class Page:
             self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
             gr.HTML(show.BANNER, elem_id="bd-banner", js_on_load=None)
             with gr.Row(elem_id="bd-header"):
-                gr.HTML(show.TITLE, js_on_load=None, min_width=280)
+                _html(show.TITLE, "bd-title")
                 self.model = gr.Dropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
                 theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
             self._build_gate()
@@ -128,19 +128,20 @@ class Page:
 
     def _build_image(self) -> None:
         script = DROP_SCRIPT.replace("MAX_BYTES", str(128 * 2**20))
-        self.drop = gr.HTML(DROP_HTML, js_on_load=script, elem_id="bd-drop")
-        self.viewer = gr.HTML(show.viewer(None), js_on_load=None, elem_id="bd-viewer")
+        self.drop = _html(DROP_HTML, "bd-drop", script)
+        self.gallery = _html(gallery_html([*self.examples.values()]), "bd-gallery", BUTTONS_SCRIPT)
+        self.viewer = _html(show.viewer(None), "bd-viewer")
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
             self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
             with gr.Row():
                 self.center = gr.Slider(
-                    -1024, 3071, 40, step=1, label="Level (centre)", elem_id="bd-center", min_width=150
+                    -1024, 3071, 40, step=1, label="Level", elem_id="bd-center", min_width=150, buttons=[]
                 )
-                self.width = gr.Slider(1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150)
-        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame")
-        self.facts = gr.HTML("", js_on_load=None, elem_id="bd-facts")
-        with gr.Accordion("Example cases", open=True, elem_id="bd-example-panel") as self.example_panel:
-            self.gallery = gr.HTML(gallery_html([*self.examples.values()]), js_on_load=BUTTONS_SCRIPT)
+                self.width = gr.Slider(
+                    1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150, buttons=[]
+                )
+        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame", buttons=[])
+        self.facts = _html("", "bd-facts")
 
     def _build_chat(self) -> None:
         self.chat = gr.Chatbot(
@@ -157,8 +158,8 @@ class Page:
             group_consecutive_messages=False,
             placeholder="Load an image, then ask about it.",
         )
-        self.status = gr.HTML("", js_on_load=None, elem_id="bd-status")
-        self.starters = gr.HTML(show.chips(show.QUESTIONS, "question"), js_on_load=BUTTONS_SCRIPT)
+        self.status = _html("", "bd-status")
+        self.starters = _html(show.chips(show.QUESTIONS, "question"), "bd-starters", BUTTONS_SCRIPT)
         with gr.Row(elem_id="bd-ask"):
             self.question = gr.Textbox(
                 label="Question",
@@ -181,8 +182,8 @@ class Page:
     def _build_panels(self) -> None:
         with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel"):
             self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
-            self.overlay = gr.HTML("", js_on_load=None, elem_id="bd-overlay")
-            self.words = gr.HTML("", js_on_load=BUTTONS_SCRIPT, elem_id="bd-words")
+            self.overlay = _html("", "bd-overlay")
+            self.words = _html("", "bd-words", BUTTONS_SCRIPT)
             gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
         with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
             self.temperature = gr.Slider(
@@ -196,7 +197,7 @@ class Page:
             "Feedback on the last answer", open=False, elem_id="bd-feedback", visible=self.feedback_file is not None
         ):
             self.verdict = gr.Radio(
-                [("👍 Good", "up"), ("👎 Bad", "down")], label="How was the answer?", elem_id="bd-verdict"
+                [(text, key) for key, text in VERDICTS.items()], label="How was the answer?", elem_id="bd-verdict"
             )
             self.errors = gr.CheckboxGroup(
                 [(text, kind) for kind, text in ERROR_KINDS.items()], label="What was wrong?", elem_id="bd-errors"
@@ -209,7 +210,7 @@ class Page:
             )
             self.with_image = gr.Checkbox(False, label="Save the image, too", elem_id="bd-with-image")
             self.save = gr.Button("Save feedback", size="sm", elem_id="bd-save")
-            self.saved = gr.HTML("", js_on_load=None, elem_id="bd-saved")
+            self.saved = _html("", "bd-saved")
 
     def _connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
         image = [self.viewer, self.window_group, self.preset, self.center, self.width, self.frame, self.facts]
@@ -234,6 +235,7 @@ class Page:
 
         settings = [self.model, self.temperature, self.top_p, self.max_tokens]
         gr.on([self.send.click, self.question.submit], self.on_ask, [self.question, *settings], chat, **private)
+        self.chat.clear(self.on_clear, None, chat, **private)
         self.again.click(self.on_again, settings, chat, **private)
         self.stop.click(self.on_stop, None, [self.stop], queue=False, **private)
         self.clear.click(self.on_clear, None, chat, **private)
@@ -552,6 +554,11 @@ class Page:
             self.with_image: False,
             self.saved: show.status(thanks, "info"),
         }
+
+
+def _html(value: str, elem_id: str, script: str | None = None) -> gr.HTML:
+    """A piece of HTML in our own style."""
+    return gr.HTML(value, js_on_load=script, elem_id=elem_id, apply_default_css=False, min_width=200)
 
 
 def _place(error: Exception) -> str:

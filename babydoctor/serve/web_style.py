@@ -74,20 +74,25 @@ def build_theme() -> Any:
         input_border_color_dark="#3a4752",
         slider_color="#0f766e",
         slider_color_dark="#2dd4bf",
+        background_fill_primary_dark="#161e25",
+        background_fill_secondary_dark="#10171d",
         body_text_color_subdued="#52606d",
         body_text_color_subdued_dark="#9fb0be",
     )
 
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 0 16px 24px !important; }
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; padding: 12px 16px 24px !important; }
+#bd-status:not(:has(.bd-status)), #bd-saved:not(:has(.bd-status)), #bd-overlay:not(:has(img)),
+#bd-words:not(:has(button)), #bd-facts:not(:has(dl)), #bd-chat .top-panel { display: none !important; }
 .gradio-container footer { display: none !important; }
 :focus-visible { outline: 3px solid #0ea5a0 !important; outline-offset: 2px; }
 .bd-sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 
-#bd-banner { position: sticky; top: 0; z-index: 30; }
-.bd-banner { background: #fef3c7; color: #5b3a06; border: 1px solid #f2d27a; border-top: 0; padding: 8px 14px;
-  border-radius: 0 0 8px 8px; font-size: 13px; line-height: 1.4; }
+.gradio-container .html-container { padding: 0 !important; }
+#bd-banner { position: sticky; top: 0; z-index: 30; margin: 0; }
+.bd-banner { background: #fef3c7; color: #5b3a06; border: 1px solid #f2d27a; padding: 8px 14px;
+  border-radius: 8px; font-size: 13px; line-height: 1.4; }
 .dark .bd-banner { background: #3a2c0b; color: #fde9b3; border-color: #6b5318; }
 
 #bd-header { align-items: end; gap: 12px; }
@@ -129,15 +134,18 @@ CSS = """
 .bd-facts dt { display: inline; color: var(--body-text-color-subdued); }
 .bd-facts dt::after { content: ": "; }
 .bd-facts dd { display: inline; margin: 0; font-weight: 600; }
+.bd-note p { font-size: 13px !important; line-height: 1.5; color: var(--body-text-color-subdued); }
 .bd-note { font-size: 13px; line-height: 1.45; color: var(--body-text-color-subdued); margin: 0 0 6px; }
 .bd-note.strong { color: #9a3412; font-weight: 600; }
 .dark .bd-note.strong { color: #fdba74; }
 .bd-note summary { cursor: pointer; }
 
-.bd-examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px; }
-.bd-example { display: flex; flex-direction: column; border: 1px solid var(--block-border-color); border-radius: 8px;
+.bd-examples { display: flex; gap: 8px; overflow-x: auto; padding: 3px 3px 8px;
+  scrollbar-width: thin; contain: inline-size; }
+.bd-example { display: flex; flex-direction: column; flex: 0 0 92px;
+  border: 1px solid var(--block-border-color); border-radius: 8px;
   overflow: hidden; padding: 0; background: var(--block-background-fill); color: var(--body-text-color);
-  cursor: pointer; text-align: left; font-size: 12.5px; line-height: 1.3; }
+  cursor: pointer; text-align: left; font-size: 12px; line-height: 1.25; font-weight: 400; }
 .bd-example:hover { border-color: #0f766e; }
 .bd-example img { width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; background: #000; display: block; }
 .bd-example span { padding: 5px 7px 6px; }
@@ -145,7 +153,7 @@ CSS = """
 .bd-chips { display: flex; flex-wrap: wrap; gap: 6px; }
 .bd-chips button { border: 1px solid var(--input-border-color); background: var(--block-background-fill);
   cursor: pointer; color: var(--body-text-color); border-radius: 999px; padding: 5px 12px;
-  font-size: 13.5px; line-height: 1.3; }
+  font-size: 13.5px; line-height: 1.3; font-weight: 400; }
 .bd-chips button:hover { border-color: #0f766e; }
 .bd-chips button[aria-pressed=true] { background: #0f766e; border-color: #0f766e; color: #fff; }
 .bd-words { max-height: 150px; overflow-y: auto; padding: 3px; }
@@ -158,7 +166,9 @@ CSS = """
 #bd-chat .message { font-size: 15px; line-height: 1.5; }
 #bd-chat .message p { white-space: pre-wrap; overflow-wrap: anywhere; }
 #bd-ask { align-items: stretch; }
-.hide-container:empty { display: none; }
+#bd-header #bd-model { padding: 6px 10px; }
+#bd-stop { background: #b42318; color: #fff; }
+.dark #bd-stop { background: #9f2a20; }
 
 @media (max-width: 700px) {
   .gradio-container { padding: 0 10px 20px !important; }
@@ -167,8 +177,6 @@ CSS = """
   #bd-gate { padding: 18px 16px; margin: 12px 0; }
   #bd-main, #bd-header { flex-direction: column !important; align-items: stretch; }
   #bd-main > *, #bd-header > * { min-width: 0 !important; width: 100% !important; }
-  .bd-examples { grid-template-columns: repeat(4, 1fr); gap: 6px; }
-  .bd-example { font-size: 11.5px; }
   input, textarea, select { font-size: 16px !important; } /* iOS zooms in on smaller ones */
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }

@@ -45,7 +45,7 @@ def viewer(view: View | None) -> str:
     return (
         '<figure class="bd-view"><div class="bd-stage">'
         f'<img class="bd-main" src="{view.data_url}" alt="The loaded image, as the model gets it"></div>'
-        f"<figcaption>What the model gets: {caption}</figcaption></figure>"
+        f"<figcaption>What the model gets · {caption}</figcaption></figure>"
     )
 
 
