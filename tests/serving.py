@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -238,6 +239,13 @@ def generation(image: bytes | None = None, **fields) -> dict:
 
 def queue_length(url: str) -> int:
     return requests.post(f"{url}/worker_get_status", timeout=5).json()["queue_length"]
+
+
+def num_cancelled(worker: Server) -> int:
+    """How many answers were broken off because their reader had left."""
+    text = requests.get(worker.url + "/metrics", timeout=5).text
+    match = re.search(r'^babydoctor_answers_total{reason="cancelled"} (\S+)', text, re.M)
+    return int(float(match.group(1))) if match else 0
 
 
 def in_background(function, *args) -> threading.Thread:

@@ -22,6 +22,7 @@ from serving import (
     generation,
     llava_answer,
     llava_stream,
+    num_cancelled,
     png,
     queue_length,
     start_controller,
@@ -182,11 +183,14 @@ def test_a_workers_refusal_reaches_the_client(controller: Server):
 
 def test_a_client_that_leaves_the_controller_frees_the_workers_slot(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
-    stream = llava_stream(controller.url, generation(png(), max_new_tokens=900))
-    next(stream)
-    assert queue_length(tiny_worker().url) == 1
-    stream.close()
-    wait_until(lambda: queue_length(tiny_worker().url) == 0, 2, "the slot's return")
+    before = num_cancelled(tiny_worker())
+    for index in range(20):
+        stream = llava_stream(controller.url, generation(png(), max_new_tokens=900))
+        for _ in range(index % 7 + 1):
+            next(stream)
+        stream.close()
+    wait_until(lambda: queue_length(tiny_worker().url) == 0, 10, "the slots' return")
+    assert num_cancelled(tiny_worker()) - before == 20
 
 
 def test_a_full_worker_is_429_through_the_controller(controller: Server):

@@ -23,6 +23,7 @@ from serving import (
     in_background,
     llava_answer,
     llava_stream,
+    num_cancelled,
     png,
     queue_length,
     start_worker,
@@ -179,6 +180,18 @@ def test_a_client_that_leaves_frees_its_slot(worker: Server):
     assert queue_length(worker.url) == 1
     stream.close()
     wait_until(lambda: queue_length(worker.url) == 0, 1.5, "the slot's return")
+
+
+def test_every_client_that_leaves_stops_its_answer(worker: Server):
+    """At whatever moment they leave: between two chunks, with one, before the first."""
+    before = num_cancelled(worker)
+    for index in range(20):
+        stream = llava_stream(worker.url, generation(png(), max_new_tokens=LONG))
+        for _ in range(index % 7 + 1):
+            next(stream)
+        stream.close()
+    wait_until(lambda: queue_length(worker.url) == 0, 10, "the slots' return")
+    assert num_cancelled(worker) - before == 20
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(worker: Server):

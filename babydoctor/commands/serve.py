@@ -114,7 +114,6 @@ def web(
     settings, secrets = _begin("page", config, overrides)
 
     from babydoctor.serve.settings import is_loopback
-    from babydoctor.serve.settings import is_loopback
     from babydoctor.serve.web import run_page
 
     own = settings.page

@@ -41,7 +41,7 @@ class Answer:
         self._pending: Chunk | None = None
         self._ended = False
         self._closed = False
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._after_close: list[Callable[[], None]] = []
 
     def on_closed(self, callback: Callable[[], None]) -> None:
@@ -61,11 +61,11 @@ class Answer:
             ids, logprobs = old.token_ids + chunk.token_ids, old.logprobs + chunk.logprobs
             chunk = Chunk(chunk.text, chunk.error_code, chunk.finish_reason, chunk.usage, ids, logprobs, chunk.code)
         self._pending = chunk
-        self._changed.set()
+        self._wake()
 
     def finish(self) -> None:
         self._ended = True
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: ApiError) -> None:
         """End with an error."""
@@ -79,23 +79,32 @@ class Answer:
             EndOfAnswer: all has been read.
         """
         if self._pending is None and not self._ended:
-            self._changed.clear()
+            # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that comes together with a result, and
+            # the client who left would be answered to the end.
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, self._wake)
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                return None
-            except asyncio.TimeoutError:  # Python 3.10: another class
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if self._pending is None and not self._ended:
                 return None
         chunk, self._pending = self._pending, None
         if chunk is None:
             raise EndOfAnswer
         return chunk
 
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     async def aclose(self) -> None:
         """Stop the work behind the answer. May be called more than once."""
         if not self._closed:
             self._closed = True
-            self._ended = True
+            self.finish()
             try:
                 await self._on_close()
             finally:
@@ -147,8 +156,8 @@ class AnswerResponse(Response, ABC):
         finally:
             for task in (writing, leaving):
                 task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
             await self._close()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
         if not writing.cancelled():
             writing.result()
 

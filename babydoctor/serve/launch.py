@@ -242,7 +242,7 @@ class _Parts:
         port = _free_port("page", own.host, own.port)
         url = _url(own.host, port)
         arguments = ["web", *self._common, f"page.port={port}", "--controller", self.controller_url]
-        return Child("page", arguments, url, self._environment), url
+        return Child("page", arguments, f"{url}/healthz", self._environment), url
 
 
 def _free_port(part: str, host: str, port: int) -> int:

@@ -41,6 +41,7 @@ class Gate:
         self.open_paths = frozenset(open_paths)
         self.limits = limits
         self.metrics = metrics
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,6 +71,7 @@ class Gate:
             REQUEST_ID.reset(token)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held = 0
         try:
             if (
                 self.keys
@@ -78,13 +80,24 @@ class Gate:
             ):
                 raise ApiError(401, "bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._read_body(scope, receive)
+                body = await self._read_body(receive)
+                held = len(body)
+                receive = _receive_again(body, receive)
+                del body
         except ApiError as error:
             return await error_response(error)(scope, receive, send)
-        await self.app(scope, receive, send)
+        self._held_bytes += held
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._held_bytes -= held
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the body within its limits and check its depth; returns a ``receive`` that gives it again."""
+    async def _read_body(self, receive: Receive) -> bytes:
+        """Read the body within its limits and check its shape.
+
+        Raises:
+            ApiError: 408, 413, 422, or 429 where all open requests together are too large.
+        """
         limit = self.limits.max_body_bytes
         parts: list[bytes] = []
         size, more = 0, True
@@ -105,6 +118,8 @@ class Gate:
             more = message.get("more_body", False)
             if size <= limit:
                 parts.append(chunk)
+                if self._held_bytes + size > self.limits.max_held_bytes:
+                    raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
             else:
                 # Nothing is kept any more, but reading on lets the client finish sending and see the answer.
                 parts.clear()
@@ -114,16 +129,19 @@ class Gate:
             raise ApiError(413, "body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
         body = b"".join(parts)
         check_json_shape(body)
-        given = False
+        return body
 
-        async def receive_again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
 
-        return receive_again
+def _receive_again(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives a body that was read, once, and then goes on."""
+    left: list[bytes] = [body]
+
+    async def receive_again() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return receive_again
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -17,6 +17,9 @@ RETRY_S = 2.0
 """Between attempts to register: the controller may be starting."""
 
 
+_UNREACHABLE = "controller cannot be reached"
+
+
 class Registration:
     """Keeps a worker known to its controller.
 
@@ -47,6 +50,8 @@ class Registration:
 
     async def leave(self) -> None:
         """Tell the controller that nothing new should come. An original controller does not know this call."""
+        # Where everything is being stopped, the controller may be gone already.
+        self._state = _UNREACHABLE
         async with httpx.AsyncClient(timeout=2, trust_env=False) as client:
             await self._post(client, "/unregister_worker", self._heart_beat())
 
@@ -85,7 +90,7 @@ class Registration:
         try:
             return await client.post(self._controller + path, json=body, headers=self._headers)
         except httpx.HTTPError as error:
-            self._note(logging.WARNING, "controller cannot be reached", reason=type(error).__name__)
+            self._note(logging.WARNING, _UNREACHABLE, reason=type(error).__name__)
             return None
 
     def _note(self, level: int, event: str, **fields: object) -> None:

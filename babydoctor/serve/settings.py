@@ -86,7 +86,6 @@ class PageSettings(_Section):
     feedback_file: str | None = Field(
         "feedback/feedback.jsonl", description="users' feedback is appended there, with their consent; null: none taken"
     )
-    feedback_file: str | None = Field("feedback.jsonl", description="what users consent to save; null: no feedback")
 
 
 class ServeSettings(_Section):

@@ -303,6 +303,7 @@ class Worker:
         except EngineError as error:
             self.jobs.discard(job)
             raise _api_error(error) from None
+        request.images = None  # as text they are large, and they are not needed any more
         job.handle.add_listener(lambda event: self._push(job, event))
         return job
 
