@@ -83,8 +83,8 @@ class PlainRun:
         """
         dtype = self.manifest.torch_dtype
         model = build_language_model(self.language_config, dtype)
-        missing = {name for name, _ in model.named_parameters()}
         tied = bool(self.language_config.tie_word_embeddings)
+        missing = {name for name, _ in model.named_parameters()} - ({"lm_head.weight"} if tied else set())
         earlier = [LoraUpdate(Path(resolve(self.path, adapter))) for adapter in self.manifest.base_adapters]
         own = [LoraUpdate(self.adapter)] if self.adapter else []
         for name, weight in iterate_weights(self.language_directory):
@@ -102,12 +102,22 @@ class PlainRun:
                 weight = update.apply(module, weight)
             yield name, weight
             if tied and name == "model.embed_tokens.weight":
-                missing.discard("lm_head.weight")
                 yield "lm_head.weight", weight
         if missing:
             raise UserError(f"{self.language_directory} lacks {len(missing)} weights, one is {min(missing)!r}")
         for update in (*earlier, *own):
             update.check_all_used()
+
+    def language_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of ``language_weights``, in its order; nothing is read."""
+        model = build_language_model(self.language_config, self.manifest.torch_dtype)
+        tied = bool(self.language_config.tie_word_embeddings)
+        known = {name for name, _ in model.named_parameters()} - ({"lm_head.weight"} if tied else set())
+        for name, weight in iterate_weights(self.language_directory):
+            if name in known:
+                yield name, tuple(weight.shape)
+            if tied and name == "model.embed_tokens.weight":
+                yield "lm_head.weight", tuple(weight.shape)
 
     def tower_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight of the tower by its name below ``vision_model.``, as transformers has always written it."""

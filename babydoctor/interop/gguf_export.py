@@ -1,0 +1,283 @@
+"""``babydoctor export --format gguf``: ``model.gguf`` and ``mmproj.gguf`` for llama.cpp.
+
+Source: llama.cpp, ``convert_hf_to_gguf.py`` (names, order of rotary weights) and ``tools/mtmd/clip.cpp`` and
+``models/llava.cpp`` (what it does with a projector of type ``mlp``), as vendored in llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from babydoctor.conversation import get_template
+from babydoctor.interop.chat_template import build_chat_template
+from babydoctor.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
+from babydoctor.interop.plain import PlainRun
+from babydoctor.interop.shards import with_progress
+from babydoctor.schema import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+TYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "q8_0": "Q8_0",
+    "q5_1": "Q5_1",
+    "q5_0": "Q5_0",
+    "q4_1": "Q4_1",
+    "q4_0": "Q4_0",
+}
+"""``--dtype`` -> llama.cpp's name; the block formats that the gguf package can write."""
+
+_BLOCK_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.out_proj": "attn_out",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_LANGUAGE_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_TOWER_NAMES = {
+    "embeddings.class_embedding": "v.class_embd",
+    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.position_embedding.weight": "v.position_embd.weight",
+    "pre_layrnorm.weight": "v.pre_ln.weight",
+    "pre_layrnorm.bias": "v.pre_ln.bias",
+}
+
+Tensor = tuple[str, tuple[int, ...], "GGMLQuantizationType"]
+
+
+def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
+    """Write both files; weights pass through one at a time.
+
+    Returns:
+        Lines that tell the user where llama.cpp does otherwise.
+
+    Raises:
+        UserError: this run has no exact counterpart in llama.cpp.
+    """
+    if dtype not in TYPES:
+        raise UserError(f"--dtype {dtype!r} is not one of {', '.join(TYPES)}")
+    projector = run.mlp_projector()
+    write_language_model(run, out / "model.gguf", TYPES[dtype])
+    matrix_type = "F32" if dtype == "float32" else "F16"
+    write_mmproj(run, projector, out / "mmproj.gguf", matrix_type)
+    write_mmproj(run, projector, out / "mmproj-cls-last.gguf", matrix_type, class_token_last=True)
+    return list(_notes(run))
+
+
+def _notes(run: PlainRun) -> Iterator[str]:
+    yield (
+        "Which mmproj: llama.cpp puts the tower's class token behind the patches and then drops the first patch "
+        "instead of the class token (issue 25814, open pull request 25844; so does 0.3.36 of llama-cpp-python). Take "
+        "mmproj-cls-last.gguf there: its position embeddings are moved along, so that every patch but the first is "
+        "computed as in training. Take mmproj.gguf with a llama.cpp in which that is mended."
+    )
+    yield "A second question of a conversation begins with a space token there that training did not see."
+    if run.manifest.image_mode == "square":
+        yield "llama.cpp letterboxes, this run crops to a square: crop images yourself to get the same picture."
+    yield "llama.cpp rounds GELU to 16 bits, so f32 files differ from this run by about 0.1% of a feature."
+
+
+def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
+    """``model.gguf``: LLaMA, tokenizer and chat template."""
+    gguf = import_gguf()
+    config: Any = run.language_config
+    writer = gguf.GGUFWriter(path, "llama")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(run.manifest.name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    _add_rope(writer, run)
+    _add_file_type(writer, type_name)
+    write_vocabulary(writer, read_vocabulary(run.tokenizer, run.language_directory, config.vocab_size), run.tokenizer)
+    # llama.cpp adds the begin-of-sequence token and SentencePiece's spaces itself.
+    template = get_template(run.manifest.template)
+    writer.add_chat_template(build_chat_template(template, spaces=False, llama_cpp=True))
+    tensors = [(name, shape, language_type(name, shape, type_name)) for name, shape in run.language_shapes()]
+
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name.endswith("q_proj.weight"):
+            return interleave_rotary(weight, config.num_attention_heads)
+        return interleave_rotary(weight, config.num_key_value_heads) if name.endswith("k_proj.weight") else weight
+
+    weights = with_progress(run.language_weights(), "Writing model.gguf", len(tensors))
+    _write(writer, tensors, weights, language_name, convert)
+
+
+def write_mmproj(
+    run: PlainRun,
+    projector: dict[str, torch.Tensor],
+    path: Path,
+    type_name: str,
+    *,
+    class_token_last: bool = False,
+) -> None:
+    """The tower and the projector.
+
+    Args:
+        class_token_last: for a llama.cpp that has the class token behind the patches, see ``_notes``.
+    """
+    gguf = import_gguf()
+    vision: Any = run.vision_config
+    if vision.hidden_act not in ("quick_gelu", "gelu"):
+        raise UserError(f"{run.tower_directory}: hidden_act={vision.hidden_act!r}; llama.cpp takes quick_gelu and gelu")
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name(run.manifest.name)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_projection_dim(run.language_config.hidden_size)
+    writer.add_vision_image_size(run.manifest.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    # Without feature_layer it computes one layer less than there are, and there has been a discussion of changing that
+    # (llama.cpp issue 25817). Layers above the one that is read are not written at all.
+    num_layers = vision.num_hidden_layers + 1 + run.manifest.vision_layer
+    writer.add_vision_block_count(num_layers)
+    writer.add_array("clip.vision.feature_layer", [num_layers])
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_image_mean(run.manifest.image_mean)
+    writer.add_vision_image_std(run.manifest.image_std)
+    writer.add_vision_use_gelu(vision.hidden_act == "gelu")
+    _add_file_type(writer, type_name)
+
+    def wanted() -> Iterable[tuple[str, torch.Tensor]]:
+        for name, weight in run.tower_weights():
+            layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+            # A post-layernorm would be applied here, where LLaVA takes what lies below it.
+            if not name.startswith("post_layernorm") and not (layer and int(layer[1]) >= num_layers):
+                yield name, weight
+        yield from ((f"projector.{name}", weight) for name, weight in projector.items())
+
+    def storage(name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
+        is_matrix = len(shape) > 1 and "position_embedding" not in name
+        return gguf.GGMLQuantizationType[type_name if is_matrix else "F32"]
+
+    tensors = [(name, tuple(weight.shape), storage(name, tuple(weight.shape))) for name, weight in wanted()]
+
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        # Row 0 is the class token's position.
+        return weight.roll(-1, 0) if class_token_last and "position_embedding" in name else weight
+
+    _write(writer, tensors, wanted(), tower_name, convert)
+
+
+def language_name(name: str) -> str:
+    """transformers' name of a LLaMA weight -> llama.cpp's."""
+    if name in _LANGUAGE_NAMES:
+        return _LANGUAGE_NAMES[name]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight)", name)
+    assert match and match[2] in _BLOCK_PARTS, name
+    return f"blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
+
+
+def tower_name(name: str) -> str:
+    """A tower's or projector's weight -> llama.cpp's name."""
+    if name in _TOWER_NAMES:
+        return _TOWER_NAMES[name]
+    if name.startswith("projector."):
+        return name.replace("projector.", "mm.")
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    assert match and match[2] in _BLOCK_PARTS, name
+    return f"v.blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
+
+
+def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuantizationType:
+    """How one weight is stored: norms in F32; embeddings and head in 8 bits at least; F16 where blocks do not fit."""
+    gguf = import_gguf()
+    if len(shape) == 1:
+        return gguf.GGMLQuantizationType.F32
+    if type_name.startswith(("Q4", "Q5")) and name in _LANGUAGE_NAMES:
+        type_name = "Q8_0"
+    kind = gguf.GGMLQuantizationType[type_name]
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    return kind if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+
+
+def interleave_rotary(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """transformers rotates a head's halves, llama.cpp its neighbours: reorder the rows ``[heads * dim, in]``."""
+    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _add_rope(writer: GGUFWriter, run: PlainRun) -> None:
+    gguf = import_gguf()
+    rope: dict[str, Any] = dict(getattr(run.language_config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind != "default":
+        raise UserError(f"{run.language_directory}: rope_type={kind!r} is not written to GGUF; only default and linear")
+
+
+def _add_file_type(writer: GGUFWriter, type_name: str) -> None:
+    gguf = import_gguf()
+    name = "ALL_F32" if type_name == "F32" else f"MOSTLY_{type_name}"
+    writer.add_file_type(gguf.LlamaFileType[name])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _write(
+    writer: GGUFWriter,
+    tensors: list[Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    rename: Callable[[str], str],
+    convert: Callable[[str, torch.Tensor], torch.Tensor],
+) -> None:
+    """First what all tensors are, then their bytes, one tensor at a time."""
+    gguf = import_gguf()
+    for name, shape, kind in tensors:
+        block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = int(np.prod(shape)) // block * num_bytes
+        writer.add_tensor_info(rename(name), shape, np.dtype(np.float32), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for (expected, _, kind), (name, weight) in zip(tensors, weights, strict=True):
+        assert name == expected, (name, expected)
+        writer.write_tensor_data(gguf.quants.quantize(convert(name, weight.float()).numpy(), kind))
+    writer.close()
+
+
+def import_gguf() -> Any:
+    """The gguf package, or an error that says how to get it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("--format gguf needs the gguf package: pip install 'babydoctor[interop]'") from error
+    return gguf

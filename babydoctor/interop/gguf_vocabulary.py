@@ -1,0 +1,132 @@
+"""The tokenizer as llama.cpp's GGUF keys.
+
+Two kinds: SentencePiece BPE (``tokenizer.model``, or a ``tokenizer.json`` that does the same) is llama.cpp's
+``llama``; byte-level BPE is its ``gpt2``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from babydoctor.schema import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id with SentencePiece's score and llama.cpp's token type."""
+
+    model: str
+    tokens: list[bytes]
+    scores: list[float]
+    types: Sequence[int]
+    merges: list[str]
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: int) -> Vocabulary:
+    """Read the vocabulary of ``size`` ids; ids that no token has become unused ones.
+
+    Raises:
+        UserError: llama.cpp has no tokenizer of this kind.
+    """
+    model_file = directory / "tokenizer.model"
+    base = _sentencepiece(model_file) if model_file.is_file() else _from_json(tokenizer, directory)
+    return _with_added(base, tokenizer, size)
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the vocabulary and the special ids."""
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre("gpt-2" if vocabulary.model == "gpt2" else "default")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for value, add in (
+        (tokenizer.bos_token_id, writer.add_bos_token_id),
+        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+    ):
+        if value is not None:
+            add(value)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocabulary.model == "llama")
+
+
+def _sentencepiece(path: Path) -> Vocabulary:
+    from gguf import TokenType
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor()
+    pieces.LoadFromFile(str(path))
+    tokens, scores, types = [], [], []
+    for index in range(pieces.GetPieceSize()):
+        tokens.append(pieces.IdToPiece(index).encode())
+        scores.append(pieces.GetScore(index))
+        kinds = (
+            (pieces.IsUnknown, TokenType.UNKNOWN),
+            (pieces.IsControl, TokenType.CONTROL),
+            (pieces.IsUnused, TokenType.UNUSED),
+            (pieces.IsByte, TokenType.BYTE),
+        )
+        types.append(next((kind for test, kind in kinds if test(index)), TokenType.NORMAL))
+    return Vocabulary("llama", tokens, scores, types, [])
+
+
+def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabulary:
+    from gguf import TokenType
+
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    text = json.dumps({key: backend.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")})
+    if model["type"] != "BPE":
+        raise UserError(
+            f"{directory}: llama.cpp has no counterpart to this {model['type']!r} tokenizer; it takes SentencePiece "
+            "BPE (tokenizer.model) and byte-level BPE"
+        )
+    ids = model["vocab"]
+    ordered = sorted(ids, key=lambda token: ids[token])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    tokens = [token.encode() for token in ordered]
+    if '"ByteLevel"' in text:
+        return Vocabulary("gpt2", tokens, [0.0] * len(tokens), [TokenType.NORMAL] * len(tokens), merges)
+    if "▁" not in text:
+        raise UserError(
+            f"{directory}: this BPE tokenizer is neither SentencePiece's nor byte-level; llama.cpp has none"
+        )
+    # llama.cpp merges the pair whose result has the best score; a token's first merge says when it is made.
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", "", 1), rank)
+    scores = [-float(ranks.get(token, len(merges))) for token in ordered]
+    types = [
+        TokenType.BYTE if len(token) == 6 and token.startswith("<0x") and token.endswith(">") else TokenType.NORMAL
+        for token in ordered
+    ]
+    if model.get("unk_token") in ids:
+        types[ordered.index(model["unk_token"])] = TokenType.UNKNOWN
+    return Vocabulary("llama", tokens, scores, types, [])
+
+
+def _with_added(base: Vocabulary, tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    from gguf import TokenType
+
+    tokens, scores, types = list(base.tokens), list(base.scores), list(base.types)
+    for index in range(len(tokens), size):
+        tokens.append(f"[PAD{index}]".encode())
+        scores.append(-10000.0)
+        types.append(TokenType.UNUSED)
+    for index, added in tokenizer.added_tokens_decoder.items():
+        if index < size and types[index] not in (TokenType.UNKNOWN, TokenType.BYTE):
+            tokens[index] = added.content.encode()
+            types[index] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    return Vocabulary(base.model, tokens[:size], scores[:size], types[:size], base.merges)

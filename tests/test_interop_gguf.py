@@ -1,0 +1,153 @@
+"""What is exported for llama.cpp answers there as the run does here."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_interop_import import IMAGES, QUESTION, logits_and_greedy
+
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.image import load_image, to_pixels
+from babydoctor.interop.export import export_run
+from babydoctor.interop.llava_import import import_llava
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.checkpoint import Run, load_run
+from babydoctor.schema import Turn
+from babydoctor.tokens import encode
+
+WORDS = QUESTION.removeprefix("<image>\n")
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (pip install 'babydoctor[interop]')")
+
+
+@pytest.fixture(scope="module")
+def run(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    import_llava(golden / "llava-golden-lora", out, image_mode="pad")
+    return out
+
+
+def square(golden: Path, name: str) -> Image.Image:
+    """A picture of the tower's size, so that nobody resizes it."""
+    return load_image(golden / "images" / f"{name}.jpg").resize((56, 56))
+
+
+def image_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.fixture
+def llama_cpp_chat() -> Iterator[Callable[..., Any]]:
+    """``chat(folder, mmproj)`` -> llama.cpp with its own chat template and image code."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed (pip install 'babydoctor[interop]' builds it)"
+    )
+    from llama_cpp.llama_chat_format import MTMDChatHandler
+
+    opened = []
+
+    def chat(folder: Path, mmproj: str = "mmproj.gguf") -> Any:
+        handler = MTMDChatHandler(clip_model_path=str(folder / mmproj), verbose=False, use_gpu=False)
+        exact = llama_cpp.GGML_TYPE_F32
+        opened.append(
+            llama_cpp.Llama(
+                str(folder / "model.gguf"),
+                chat_handler=handler,
+                n_ctx=512,
+                n_threads=1,
+                verbose=False,
+                logits_all=True,
+                type_k=exact,
+                type_v=exact,
+            )
+        )
+        return opened[-1]
+
+    yield chat
+    for model in opened:
+        model.close()
+
+
+def ask(model: Any, image: Image.Image, question: str, num_new: int) -> str:
+    parts = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image_url(image)}}]
+    result = model.create_chat_completion(
+        [{"role": "user", "content": parts}], max_tokens=num_new, temperature=0.0, repeat_penalty=1.0
+    )
+    return result["choices"][0]["message"]["content"]
+
+
+def as_llama_cpp_orders(model: BabyDoctor, *, moved: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``encode_images`` with the class token behind the patches and the first patch dropped (llama.cpp issue 25814).
+
+    ``moved``: with the position embeddings of ``mmproj-cls-last.gguf``.
+    """
+    body: Any = getattr(model.vision, "vision_model", model.vision)
+    positions = body.embeddings.position_embedding.weight
+    if moved:
+        positions = positions.roll(-1, 0)
+
+    @torch.no_grad()
+    def encode_images(pixels: torch.Tensor) -> torch.Tensor:
+        patches = body.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        hidden = torch.cat([patches, body.embeddings.class_embedding.expand(len(pixels), 1, -1)], dim=1)
+        hidden = body.pre_layrnorm(hidden + positions)
+        for layer in body.encoder.layers[:-1]:
+            output = layer(hidden, attention_mask=None)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return model.projector(hidden[:, 1:])
+
+    return encode_images
+
+
+@torch.no_grad()
+def regret(run: Run, pixels: torch.Tensor, added: list[int]) -> list[float]:
+    """How far below our best logit each added id is, given those before it."""
+    prompt = encode(render_prompt([Turn("user", QUESTION)], get_template("llava_llama_2")), run.tokenizer, 16)
+    ids = torch.tensor([[*prompt.input_ids.tolist(), *added]])
+    mask = torch.tensor([[*prompt.image_mask.tolist(), *[False] * len(added)]])
+    embeds = run.model.embed(ids, mask, run.model.encode_images(pixels[None]))
+    hidden = run.model.decode(embeds, torch.arange(ids.shape[1])[None], (ids.shape[1],))
+    logits = run.model.language_model.lm_head(hidden)[0, len(prompt) - 1 : -1]
+    return (logits.max(-1).values - logits.gather(1, torch.tensor(added)[:, None])[:, 0]).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("image", IMAGES)
+def test_llama_cpp_gives_our_answer(
+    run: Path, golden: Path, tmp_path: Path, image: str, dtype: str, llama_cpp_chat: Callable[..., Any]
+) -> None:
+    """Prompt, picture, tower, projector and language model: the same greedy text, logits within rounding.
+
+    Ours is computed with the class token where llama.cpp has it, or as it is once that is mended there.
+    """
+    export_run(run, tmp_path / "gguf", format="gguf", dtype=dtype)
+    picture = square(golden, image)
+    for mmproj, moved in (("mmproj.gguf", False), ("mmproj-cls-last.gguf", True)):
+        model = llama_cpp_chat(tmp_path / "gguf", mmproj)
+        text = ask(model, picture, WORDS, 13)
+        written = model.input_ids[: model.n_tokens].tolist()
+        results = []
+        for ordered in (False, True):
+            loaded = load_run(run)
+            if ordered:
+                loaded.model.encode_images = as_llama_cpp_orders(loaded.model, moved=moved)
+            pixels = torch.from_numpy(to_pixels(picture, loaded.manifest.image))
+            logits, _ = logits_and_greedy(loaded, pixels, 1)
+            results.append((float(np.abs(model.scores[len(logits) - 1] - logits[-1].numpy()).max()), loaded))
+        difference, loaded = min(results, key=lambda result: result[0])
+        assert difference < 0.01
+        # Untrained, the model is undecided: each token it wrote is our best one or as good.
+        added = written[len(logits) :]
+        assert loaded.tokenizer.decode(added, skip_special_tokens=True).strip().startswith(text.strip()[:8])
+        regrets = regret(loaded, pixels, added)
+        assert max(regrets) < 0.02, regrets
