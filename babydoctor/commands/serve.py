@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -88,18 +88,47 @@ def controller(overrides: Overrides = None, config: Config = None) -> None:
 
 
 def worker(
-    run: Annotated[Path, typer.Argument(help="run directory")], overrides: Overrides = None, config: Config = None
+    run: Annotated[Optional[Path], typer.Argument(help="run directory; none with --engine openai")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+    config: Config = None,
+    engine: Annotated[str, typer.Option(help="own, or openai: pass requests on to such a server")] = "own",
+    url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="with --engine openai: its address, for example http://127.0.0.1:8000"),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="with --engine openai: the model's name there; default: the first"),
+    ] = None,
+    template: Annotated[str, typer.Option(help="with --engine openai: the model's template")] = "llava_llama_2",
 ) -> None:
     """Run one worker alone: a model behind HTTP."""
+    from babydoctor.schema import UserError
+
+    if engine not in ("own", "openai"):
+        raise UserError(f"--engine {engine!r} is not own or openai")
+    if engine == "openai" and run is not None:
+        overrides, run = [str(run), *(overrides or [])], None  # the first word was a setting, there being no run
     settings, secrets = _begin("worker", config, overrides)
 
     from babydoctor.serve.server import bind, reachable_url, run_server
     from babydoctor.serve.worker import build_worker_app, load_worker
 
+    backend: Any
+    if engine == "openai":
+        from babydoctor.serve.upstream import load_upstream
+
+        if url is None:
+            raise UserError("--engine openai needs --url, the address of the server, such as http://127.0.0.1:8000")
+        backend = load_upstream(url, model, template, settings, os.environ.get("BABYDOCTOR_UPSTREAM_KEY"))
+    elif run is None:
+        raise UserError("worker needs a run directory (or --engine openai --url ADDRESS)")
+    else:
+        backend = load_worker(run, settings)
     own = settings.worker
     sock = bind("worker", own.host, own.port)
     address = (own.address or reachable_url(sock, own.controller)) if own.controller else None
-    app = build_worker_app(load_worker(run, settings), secrets, address)
+    app = build_worker_app(backend, secrets, address)
     run_server(app, sock, app.state.drain)
 
 

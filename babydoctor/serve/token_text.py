@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from babydoctor.engine.stops import Detokenizer, StopFilter
+from babydoctor.schema import IGNORE_INDEX, Segment
+from babydoctor.tokens import encode
 
 
 class ResumedText:
@@ -66,3 +68,13 @@ def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text:
         pieces[0] = (text[:start] + pieces[0][0], pieces[0][1])
         pieces[-1] = (pieces[-1][0] + text[start + len(joined) :], pieces[-1][1])
     return [{"text": piece, "weights": np.mean(own, axis=0).tolist()} for piece, own in pieces]
+
+
+def drops_first_space(tokenizer: Any) -> bool:
+    """Whether the space in front of an answer's first word is lost in decoding, as SentencePiece tokenizers do.
+
+    Then an answer that was received without it was generated with it, in other tokens.
+    """
+    example = encode((Segment("a"), Segment(" a", supervised=True)), tokenizer, num_patches=0)
+    token_ids = example.input_ids[example.labels != IGNORE_INDEX].tolist()
+    return str(tokenizer.decode(token_ids)) == "a"

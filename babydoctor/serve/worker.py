@@ -64,7 +64,7 @@ from babydoctor.serve.protocol import (
 from babydoctor.serve.registration import Registration
 from babydoctor.serve.retention import Retention
 from babydoctor.serve.settings import Secrets, ServeSettings
-from babydoctor.serve.token_text import ResumedText, label_rows
+from babydoctor.serve.token_text import ResumedText, drops_first_space, label_rows
 from babydoctor.tokens import encode
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class Worker:
         self._template = get_template(run.manifest.template)
         self._num_patches = run.model.num_patches
         self._context_length = engine.max_context
+        self._drops_first_space = drops_first_space(run.tokenizer)
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="prepare")
         # Waits for the engine, so it has a thread of its own: preparing the next requests must not wait with it.
@@ -248,6 +249,7 @@ class Worker:
             await asyncio.sleep(0.5)
 
     def close(self) -> None:
+        """Stop the engine and the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._lookers.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
@@ -342,7 +344,10 @@ class Worker:
     def _attention(self, request: AttentionRequest) -> dict[str, Any]:
         images = tuple(self._load(decode_image(text, index), index) for index, text in enumerate(request.images))
         # The answer is marked as supervised, so that the one place that tokenises says which tokens are its.
-        segments = (*split_images(request.prompt), Segment(request.answer, supervised=True))
+        answer_text = request.answer
+        if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
+            answer_text = f" {answer_text}"
+        segments = (*split_images(request.prompt), Segment(answer_text, supervised=True))
         whole = encode(segments, self.run.tokenizer, self._num_patches)
         answer = whole.labels != IGNORE_INDEX
         generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
