@@ -25,6 +25,9 @@ LENGTH_STEP = 32
 """Lengths are rounded up to a multiple of this, so that matrix products keep their shape for that many steps:
 oneDNN builds a kernel for each new shape."""
 
+MAX_KEPT_VIEWS = 64
+"""Runs whose views of the KV memory are kept; see ``Decoder._views``."""
+
 CALL_POSITIONS = 512
 """What the two products of one more attention call cost, in positions read (measured); see ``plan_runs``."""
 
@@ -164,11 +167,17 @@ class Decoder:
         self.lm_head = build_linear([model.lm_head], pack=pack)
         self.dtype = self.final_norm.dtype
         positions = torch.arange(memory.capacity, device=self.device)[None]
-        cos, sin = body.rotary_emb(torch.zeros(1, dtype=self.dtype, device=self.device), positions)
+        # In the memory's dtype: queries and keys are rotated in the precision in which they are kept.
+        cos, sin = body.rotary_emb(torch.zeros(1, dtype=memory.dtype, device=self.device), positions)
         # rotate_half(x) = [-x2, x1] is a roll by half a head with the sign moved into the table.
         half = self.head_dim // 2
         self.cos = cos[0].unsqueeze(1)
         self.sin = torch.cat((-sin[0][:, :half], sin[0][:, half:]), dim=-1).unsqueeze(1)
+        self._flat = [
+            (keys.view(-1, self.head_dim), values.view(-1, self.head_dim))
+            for keys, values in zip(memory.keys, memory.values, strict=True)
+        ]
+        self._run_views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         if compile_layers:
             self._run_layer = torch.compile(self._run_layer, dynamic=True)  # type: ignore[method-assign]
         self._offsets = torch.arange(self.num_kv_heads, device=self.device) * memory.capacity
@@ -292,15 +301,15 @@ class Decoder:
         layer = self.layers[index]
         num_rotated = self.num_heads + self.num_kv_heads
         projected = layer.query_key_value(self._norm(hidden, layer.input_norm))
-        projected = projected.view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim)
+        projected = projected.view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim).to(self.memory.dtype)
         rotated = projected[:, :num_rotated]
         rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_dim // 2, -1), sin)
         num_rows = len(plan.tokens)
-        keys, values = self.memory.keys[index], self.memory.values[index]
-        for memory, new in ((keys, rotated[:, self.num_heads :]), (values, projected[:, num_rotated:])):
+        memories = (self.memory.keys[index], self.memory.values[index])
+        news = (rotated[:, self.num_heads :], projected[:, num_rotated:])
+        for memory, flat, new in zip(memories, self._flat[index], news, strict=True):
             if num_rows:
-                flat = new[:num_rows].reshape(-1, self.head_dim).to(memory.dtype)
-                memory.view(-1, self.head_dim).index_copy_(0, plan.write_index, flat)
+                flat.index_copy_(0, plan.write_index, new[:num_rows].reshape(-1, self.head_dim))
             row = num_rows
             for chunk in chunks:
                 length = chunk.end - chunk.start
@@ -314,25 +323,37 @@ class Decoder:
         groups = self.num_heads // self.num_kv_heads
         for run, mask in zip(plan.runs, plan.run_masks, strict=True):
             # The G query heads of a key/value head stand as G queries of one head: nothing is repeated.
-            rows = query[run.first_row : run.first_row + run.num_rows].to(self.memory.dtype)
+            rows = query[run.first_row : run.first_row + run.num_rows]
             rows = rows.reshape(run.num_rows, self.num_kv_heads, groups, self.head_dim)
-            keys = self.memory.keys[index][run.first_slot : run.first_slot + run.num_rows, :, : run.length]
-            values = self.memory.values[index][run.first_slot : run.first_slot + run.num_rows, :, : run.length]
+            keys, values = self._views(run)[index]
             output = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self.scale)
-            outputs.append(output.reshape(run.num_rows, self.num_heads * self.head_dim).to(query.dtype))
+            outputs.append(output.reshape(run.num_rows, self.num_heads * self.head_dim).to(self.dtype))
         return outputs
+
+    def _views(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values ``[R, K, L, W]`` that a run attends to, by layer. The same views serve many steps."""
+        place = (run.first_slot, run.num_rows, run.length)
+        if place not in self._run_views:
+            if len(self._run_views) >= MAX_KEPT_VIEWS:
+                self._run_views.clear()
+            span = slice(run.first_slot, run.first_slot + run.num_rows)
+            self._run_views[place] = [
+                (keys[span, :, : run.length], values[span, :, : run.length])
+                for keys, values in zip(self.memory.keys, self.memory.values, strict=True)
+            ]
+        return self._run_views[place]
 
     def _attend_chunk(self, index: int, query: torch.Tensor, slot: int, mask: torch.Tensor) -> torch.Tensor:
         """Attention of a prompt chunk: ``[T, H, W] -> [T, H * W]``; ``mask`` ``[T, L]``."""
         num_rows, length = mask.shape
         groups = self.num_heads // self.num_kv_heads
-        rows = query.view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
+        rows = query.to(self.dtype).view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
         rows = rows.reshape(self.num_kv_heads, groups * num_rows, self.head_dim)
         # Where the memory is float32 and the model bfloat16 (CPU), one cast a chunk makes the products twice as fast.
-        keys = self.memory.keys[index][slot, :, :length].to(query.dtype)
-        values = self.memory.values[index][slot, :, :length].to(query.dtype)
+        keys = self.memory.keys[index][slot, :, :length].to(self.dtype)
+        values = self.memory.values[index][slot, :, :length].to(self.dtype)
         scores = torch.bmm(rows, keys.transpose(1, 2)).view(self.num_kv_heads, groups, num_rows, length)
-        weights = torch.softmax(torch.add(mask, scores, alpha=self.scale), dim=-1).to(query.dtype)
+        weights = torch.softmax(torch.add(mask, scores, alpha=self.scale), dim=-1).to(self.dtype)
         output = torch.bmm(weights.flatten(1, 2), values)
         output = output.view(self.num_kv_heads, groups, num_rows, self.head_dim).permute(2, 0, 1, 3)
         return output.reshape(num_rows, self.num_heads * self.head_dim)

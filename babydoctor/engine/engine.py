@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from babydoctor.engine.allocator import keep_freed_memory
 from babydoctor.engine.attention import image_attention
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
 from babydoctor.engine.job import Job, build_content
@@ -99,6 +100,8 @@ class Engine:
         return self._accepting and self._thread.is_alive()
 
     def start(self) -> Engine:
+        if self.memory.device.type == "cpu":
+            keep_freed_memory()
         self._thread.start()
         return self
 
