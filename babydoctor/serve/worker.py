@@ -8,118 +8,51 @@ is given back when the engine has really ended a request, however the client beh
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import math
 import os
 import time
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from fastapi import FastAPI
 
 from babydoctor import __version__
-from babydoctor.conversation import Template, get_template, split_images
-from babydoctor.engine.request import (
-    Delta,
-    EngineClosedError,
-    EngineError,
-    Event,
-    Finished,
-    GenerationHandle,
-    GenerationRequest,
-    ImageInput,
-    InvalidRequestError,
-    PromptTooLongError,
-    QueueFullError,
-)
-from babydoctor.image import load_image, to_pixels
-from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
-from babydoctor.serve.admission import Keys, Places, check_image_count, check_request, decode_image
+from babydoctor.conversation import Template, get_template
+from babydoctor.engine.request import Delta, EngineError, Event, Finished, FinishReason
+from babydoctor.engine.request import Usage as EngineUsage
+from babydoctor.schema import UserError
+from babydoctor.serve.admission import Keys, Places, check_image_count, check_request
 from babydoctor.serve.answers import Answer
 from babydoctor.serve.frontend import BODY_ERRORS, OPEN_PATHS, add_common_routes, errors
+from babydoctor.serve.jobs import EventPump, Job
 from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.metrics import WorkerMetrics
 from babydoctor.serve.middleware import Gate, add_error_handlers
+from babydoctor.serve.preparation import Preparer, api_error
 from babydoctor.serve.protocol import (
     ERROR_NO_WORKER,
-    MAX_NEW_TOKENS,
     ApiError,
     AttentionRequest,
     Chunk,
     CountTokenRequest,
     GenerateRequest,
     TokenLogprob,
-    Usage,
     WorkerStatus,
-    overflow_error,
 )
 from babydoctor.serve.registration import Registration
 from babydoctor.serve.retention import Retention
 from babydoctor.serve.settings import Secrets, ServeSettings
-from babydoctor.serve.token_text import ResumedText, drops_first_space, label_rows
-from babydoctor.tokens import encode
 
 if TYPE_CHECKING:
     from babydoctor.engine.engine import Engine
     from babydoctor.model.checkpoint import Run
 
 logger = logging.getLogger(__name__)
-
-PIXEL_CACHE_SIZE = 64
-"""Images whose pixels are kept, so that each turn of a chat does not decode its image again. 0.6 MB each at 224 px."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One request between HTTP and engine."""
-
-    answer: Answer
-    request: GenerateRequest
-    prompt_tokens: int
-    resumed: ResumedText | None
-    request_id: str
-    images: tuple[bytes, ...] = ()
-    """Kept only for retention."""
-    received_s: float = 0.0
-    first_token_s: float | None = None
-    text: str = ""
-    num_tokens: int = 0
-    handle: GenerationHandle | None = None
-
-    def usage(self) -> Usage:
-        total = self.prompt_tokens + self.num_tokens
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.num_tokens, total_tokens=total)
-
-
-class EventPump:
-    """Carries events from the engine's thread into the event loop, all of one decode step with one wake-up."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[Job, Event], None]) -> None:
-        self._loop = loop
-        self._deliver = deliver
-        self._events: deque[tuple[Job, Event]] = deque()
-        self._is_scheduled = False
-
-    def push(self, job: Job, event: Event) -> None:
-        """Called on the engine's thread."""
-        self._events.append((job, event))
-        if not self._is_scheduled and not self._loop.is_closed():
-            self._is_scheduled = True
-            self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        # Cleared first: an event that is pushed from here on schedules another round.
-        self._is_scheduled = False
-        while self._events:
-            self._deliver(*self._events.popleft())
 
 
 class Worker:
@@ -140,10 +73,7 @@ class Worker:
         self.draining = False
         self.jobs: set[Job] = set()
         self._template = get_template(run.manifest.template)
-        self._num_patches = run.model.num_patches
-        self._context_length = engine.max_context
-        self._drops_first_space = drops_first_space(run.tokenizer)
-        self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._preparer = Preparer(run, engine, settings.limits)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="prepare")
         # Waits for the engine, so it has a thread of its own: preparing the next requests must not wait with it.
         self._lookers = ThreadPoolExecutor(1, thread_name_prefix="attention")
@@ -198,7 +128,7 @@ class Worker:
         started_s = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._lookers, self._attention, request)
+            return await loop.run_in_executor(self._lookers, self._preparer.look, request)
         finally:
             self.places.give_back(time.monotonic() - started_s)
 
@@ -206,18 +136,18 @@ class Worker:
         self._check_model(request.model)
         if len(request.prompt) > self.settings.limits.max_prompt_chars:
             raise ApiError(422, "prompt_too_long", "The prompt is too long to be counted.", param="prompt")
-        return len(await self._in_thread(self._encode, request.prompt))
+        return len(await self._in_thread(self._preparer.encode, request.prompt))
 
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
         manifest = self.run.manifest
         return {
-            "context_length": self._context_length,
+            "context_length": self.engine.max_context,
             "model": self.name,
             "template": manifest.template,
             "image_size": manifest.image_size,
             "image_mode": manifest.image_mode,
-            "image_tokens": self._num_patches,
+            "image_tokens": self.run.model.num_patches,
             "stages": [stage.name for stage in manifest.lineage],
         }
 
@@ -257,110 +187,36 @@ class Worker:
     # From request to engine; runs in a thread of ``_threads``.
 
     def _prepare(self, request: GenerateRequest, received_s: float) -> Job:
-        example = self._encode(request.prompt)
-        encoded = [decode_image(text, index) for index, text in enumerate(request.images or ())]
-        images = tuple(self._load(data, index) for index, data in enumerate(encoded))
-        resume_ids = tuple(request.resume_ids or ())
-        if any(token_id >= len(self.run.tokenizer) for token_id in resume_ids):
-            raise ApiError(
-                422, "bad_resume_ids", "resume_ids holds ids that the model does not have.", param="resume_ids"
-            )
-        room = self._context_length - len(example)
-        max_new_tokens = min(request.max_new_tokens, MAX_NEW_TOKENS, room)
-        if max_new_tokens < 1:
-            raise overflow_error()
+        prepared = self._preparer.prepare(request)
         job = Job(
             answer=Answer(self._nothing),
             request=request,
-            prompt_tokens=len(example),
-            resumed=self._resume(resume_ids, request) if resume_ids else None,
+            prompt_tokens=prepared.prompt_tokens,
+            resumed=prepared.resumed,
             request_id=REQUEST_ID.get() or "",
-            images=tuple(encoded) if self._retention else (),
-            num_tokens=len(resume_ids),
+            images=prepared.images if self._retention else (),
+            num_tokens=len(request.resume_ids or ()),
             received_s=received_s,
         )
         job.answer = Answer(lambda: self._stop(job))
-        num_left = max_new_tokens - len(resume_ids)
         self.jobs.add(job)
-        if job.resumed is not None and (job.resumed.ended or num_left < 1):
+        if prepared.generation is None:
             # The lost worker had generated everything and could only not say so any more.
-            self._push(job, Finished("stop" if job.resumed.ended else "length", "", self._no_usage()))
+            reason: FinishReason = "stop" if job.resumed is not None and job.resumed.ended else "length"
+            self._push(job, Finished(reason, "", EngineUsage(0, 0)))
             return job
-        generation = GenerationRequest(
-            input_ids=np.concatenate([example.input_ids, np.array(resume_ids, dtype=np.int32)]),
-            image_mask=np.concatenate([example.image_mask, np.zeros(len(resume_ids), dtype=bool)]),
-            images=images,
-            max_new_tokens=num_left,
-            temperature=max(0.0, request.temperature),
-            # 0 is allowed on the wire and means the likeliest token alone.
-            top_p=max(request.top_p, 1e-6),
-            stop=request.stops,
-            seed=request.seed,
-            logprobs=int(request.logprobs) - 1 if request.logprobs else None,
-            timeout_s=self.settings.limits.request_timeout_s,
-            request_id=job.request_id,
-        )
         try:
-            job.handle = self.engine.submit(generation)
+            job.handle = self.engine.submit(prepared.generation)
         except EngineError as error:
             self.jobs.discard(job)
-            raise _api_error(error) from None
+            raise api_error(error) from None
         request.images = None  # as text they are large, and they are not needed any more
         job.handle.add_listener(lambda event: self._push(job, event))
         return job
 
-    def _resume(self, token_ids: tuple[int, ...], request: GenerateRequest) -> ResumedText:
-        return ResumedText(self.run.tokenizer, token_ids, request.stops, self.engine.eos)
-
     def _push(self, job: Job, event: Event) -> None:
         assert self._pump is not None, "start() comes before the first request"
         self._pump.push(job, event)
-
-    def _encode(self, prompt: str) -> Example:
-        return encode(split_images(prompt), self.run.tokenizer, self._num_patches)
-
-    def _load(self, data: bytes, index: int) -> ImageInput:
-        """Decode an image, or find its pixels. The key is its content and the settings: never a name or a size."""
-        settings = self.run.manifest.image
-        key = hashlib.sha256(repr(settings).encode() + b"\0" + data).hexdigest()
-        pixels = self._pixels.get(key)
-        if pixels is None:
-            try:
-                pixels = to_pixels(load_image(data, max_pixels=self.settings.limits.max_pixels), settings)
-            except UserError as error:
-                text = str(error)
-                too_large = "limit is" in text or "too large" in text
-                raise ApiError(
-                    413 if too_large else 422,
-                    "image_too_large" if too_large else "bad_image",
-                    text,
-                    param=f"images[{index}]",
-                ) from None
-            self._pixels[key] = pixels
-            while len(self._pixels) > PIXEL_CACHE_SIZE:
-                self._pixels.popitem(last=False)
-        return ImageInput(key, pixels)
-
-    def _attention(self, request: AttentionRequest) -> dict[str, Any]:
-        images = tuple(self._load(decode_image(text, index), index) for index, text in enumerate(request.images))
-        # The answer is marked as supervised, so that the one place that tokenises says which tokens are its.
-        answer_text = request.answer
-        if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
-            answer_text = f" {answer_text}"
-        segments = (*split_images(request.prompt), Segment(answer_text, supervised=True))
-        whole = encode(segments, self.run.tokenizer, self._num_patches)
-        answer = whole.labels != IGNORE_INDEX
-        generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
-        answer_ids = whole.input_ids[answer].tolist()
-        try:
-            looked = self.engine.attention_map(generation, answer_ids, self.settings.limits.request_timeout_s)
-        except EngineError as error:
-            raise _api_error(error) from None
-        except TimeoutError:
-            raise ApiError(504, "deadline", "The model was too busy to look again.") from None
-        edge = math.isqrt(self._num_patches)
-        assert edge * edge == self._num_patches, self._num_patches
-        return {"grid": [edge, edge], "tokens": label_rows(self.run.tokenizer, answer_ids, looked, request.answer)}
 
     # From engine to answer; runs in the event loop.
 
@@ -402,7 +258,7 @@ class Worker:
             job.answer.fail(ApiError(504, "deadline", "The answer took longer than this server allows."))
         elif reason == "error" and finished.error is not None:
             log(logger, logging.ERROR, "request failed", code=finished.error.code)
-            job.answer.fail(_api_error(finished.error))
+            job.answer.fail(api_error(finished.error))
         job.answer.finish()
         self._release(job, reason)
 
@@ -448,12 +304,6 @@ class Worker:
     async def _nothing(self) -> None:
         pass
 
-    @staticmethod
-    def _no_usage() -> Any:
-        from babydoctor.engine.request import Usage as EngineUsage
-
-        return EngineUsage(0, 0)
-
     def _check_model(self, model: str) -> None:
         if model not in ("", self.name):
             raise ApiError(
@@ -480,19 +330,6 @@ class Worker:
 
     def _stat(self, name: str) -> float:
         return float(getattr(self.engine.stats(), name))
-
-
-def _api_error(error: EngineError) -> ApiError:
-    """The engine's reason in the words of the wire."""
-    if isinstance(error, PromptTooLongError):
-        return overflow_error()
-    if isinstance(error, QueueFullError):
-        return ApiError(429, "queue_full", "The model is busy. Please try again soon.", retry_after_s=5)
-    if isinstance(error, EngineClosedError):
-        return ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
-    if isinstance(error, InvalidRequestError):
-        return ApiError(422, "bad_request", "The request contradicts itself.")
-    return ApiError(500, "worker_failed", "The model failed at this request; the others go on.")
 
 
 def load_worker(path: Path, settings: ServeSettings) -> Worker:
