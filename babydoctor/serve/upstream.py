@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -57,6 +57,8 @@ class _Job:
     finish_reason: str | None = None
     first_token_s: float | None = None
     expired: bool = False
+    error: ApiError | None = None
+    accepted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     task: asyncio.Task[None] | None = None
 
 
@@ -116,6 +118,14 @@ class UpstreamWorker:
         job.answer = Answer(lambda: self._stop(job))
         self._jobs.add(job)
         job.task = asyncio.ensure_future(self._run(job, body))
+        # Until the server has taken the request, a refusal is an HTTP status and not a broken stream.
+        try:
+            await asyncio.wait([job.task, job.accepted], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self._stop(job)
+            raise
+        if job.error is not None and not job.accepted.done():
+            raise job.error
         return job.answer
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]:
@@ -221,13 +231,13 @@ class UpstreamWorker:
             if not job.expired:
                 raise
             reason = "deadline"
-            job.answer.fail(ApiError(504, "deadline", "The answer took longer than this server allows."))
+            self._fail(job, ApiError(504, "deadline", "The answer took longer than this server allows."))
         except ApiError as error:
             reason = "error"
-            job.answer.fail(error)
+            self._fail(job, error)
         except httpx.HTTPError:
             reason = "error"
-            job.answer.fail(_lost("The server behind this worker broke off." if job.num_chunks else None))
+            self._fail(job, _lost("The server behind this worker broke off." if job.num_chunks else None))
         finally:
             timer.cancel()
             now_s = time.monotonic()
@@ -244,6 +254,7 @@ class UpstreamWorker:
         async with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
             if response.status_code != 200:
                 raise _api_error(response.status_code, await response.aread(), response.headers)
+            job.accepted.set_result(None)
             ended = False
             async for event in _events(response):
                 if event is None:
@@ -272,6 +283,11 @@ class UpstreamWorker:
                 job.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
 
     @staticmethod
+    def _fail(job: _Job, error: ApiError) -> None:
+        job.error = error
+        job.answer.fail(error)
+
+    @staticmethod
     def _expire(job: _Job) -> None:
         job.expired = True
         if job.task is not None:
@@ -292,7 +308,8 @@ class UpstreamWorker:
         while True:
             try:
                 answer = await self._client.get(f"{self.url}/models", timeout=CONNECT_TIMEOUT_S)
-                self._unreachable = None if answer.status_code < 500 else "The server behind this worker fails."
+                gone = answer.status_code in (502, 503, 504)
+                self._unreachable = "The server behind this worker is not ready." if gone else None
             except httpx.HTTPError:
                 self._unreachable = "The server behind this worker cannot be reached."
             await asyncio.sleep(PROBE_EVERY_S)
@@ -310,21 +327,22 @@ def load_upstream(
     """A worker before the server at ``url``; without ``model``, before the first model that it lists.
 
     Raises:
-        UserError: the server cannot be reached, or has no such model.
+        UserError: the server cannot be reached, or no model is named and it lists none.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         answer = httpx.get(f"{api_root(url)}/models", headers=headers, timeout=CONNECT_TIMEOUT_S)
-        answer.raise_for_status()
-        listed = [item["id"] for item in answer.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        # transformers serve lists what lies in the hub's cache, not what it serves: a name that is given counts.
+        if model is None:
+            answer.raise_for_status()
+            model = answer.json()["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"--url {url!r}: no OpenAI-compatible server lists its models there ({type(error).__name__}: {error}). "
-            "Start it first; if it wants a key, put it into BABYDOCTOR_UPSTREAM_KEY"
+            f"--url {url!r}: no OpenAI-compatible server lists a model there ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Start it first, or name the model with --model where it lists none; if it "
+            "wants a key, put it into BABYDOCTOR_UPSTREAM_KEY"
         ) from None
-    if not listed or (model is not None and model not in listed):
-        raise UserError(f"--url {url!r} serves {', '.join(listed) or 'no model'}, not {model!r}; see --model")
-    chosen = model or listed[0]
+    chosen = str(model)
     name = settings.worker.model_name or chosen.rstrip("/").rpartition("/")[2]
     return UpstreamWorker(url, chosen, template, settings, name, api_key=api_key)
 
