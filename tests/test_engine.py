@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from babydoctor.config import LoraConfig
+from babydoctor.engine.decoder import Chunk, DecodeRows
 from babydoctor.engine.engine import Engine
+from babydoctor.engine.graphs import DecodeGraphs
 from babydoctor.engine.request import (
     Delta,
     EngineClosedError,
@@ -441,3 +443,32 @@ def test_memory_is_allocated_once_and_within_the_budget(model, tokenizer):
         assert places == [memory.data_ptr() for memory in (*engine.memory.keys, *engine.memory.values)]
         stats = engine.stats()
         assert stats.first_token_s.count == stats.per_token_s.count == 8 and stats.generated_tokens == 8 * 24
+
+
+def test_a_step_padded_for_a_graph_gives_the_same_logits(model, tokenizer):
+    engine = Engine(model, tokenizer, settings())
+    decoder, graphs = engine.decoder, DecodeGraphs(engine.decoder)
+    with torch.inference_mode():
+        for slot, length in ((0, 9), (2, 30), (3, 17)):
+            embeds = decoder.embed_tokens(torch.arange(1, length + 1))
+            decoder.forward(DecodeRows([], [], []), [Chunk(slot, 0, embeds, True)])
+        rows = DecodeRows([5, 6, 7], [0, 2, 3], [9, 30, 17])
+        expected = decoder.forward(rows, [])
+        padded = decoder.compute(graphs.padded_plan(rows), ())
+    torch.testing.assert_close(padded[[0, 2, 3]], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_graphs_need_a_gpu(model, tokenizer):
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="cuda_graphs"):
+            Engine(model, tokenizer, settings(cuda_graphs=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"cuda_graphs": True, "compile": True}])
+def test_a_gpu_gives_the_same_tokens(tokenizer, options):
+    model = build_model().cuda()
+    requests = [build_request(number, length=5 + 9 * (number % 7)) for number in range(9)]
+    expected = [reference(build_model(), request) for request in requests]
+    with Engine(model, tokenizer, settings(**options)) as engine:
+        assert [tokens_of(handle) for handle in [engine.submit(request) for request in requests]] == expected

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM
 
 from babydoctor.engine.kv import KeyValueMemory
@@ -151,7 +151,7 @@ class Decoder:
         if pack is None:
             pack = packing_pays(list(model.parameters()))
         self.embed_tokens = body.embed_tokens
-        self.activation = body.layers[0].mlp.act_fn
+        assert config.hidden_act == "silu", f"a LLaMA with {config.hidden_act} between its layers"
         self.layers = [
             LayerWeights(
                 layer.input_layernorm.weight.detach(),
@@ -178,8 +178,12 @@ class Decoder:
             for keys, values in zip(memory.keys, memory.values, strict=True)
         ]
         self._run_views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._normalize, self._rotate, self._gate = normalize, rotate, gate
         if compile_layers:
-            self._run_layer = torch.compile(self._run_layer, dynamic=True)  # type: ignore[method-assign]
+            # What lies between the matrix products is worth fusing; the products themselves are library calls anyway.
+            self._normalize, self._rotate, self._gate = (
+                torch.compile(function, dynamic=True) for function in (normalize, rotate, gate)
+            )
         self._offsets = torch.arange(self.num_kv_heads, device=self.device) * memory.capacity
 
     @torch.inference_mode()
@@ -189,7 +193,10 @@ class Decoder:
         Returns:
             Logits ``[R + number of final chunks, vocabulary]``, decoding rows first.
         """
-        plan = self.lay_out(rows, chunks)
+        return self.compute(self.lay_out(rows, chunks), chunks)
+
+    def compute(self, plan: StepPlan, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """The computation of a step that is laid out. Without chunks it can be recorded as a CUDA graph."""
         hidden = self.embed_tokens(plan.tokens)
         if chunks:
             hidden = torch.cat([hidden, *(chunk.embeds for chunk in chunks)])
@@ -213,6 +220,12 @@ class Decoder:
                 filled.append((rows.tokens[index], rows.slots[index], rows.positions[index]))
             longest = round_up(max(lengths[index] for index in group), self.memory.capacity)
             planned.append(Run(first_row, len(filled) - first_row, first_slot, longest))
+        return self.build_plan(filled, planned, kept, chunks)
+
+    def build_plan(
+        self, filled: Sequence[tuple[int, int, int]], runs: list[Run], kept: Sequence[int], chunks: Sequence[Chunk]
+    ) -> StepPlan:
+        """The tensors of a step. ``filled`` is token, slot and position of each row; logits are kept of ``kept``."""
         tokens, slots, positions = [list(column) for column in zip(*filled, strict=True)] or [[], [], []]
         num_rows = len(tokens)
         wanted = list(kept)
@@ -228,8 +241,8 @@ class Decoder:
             tokens=on_device[0],
             positions=on_device[2],
             write_index=(starts[:, None] + self._offsets).flatten(),
-            runs=planned,
-            run_masks=[self._run_mask(run, row_positions) for run in planned],
+            runs=runs,
+            run_masks=[self._run_mask(run, row_positions) for run in runs],
             chunk_masks=[self._chunk_mask(chunk) for chunk in chunks],
             wanted=None if len(wanted) == len(positions) else on_device[3],
         )
@@ -302,8 +315,7 @@ class Decoder:
         num_rotated = self.num_heads + self.num_kv_heads
         projected = layer.query_key_value(self._norm(hidden, layer.input_norm))
         projected = projected.view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim).to(self.memory.dtype)
-        rotated = projected[:, :num_rotated]
-        rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_dim // 2, -1), sin)
+        rotated = self._rotate(projected[:, :num_rotated], cos, sin)
         num_rows = len(plan.tokens)
         memories = (self.memory.keys[index], self.memory.values[index])
         news = (rotated[:, self.num_heads :], projected[:, num_rotated:])
@@ -359,11 +371,26 @@ class Decoder:
         return output.reshape(num_rows, self.num_heads * self.head_dim)
 
     def _add_mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = layer.gate_up(self._norm(hidden, layer.post_norm)).chunk(2, dim=-1)
-        return hidden + layer.down(self.activation(gate) * up)
+        return hidden + layer.down(self._gate(layer.gate_up(self._norm(hidden, layer.post_norm))))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, weight.shape, weight, self.eps)
+        return self._normalize(hidden, weight, self.eps)
+
+
+def normalize(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension."""
+    return rms_norm(hidden, weight.shape, weight, eps)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: ``[M, heads, W]``; the tables are ``[M, 1, W]``, the sign of ``rotate_half`` in ``sin``."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's product: ``[M, 2 * I] -> [M, I]``."""
+    left, right = gate_up.chunk(2, dim=-1)
+    return silu(left) * right
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

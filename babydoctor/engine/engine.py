@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from babydoctor.engine.allocator import keep_freed_memory
 from babydoctor.engine.attention import image_attention
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
+from babydoctor.engine.graphs import DecodeGraphs
 from babydoctor.engine.job import Job, build_content
 from babydoctor.engine.kv import Content, FeatureCache
 from babydoctor.engine.request import (
@@ -40,6 +41,7 @@ from babydoctor.engine.request import (
 from babydoctor.engine.sampling import likeliest
 from babydoctor.engine.settings import EngineSettings, build_memory
 from babydoctor.engine.stats import EngineStats
+from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,11 @@ class Engine:
         self.decoder = Decoder(
             language_model, self.memory, pack=self.settings.pack_weights, compile_layers=self.settings.compile
         )
+        self.graphs: DecodeGraphs | None = None
+        if self.settings.cuda_graphs:
+            if norm.device.type != "cuda":
+                raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; set it to false")
+            self.graphs = DecodeGraphs(self.decoder)
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer)
         self.rows_per_step = self.settings.rows_per_step(norm.device)
@@ -267,7 +274,10 @@ class Engine:
             return
         self._stats.steps += 1
         try:
-            logits = self.decoder.forward(rows, chunks)
+            if self.graphs is not None and not chunks:
+                logits = self.graphs.forward(rows)
+            else:
+                logits = self.decoder.forward(rows, chunks)
         except Exception:
             self._step_one_by_one([*jobs, *chunk_jobs])
             return

@@ -86,8 +86,8 @@ class KeyValueMemory:
         assert 1 <= self.max_running <= self.num_slots, (self.max_running, self.num_slots)
         shape = (self.num_slots + 1, self.num_kv_heads, self.capacity, self.head_dim)
         # Zeros, not empty: masked positions are multiplied by 0, and 0 times a stray NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.num_layers)]
-        self.values = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.num_layers)]
+        self.keys = [_zeros(shape, self.dtype, self.device) for _ in range(self.num_layers)]
+        self.values = [_zeros(shape, self.dtype, self.device) for _ in range(self.num_layers)]
         self.slots = [Slot(index) for index in range(self.num_slots)]
 
     @property
@@ -174,6 +174,14 @@ class KeyValueMemory:
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
         slot.used_at = self._clock
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take real memory on the CPU only where something was written: numpy asks the system for clean pages,
+    torch would write the zeros itself."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:

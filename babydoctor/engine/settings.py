@@ -31,8 +31,8 @@ class EngineSettings:
             evenly. Large: prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
         num_threads: CPU threads of the engine; by default torch's.
         pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
-        compile: run the layers through ``torch.compile``.
-        cuda_graphs: replay decoding steps as CUDA graphs.
+        compile: fuse what lies between matrix products with ``torch.compile`` (GPU; the first requests wait for it).
+        cuda_graphs: replay decoding steps as CUDA graphs (GPU).
     """
 
     max_running: int = 16
