@@ -348,6 +348,9 @@ def test_a_worker_that_drains_hands_over_and_ends(controller: Server, pair: list
 def test_an_originals_worker_behind_our_controller(controller: Server, folder: Path):
     workers = [original("worker", folder, controller.url, "llava-v1.5", "0.02") for _ in range(2)]
     try:
+        # They register before they listen.
+        for server in workers:
+            wait_until(lambda server=server: queue_length(server.url) == 0, 30, "the worker")
         wait_until(lambda: "llava-v1.5" in models(controller), 15, "registration")
         body = {
             "model": "llava-v1.5",

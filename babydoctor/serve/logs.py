@@ -42,7 +42,7 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "part": self.part,
-            "event": record.getMessage() if is_ours else f"{record.name} reported",
+            "event": record.getMessage() if is_ours else _foreign_event(record),
         }
         if (request_id := REQUEST_ID.get()) is not None:
             entry["request_id"] = request_id
@@ -50,6 +50,13 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             entry |= describe_exception(record.exc_info[1])
         return json.dumps(entry)
+
+
+def _foreign_event(record: logging.LogRecord) -> str:
+    """uvicorn's messages are fixed texts, shown without what is filled in; other libraries' may quote a request."""
+    if record.name == "uvicorn.error" and isinstance(record.msg, str):
+        return f"uvicorn: {record.msg.strip()}"
+    return f"{record.name} reported"
 
 
 def describe_exception(error: BaseException) -> dict[str, Any]:

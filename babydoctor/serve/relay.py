@@ -77,6 +77,12 @@ class Fleet:
         )
 
 
+def _close_late(sending: asyncio.Future[httpx.Response]) -> None:
+    if not sending.cancelled() and sending.exception() is None:
+        closing = asyncio.ensure_future(sending.result().aclose())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
 class Relay:
     """The state of one answer."""
 
@@ -147,7 +153,7 @@ class Relay:
                     | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""},
                 )
                 try:
-                    response = await asyncio.wait_for(fleet.client.send(request, stream=True), self._silence_s(record))
+                    response = await self._send(request, self._silence_s(record))
                     break
                 except (httpx.ConnectError, httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
                     self._lose(record, error)
@@ -160,6 +166,24 @@ class Relay:
         except BaseException:
             fleet.registry.end(record)
             raise
+
+    async def _send(self, request: httpx.Request, timeout_s: float) -> httpx.Response:
+        """Send and wait for the headers; a response that comes after the caller has gone is closed.
+
+        Not asyncio.wait_for: a cancellation that meets the response would lose it, open, or be lost itself.
+        """
+        sending = asyncio.ensure_future(self._fleet.client.send(request, stream=True))
+        try:
+            await asyncio.wait({sending}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            sending.cancel()
+            sending.add_done_callback(_close_late)
+            raise
+        if not sending.done():
+            sending.cancel()
+            sending.add_done_callback(_close_late)
+            raise TimeoutError
+        return sending.result()
 
     def _silence_s(self, record: WorkerRecord) -> float:
         """How long a worker may be silent. Ours sends headers at once and a sign of life every few seconds."""
@@ -239,7 +263,8 @@ class Relay:
                 return
             finally:
                 self._fleet.registry.end(record)
-                await response.aclose()
+                # Shielded: the client may leave at this very moment, and the connection has to be closed all the same.
+                await asyncio.shield(response.aclose())
             try:
                 record, response = await self._reconnect()
             except ApiError as error:

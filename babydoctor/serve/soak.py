@@ -84,7 +84,8 @@ async def soak(
         template: name of the model's conversation template.
     """
     report = SoakReport(rss_bytes={server: [] for server in server_urls})
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    # Idle connections are given up before the server does (5 s): what is sent just then would be lost.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients, keepalive_expiry=2)
     started = time.monotonic()
     async with httpx.AsyncClient(timeout=60, limits=limits, trust_env=False) as http:
         watching = asyncio.ensure_future(_watch(http, server_urls, report))
