@@ -14,8 +14,8 @@ from typing import IO
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHARD_BYTES = 4 * 2**30
-"""Size at which a shard is closed: what the hub and most file systems take without a fuss."""
+SHARD_BYTES = 2 * 2**30
+"""Size at which a shard is closed. Whoever reads the checkpoint maps one shard at a time."""
 
 _HEADER_BYTES = 2**17
 _MAX_TENSORS = 512
