@@ -87,7 +87,8 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
 
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
-    text = json.dumps({key: backend.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")})
+    parts = {key: backend.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+    text = json.dumps(parts, ensure_ascii=False)
     if model["type"] != "BPE":
         raise UserError(
             f"{directory}: llama.cpp has no counterpart to this {model['type']!r} tokenizer; it takes SentencePiece "
