@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from test_interop_import import IMAGES, QUESTION, logits_and_greedy
 
-from babydoctor.conversation import get_template, render_prompt
+from babydoctor.conversation import get_template, render, render_prompt
 from babydoctor.image import load_image, to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.checkpoint import Run, load_run
-from babydoctor.schema import Turn
+from babydoctor.schema import Segment, Turn, UserError
 from babydoctor.tokens import encode
 
 WORDS = QUESTION.removeprefix("<image>\n")
@@ -151,3 +151,84 @@ def test_llama_cpp_gives_our_answer(
         assert loaded.tokenizer.decode(added, skip_special_tokens=True).strip().startswith(text.strip()[:8])
         regrets = regret(loaded, pixels, added)
         assert max(regrets) < 0.02, regrets
+
+
+REPLIES = {"ROCO_00278": "No sign of a mass.", "ROCO_01747": "There is fluid in the left lung."}
+
+
+@pytest.fixture(scope="module")
+def trained(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model after it has learned one answer for each picture, so that it is sure of what it says."""
+    from transformers import LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    import_llava(golden / "llava-golden-merged", out, image_mode="pad")
+    run = load_run(out)
+    language_model: Any = LlamaForCausalLM.from_pretrained(str(out / "language_model"), dtype=torch.float32)
+    examples = []
+    for image, reply in REPLIES.items():
+        turns = [Turn("user", QUESTION), Turn("assistant", reply)]
+        example = encode(render(turns, get_template("llava_llama_2")), run.tokenizer, 16)
+        features = run.model.encode_images(
+            torch.from_numpy(to_pixels(square(golden, image), run.manifest.image))[None]
+        ).detach()
+        examples.append((*(torch.from_numpy(x)[None].long() for x in (example.input_ids, example.labels)), features))
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(language_model.parameters(), lr=2e-3)
+    for _ in range(60):
+        for ids, labels, features in examples:
+            embeds = language_model.model.embed_tokens(ids)
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+            mask[:, 70:86] = True  # the prompt's 16 image slots
+            embeds = embeds.masked_scatter(mask[..., None], features)
+            language_model(inputs_embeds=embeds, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    language_model.save_pretrained(str(out / "language_model"))
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
+def test_a_trained_model_says_the_same_in_llama_cpp(
+    trained: Path, golden: Path, tmp_path: Path, dtype: str, llama_cpp_chat: Callable[..., Any]
+) -> None:
+    export_run(trained, tmp_path / "gguf", format="gguf", dtype=dtype)
+    model = llama_cpp_chat(tmp_path / "gguf", "mmproj-cls-last.gguf")
+    run = load_run(trained)
+    for image, reply in REPLIES.items():
+        picture = square(golden, image)
+        pixels = torch.from_numpy(to_pixels(picture, run.manifest.image))
+        _, ids = logits_and_greedy(run, pixels, 32)
+        ours = run.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert ours == reply
+        assert ask(model, picture, WORDS, 32).strip() == ours
+
+
+def test_files_are_what_was_asked_for(trained: Path, tmp_path: Path) -> None:
+    """Block formats where a row is whole blocks, 8 bits for embeddings and head, the chat template inside."""
+    export_run(trained, tmp_path / "gguf", format="gguf", dtype="q4_0")
+    reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+    assert types["token_embd.weight"] == types["output.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16"  # 176 is no multiple of 32
+    assert types["output_norm.weight"] == "F32"
+    assert "[INST]" in reader.fields["tokenizer.chat_template"].contents()
+    with pytest.raises(UserError, match="'q4_k' is not one of"):
+        export_run(trained, tmp_path / "other", format="gguf", dtype="q4_k")
+
+
+def test_tokenizers_of_both_kinds_are_read(trained: Path, tmp_path: Path, llama_cpp_chat: Callable[..., Any]) -> None:
+    """tokenizer.json alone, as the tiny preset has it, gives llama.cpp the same ids as tokenizer.model does."""
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    language_model = tmp_path / "run" / "language_model"
+    load_run(trained).tokenizer.save_pretrained(str(language_model))
+    (language_model / "tokenizer.model").unlink()
+    export_run(tmp_path / "run", tmp_path / "gguf", format="gguf")
+    run = load_run(trained)
+    model = llama_cpp_chat(tmp_path / "gguf")
+    for text in ("The left lung shows 12 nodules; größer.", QUESTION, "a  b\n\nc"):
+        ours = encode((Segment(text),), run.tokenizer, 16).input_ids.tolist()
+        assert model.tokenize(text.encode(), add_bos=True, special=False) == ours
