@@ -10,6 +10,8 @@ is a place to write to for rows of a batch that belong to nobody.
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,11 +179,12 @@ class KeyValueMemory:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take real memory on the CPU only where something was written: numpy asks the system for clean pages,
-    torch would write the zeros itself."""
-    if device.type == "cpu" and dtype == torch.float32:
-        return torch.from_numpy(np.zeros(shape, np.float32))
-    return torch.zeros(shape, dtype=dtype, device=device)
+    """Zeros that on the CPU take real memory only where something was written: pages come from the system as they are
+    touched. (torch would write the zeros itself; numpy asks for huge pages, of which one spans several heads.)"""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
