@@ -25,16 +25,17 @@ _USE = {
     )
     print(processor.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))
 
-    transformers serve --force-model DIR
+    transformers serve DIR
     vllm serve DIR --max-model-len 2048 --limit-mm-per-prompt '{"image": 1}'
-    python -m sglang.launch_server --model-path DIR
+    python -m sglang.launch_server --model-path DIR \\
+        --json-model-override-args '{"vision_feature_select_strategy": "patch"}'
 """,
     "llava": """\
     cd DIR && python -m llava.eval.run_llava --model-path . --image-file scan.png --query "..."
 """,
     "gguf": """\
-    llama-server -m DIR/model.gguf --mmproj DIR/mmproj.gguf --jinja -c 2048 --temp 0
-    llama-mtmd-cli -m DIR/model.gguf --mmproj DIR/mmproj.gguf --jinja --temp 0 --image scan.png -p "..."
+    llama-server -m DIR/model.gguf --mmproj DIR/mmproj-cls-last.gguf --jinja -c 2048 --temp 0
+    llama-mtmd-cli -m DIR/model.gguf --mmproj DIR/mmproj-cls-last.gguf --jinja --temp 0 --image scan.png -p "..."
 """,
 }
 
