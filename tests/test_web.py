@@ -1,0 +1,271 @@
+"""The page without a browser: files in, sentences out, overlays, feedback, export, guard."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+from pydicom.examples import get_path
+from serving import png
+from starlette.testclient import TestClient
+
+from babydoctor.dicom import IDENTIFYING_TAGS
+from babydoctor.serve.admission import Keys
+from babydoctor.serve.web import PageGuard, Uploads
+from babydoctor.serve.web_dicom import FILE_WINDOW, describe, open_scan
+from babydoctor.serve.web_errors import SENTENCES, PageError
+from babydoctor.serve.web_examples import build_examples, gallery_html
+from babydoctor.serve.web_feedback import build_row, export_session, save_row
+from babydoctor.serve.web_overlay import group_words, place_on_image, to_data_url
+from babydoctor.serve.web_session import Exchange, Sampling, Session, Sessions
+
+
+def dicom_bytes(**changes: object) -> bytes:
+    """pydicom's CT with some attributes changed."""
+    import pydicom
+
+    dataset = pydicom.dcmread(get_path("ct"))
+    for keyword, value in changes.items():
+        setattr(dataset, keyword, value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def pixels(view_png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(view_png)).convert("L"), dtype=float)
+
+
+def answered(answer: str = "A chest radiograph.", question: str = "What is it?") -> Session:
+    session = Session(has_accepted=True, scan=open_scan(png()))
+    assert session.scan is not None
+    session.view = session.scan.view()
+    exchange = Exchange(question, "tiny", Sampling(0, 1, 64), session.view, answer=answer, ended="stop")
+    session.exchanges.append(exchange)
+    return session
+
+
+def test_the_page_process_never_loads_torch():
+    code = (
+        "import sys; from babydoctor.serve.web import build_page_app; build_page_app('http://127.0.0.1:1');"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty_file"),
+        (b"hello, this is a letter", "not_an_image"),
+        (b"%PDF-1.4 report", "not_an_image"),
+        (png()[:200], "damaged_image"),
+        (dicom_bytes()[:20_000], "bad_dicom"),
+        (Path(get_path("rt_plan")).read_bytes(), "dicom_without_image"),
+        (dicom_bytes(Rows=60_000, Columns=60_000), "too_many_pixels"),
+    ],
+)
+def test_a_file_that_cannot_be_used_has_its_own_sentence(data: bytes, code: str):
+    with pytest.raises(PageError) as error:
+        open_scan(data)
+    assert error.value.code == code and error.value.sentence == SENTENCES[code]
+
+
+def test_all_sentences_are_different_in_kind_and_none_is_technical():
+    # Four names are second names of one case: no model, lost, too large, too long.
+    assert len(set(SENTENCES.values())) == len(SENTENCES) - 4
+    for code in SENTENCES:
+        sentence = PageError(code, retry_after_s=7, limit_mb=128).sentence
+        assert "{" not in sentence and "Traceback" not in sentence and sentence.endswith((".", "it."))
+    assert "7 seconds" in PageError("queue_full", retry_after_s=7).sentence
+    assert "could not answer" in PageError("something_new").sentence
+
+
+def test_what_is_shown_is_what_is_sent_and_the_window_changes_it():
+    scan = open_scan(dicom_bytes())
+    assert scan.presets[0] == FILE_WINDOW and "lung" in scan.presets
+    first = scan.view()
+    scan.preset = "lung"
+    lung = scan.view()
+    scan.preset, scan.center, scan.width = None, -600.0, 1500.0
+    by_hand = scan.view()
+    assert np.array_equal(pixels(lung.png), pixels(by_hand.png)) and not np.array_equal(
+        pixels(first.png), pixels(lung.png)
+    )
+    assert "centre -600, width 1500" in lung.caption
+    at = scan.window_range()
+    assert (at.center, at.width) == (-600, 1500) and at.low <= -1024 and at.high >= 3071
+
+
+def test_monochrome1_is_inverted_and_said():
+    normal = open_scan(dicom_bytes())
+    inverse = open_scan(dicom_bytes(PhotometricInterpretation="MONOCHROME1"))
+    total = pixels(normal.view().png) + pixels(inverse.view().png)
+    outside = total[(total < 250) | (total > 260)]
+    assert outside.size < 0.05 * total.size
+    assert any("MONOCHROME1" in value for _, value in describe(inverse))
+
+
+def test_frames_and_spacing_are_told():
+    scan = open_scan(Path(get_path("ybr_color")).read_bytes())
+    assert scan.num_frames == 30 and not scan.has_window and ("Frames", "30") in describe(scan)
+    first = scan.view()
+    scan.frame = 15
+    assert scan.view().png != first.png and scan.view().caption.startswith("frame 16 of 30")
+    assert ("Pixel spacing", "0.661 × 0.661 mm") in describe(open_scan(dicom_bytes()))
+
+
+def test_nothing_identifying_leaves_the_scan():
+    scan = open_scan(dicom_bytes(PatientName="Zzyzx^Quentin", PatientID="Q-77123", StudyDescription="Zzyzx study"))
+    session = answered()
+    session.scan, session.view = scan, scan.view()
+    session.exchanges[0].view = session.view
+    row = build_row(session, session.exchanges[0], verdict="up", errors=[], comment="", with_image=True)
+    told = [
+        repr(scan),
+        repr(describe(scan)),
+        export_session(session),
+        json.dumps(row),
+        session.view.png.decode("latin1"),
+    ]
+    for text in told:
+        assert "Zzyzx" not in text and "77123" not in text
+    assert scan.num_identifying >= 3 and not {name for name, _ in describe(scan)} & set(IDENTIFYING_TAGS)
+
+
+def test_a_pictures_own_text_fields_are_dropped():
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Title", "Zzyzx^Quentin")
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "PNG", pnginfo=info)
+    assert b"Zzyzx" not in open_scan(buffer.getvalue()).view().png
+
+
+def test_large_pictures_are_shown_and_sent_shrunk():
+    view = open_scan(png(size=(3200, 1600))).view()
+    assert (view.width, view.height) == (1536, 768)
+
+
+def test_words_of_pieces_and_their_mean():
+    pieces = [(" Left", 0), (" pleu", 1), ("ral", 2), (" effusion", 3), (".", 3)]
+    tokens = [{"text": text, "weights": np.eye(4)[index].tolist()} for text, index in pieces]
+    words = group_words(tokens, 2, 2)
+    assert [word for word, _ in words] == ["", "Left", "pleural", "effusion."]
+    assert words[2][1].tolist() == [[0, 0.5], [0.5, 0]]
+    assert np.allclose(words[0][1], [[0.2, 0.2], [0.2, 0.4]])
+    assert group_words([], 2, 2) == []
+
+
+@pytest.mark.parametrize("size", [(400, 200), (201, 400), (97, 96)])
+def test_overlays_lie_where_the_model_saw(size: tuple[int, int]):
+    width, height = size
+    grid = np.zeros((8, 8))
+    # The middle of the square is the middle of the picture, however it was made square.
+    grid[3:5, 3:5] = 1
+    for mode in ("pad", "square"):
+        placed = place_on_image(grid, width, height, mode)
+        assert abs(placed.shape[1] / placed.shape[0] - width / height) < 0.02
+        rows, columns = np.nonzero(placed > 0.5)
+        assert abs(rows.mean() / placed.shape[0] - 0.5) < 0.02 and abs(columns.mean() / placed.shape[1] - 0.5) < 0.02
+    # With CLIP's crop, what lies outside the middle square is never coloured.
+    if width == 400:
+        placed = place_on_image(np.ones((8, 8)), width, height, "square")
+        assert placed[:, :100].max() == 0 and placed[:, 200].min() > 0.9
+    image = Image.open(io.BytesIO(base64.b64decode(to_data_url(placed).partition(",")[2])))
+    assert image.mode == "RGBA" and image.size == placed.shape[::-1]
+
+
+def test_feedback_is_a_line_without_the_image_unless_chosen(tmp_path: Path):
+    session = answered("Ünlücke </script>")
+    file = tmp_path / "deep" / "feedback.jsonl"
+    exchange = session.exchanges[0]
+    kinds = ["wrong_place", "no_such_kind"]
+    save_row(file, build_row(session, exchange, verdict="down", errors=kinds, comment=" x ", with_image=False))
+    save_row(file, build_row(session, exchange, verdict="up", errors=[], comment="", with_image=True))
+    first, second = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert first["errors"] == ["wrong_place"] and first["comment"] == "x" and "image_png_base64" not in first
+    assert base64.b64decode(second["image_png_base64"]) == exchange.view.png
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(PageError, match="not_saved"):
+        save_row(blocked / "x.jsonl", first)
+
+
+def test_the_export_is_one_document_that_a_program_reads_too():
+    hostile = "</script><img src=x onerror=alert(1)>"
+    page = export_session(answered(hostile, hostile))
+    assert hostile not in page and "Research use only" in page and "data:image/png;base64," in page
+    block = re.search(r'<script type="application/json" id="session">(.*?)</script>', page, re.S)
+    assert block is not None
+    data = json.loads(block[1])
+    assert data["exchanges"][0]["answer"] == hostile and data["views"][0]["width"] == 80
+    with pytest.raises(PageError, match="no_answer"):
+        export_session(Session())
+
+
+def test_the_image_stands_in_the_first_turn_and_failed_turns_are_left_out():
+    session = answered()
+    assert session.view is not None
+    session.exchanges.append(Exchange("lost", "tiny", Sampling(0, 1, 64), session.view, ended="error"))
+    turns = session.turns("And now?")
+    assert [turn.role for turn in turns] == ["user", "assistant", "user"]
+    assert turns[0].text == "<image>\nWhat is it?" and turns[-1].text == "And now?"
+
+
+def test_a_lost_session_is_not_answered_about_another_image():
+    sessions = Sessions()
+    sessions.get("a").has_accepted = True
+    assert sessions.accepted("a")
+    sessions.forget("a")
+    with pytest.raises(PageError, match="session_lost"):
+        sessions.accepted("a")
+    for index in range(300):
+        sessions.get(str(index))
+    assert len(sessions) == 256
+
+
+def test_an_upload_is_taken_once_and_few_wait():
+    uploads = Uploads()
+    tokens = [uploads.put(bytes([index])) for index in range(20)]
+    assert uploads.take(tokens[-1]) == bytes([19])
+    for gone in (tokens[-1], tokens[0], "guess"):
+        with pytest.raises(PageError, match="upload_gone"):
+            uploads.take(gone)
+
+
+def test_examples_are_made_here_and_can_all_be_opened():
+    examples = build_examples()
+    assert len(examples) == 8 and sum(bool(example.truth) for example in examples) == 4
+    for example in examples:
+        assert open_scan(example.load()).view().png
+    assert gallery_html(examples).count("<button") == 8
+
+
+def test_the_guard_asks_for_a_key_and_closes_the_page_to_the_rest_of_the_web():
+    app = FastAPI()
+
+    @app.get("/")
+    async def root() -> str:
+        return "page"
+
+    app.add_middleware(PageGuard, keys=Keys(["a-key-of-sixteen-x"]))
+    with TestClient(app) as client:
+        refused = client.get("/")
+        assert refused.status_code == 401 and refused.headers["www-authenticate"].startswith("Basic")
+        assert client.get("/", auth=("me", "wrong")).status_code == 401
+        assert client.get("/", headers={"Authorization": "Basic %%%"}).status_code == 401
+        let_in = client.get("/", auth=("anybody", "a-key-of-sixteen-x"))
+        assert let_in.status_code == 200 and "connect-src 'self'" in let_in.headers["content-security-policy"]
