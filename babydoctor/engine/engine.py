@@ -21,12 +21,12 @@ from transformers import LlamaForCausalLM
 
 from babydoctor.engine.allocator import keep_freed_memory
 from babydoctor.engine.attention import image_attention
+from babydoctor.engine.check import check_request
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
 from babydoctor.engine.graphs import DecodeGraphs
 from babydoctor.engine.job import Job, build_content
 from babydoctor.engine.kv import Content, FeatureCache
 from babydoctor.engine.request import (
-    MAX_TOP_LOGPROBS,
     EngineClosedError,
     EngineError,
     FinishReason,
@@ -203,37 +203,7 @@ class Engine:
             self._changed.notify_all()
 
     def _check(self, request: GenerationRequest) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            InvalidRequestError: naming the field and its value.
-        """
-        ids = np.asarray(request.input_ids)
-        mask = None if request.image_mask is None else np.asarray(request.image_mask, bool)
-        if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-            raise InvalidRequestError(f"input_ids must be a row of at least one integer, not {ids.dtype} {ids.shape}")
-        if mask is not None and mask.shape != ids.shape:
-            raise InvalidRequestError(f"image_mask has the shape {mask.shape}, input_ids {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self._vocabulary:
-            raise InvalidRequestError(f"input_ids must lie in 0 .. {self._vocabulary - 1}")
-        marked = 0 if mask is None else int(mask.sum())
-        if marked != len(request.images) * self.model.num_patches:
-            raise InvalidRequestError(
-                f"{len(request.images)} images take {self.model.num_patches} positions each, "
-                f"but image_mask marks {marked}"
-            )
-        if request.max_new_tokens < 1:
-            raise InvalidRequestError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
-        if not 0 <= request.temperature < float("inf"):
-            raise InvalidRequestError(f"temperature={request.temperature} must be 0 or more")
-        if not 0 < request.top_p <= 1:
-            raise InvalidRequestError(f"top_p={request.top_p} must lie above 0 and not above 1")
-        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidRequestError(f"logprobs={request.logprobs} must lie in 0 .. {MAX_TOP_LOGPROBS}")
-        if request.seed is not None and request.seed < 0:
-            raise InvalidRequestError(f"seed={request.seed} must not be negative")
-        if any(not stop for stop in request.stop):
-            raise InvalidRequestError("a stop string is empty")
+        check_request(request, vocabulary=self._vocabulary, num_patches=self.model.num_patches)
 
     # Called on the engine's thread only.
 
