@@ -95,6 +95,11 @@ def _notes(run: PlainRun) -> Iterator[str]:
         "computed as in training. Take mmproj.gguf with a llama.cpp in which that is mended."
     )
     yield "A second question of a conversation begins with a space token there that training did not see."
+    size = run.manifest.image_size
+    yield (
+        "It resizes a picture before it letterboxes it, this run the other way round: margins and pixels differ a "
+        f"little, except for square pictures of {size} x {size}, which pass through unchanged."
+    )
     if run.manifest.image_mode == "square":
         yield "llama.cpp letterboxes, this run crops to a square: crop images yourself to get the same picture."
     yield "llama.cpp rounds GELU to 16 bits, so f32 files differ from this run by about 0.1% of a feature."

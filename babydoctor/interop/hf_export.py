@@ -53,14 +53,8 @@ def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
 
 
 def _notes(run: PlainRun) -> Iterator[str]:
-    if run.manifest.image_mode == "pad":
-        yield (
-            "Images are letterboxed by LlavaImageProcessor (do_pad). It pads where the scan's two margins differ by a "
-            "pixel as this run does, and resizes with Pillow or torchvision, whichever is installed: torchvision "
-            "rounds some pixels differently, by one step of 255."
-        )
-    else:
-        yield "Images are resized and cropped by CLIPImageProcessor, with Pillow or torchvision."
+    kind = "LlavaImageProcessor (do_pad)" if run.manifest.image_mode == "pad" else "CLIPImageProcessor"
+    yield f"Images go through {kind}. With Pillow its pixels equal this run's; torchvision, where installed, may round."
     if run.manifest.template == "plain":
         yield "The template 'plain' writes one line: stop at a newline."
 
