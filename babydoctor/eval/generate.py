@@ -188,9 +188,7 @@ def _prediction(path: Path, number: int, row: Any) -> Prediction:
 
     identity, answer = first_of("id", "question_id", "qid"), first_of("answer", "text", "prediction", "pred")
     if identity is None or answer is None:
-        raise UserError(
-            f"{path}#{number}: a prediction needs an id and an answer, for example {{'id': 7, 'answer': 'no'}}"
-        )
+        raise UserError(f'{path}#{number}: a prediction needs id and answer, for example {{"id": 7, "answer": "no"}}')
     confidence = row.get("confidence")
     return Prediction(
         str(identity),

@@ -1,0 +1,200 @@
+"""The whole way through: a run is asked, answers are written as they come, scored, reported, compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import build_tiny_run
+
+from babydoctor.engine.request import TokenLogprob
+from babydoctor.eval.compare import compare
+from babydoctor.eval.generate import GenerationConfig, answer_confidence, match_predictions, read_predictions
+from babydoctor.eval.model_card import BEGIN, END, update_model_card
+from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
+from babydoctor.eval.tasks import TaskConfig
+from babydoctor.schema import UserError
+
+SETTINGS = EvalConfig(
+    images_as=("right", "shuffled"), generation=GenerationConfig(max_new_tokens=4, batch_size=4), num_resamples=100
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six yes/no and two open questions about four images."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    told = []
+    for number in range(8):
+        name = f"{number // 2}.png"
+        Image.new("RGB", (40, 30), (number * 30, 80, 120)).save(folder / "images" / name)
+        answer = ("yes", "no")[number % 2] if number < 6 else "left lung"
+        turns = [{"from": "human", "value": f"<image>\nQuestion {number}?"}, {"from": "gpt", "value": answer}]
+        told.append({"id": f"q{number}", "image": name, "conversations": turns, "question_type": "PRES"})
+    (folder / "rows.json").write_text(json.dumps(told))
+    return folder / "rows.json"
+
+
+def _write_answers(path: Path, answers: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": f"q{n}", "answer": a}) + "\n" for n, a in enumerate(answers)))
+    return path
+
+
+def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Path, tmp_path: Path) -> None:
+    config = TaskConfig("rows", str(rows))
+    counted: list[tuple[str, int, int]] = []
+    result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
+    assert counted[-1] == ("shuffled", 8, 8)
+    assert set(result["conditions"]) == {"right", "shuffled"}
+    assert result["conditions"]["right"]["figures"]["closed_accuracy"]["num_questions"] == 6
+    assert result["baselines"]["always yes"]["yes_no_balanced_accuracy"] == 0.5
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["run"]["manifest"]["name"] == result["run"]["manifest"]["name"]
+    # Cut the answers in the middle of a line, as a power failure does: only what is lost is asked again.
+    file = tmp_path / "predictions-right.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:5]) + lines[5][:20])
+    counted.clear()
+    evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
+    assert counted == [("right", number, 8) for number in (6, 7, 8)]
+    assert file.read_text() == whole
+    other = EvalConfig(generation=GenerationConfig(max_new_tokens=5))
+    with pytest.raises(UserError, match="holds another evaluation"):
+        evaluate(tmp_path, config, other, run=run)
+
+
+def test_the_report_is_one_file(run: Path, rows: Path, tmp_path: Path) -> None:
+    evaluate(tmp_path, TaskConfig("rows", str(rows)), SETTINGS, run=run)
+    page = (tmp_path / "report.html").read_text()
+    assert "Does it look?" in page
+    assert "always yes" in page
+    assert "data:image/jpeg;base64" in page
+    assert 'src="http' not in page
+    assert "href=" not in page.replace("xlink:href=", "")
+    assert len(page) < 10_000_000
+
+
+def test_training_can_call_a_task(run: Path, rows: Path) -> None:
+    from babydoctor.model.checkpoint import load_run
+
+    loaded = load_run(run)
+    loaded.model.train()
+    settings = EvalConfig(images_as=("right",), generation=SETTINGS.generation, num_resamples=100)
+    result = evaluate_task(loaded.model, loaded.tokenizer, loaded.manifest, TaskConfig("rows", str(rows)), settings)
+    assert loaded.model.training
+    assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
+
+
+def test_somebody_elses_answers(rows: Path, tmp_path: Path) -> None:
+    answers = ["yes", "no", "yes", "no", "no", "yes", "left lung", "The right lung."]
+    predictions = _write_answers(tmp_path / "answers.jsonl", answers)
+    result = evaluate(tmp_path / "out", TaskConfig("rows", str(rows)), SETTINGS, predictions=predictions)
+    figures = result["conditions"]["right"]["figures"]
+    assert figures["closed_accuracy"]["value"] == pytest.approx(4 / 6)
+    assert figures["open_token_f1"]["value"] == pytest.approx((1 + 1 / 2) / 2)
+    assert result["gaps"] == {}
+
+
+def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
+    config = TaskConfig("rows", str(rows))
+    for name, answers in (("a", ["no"] * 8), ("b", ["yes", "no", "yes", "no", "yes", "no", "left lung", "left lung"])):
+        predictions = _write_answers(tmp_path / f"{name}.jsonl", answers)
+        evaluate(tmp_path / name, config, SETTINGS, predictions=predictions)
+    found = compare(tmp_path / "a", tmp_path / "b")["figures"]["closed_accuracy"]
+    assert (found["a"], found["b"], found["value"]) == (0.5, 1.0, 0.5)
+    assert 0 < found["p_value"] <= 1
+    evaluate(
+        tmp_path / "c",
+        TaskConfig("rows", str(rows), prompt="{question} Say it."),
+        SETTINGS,
+        predictions=tmp_path / "a.jsonl",
+    )
+    with pytest.raises(UserError, match="different questions"):
+        compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_model_card_rows_are_replaced_and_others_stay(rows: Path, tmp_path: Path) -> None:
+    predictions = _write_answers(tmp_path / "mine.jsonl", ["yes"] * 8)
+    result = evaluate(tmp_path / "out", TaskConfig("rows", str(rows)), SETTINGS, predictions=predictions)
+    card = tmp_path / "MODEL_CARD.md"
+    card.write_text("before\n")
+    with pytest.raises(UserError, match="markers"):
+        update_model_card(card, result)
+    card.write_text(f"before\n{BEGIN}\n| slake | other | x | 1 | 2 | 3 | 4 |\n{END}\nafter\n")
+    update_model_card(card, result)
+    once = card.read_text()
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "| slake | other |" in once
+    assert "| rows | mine.jsonl | closed accuracy | 0.500" in once
+    update_model_card(card, result)
+    assert card.read_text() == once
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "q0"}\n', "needs id and answer"),
+        ("nonsense\n", r"answers\.jsonl:1"),
+        ('{"id": "z", "answer": "no"}\n', "have no prediction"),
+    ],
+)
+def test_bad_prediction_files_are_named(tmp_path: Path, rows: Path, text: str, message: str) -> None:
+    from babydoctor.eval.tasks import load_task
+
+    path = tmp_path / "answers.jsonl"
+    path.write_text(text)
+    questions = load_task(TaskConfig("rows", str(rows))).questions
+    with pytest.raises(UserError, match=message):
+        match_predictions(path, questions)
+
+
+def test_foreign_keys_of_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps([{"question_id": 7, "text": "no"}]))
+    assert [(p.id, p.answer) for p in read_predictions(path)] == [("7", "no")]
+
+
+def test_confidence_from_logprobs() -> None:
+    def token(text: str, probability: float, *top: tuple[str, float]) -> TokenLogprob:
+        return TokenLogprob(0, text, math.log(probability), tuple((0, t, math.log(p)) for t, p in top))
+
+    whole = [token("Yes", 0.6, ("Yes", 0.6), ("No", 0.2))]
+    assert answer_confidence("Yes", whole) == pytest.approx(0.75)
+    # The tokeniser splits the words: the probability of all tokens.
+    assert answer_confidence("Yes", [token("Y", 0.8, ("Y", 0.8)), token("es", 0.5)]) == pytest.approx(0.4)
+    assert answer_confidence("left", whole) is None
+
+
+def test_the_first_word_of_the_command_may_be_left_out(rows: Path, tmp_path: Path) -> None:
+    predictions = _write_answers(tmp_path / "a.jsonl", ["no"] * 8)
+    words: list[Any] = ["eval", "--task", "rows", "--data", rows, "--predictions", predictions, "--out", tmp_path / "o"]
+    code = "from babydoctor.cli import main; main()"
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "majority per question type" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, "eval", "compare", str(tmp_path / "o"), str(tmp_path / "o")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert "closed accuracy" in done.stdout, done.stderr
