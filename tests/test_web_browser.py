@@ -333,3 +333,26 @@ def test_phone_and_keyboard(browser, parts: Parts):
     tab.reload()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
     context.close()
+
+
+@pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
+def test_screenshots_for_the_readme(browser, scheme: str, width: int):
+    """``BABYDOCTOR_PAGE_URL=http://127.0.0.1:7860 pytest tests/test_web_browser.py -k readme`` renews the pictures."""
+    context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
+    context.set_default_timeout(TIMEOUT_MS)
+    tab = context.new_page()
+    tab.goto(os.environ["BABYDOCTOR_PAGE_URL"])
+    enter(tab)
+    tab.get_by_role("button", name="Phantom CT, nodule").click()
+    expect(tab.locator("#bd-viewer img")).to_be_visible()
+    for question in ("What kind of scan is this?", "What is the main finding?"):
+        ask(tab, question)
+        wait_for_answer(tab)
+    tab.get_by_role("button", name="Where it looked").click()
+    tab.get_by_role("button", name="Show for the last answer").click()
+    expect(tab.locator("#bd-overlay img").nth(1)).to_be_visible()
+    tab.wait_for_timeout(500)
+    folder = Path(__file__).parents[1] / "images"
+    tab.screenshot(path=folder / f"page_{width}_{scheme}.png", full_page=True)
+    context.close()

@@ -143,7 +143,7 @@ def build_page_app(
 
     from babydoctor.serve.web_chat import ControllerClient
     from babydoctor.serve.web_page import Page
-    from babydoctor.serve.web_style import CSS, build_theme
+    from babydoctor.serve.web_style import CSS, HEAD, build_theme
 
     uploads = Uploads()
     client = ControllerClient(controller_url, api_key)
@@ -178,6 +178,7 @@ def build_page_app(
         path="/",
         theme=build_theme(),
         css=CSS,
+        head=HEAD,
         footer_links=[],
         run_history=False,
         ssr_mode=False,

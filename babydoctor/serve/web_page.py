@@ -1,4 +1,4 @@
-"""The page's layout and what happens when something on it is used.
+"""What happens when something on the page is used.
 
 Handlers get Gradio's session hash, find the session, change it, and return how the page changes. A ``PageError``
 becomes a sentence above the question box; nothing else reaches the user.
@@ -10,40 +10,27 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from babydoctor.schema import IMAGE_TOKEN
 from babydoctor.serve import web_view as show
 from babydoctor.serve.logs import log
-from babydoctor.serve.protocol import MAX_NEW_TOKENS
+from babydoctor.serve.web import MAX_UPLOAD_BYTES, Uploads
 from babydoctor.serve.web_chat import ControllerClient
 from babydoctor.serve.web_dicom import FILE_WINDOW, open_scan
 from babydoctor.serve.web_errors import PageError
 from babydoctor.serve.web_examples import build_examples, gallery_html
-from babydoctor.serve.web_feedback import ERROR_KINDS, VERDICTS, build_row, export_session, save_row
+from babydoctor.serve.web_feedback import VERDICTS, build_row, export_session, save_row
+from babydoctor.serve.web_layout import Layout
 from babydoctor.serve.web_overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.web_session import Exchange, Sampling, Session, Sessions
-from babydoctor.serve.web_style import (
-    BUTTONS_SCRIPT,
-    DOWNLOAD_SCRIPT,
-    DROP_HTML,
-    DROP_SCRIPT,
-    GATE_TEXT,
-    OVERLAY_NOTE,
-    THEME_SCRIPT,
-)
-
-if TYPE_CHECKING:
-    from babydoctor.serve.web import Uploads
+from babydoctor.serve.web_style import DOWNLOAD_SCRIPT, THEME_SCRIPT
 
 logger = logging.getLogger(__name__)
 
 Changes = dict[Any, Any]
-
-REFRESH_S = 15
-"""How often an open page asks which models there are."""
 
 
 def _told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
@@ -52,9 +39,9 @@ def _told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
     @functools.wraps(handler)
     def call(self: Page, *args: Any) -> Changes:
         try:
-            return {self.status: show.status("")} | handler(self, *args)
+            return {self.ui.status: show.status("")} | handler(self, *args)
         except Exception as error:
-            return {self.status: self.sentence(error)}
+            return {self.ui.status: self.sentence(error)}
 
     return call
 
@@ -63,9 +50,9 @@ def _told_async(handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(handler)
     async def call(self: Page, *args: Any) -> Changes:
         try:
-            return {self.status: show.status("")} | await handler(self, *args)
+            return {self.ui.status: show.status("")} | await handler(self, *args)
         except Exception as error:
-            return {self.status: self.sentence(error)}
+            return {self.ui.status: self.sentence(error)}
 
     return call
 
@@ -97,180 +84,91 @@ class Page:
             error = PageError("internal")
         return show.status(error.sentence)
 
-    # Layout.
-
     def build(self) -> gr.Blocks:
         """Lay the page out and connect it."""
         with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
-            self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
-            gr.HTML(show.BANNER, elem_id="bd-banner", js_on_load=None)
-            with gr.Row(elem_id="bd-header"):
-                _html(show.TITLE, "bd-title")
-                self.model = gr.Dropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
-                theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
-            self._build_gate()
-            with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
-                with gr.Column(scale=5, min_width=340):
-                    self._build_image()
-                with gr.Column(scale=6, min_width=340):
-                    self._build_chat()
-                    self._build_panels()
-            timer = gr.Timer(REFRESH_S)
-            self._connect(demo, timer)
-            theme.click(None, js=THEME_SCRIPT)
+            self.ui = Layout(gallery_html([*self.examples.values()]), self.feedback_file is not None)
+            self._connect(demo)
         return demo
 
-    def _build_gate(self) -> None:
-        with gr.Column(elem_id="bd-gate", visible=True) as self.gate:
-            gr.Markdown(GATE_TEXT)
-            self.agree = gr.Checkbox(False, label="I have read this and will use BabyDoctor for research only")
-            self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
-
-    def _build_image(self) -> None:
-        script = DROP_SCRIPT.replace("MAX_BYTES", str(128 * 2**20))
-        self.drop = _html(DROP_HTML, "bd-drop", script)
-        self.gallery = _html(gallery_html([*self.examples.values()]), "bd-gallery", BUTTONS_SCRIPT)
-        self.viewer = _html(show.viewer(None), "bd-viewer")
-        with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
-            self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
-            with gr.Row():
-                self.center = gr.Slider(
-                    -1024, 3071, 40, step=1, label="Level", elem_id="bd-center", min_width=150, buttons=[]
-                )
-                self.width = gr.Slider(
-                    1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150, buttons=[]
-                )
-        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame", buttons=[])
-        self.facts = _html("", "bd-facts")
-
-    def _build_chat(self) -> None:
-        self.chat = gr.Chatbot(
-            [],
-            label="Conversation",
-            elem_id="bd-chat",
-            height=360,
-            layout="bubble",
-            render_markdown=False,
-            latex_delimiters=[],
-            allow_tags=False,
-            feedback_options=None,
-            buttons=["copy"],
-            group_consecutive_messages=False,
-            placeholder="Load an image, then ask about it.",
-        )
-        self.status = _html("", "bd-status")
-        self.starters = _html(show.chips(show.QUESTIONS, "question"), "bd-starters", BUTTONS_SCRIPT)
-        with gr.Row(elem_id="bd-ask"):
-            self.question = gr.Textbox(
-                label="Question",
-                placeholder="Ask about the image; Enter sends",
-                lines=1,
-                max_lines=6,
-                max_length=8000,
-                scale=5,
-                min_width=200,
-                elem_id="bd-question",
-            )
-            self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
-            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
-        with gr.Row():
-            self.again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="bd-again")
-            self.clear = gr.Button("Clear chat", size="sm", min_width=96, elem_id="bd-clear")
-            self.export = gr.Button("Export session", size="sm", min_width=110, elem_id="bd-export")
-        self.exported = gr.Textbox(visible=False)
-
-    def _build_panels(self) -> None:
-        with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel"):
-            self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
-            self.overlay = _html("", "bd-overlay")
-            self.words = _html("", "bd-words", BUTTONS_SCRIPT)
-            gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
-        with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
-            self.temperature = gr.Slider(
-                0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words, the same answer every time"
-            )
-            self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
-            self.max_tokens = gr.Slider(
-                16, MAX_NEW_TOKENS, 256, step=16, label="Longest answer, in tokens", info="about ¾ of a word each"
-            )
-        with gr.Accordion(
-            "Feedback on the last answer", open=False, elem_id="bd-feedback", visible=self.feedback_file is not None
-        ):
-            self.verdict = gr.Radio(
-                [(text, key) for key, text in VERDICTS.items()], label="How was the answer?", elem_id="bd-verdict"
-            )
-            self.errors = gr.CheckboxGroup(
-                [(text, kind) for kind, text in ERROR_KINDS.items()], label="What was wrong?", elem_id="bd-errors"
-            )
-            self.comment = gr.Textbox(
-                label="Comment", lines=2, max_length=4000, info="no names, please", elem_id="bd-comment"
-            )
-            self.consent = gr.Checkbox(
-                False, label="Save my feedback with this question and answer on the server", elem_id="bd-consent"
-            )
-            self.with_image = gr.Checkbox(False, label="Save the image, too", elem_id="bd-with-image")
-            self.save = gr.Button("Save feedback", size="sm", elem_id="bd-save")
-            self.saved = _html("", "bd-saved")
-
-    def _connect(self, demo: gr.Blocks, timer: gr.Timer) -> None:
-        image = [self.viewer, self.window_group, self.preset, self.center, self.width, self.frame, self.facts]
-        chat = [self.chat, self.question, self.send, self.stop, self.status, self.overlay, self.words]
-        gate = [self.gate, self.main, self.model, self.status, self.passed]
+    def _connect(self, demo: gr.Blocks) -> None:
+        image = [
+            self.ui.viewer,
+            self.ui.window_group,
+            self.ui.preset,
+            self.ui.center,
+            self.ui.width,
+            self.ui.frame,
+            self.ui.facts,
+        ]
+        chat = [
+            self.ui.chat,
+            self.ui.question,
+            self.ui.send,
+            self.ui.stop,
+            self.ui.status,
+            self.ui.overlay,
+            self.ui.words,
+        ]
+        gate = [self.ui.gate, self.ui.main, self.ui.model, self.ui.status, self.ui.passed]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         latest: dict[str, Any] = private | {"trigger_mode": "always_last"}
 
-        demo.load(self.on_load, [self.passed], gate, **private)
+        demo.load(self.on_load, [self.ui.passed], gate, **private)
         demo.unload(self.on_unload)
-        timer.tick(self.on_tick, [self.model], [self.model], **private)
-        self.agree.change(lambda agreed: gr.Button(interactive=agreed), [self.agree], [self.enter], **private)
-        self.enter.click(self.on_enter, [self.agree], gate, **private)
+        self.ui.theme.click(None, js=THEME_SCRIPT)
+        self.ui.timer.tick(self.on_tick, [self.ui.model], [self.ui.model], **private)
+        self.ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [self.ui.agree], [self.ui.enter], **private)
+        self.ui.enter.click(self.on_enter, [self.ui.agree], gate, **private)
 
         loaded = [*image, *chat]
-        self.drop.upload(self.on_upload, None, loaded, **private)
-        self.gallery.select(self.on_example, None, loaded, **private)
-        self.frame.input(self.on_frame, [self.frame], [*image, self.status], **latest)
-        self.preset.input(self.on_preset, [self.preset], [*image, self.status], **latest)
-        for slider in (self.center, self.width):
-            slider.input(self.on_window, [self.center, self.width], [*image, self.status], **latest)
+        self.ui.drop.upload(self.on_upload, None, loaded, **private)
+        self.ui.gallery.select(self.on_example, None, loaded, **private)
+        self.ui.frame.input(self.on_frame, [self.ui.frame], [*image, self.ui.status], **latest)
+        self.ui.preset.input(self.on_preset, [self.ui.preset], [*image, self.ui.status], **latest)
+        for slider in (self.ui.center, self.ui.width):
+            slider.input(self.on_window, [self.ui.center, self.ui.width], [*image, self.ui.status], **latest)
 
-        settings = [self.model, self.temperature, self.top_p, self.max_tokens]
-        gr.on([self.send.click, self.question.submit], self.on_ask, [self.question, *settings], chat, **private)
-        self.chat.clear(self.on_clear, None, chat, **private)
-        self.again.click(self.on_again, settings, chat, **private)
-        self.stop.click(self.on_stop, None, [self.stop], queue=False, **private)
-        self.clear.click(self.on_clear, None, chat, **private)
-        self.starters.select(self.on_starter, None, [self.question], **private)
-        self.export.click(self.on_export, None, [self.exported, self.status], **private).then(
-            None, [self.exported], None, js=DOWNLOAD_SCRIPT
+        settings = [self.ui.model, self.ui.temperature, self.ui.top_p, self.ui.max_tokens]
+        gr.on(
+            [self.ui.send.click, self.ui.question.submit], self.on_ask, [self.ui.question, *settings], chat, **private
         )
-        self.look.click(self.on_look, None, [self.overlay, self.words, self.status], **private)
-        self.words.select(self.on_word, None, [self.overlay, self.status], **private)
-        feedback = [self.verdict, self.errors, self.comment, self.consent, self.with_image]
-        self.save.click(self.on_save, feedback, [*feedback, self.saved, self.status], **private)
+        self.ui.chat.clear(self.on_clear, None, chat, **private)
+        self.ui.again.click(self.on_again, settings, chat, **private)
+        self.ui.stop.click(self.on_stop, None, [self.ui.stop], queue=False, **private)
+        self.ui.clear.click(self.on_clear, None, chat, **private)
+        self.ui.starters.select(self.on_starter, None, [self.ui.question], **private)
+        self.ui.export.click(self.on_export, None, [self.ui.exported, self.ui.status], **private).then(
+            None, [self.ui.exported], None, js=DOWNLOAD_SCRIPT
+        )
+        self.ui.look.click(self.on_look, None, [self.ui.overlay, self.ui.words, self.ui.status], **private)
+        self.ui.words.select(self.on_word, None, [self.ui.overlay, self.ui.status], **private)
+        feedback = [self.ui.verdict, self.ui.errors, self.ui.comment, self.ui.consent, self.ui.with_image]
+        self.ui.save.click(self.on_save, feedback, [*feedback, self.ui.saved, self.ui.status], **private)
 
     # Gate and models.
 
     async def on_load(self, passed: bool, request: gr.Request) -> Changes:
         """A tab was opened, or opened anew."""
-        return await self._open_gate(request) if passed is True else {self.gate: gr.Column(visible=True)}
+        return await self._open_gate(request) if passed is True else {self.ui.gate: gr.Column(visible=True)}
 
     async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
         """The user has read the notice."""
-        return await self._open_gate(request) | {self.passed: True} if agreed else {}
+        return await self._open_gate(request) | {self.ui.passed: True} if agreed else {}
 
     async def _open_gate(self, request: gr.Request) -> Changes:
         self.sessions.get(request.session_hash).has_accepted = True
-        changes: Changes = {self.gate: gr.Column(visible=False), self.main: gr.Row(visible=True)}
+        changes: Changes = {self.ui.gate: gr.Column(visible=False), self.ui.main: gr.Row(visible=True)}
         try:
             models = await self.client.models()
         except PageError as error:
             models = []
-            changes[self.status] = self.sentence(error)
+            changes[self.ui.status] = self.sentence(error)
         else:
             if not models:
-                changes[self.status] = self.sentence(PageError("no_worker"))
+                changes[self.ui.status] = self.sentence(PageError("no_worker"))
         value = models[0] if models else None
-        return changes | {self.model: gr.Dropdown(choices=models, value=value, visible=True)}
+        return changes | {self.ui.model: gr.Dropdown(choices=models, value=value, visible=True)}
 
     async def on_tick(self, model: str | None) -> Any:
         """Keep the list of models fresh; what the user has chosen stays chosen while it is there."""
@@ -292,7 +190,7 @@ class Page:
         session = self.sessions.accepted(request.session_hash)
         values = event._data or {}
         if "token" not in values:
-            raise PageError(str(values.get("error", "upload_broken")), limit_mb=128)
+            raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
         return self._show_new(session, self.uploads.take(str(values["token"])), "", "", None)
 
     @_told
@@ -308,7 +206,7 @@ class Page:
         session.start_over()
         session.scan = scan
         changes = self._show_scan(session, moves_sliders=True) | self._idle(session)
-        return changes | ({self.question: question} if question else {})
+        return changes | ({self.ui.question: question} if question else {})
 
     @_told
     def on_frame(self, frame: float, request: gr.Request) -> Changes:
@@ -334,7 +232,7 @@ class Page:
         assert session.scan is not None
         session.scan.preset = None
         session.scan.center, session.scan.width = float(center), max(1.0, float(width))
-        return self._show_scan(session, moves_sliders=False) | {self.preset: gr.Dropdown(value=None)}
+        return self._show_scan(session, moves_sliders=False) | {self.ui.preset: gr.Dropdown(value=None)}
 
     def _with_scan(self, request: gr.Request) -> Session:
         session = self.sessions.accepted(request.session_hash)
@@ -346,20 +244,22 @@ class Page:
         scan = session.scan
         assert scan is not None
         session.view = scan.view()
-        changes: Changes = {self.viewer: show.viewer(session.view)}
+        changes: Changes = {self.ui.viewer: show.viewer(session.view)}
         if not moves_sliders:  # under the user's hand
             return changes
         changes |= {
-            self.facts: show.facts(scan),
-            self.window_group: gr.Group(visible=scan.has_window),
-            self.preset: gr.Dropdown(choices=scan.presets, value=scan.preset or FILE_WINDOW),
-            self.frame: gr.Slider(maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1),
+            self.ui.facts: show.facts(scan),
+            self.ui.window_group: gr.Group(visible=scan.has_window),
+            self.ui.preset: gr.Dropdown(choices=scan.presets, value=scan.preset or FILE_WINDOW),
+            self.ui.frame: gr.Slider(
+                maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
+            ),
         }
         if scan.has_window:
             at = scan.window_range()
             changes |= {
-                self.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
-                self.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
+                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
+                self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
             }
         return changes
 
@@ -373,7 +273,7 @@ class Page:
             session = self.sessions.accepted(request.session_hash)
             exchange = self._begin(session, question, model, Sampling(temperature, top_p, int(max_tokens)))
         except PageError as error:
-            yield {self.status: self.sentence(error)}
+            yield {self.ui.status: self.sentence(error)}
             return
         async for changes in self._answer(session, exchange):
             yield changes
@@ -396,7 +296,7 @@ class Page:
                 session.exchanges.append(last)
                 raise
         except PageError as error:
-            yield {self.status: self.sentence(error)}
+            yield {self.ui.status: self.sentence(error)}
             return
         async for changes in self._answer(session, exchange):
             yield changes
@@ -420,45 +320,45 @@ class Page:
         session.exchanges.append(exchange)
         session.words = []
         yield {
-            self.chat: show.messages(session),
-            self.question: "",
-            self.send: gr.Button(visible=False),
-            self.stop: gr.Button(visible=True),
-            self.status: show.status(""),
-            self.overlay: "",
-            self.words: "",
+            self.ui.chat: show.messages(session),
+            self.ui.question: "",
+            self.ui.send: gr.Button(visible=False),
+            self.ui.stop: gr.Button(visible=True),
+            self.ui.status: show.status(""),
+            self.ui.overlay: "",
+            self.ui.words: "",
         }
         problem = ""
         try:
             async for _ in self.client.answer(exchange, turns):
-                yield {self.chat: show.messages(session)}
+                yield {self.ui.chat: show.messages(session)}
         except Exception as error:
             problem = self.sentence(error)
             exchange.ended = "error"
             exchange.note = "This answer broke off." if exchange.answer else ""
         finally:
             exchange.ended = exchange.ended or "stopped"
-        changes = self._idle(session) | {self.status: problem}
+        changes = self._idle(session) | {self.ui.status: problem}
         if problem and not exchange.answer and exchange in session.exchanges:
             # Nothing came: the question goes back into its box, to be sent again.
             session.exchanges.remove(exchange)
-            changes |= self._idle(session) | {self.question: exchange.question, self.status: problem}
+            changes |= self._idle(session) | {self.ui.question: exchange.question, self.ui.status: problem}
         yield changes
 
     def _idle(self, session: Session) -> Changes:
         """The page while no answer runs."""
         return {
-            self.chat: show.messages(session),
-            self.send: gr.Button(visible=True),
-            self.stop: gr.Button(visible=False),
-            self.overlay: "",
-            self.words: "",
+            self.ui.chat: show.messages(session),
+            self.ui.send: gr.Button(visible=True),
+            self.ui.stop: gr.Button(visible=False),
+            self.ui.overlay: "",
+            self.ui.words: "",
         }
 
     async def on_stop(self, request: gr.Request) -> Changes:
         """Ask the running answer to end; its own handler then shows what there is."""
         self.sessions.get(request.session_hash).stop()
-        return {self.stop: gr.Button(visible=False)}
+        return {self.ui.stop: gr.Button(visible=False)}
 
     @_told
     def on_clear(self, request: gr.Request) -> Changes:
@@ -478,9 +378,9 @@ class Page:
         """The session as a file, which the browser makes: nothing is written here."""
         session = self.sessions.accepted(request.session_hash)
         try:
-            return {self.exported: export_session(session)}
+            return {self.ui.exported: export_session(session)}
         except PageError as error:
-            return {self.exported: "", self.status: self.sentence(error)}
+            return {self.ui.exported: "", self.ui.status: self.sentence(error)}
 
     @_told_async
     async def on_look(self, request: gr.Request) -> Changes:
@@ -497,7 +397,7 @@ class Page:
         if not session.words:
             raise PageError("no_answer")
         buttons = show.word_buttons([word for word, _ in session.words])
-        return {self.words: buttons, self.overlay: self._overlay(session, 0)}
+        return {self.ui.words: buttons, self.ui.overlay: self._overlay(session, 0)}
 
     @_told
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
@@ -506,7 +406,7 @@ class Page:
         index = int((event._data or {}).get("word", 0))
         if not 0 <= index < len(session.words):
             raise PageError("no_answer")
-        return {self.overlay: self._overlay(session, index)}
+        return {self.ui.overlay: self._overlay(session, index)}
 
     def _overlay(self, session: Session, index: int) -> str:
         assert session.last is not None
@@ -544,21 +444,16 @@ class Page:
             )
             save_row(self.feedback_file, row)
         except PageError as error:
-            return {self.saved: self.sentence(error)}
+            return {self.ui.saved: self.sentence(error)}
         thanks = "Saved with the image. Thank you." if with_image else "Saved without the image. Thank you."
         return {
-            self.verdict: None,
-            self.errors: [],
-            self.comment: "",
-            self.consent: False,
-            self.with_image: False,
-            self.saved: show.status(thanks, "info"),
+            self.ui.verdict: None,
+            self.ui.errors: [],
+            self.ui.comment: "",
+            self.ui.consent: False,
+            self.ui.with_image: False,
+            self.ui.saved: show.status(thanks, "info"),
         }
-
-
-def _html(value: str, elem_id: str, script: str | None = None) -> gr.HTML:
-    """A piece of HTML in our own style."""
-    return gr.HTML(value, js_on_load=script, elem_id=elem_id, apply_default_css=False, min_width=200)
 
 
 def _place(error: Exception) -> str:

@@ -154,6 +154,7 @@ CSS = """
 .bd-chips button { border: 1px solid var(--input-border-color); background: var(--block-background-fill);
   cursor: pointer; color: var(--body-text-color); border-radius: 999px; padding: 5px 12px;
   font-size: 13.5px; line-height: 1.3; font-weight: 400; }
+.bd-chips button { max-width: 100%; overflow-wrap: anywhere; text-align: left; }
 .bd-chips button:hover { border-color: #0f766e; }
 .bd-chips button[aria-pressed=true] { background: #0f766e; border-color: #0f766e; color: #fff; }
 .bd-words { max-height: 150px; overflow-y: auto; padding: 3px; }
@@ -163,6 +164,7 @@ CSS = """
 .dark .bd-status.error { background: #3b1713; border-color: #7a322a; color: #ffd2cb; }
 .bd-status.info { background: #e6f4f1; border-color: #abd9d0; color: #0b4f48; }
 .dark .bd-status.info { background: #0f2d2a; border-color: #22594f; color: #bdece3; }
+#bd-chat .bubble-wrap { padding-top: 34px; }
 #bd-chat .message { font-size: 15px; line-height: 1.5; }
 #bd-chat .message p { white-space: pre-wrap; overflow-wrap: anywhere; }
 #bd-ask { align-items: stretch; }
@@ -171,16 +173,22 @@ CSS = """
 .dark #bd-stop { background: #9f2a20; }
 
 @media (max-width: 700px) {
-  .gradio-container { padding: 0 10px 20px !important; }
   #bd-banner { position: static; }
   .bd-banner { font-size: 12.5px; padding: 7px 10px; }
   #bd-gate { padding: 18px 16px; margin: 12px 0; }
   #bd-main, #bd-header { flex-direction: column !important; align-items: stretch; }
   #bd-main > *, #bd-header > * { min-width: 0 !important; width: 100% !important; }
+  #bd-header #bd-theme { align-self: flex-end; width: auto !important; }
   input, textarea, select { font-size: 16px !important; } /* iOS zooms in on smaller ones */
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
+
+# Gradio puts its own class in front of our rules, and inside a media query that hides its container from them.
+HEAD = """<style>@media (max-width: 700px) {
+  .gradio-container { padding: 8px 4px 20px !important; }
+  .gradio-container .fillable { padding: 4px 8px !important; }
+}</style>"""
 
 EXPORT_CSS = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:760px;margin:2rem auto;padding:0 1rem;color:#1c2733}"
