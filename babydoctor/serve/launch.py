@@ -84,14 +84,17 @@ class Child:
     def exit_status(self) -> int | None:
         return self.process.poll()
 
-    def stop(self, patience_s: float) -> None:
-        """SIGTERM, and SIGKILL for what does not end in time."""
+    def terminate(self) -> None:
+        """Ask it to end. Once: a second SIGTERM means "now", without finishing running answers."""
         if self.exit_status is None:
             self.process.terminate()
-            try:
-                self.process.wait(patience_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
+
+    def wait(self, patience_s: float) -> None:
+        """Wait for its end; SIGKILL if it does not come in time."""
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def kill(self) -> None:
         if self.exit_status is None:
@@ -132,13 +135,13 @@ class Launched:
         try:
             for child in reversed(self.children):
                 if not child.name.startswith("worker"):
-                    child.stop(patience_s)
+                    child.terminate()
+                    child.wait(patience_s)
             workers = [child for child in self.children if child.name.startswith("worker")]
             for child in workers:
-                if child.exit_status is None:
-                    child.process.terminate()
+                child.terminate()
             for child in workers:
-                child.stop(patience_s)
+                child.wait(patience_s)
         except KeyboardInterrupt:
             pass  # a second Ctrl-C: no more patience
         finally:

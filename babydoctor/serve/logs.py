@@ -55,7 +55,7 @@ class JsonFormatter(logging.Formatter):
 def _foreign_event(record: logging.LogRecord) -> str:
     """uvicorn's messages are fixed texts, shown without what is filled in; other libraries' may quote a request."""
     if record.name == "uvicorn.error" and isinstance(record.msg, str):
-        return f"uvicorn: {record.msg.strip()}"
+        return f"uvicorn: {record.msg.strip().partition(chr(10))[0]}"  # a traceback's last line may quote a request
     return f"{record.name} reported"
 
 
