@@ -67,33 +67,40 @@ def load_snapshot(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimize
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     numbers = state.pop("optimizer")
-    optimizer.load_state_dict(_join_optimizer_state(load_file(path / "optimizer.safetensors"), numbers, optimizer))
+    optimizer.load_state_dict(_join_optimizer_state(load_file(path / "optimizer.safetensors"), numbers))
     return Cursor(**state)
 
 
 def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by ``index.key`` and the rest as JSON: parameter groups and numbers."""
+    """Tensors by their path (``0/exp_avg``) and the rest as JSON: parameter groups and numbers.
+
+    bitsandbytes nests its quantised moments one level deeper than torch does.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, Any] = {"param_groups": state["param_groups"], "scalars": {}}
+    scalars: dict[str, Any] = {}
+
+    def visit(path: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous()
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{path}/{key}", inner)
+        else:
+            scalars[path] = value
+
     for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                numbers["scalars"][f"{index}.{key}"] = value
-    return tensors, numbers
+        visit(str(index), values)
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
 
 
-def _join_optimizer_state(
-    tensors: dict[str, torch.Tensor], numbers: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in (*tensors.items(), *numbers["scalars"].items()):
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    groups = numbers["param_groups"]
-    for group in groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
+def _join_optimizer_state(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    state: dict[Any, Any] = {}
+    for path, value in (*tensors.items(), *numbers["scalars"].items()):
+        index, *parents, key = path.split("/")
+        place = state.setdefault(int(index), {})
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    groups = [{**group, "betas": tuple(group["betas"])} for group in numbers["param_groups"]]
     return {"state": state, "param_groups": groups}
