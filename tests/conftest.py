@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +26,127 @@ def shared_dir() -> Path:
 def golden(shared_dir: Path) -> Path:
     """References made with the original LLaVA code."""
     return shared_dir / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models are far slower on several threads than on one when the machine is busy."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llama/`` (64 wide, 2 layers, with a tokenizer) and ``clip/`` (32 wide, 28 px, 4 patches), random weights."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    base = tmp_path_factory.mktemp("tiny_base")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["What does the scan show? The scan shows a nodule in the left lung."] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(base / "llama")
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(llama).save_pretrained(base / "llama")
+    clip = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    CLIPVisionModel(clip).save_pretrained(base / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(base / "clip")
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``rows.json`` and ``images/``: ten drawn images with a question each, and two rows of text alone."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("tiny_rows")
+    (folder / "images").mkdir()
+    rows: list[dict[str, Any]] = []
+    for index in range(12):
+        name, word = f"{index}.png", ("left", "right")[index % 2]
+        picture = Image.new("RGB", (40, 30), (20 * index, 40, 90))
+        picture.paste((255, 255, 255), (0, 0, 20, 30) if word == "left" else (20, 0, 40, 30))
+        picture.save(folder / "images" / name)
+        question = f"<image>\nWhich side, {index}?" if index < 10 else f"Say {word}."
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"The {word} lung" + "!" * index}]
+        rows.append({"id": str(index), "conversations": turns} | ({"image": name} if index < 10 else {}))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_base: Path, tiny_rows: Path) -> dict[str, Any]:
+    """Settings of a short float32 stage on ``tiny_base`` and ``tiny_rows``; tests add what they need."""
+    return {
+        "name": "tiny",
+        "output_dir": "",
+        "model": {
+            "language_model": str(tiny_base / "llama"),
+            "vision_tower": str(tiny_base / "clip"),
+            "dtype": "float32",
+        },
+        "data": {
+            "rows": [str(tiny_rows / "rows.json")],
+            "images": str(tiny_rows / "images"),
+            "max_length": 256,
+            "num_workers": 0,
+        },
+        "train": {
+            "batch_size": 4,
+            "micro_batch_tokens": 512,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "save_every": 2,
+            "num_sample_answers": 0,
+        },
+        "tracking": {"tensorboard": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run directory: projector and LoRA trained for six steps on images and text."""
+    from babydoctor.config import build_config
+    from babydoctor.train.loop import train
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    lora = {"r": 4, "alpha": 8, "dropout": 0.1}
+    return train(build_config(tiny_settings | {"output_dir": str(run), "lora": lora}))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
