@@ -379,6 +379,12 @@ def _projector_kind(config: RunConfig) -> str:
 
 def _base_configs(config: RunConfig) -> tuple[Any, Any, str]:
     """Configurations of language model and tower, and a note where something had to be assumed."""
+    language, vision, note = base_models(config)
+    return _llama_config(language), _clip_config(vision), note
+
+
+def base_models(config: RunConfig) -> tuple[str, str, str]:
+    """Where language model and tower are, and a note where something had to be assumed."""
     language, vision, note = config.model.language_model, config.model.vision_tower, ""
     if config.init_from is not None:
         start = Path(config.init_from)
@@ -390,7 +396,7 @@ def _base_configs(config: RunConfig) -> tuple[Any, Any, str]:
             note = f"init_from={config.init_from} is not there yet: planned for {LLAMA_2_7B} and {CLIP_L_14}"
             language, vision = language or LLAMA_2_7B, vision or CLIP_L_14
     assert language is not None and vision is not None
-    return _llama_config(language), _clip_config(vision), note
+    return language, vision, note
 
 
 def _llama_config(reference: str) -> Any:

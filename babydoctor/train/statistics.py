@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from babydoctor.config import RunConfig
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, UserError
@@ -95,3 +97,25 @@ def summarize_examples(examples: Sequence[Example]) -> TokenStatistics:
 def _tail(example: Example) -> int:
     supervised = (example.labels[1:] != IGNORE_INDEX).nonzero()[0]
     return len(example) - int(supervised[0]) if len(supervised) else 1
+
+
+def find_statistics(config: RunConfig, language_model: str, num_patches: int) -> TokenStatistics:
+    """From the rows, where they and the tokenizer are on this disk; else from what is known of the set."""
+    if not all(Path(rows).exists() for rows in config.data.rows) or not Path(language_model).is_dir():
+        return known_statistics(config, num_patches)
+    from babydoctor.conversation import get_template, render
+    from babydoctor.data import RowError, load_rows, parse_row
+    from babydoctor.tokens import encode, load_tokenizer
+
+    tokenizer, template = load_tokenizer(language_model), get_template(config.data.template)
+
+    def encode_sample(sample: Sample) -> Example:
+        images = () if sample.image is None else (sample.image,)
+        segments = render(sample.turns, template)
+        return encode(segments, tokenizer, num_patches, max_length=config.data.max_length, id=sample.id, images=images)
+
+    samples = []
+    for source, row in load_rows(config.data.rows):  # no image is opened: `babydoctor data check` does that
+        with contextlib.suppress(RowError):
+            samples.append(parse_row(row, source))
+    return measure_statistics(samples, encode_sample)
