@@ -10,7 +10,7 @@ from typing import Any
 from babydoctor.eval.report import headline_figures
 from babydoctor.schema import UserError
 
-BEGIN, END = "<!-- eval:begin -->", "<!-- eval:end -->"
+BEGIN, END = "<!-- eval figures: begin -->", "<!-- eval figures: end -->"
 _HEAD = "| Task | Run | Figure | Value [95% interval] | Best constant answer | Shuffled images | Questions |"
 _RULE = "|---|---|---|---|---|---|---|"
 
