@@ -10,8 +10,48 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
+    group.command("train")(train)
     group.command("serve")(serve)
     app.add_typer(group, name="bench")
+
+
+def train(
+    preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
+    stage: Annotated[str, typer.Option(help="align, instruct, radiology, or all")] = "all",
+    steps: Annotated[int, typer.Option(min=1, help="measured steps a stage, after two of warm-up")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples a step")] = 8,
+    num_workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 1,
+    memory_cap: Annotated[float, typer.Option(help="GiB of a GPU's memory to use, 22.5 as on an A10; 0: all")] = 0,
+) -> None:
+    """Samples a second of each stage's real training step, its MFU, and its memory against the plan."""
+    import torch
+
+    from babydoctor.train.bench import STAGES, bench_train, projected_hours
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = bench_train(
+        STAGES if stage == "all" else (stage,),
+        preset=preset,
+        device=device,
+        num_steps=steps,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        memory_cap=round(memory_cap * 2**30) or None,
+    )
+    for ceiling, result in results:
+        print(
+            f"{result.stage}: {result.samples_per_s:.2f} samples/s (best step {result.best_samples_per_s:.2f}), "
+            f"{result.tokens_per_s:,.0f} tokens/s; MFU {result.mfu:.0%} of {ceiling / 1e9:,.0f} GFLOP/s (bfloat16 "
+            f"product, measured just before); waits for data {result.data_wait_share:.1%}"
+        )
+        hours = result.plan.num_steps * result.plan.samples_per_step / result.samples_per_s / 3600
+        print(
+            f"  peak {result.peak_bytes / 2**20:,.0f} MiB, planned {result.predicted_bytes / 2**20:,.0f} MiB; "
+            f"roco-instruct-65k would take {hours:.1f} h here"
+        )
+        if preset == "7b":
+            used = result.mfu * result.plan.flops.total / result.plan.flops.model
+            print(f"  and {projected_hours(result, 'a10', min(1.0, used)):.1f} h on an A10 at this share of its peak")
 
 
 def serve(

@@ -183,9 +183,10 @@ def memory_by_part(
     largest = max(config.data.max_length, round(1.1 * _step_tokens(config, statistics)))
     work = _work(statistics, min(micro_batch_tokens, largest))
     memory = dict(model.weights)
-    memory["gradients"] = 4 * model.trainable
+    step = step_bytes(model.shape, work, recompute_every(checkpointing), is_cuda=hardware.is_cuda)
+    memory["gradients"] = gradient_bytes(model, step, accumulates=_step_tokens(config, statistics) > work.num_tokens)
     memory["optimiser"] = optimizer_bytes(config, model.trainable)
-    memory |= step_bytes(model.shape, work, recompute_every(checkpointing), is_cuda=hardware.is_cuda)
+    memory |= step
     if hardware.is_cuda:
         memory["fragmentation (allowance)"] = round(FRAGMENTATION * sum(memory.values()))
         memory["CUDA context (allowance)"] = CUDA_CONTEXT_BYTES
@@ -207,6 +208,16 @@ def step_bytes(shape: Architecture, work: Work, every: int, *, is_cuda: bool) ->
     backward = costs.backward_transient_bytes(shape, work) + largest_recomputed
     logits = costs.logits_bytes(shape, work)
     return {"activations": round(kept), "working space": round(max(backward, logits))}
+
+
+def gradient_bytes(model: Model, step: dict[str, int], *, accumulates: bool) -> int:
+    """Gradients that lie beside activations and working space, as ``step_bytes`` gives them, at the peak.
+
+    A step of one micro-batch has none when its backward pass begins, and they grow while the activations go; from
+    the second micro-batch on all of them are there.
+    """
+    gradients = 4 * model.trainable
+    return gradients if accumulates else max(0, gradients - sum(step.values()))
 
 
 def optimizer_bytes(config: RunConfig, trainable: int) -> int:
