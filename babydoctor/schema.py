@@ -45,7 +45,8 @@ class Sample:
     """One validated row of data.
 
     ``image`` is a path relative to the image folder, ``embedded://SOURCE#ROW`` for an image that stays in its data
-    set until it is read, the encoded bytes of an image, or None for a text-only row. ``source`` says where the row stands (``file.json#12``), for messages.
+    set until it is read, the encoded bytes of an image, or None for a text-only row. ``source`` says where the row
+    stands (``file.json#12``), for messages.
     """
 
     id: str

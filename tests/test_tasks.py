@@ -146,9 +146,7 @@ def test_roco_whole_and_article_disjoint(tmp_path: Path) -> None:
         for number in rows:
             _image(folder / "images" / f"ROCO_{number}.jpg")
         (folder / "captions.txt").write_text("".join(f"ROCO_{n}\t Caption {n}. \n" for n in rows + "9"))
-    (tmp_path / "test" / "licences.txt").write_text(
-        "ROCO_ID,PMC_ID,CC\nROCO_1,PMC7_x.jpg,CC\nROCO_2,PMC8_y.jpg,CC\n"
-    )
+    (tmp_path / "test" / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_1,PMC7_x.jpg,CC\nROCO_2,PMC8_y.jpg,CC\n")
     (tmp_path / "train" / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_3,PMC7_z.jpg,CC BY\n")
     task = load_task(TaskConfig("roco", str(tmp_path / "test"), train=(str(tmp_path / "train"),)))
     assert [(q.id, q.references, q.subsets, q.cluster) for q in task.questions] == [

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from babydoctor.schema import UserError
 
@@ -21,21 +21,34 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
     Raises:
         UserError: it is not there or not a CLIP.
     """
-    from transformers import AutoConfig
-
+    load_vision_config(path)
     try:
-        config = AutoConfig.from_pretrained(str(path))
-        if config.model_type not in ("clip", "clip_vision_model"):
-            raise UserError(
-                f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
-                "for example openai/clip-vit-large-patch14"
-            )
         with _no_progress_bar():  # it is there in no time
             tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
     except OSError as error:
         raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
     tower.to(torch.device(device))  # type: ignore[arg-type]
     return tower.eval().requires_grad_(False)
+
+
+def load_vision_config(path: str | Path) -> CLIPVisionConfig:
+    """The configuration of a CLIP tower.
+
+    Raises:
+        UserError: it is not there or not a CLIP.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no vision tower could be read from {str(path)!r}: {error}") from error
+    if config.model_type not in ("clip", "clip_vision_model"):
+        raise UserError(
+            f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
+            "for example openai/clip-vit-large-patch14"
+        )
+    return getattr(config, "vision_config", config)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from babydoctor.prepare.phantom import Case
 from babydoctor.prepare.phantom_text import caption
 
+PROJECTED_LAYER = -2
+"""The hidden layer whose patches the projector reads, as in ``model.vision_layer``."""
+
 
 @dataclass(frozen=True)
 class TowerSettings:
@@ -28,7 +31,7 @@ class TowerSettings:
     num_heads: int = 4
     patch_size: int = 14
     embed_size: int = 96
-    num_steps: int = 500
+    num_steps: int = 800
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -161,9 +164,11 @@ def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.nda
 def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettings, seed: int) -> Tower:
     """Train a CLIP on images ``[N, S, S]`` (uint8) and the cases' captions; returns its vision half.
 
-    The image's embedding is CLIP's (class token, projected) plus a linear reading of all patches. With the class
-    token alone, a tower from scratch takes minutes to find out that the place of a patch matters; the reading gives
-    every patch a direct gradient. It is thrown away afterwards with the text half: LLaVA reads patches only.
+    Two embeddings of an image are trained. One is CLIP's (class token, projected) plus a linear reading of all
+    patches: with the class token alone, a tower from scratch takes minutes to find out that the place of a patch
+    matters, and the reading gives every patch a direct gradient. The other is a reading of one random patch of the
+    layer that LLaVA projects, so that patches learn to tell of the whole image, as those of a large CLIP do. Both
+    readings are thrown away afterwards with the text half.
     """
     from babydoctor.prepare.tiny_progress import steps
 
@@ -173,9 +178,12 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
     clip = _build_clip(settings, images.shape[-1], captions)
     num_patches = (images.shape[-1] // settings.patch_size) ** 2
     reading = nn.Linear(num_patches * settings.hidden_size, settings.embed_size)
+    patch_reading = nn.Sequential(
+        nn.LayerNorm(settings.hidden_size), nn.Linear(settings.hidden_size, settings.embed_size)
+    )
     mean, std = float(images.mean() / 255), float(images.std() / 255)
-    parameters = [*clip.parameters(), *reading.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    parameters = [*clip.parameters(), *reading.parameters(), *patch_reading.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
@@ -184,15 +192,21 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
         chosen = next(batches)
         pixels = _shifted(images[chosen], settings.max_shift, rng)
         pixel_values = ((torch.from_numpy(pixels) / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
-        output = clip.vision_model(pixel_values)
+        output = clip.vision_model(pixel_values, output_hidden_states=True)
         patches = clip.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
         image_embeds = clip.visual_projection(output.pooler_output) + reading(patches.flatten(1))
+        projected = output.hidden_states[PROJECTED_LAYER][:, 1:]
+        one_patch = projected[torch.arange(len(chosen)), torch.randint(num_patches, (len(chosen),))]
         used, pieces = torch.unique(captions.piece_of[torch.from_numpy(chosen)], return_inverse=True)
         missing = int(used[0] < 0)  # -1 comes first where it occurs
-        text_embeds = clip.text_projection(clip.text_model(captions.ids[used[missing:]]).pooler_output)
-        loss = _contrastive_loss(
-            normalize(image_embeds, dim=-1), normalize(text_embeds, dim=-1), pieces - missing, clip.logit_scale
+        text_embeds = normalize(
+            clip.text_projection(clip.text_model(captions.ids[used[missing:]]).pooler_output), dim=-1
         )
+        loss = sum(
+            _contrastive_loss(normalize(embeds, dim=-1), text_embeds, pieces - missing, clip.logit_scale)
+            for embeds in (image_embeds, patch_reading(one_patch))
+        )
+        assert isinstance(loss, torch.Tensor)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -24,14 +24,19 @@ from babydoctor.model.adapters import add_lora
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.checkpoint import Manifest, Stage, build_model, write_text
 from babydoctor.model.generate import generate
+from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.packing import pack
-from babydoctor.schema import Batch, Sample
+from babydoctor.schema import Batch, Sample, UserError
 from babydoctor.tokens import load_tokenizer
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.train.hardware import this_device
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
+from babydoctor.train.plan_report import format_short
+from babydoctor.train.planner import build_plan, check_fits, recompute_every
 from babydoctor.train.run import finish_run, is_finished, prepare_manifest, prepare_output
 from babydoctor.train.schedule import learning_rate_factor
 from babydoctor.train.snapshot import Cursor, load_snapshot, save_snapshot
+from babydoctor.train.statistics import measure_statistics
 from babydoctor.train.tracking import StepProgress, Tracker, plot_loss, read_json_lines
 
 if TYPE_CHECKING:
@@ -58,61 +63,68 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         snapshot = prepare_output(config, resume=resume or not accelerator.is_main_process)
         manifest, projector_file = prepare_manifest(config)
 
-    # The model: frozen parts in model.dtype, the trainable ones in float32.
-    tokenizer = load_tokenizer(manifest.language_model)
-    model = build_trainable_model(config, manifest, projector_file, accelerator.device)
-
     # The data: rows are checked now; images are read ahead, step by step.
+    tokenizer = load_tokenizer(manifest.language_model)
     samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, run / "bad.jsonl")
-    encoder = Encoder(config.data, tokenizer, manifest.image, model.num_patches)
+    num_image_tokens = num_patches(load_vision_config(manifest.vision_tower))
+    encoder = Encoder(config.data, tokenizer, manifest.image, num_image_tokens)
+
+    # The plan: what cannot fit is refused before anything large is loaded; `auto` settings are chosen.
+    statistics = measure_statistics(samples, encoder.encode)
+    plan = build_plan(config, this_device(str(accelerator.device)), statistics=statistics)
+    check_fits(config, plan)
     dataset = StepDataset(
         samples,
         config,
         encoder,
-        max_tokens=micro_batch_tokens(config),
+        max_tokens=plan.micro_batch_tokens,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
     total_steps = config.train.max_steps or len(dataset) * config.train.epochs
 
-    # Where to begin: at the start, or exactly where the newest checkpoint stands.
+    # The model: frozen parts in model.dtype, the trainable ones in float32.
+    model = build_trainable_model(config, manifest, projector_file, accelerator.device)
+    model.recompute_every = recompute_every(plan.gradient_checkpointing)
     optimizer = build_optimizer(model, config.train)
+
+    # Where to begin: at the start, or exactly where the newest checkpoint stands.
     cursor = Cursor(step=0, samples=0, data_fingerprint=fingerprint(samples))
     if snapshot is not None:
         cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
-    reporter = Reporter(run, config, cursor.step, total_steps) if accelerator.is_main_process else None
-    held_out = HeldOut(config, encoder) if reporter and config.data.eval_rows else None
-    if reporter:
-        reporter.begin(model, len(samples), cursor)
+    steps = iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers)
 
-    for data in iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers):
-        begun = time.monotonic()
-        learning_rate = set_learning_rate(
-            optimizer,
-            learning_rate_factor(cursor.step, total_steps, config.train.warmup_ratio, config.train.schedule),
-        )
-        seed_step(config.train.seed, cursor.step, accelerator.process_index)
-        loss = accumulate_gradients(model, data, accelerator)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(
-            model.trainable_parameters().values(), config.train.max_grad_norm
-        )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        cursor = Cursor(cursor.step + 1, cursor.samples + data.num_samples, cursor.data_fingerprint)
+    with Reporter(run, config, cursor.step, total_steps, active=accelerator.is_main_process) as reporter:
+        held_out = HeldOut(config, encoder, plan.micro_batch_tokens) if reporter.active else None
+        reporter.begin(model, len(samples), format_short(plan))
+        for data in steps:
+            begun = time.monotonic()
+            factor = learning_rate_factor(cursor.step, total_steps, config.train.warmup_ratio, config.train.schedule)
+            learning_rate = set_learning_rate(optimizer, factor)
+            seed_step(config.train.seed, cursor.step, accelerator.process_index)
+            loss = accumulate_gradients(model, data, accelerator)
+            norm = torch.nn.utils.clip_grad_norm_(
+                model.trainable_parameters().values(), config.train.max_grad_norm
+            ).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            cursor = Cursor(cursor.step + 1, cursor.samples + data.num_samples, cursor.data_fingerprint)
 
-        if reporter:
-            reporter.step(
-                cursor, data, begun, loss=loss, gradient_norm=gradient_norm.item(), learning_rate=learning_rate
-            )
+            reporter.step(cursor, data, begun, loss=loss, gradient_norm=norm, learning_rate=learning_rate)
             if held_out and is_due(config.train.eval_every, cursor.step, total_steps):
-                reporter.held_out(cursor, held_out.loss(model), held_out.answers(model, tokenizer))
-            if is_due(config.train.save_every, cursor.step, total_steps):
+                held_out.report(model, tokenizer, cursor, reporter)
+            if reporter.active and is_due(config.train.save_every, cursor.step, total_steps):
                 save_snapshot(run, model, optimizer, cursor, keep=config.train.keep_checkpoints)
 
-    if reporter:
-        stage = Stage(name=config.name, steps=cursor.step, **_lineage(cursor))
-        finish_run(run, manifest, model, stage)
-        reporter.finish()
+        if reporter.active:
+            stage = Stage(
+                name=config.name,
+                steps=cursor.step,
+                samples=cursor.samples,
+                data_fingerprint=cursor.data_fingerprint,
+            )
+            finish_run(run, manifest, model, stage)
+    reporter.conclude()
     accelerator.wait_for_everyone()
     return run
 
@@ -127,7 +139,6 @@ def build_trainable_model(
         model.projector.float().requires_grad_(True)
     if config.lora is not None:
         add_lora(model.language_model, config.lora)
-    model.recompute_every = recompute_every(config.train.gradient_checkpointing)
     if config.train.compile:
         model.compile_layers()
     return model.train()
@@ -179,19 +190,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)))
 
 
-def recompute_every(setting: str) -> int:
-    """``gradient_checkpointing`` as the number that ``BabyDoctor.recompute_every`` takes."""
-    if setting in ("none", "auto"):
-        return 0
-    return 1 if setting == "full" else int(setting.removeprefix("every:"))
-
-
-def micro_batch_tokens(config: RunConfig) -> int:
-    """The micro-batch as a number."""
-    tokens = config.train.micro_batch_tokens
-    return max(config.data.max_length, 4096) if tokens == "auto" else tokens
-
-
 def is_due(every: int, step: int, total: int) -> bool:
     """Whether something that comes every so many steps, and at the end, comes after ``step`` steps."""
     return step == total or (every > 0 and step % every == 0)
@@ -199,8 +197,6 @@ def is_due(every: int, step: int, total: int) -> bool:
 
 def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
     """Refuse to go on with other rows than the run began with."""
-    from babydoctor.schema import UserError
-
     if saved.data_fingerprint != now.data_fingerprint:
         raise UserError(
             f"{snapshot} was trained on other rows than data.rows holds now (fingerprint "
@@ -209,20 +205,21 @@ def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
     return saved
 
 
-def _lineage(cursor: Cursor) -> dict[str, Any]:
-    return {"samples": cursor.samples, "data_fingerprint": cursor.data_fingerprint}
-
-
 class HeldOut:
     """Held-out rows: their loss, and the model's answers to the first questions of a few."""
 
-    def __init__(self, config: RunConfig, encoder: Encoder) -> None:
+    def __init__(self, config: RunConfig, encoder: Encoder, max_tokens: int) -> None:
         data = config.data
         self.images_dir = data.eval_images or data.images
-        samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad)
+        samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad) if data.eval_rows else []
         self.encoder = encoder
-        self.batches = pack([encoder.encode(s) for s in samples[: data.eval_limit]], micro_batch_tokens(config))
+        self.batches = pack([encoder.encode(s) for s in samples[: data.eval_limit]], max_tokens)
         self.shown = samples[: config.train.num_sample_answers]
+
+    def report(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase, cursor: Cursor, reporter: Reporter) -> None:
+        """Report loss and answers, where there are held-out rows."""
+        if self.shown or any(len(batch) for batch in self.batches):
+            reporter.held_out(cursor, self.loss(model), self.answers(model, tokenizer))
 
     @torch.no_grad()
     def loss(self, model: BabyDoctor) -> float:
@@ -251,15 +248,17 @@ class HeldOut:
 
 
 class Reporter:
-    """Everything rank 0 says about the run."""
+    """Everything that is said about the run; only the main process's is active, the others' say nothing."""
 
-    def __init__(self, run: Path, config: RunConfig, start: int, total: int) -> None:
+    def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
         self.run = run
+        self.active = active
         self.log_every = config.train.log_every
-        self.total = total
+        self.start, self.total = start, total
+        if not active:
+            return
         self.tracker = Tracker(run, config, start=start)
         self.progress = StepProgress(config.name, start, total)
-        self.progress.__enter__()
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW)
         self._list = run / "cut_and_left_out.jsonl"
         kept = [line for line in read_json_lines(self._list) if line["step"] <= start]
@@ -268,14 +267,30 @@ class Reporter:
         self._num_bad = sum("left_out" in line for line in kept)
         self._last = time.monotonic()
 
-    def begin(self, model: BabyDoctor, num_samples: int, cursor: Cursor) -> None:
+    def __enter__(self) -> Reporter:
+        if self.active:
+            self.progress.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.progress.__exit__(None, None, None)
+            self.tracker.close()
+
+    def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
         """Say what is about to be done."""
+        if not self.active:
+            return
         trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
-        resumed = f", resumed after step {cursor.step}" if cursor.step else ""
+        resumed = f", resumed after step {self.start}" if self.start else ""
         self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
+        self.progress.say(plan)
+        self._last = time.monotonic()
 
     def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
         """Record one finished step; speeds count the time that the step waited for data."""
+        if not self.active:
+            return
         now = time.monotonic()
         self._recent.append((now - self._last, data.num_tokens, data.num_samples))
         waited, self._last = begun - self._last, now
@@ -295,14 +310,13 @@ class Reporter:
             self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
         self._last = time.monotonic()
 
-    def finish(self) -> None:
-        self.progress.__exit__(None, None, None)
-        self.tracker.close()
+    def conclude(self) -> None:
+        """Draw the loss and say where everything is."""
+        if not self.active:
+            return
         figure = plot_loss(self.run)
         if self._num_cut or self._num_bad:
-            print(
-                f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}"
-            )
+            print(f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}")
         print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
 
     def _list_losses(self, step: int, data: StepData) -> None:
