@@ -18,6 +18,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" > "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
-# OpenMP threads that spin while they wait slow each other down as soon as there are more of them than cores.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

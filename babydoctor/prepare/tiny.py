@@ -4,8 +4,8 @@ It stands in for openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat wh
 as ordinary transformers directories (``clip/`` and ``llama/``), so to the rest of the code it is just another base.
 
 The LLaMA learns language, never pictures: conversations in which a description in words stands where later the image
-stands, and plain sentences. So it can read a description and answer from it, as a real chat model can; what is in an
-image it can only learn in the three stages.
+stands, and plain sentences. So it knows the language and the form of the conversations; in its few hundred steps it
+does not become good at answering from a description. What is in an image it can only learn in the three stages.
 """
 
 from __future__ import annotations
