@@ -234,7 +234,7 @@ def _wrapped(text: str, width: int = 46) -> str:
 
 
 def try_out(work: Path, *, ask_once: bool) -> None:
-    """The chat on the terminal about a held-out phantom: one question, or as many as the user types."""
+    """One question on the terminal about a held-out phantom, then the page (or, once, a question on each wire)."""
     from babydoctor.chat import answer
     from babydoctor.prepare.phantom import load_cases
 
@@ -245,8 +245,22 @@ def try_out(work: Path, *, ask_once: bool) -> None:
     console.print(f'\n[bold]babydoctor chat {run} --image {os.path.relpath(image)} "{question}"[/]')
     answer(work / "radiology", image, question)
     console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}, {case.size_mm} mm[/]")
-    if not ask_once:
-        console.print(
-            f"\n[bold]babydoctor chat {run} --image {os.path.relpath(image)}[/]  (try: What is the main finding?)"
-        )
-        answer(work / "radiology", image, None)
+    if ask_once:
+        ask_on_each_wire(work / "radiology", image.read_bytes())
+    else:
+        from babydoctor.commands.serve import serve
+
+        serve(work / "radiology")
+
+
+def ask_on_each_wire(run: Path, image: bytes, question: str = "What is the main finding?") -> None:
+    """Start controller, worker and page on free ports, ask once over each wire, stop them."""
+    from babydoctor.serve.client import Client
+    from babydoctor.serve.launch import launched
+
+    ports = ["controller.port=0", "worker.port=0", "page.port=0"]
+    with launched(run, overrides=ports) as served, Client(served.controller_url) as client:
+        (model,) = client.models()
+        console.print(f"\n[bold]{question}[/] asked over HTTP at {served.controller_url}; page at {served.page_url}")
+        console.print(f"  LLaVA's wire:  {client.ask_llava(model, question, image)}")
+        console.print(f"  OpenAI's wire: {client.ask_openai(model, question, image)}")
