@@ -234,7 +234,7 @@ def _wrapped(text: str, width: int = 46) -> str:
 
 
 def try_out(work: Path, *, ask_once: bool) -> None:
-    """One question on the terminal about a held-out phantom, then the page (or, once, a question on each wire)."""
+    """One question on the terminal about a held-out phantom; with ``ask_once`` also one on each wire."""
     from babydoctor.chat import answer
     from babydoctor.prepare.phantom import load_cases
 
@@ -247,10 +247,6 @@ def try_out(work: Path, *, ask_once: bool) -> None:
     console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}, {case.size_mm} mm[/]")
     if ask_once:
         ask_on_each_wire(work / "radiology", image.read_bytes())
-    else:
-        from babydoctor.commands.serve import serve
-
-        serve(work / "radiology")
 
 
 def ask_on_each_wire(run: Path, image: bytes, question: str = "What is the main finding?") -> None:

@@ -20,10 +20,15 @@ def demo(
     ] = False,
     dir: Annotated[Path, typer.Option("--dir", help="work directory; delete it to begin anew")] = Path(".demo"),
 ) -> None:
-    """Make a tiny BabyDoctor from nothing: phantoms, base, three stages, score, chat."""
+    """Make a tiny BabyDoctor from nothing: phantoms, base, three stages, score, page."""
     from babydoctor.demo import run_demo
 
-    raise typer.Exit(run_demo(dir, check=check))
+    status = run_demo(dir, check=check)
+    if not check:
+        from babydoctor.commands.serve import serve
+
+        serve(dir / "radiology")
+    raise typer.Exit(status)
 
 
 def tiny_base(
