@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 
@@ -27,8 +26,6 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     for name in COMMAND_MODULES:
-        if importlib.util.find_spec(f"babydoctor.commands.{name}") is None:
-            continue
         importlib.import_module(f"babydoctor.commands.{name}").register(app)
     return app
 
