@@ -180,6 +180,7 @@ def draw_cases(work: Path, count: int = 8) -> None:
     import matplotlib.pyplot as plt
     from PIL import Image
 
+    from babydoctor.data import image_first
     from babydoctor.demo_score import Answerer
     from babydoctor.model.checkpoint import load_run
     from babydoctor.prepare.phantom import Case, load_cases
@@ -190,7 +191,7 @@ def draw_cases(work: Path, count: int = 8) -> None:
         [("<image>\nPlease describe this picture.", case.image) for case in cases], max_new_tokens=64
     )
     terse = Answerer(load_run(work / "radiology"), phantoms / "images").ask(
-        [(REPORT_QUESTION, case.image) for case in cases], max_new_tokens=48
+        [(image_first(REPORT_QUESTION), case.image) for case in cases], max_new_tokens=48
     )
 
     def truth(case: Case) -> str:
