@@ -216,26 +216,17 @@ def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = No
     Raises:
         UserError: ``phantoms`` holds no phantoms.
     """
-    import torch
+    from babydoctor.model.checkpoint import atomic_directory
+    from babydoctor.prepare.tiny_tower import TowerSettings, load_images, train_tower
 
     settings = settings or TinySettings()
     cases = load_cases(phantoms, "train")
     if not cases:
         raise UserError(f"{phantoms / 'truth.jsonl'} holds no train case; make the phantoms anew")
-    # Numbers near zero come up while losses are flat, and a CPU computes with them a hundred times slower.
-    torch.set_flush_denormal(True)
-    try:
-        _make_what_is_missing(cases, phantoms / "images", out, settings)
-    finally:
-        torch.set_flush_denormal(False)
-
-
-def _make_what_is_missing(cases: Sequence[Case], images: Path, out: Path, settings: TinySettings) -> None:
-    from babydoctor.model.checkpoint import atomic_directory
-    from babydoctor.prepare.tiny_tower import TowerSettings, load_images, train_tower
-
     if not (out / "clip").is_dir():
-        tower = train_tower(cases, load_images(cases, images), settings.tower or TowerSettings(), settings.seed)
+        tower = train_tower(
+            cases, load_images(cases, phantoms / "images"), settings.tower or TowerSettings(), settings.seed
+        )
         with atomic_directory(out / "clip") as folder:
             save_tower(tower, folder)
     if not (out / "llama").is_dir():
