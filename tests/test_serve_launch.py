@@ -49,7 +49,7 @@ def serve(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
         "COLUMNS": "200",
     }
     command = [sys.executable, "-c", "from babydoctor.cli import main; main()", "serve", str(tiny_run()), "--no-page"]
-    settings = ["controller.port=0", "worker.port=0", "engine.max_running=2"]
+    settings = ["controller.port=0", "worker.port=0", "engine.max_running=2", "worker.drain_s=5"]
     with log.open("wb") as file:
         return subprocess.Popen([*command, *settings, *arguments], stdout=file, stderr=file, env=environment)
 
