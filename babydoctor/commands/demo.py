@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from babydoctor.commands.denormals import flush_denormals
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -23,7 +25,7 @@ def demo(
     """Make a tiny BabyDoctor from nothing: phantoms, base, three stages, score, page."""
     from babydoctor.demo import run_demo
 
-    _flush_denormals()
+    flush_denormals()
     status = run_demo(dir, check=check)
     if not check:
         from babydoctor.commands.serve import serve
@@ -40,13 +42,6 @@ def tiny_base(
     """Train the tiny preset's base (CLIP tower, tokenizer, LLaMA) on phantoms."""
     from babydoctor.prepare.tiny import TinySettings, make_tiny_base
 
-    _flush_denormals()
+    flush_denormals()
     make_tiny_base(phantoms, out, TinySettings(seed=seed))
     print(f"vision tower: {out / 'clip'}  language model: {out / 'llama'}")
-
-
-def _flush_denormals() -> None:
-    """Numbers near zero come up while losses are flat, and a CPU computes with them a hundred times slower."""
-    import torch
-
-    torch.set_flush_denormal(True)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
+from babydoctor.commands.denormals import flush_denormals
+
 
 class DefaultCommandGroup(TyperGroup):
     """A group whose first word may be left out: ``eval RUN`` means ``eval run RUN``."""
@@ -190,6 +192,7 @@ def stages(
     """Train with each stage left out in turn, and with all, and say what each one brings. Goes on where it stopped."""
     from babydoctor.eval.stages import StagesConfig, run_stages, write_picture
 
+    flush_denormals()
     table = run_stages(
         StagesConfig(
             out=out,
