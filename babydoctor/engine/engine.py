@@ -41,6 +41,7 @@ from babydoctor.engine.request import (
 from babydoctor.engine.sampling import likeliest
 from babydoctor.engine.settings import EngineSettings, build_memory
 from babydoctor.engine.stats import EngineStats
+from babydoctor.engine.threads import release_team
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Engine:
     def start(self) -> Engine:
         if self.memory.device.type == "cpu":
             keep_freed_memory()
+            release_team()  # this thread has loaded and packed the weights; from now on another one computes
         self._thread.start()
         return self
 

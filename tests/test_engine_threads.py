@@ -1,0 +1,36 @@
+"""OpenMP helpers of threads that do not compute any more."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from babydoctor.engine.threads import release_team
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_thread_gives_its_helpers_back_and_computes_again():
+    outcome: list[tuple[bool, int, int, torch.Tensor]] = []
+
+    def compute() -> None:
+        torch.set_num_threads(2)
+        numbers = torch.ones(1 << 20)
+        numbers.exp()
+        with_helpers = len(os.listdir("/proc/self/task"))
+        released = release_team()
+        outcome.append((released, with_helpers, len(os.listdir("/proc/self/task")), numbers.exp()))
+
+    threads_before = torch.get_num_threads()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(threads_before)
+    ((released, with_helpers, _, result),) = outcome
+    assert torch.equal(result, torch.ones(1 << 20).exp())
+    if not released:
+        pytest.skip("torch computes with another OpenMP here")
+    assert with_helpers >= 2
