@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def test_a_thread_gives_its_helpers_back_and_computes_again():
         torch.set_num_threads(2)
         numbers = torch.ones(1 << 20)
         numbers.exp()
-        with_helpers = len(os.listdir("/proc/self/task"))
+        with_helpers = len(list(Path("/proc/self/task").iterdir()))
         released = release_team()
-        outcome.append((released, with_helpers, len(os.listdir("/proc/self/task")), numbers.exp()))
+        outcome.append((released, with_helpers, len(list(Path("/proc/self/task").iterdir())), numbers.exp()))
 
     threads_before = torch.get_num_threads()
     thread = threading.Thread(target=compute)
