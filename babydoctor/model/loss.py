@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 256 * 2**20
-"""Most memory that the float32 logits of one chunk may take."""
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+"""Most memory that the float32 logits of one chunk may take. On a CPU they should stay in its cache, and below 128
+rows of a vocabulary of 32,000 the matrix products become slow; a GPU wants large products."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -24,18 +25,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
     ) -> torch.Tensor:
-        needs_grad = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if needs_grad else None
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Made once for all chunks: a fresh tensor of this size costs the CPU more in page faults than in arithmetic.
+        size = (min(chunk, len(targets)), len(weight))
+        narrow = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+        wide, log_wide = (torch.empty(size, dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.T).float()
-            log_norm = torch.logsumexp(logits, dim=-1)
-            total += (log_norm - logits.gather(1, targets[part, None])[:, 0]).sum()
+            target = targets[part, None]
+            logits, logits_f32, log_p = (buffer[: len(target)] for buffer in (narrow, wide, log_wide))
+            torch.mm(hidden[part], weight.T, out=logits)
+            torch.log_softmax(logits_f32.copy_(logits), dim=-1, out=log_p)
+            total -= log_p.gather(1, target).sum()
             if grad is not None:
-                probabilities = logits.sub_(log_norm[:, None]).exp_()
-                probabilities.scatter_add_(1, targets[part, None], probabilities.new_full((len(log_norm), 1), -1.0))
-                grad[part] = probabilities.to(weight.dtype) @ weight
+                probabilities = log_p.exp_()
+                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+                torch.mm(logits.copy_(probabilities), weight, out=grad[part])
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -54,6 +60,6 @@ def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         weight: ``[V, D]``, frozen.
         targets: ``[M]`` int64.
     """
-    chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
     assert not weight.requires_grad, "lm_head is frozen in every stage"
     return _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, chunk)

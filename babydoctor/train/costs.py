@@ -158,10 +158,11 @@ def backward_transient_bytes(shape: Architecture, work: Work) -> float:
     return t * shape.width * b + max(swiglu, dropped + weight)
 
 
-def logits_bytes(shape: Architecture, work: Work) -> float:
-    """Logits of one chunk: float32, with one float32 temporary of the log-sum-exp."""
-    rows = min(work.num_supervised, max(1, CHUNK_BYTES // (FLOAT32 * shape.vocabulary)))
-    return rows * shape.vocabulary * 2 * FLOAT32
+def logits_bytes(shape: Architecture, work: Work, *, is_cuda: bool) -> float:
+    """Logits of one chunk: in the model's dtype and twice in float32."""
+    chunk = CHUNK_BYTES["cuda" if is_cuda else "cpu"]
+    rows = min(work.num_supervised, max(1, chunk // (FLOAT32 * shape.vocabulary)))
+    return rows * shape.vocabulary * (shape.dtype_bytes + 2 * FLOAT32)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from babydoctor.packing import pack
 from babydoctor.schema import Batch, Sample, UserError
 from babydoctor.tokens import load_tokenizer
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
-from babydoctor.train.hardware import this_device
+from babydoctor.train.hardware import keep_freed_memory, this_device
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.plan_report import format_short
 from babydoctor.train.planner import build_plan, check_fits, recompute_every
@@ -93,6 +93,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     if snapshot is not None:
         cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
     steps = iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
 
     with Reporter(run, config, cursor.step, total_steps, active=accelerator.is_main_process) as reporter:
         held_out = HeldOut(config, encoder, plan.micro_batch_tokens) if reporter.active else None

@@ -206,7 +206,7 @@ def step_bytes(shape: Architecture, work: Work, every: int, *, is_cuda: bool) ->
         else:
             kept += layer
     backward = costs.backward_transient_bytes(shape, work) + largest_recomputed
-    logits = costs.logits_bytes(shape, work)
+    logits = costs.logits_bytes(shape, work, is_cuda=is_cuda)
     return {"activations": round(kept), "working space": round(max(backward, logits))}
 
 
