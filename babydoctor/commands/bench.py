@@ -21,7 +21,10 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="measured steps a stage, after two of warm-up")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="samples a step")] = 8,
     num_workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 1,
-    memory_cap: Annotated[float, typer.Option(help="GiB of a GPU's memory to use, 22.5 as on an A10; 0: all")] = 0,
+    memory_cap: Annotated[
+        float,
+        typer.Option(parser=_gib, metavar="SIZE", help="GPU memory to use, 22.5GiB as on an A10; 0: all"),
+    ] = 0,
 ) -> None:
     """Samples a second of each stage's real training step, its MFU, and its memory against the plan."""
     import torch
@@ -108,3 +111,15 @@ def serve(
     console.print(
         f"peak memory {report.peak_bytes / 2**20:.0f} MiB; bf16 matmul {report.matmul_flops_per_s / 1e12:.2f} TFLOP/s"
     )
+
+
+def _gib(text: str | float) -> float:
+    """A size such as ``22.5GiB`` or ``22.5`` in GiB."""
+    number = str(text).removesuffix("GiB").strip()
+    try:
+        size = float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a size; write for example 22.5GiB") from None
+    if not 0 <= size < float("inf"):
+        raise typer.BadParameter(f"{text!r} is not a size of memory; write for example 22.5GiB, or 0 for all of it")
+    return size
