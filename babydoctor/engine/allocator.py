@@ -15,13 +15,15 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20
 """glibc accepts no more on 64-bit machines."""
 
 KEPT_BYTES = 512 * 2**20
+MOST_KEPT_BYTES = 2**31 - 1
+"""``mallopt`` takes an int. For training, whose activations are freed all at once at the end of a step."""
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep up to ``KEPT_BYTES`` at hand. Does nothing where the C library is another one."""
+def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
+    """Tell glibc to keep up to ``kept_bytes`` at hand. Does nothing where the C library is another one."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, kept_bytes)

@@ -93,15 +93,15 @@ class _BlockAttention(torch.autograd.Function):
                 output[place] = part.transpose(0, 1)
             if keep:
                 saved.append(probabilities)
-        ctx.save_for_backward(query, key, value, *saved)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.groups = groups
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *saved = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        q, k, v, grad = (_by_head(x) for x in (query, key, value, grad_output))
+        q, k, v, *saved = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad = _by_head(grad_output)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for blocks, probabilities in zip(ctx.groups.values(), saved, strict=True):
             rows, keys = zip(*blocks, strict=True)

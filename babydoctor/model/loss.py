@@ -14,6 +14,11 @@ CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 rows of a vocabulary of 32,000 the matrix products become slow; a GPU wants large products."""
 
 
+def chunk_rows(vocabulary: int, *, is_cuda: bool) -> int:
+    """Positions whose logits are computed at once."""
+    return max(1, CHUNK_BYTES["cuda" if is_cuda else "cpu"] // (4 * vocabulary))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a frozen output layer, summed over positions.
 
@@ -60,6 +65,6 @@ def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
         weight: ``[V, D]``, frozen.
         targets: ``[M]`` int64.
     """
-    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+    chunk = chunk_rows(len(weight), is_cuda=hidden.is_cuda)
     assert not weight.requires_grad, "lm_head is frozen in every stage"
     return _ChunkedCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, chunk)

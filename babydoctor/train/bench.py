@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from babydoctor.config import RunConfig, build_config
+from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
 from babydoctor.image import ImageSettings
 from babydoctor.model.adapters import (
     Quantization,
@@ -30,7 +31,7 @@ from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.projector import build_projector
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
-from babydoctor.train.hardware import Hardware, find_hardware, keep_freed_memory, this_device
+from babydoctor.train.hardware import Hardware, find_hardware, this_device
 from babydoctor.train.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
 from babydoctor.train.optimizer import build_optimizer
 from babydoctor.train.planner import Plan, build_plan, describe_model, recompute_every
@@ -223,7 +224,7 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
 
     accelerator = Accelerator(cpu=job.device == "cpu")
     if job.device == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(MOST_KEPT_BYTES)
     optimizer = build_optimizer(job.model, job.config.train)
     begun = time.perf_counter()
     for step, data in enumerate(iterate_steps(job.dataset, 0, num_steps, job.config.data.num_workers)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from babydoctor.model.attention import QUERY_BLOCK
-from babydoctor.model.loss import CHUNK_BYTES
+from babydoctor.model.loss import chunk_rows
 
 FLOAT32 = 4
 
@@ -160,8 +160,7 @@ def backward_transient_bytes(shape: Architecture, work: Work) -> float:
 
 def logits_bytes(shape: Architecture, work: Work, *, is_cuda: bool) -> float:
     """Logits of one chunk: in the model's dtype and twice in float32."""
-    chunk = CHUNK_BYTES["cuda" if is_cuda else "cpu"]
-    rows = min(work.num_supervised, max(1, chunk // (FLOAT32 * shape.vocabulary)))
+    rows = min(work.num_supervised, chunk_rows(shape.vocabulary, is_cuda=is_cuda))
     return rows * shape.vocabulary * (shape.dtype_bytes + 2 * FLOAT32)
 
 

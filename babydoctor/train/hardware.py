@@ -79,20 +79,3 @@ def this_device(device: str) -> Hardware:
     # Of variants with different memory the nearest; an unknown device gets the A10's peaks and its own memory.
     known = min(near or [GPUS["a10"]], key=lambda gpu: abs(gpu.memory_bytes - properties.total_memory))
     return replace(known, name=properties.name, memory_bytes=properties.total_memory)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a training step frees, for the next step to use.
-
-    By default glibc hands large blocks back to the system at once, and a CPU then spends a tenth of each step on page
-    faults. Does nothing where the C library has no ``mallopt``.
-    """
-    import ctypes
-
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)

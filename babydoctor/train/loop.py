@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from babydoctor.config import RunConfig
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data import fingerprint, load_dataset_rows, read_image
+from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
 from babydoctor.image import to_pixels
 from babydoctor.model.adapters import add_lora
 from babydoctor.model.babydoctor import BabyDoctor
@@ -29,7 +30,7 @@ from babydoctor.packing import pack
 from babydoctor.schema import Batch, Sample, UserError
 from babydoctor.tokens import load_tokenizer
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
-from babydoctor.train.hardware import keep_freed_memory, this_device
+from babydoctor.train.hardware import this_device
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.plan_report import format_short
 from babydoctor.train.planner import build_plan, check_fits, recompute_every
@@ -94,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
     steps = iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers)
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(MOST_KEPT_BYTES)
 
     with Reporter(run, config, cursor.step, total_steps, active=accelerator.is_main_process) as reporter:
         held_out = HeldOut(config, encoder, plan.micro_batch_tokens) if reporter.active else None
