@@ -109,6 +109,19 @@ class TrainConfig(_Section):
         return self
 
 
+class EvalTaskConfig(_Section):
+    """A task of ``babydoctor eval`` that training puts to the model at intervals; see ``eval/tasks.py``."""
+
+    task: str = Field(description="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")
+    data: str = Field(description="folder or file of the questions, or hub")
+    images: str | None = Field(None, description="folder of the images; null: beside the data")
+    split: str | None = Field(None, description="part of the data; null: the format's default")
+    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: at the end")
+    max_questions: int = Field(200, ge=0, description="ask only the first so many; 0: all")
+    images_as: tuple[str, ...] = Field(("right",), description="image conditions: right, shuffled, blank, noise")
+    batch_size: int = Field(8, gt=0, description="questions answered at the same time")
+
+
 class TrackingConfig(_Section):
     """Where figures go besides metrics.jsonl."""
 
@@ -127,6 +140,7 @@ class RunConfig(_Section):
     lora: LoraConfig | None = None
     data: DataConfig
     train: TrainConfig = TrainConfig()
+    eval: EvalTaskConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

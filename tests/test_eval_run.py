@@ -19,7 +19,7 @@ from babydoctor.eval.compare import compare
 from babydoctor.eval.generate import GenerationConfig, answer_confidence, match_predictions, read_predictions
 from babydoctor.eval.model_card import BEGIN, END, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
-from babydoctor.eval.tasks import TaskConfig
+from babydoctor.eval.tasks import TaskConfig, load_task
 from babydoctor.schema import UserError
 
 SETTINGS = EvalConfig(
@@ -94,7 +94,9 @@ def test_training_can_call_a_task(run: Path, rows: Path) -> None:
     loaded = load_run(run)
     loaded.model.train()
     settings = EvalConfig(images_as=("right",), generation=SETTINGS.generation, num_resamples=100)
-    result = evaluate_task(loaded.model, loaded.tokenizer, loaded.manifest, TaskConfig("rows", str(rows)), settings)
+    result = evaluate_task(
+        loaded.model, loaded.tokenizer, loaded.manifest, load_task(TaskConfig("rows", str(rows))), settings
+    )
     assert loaded.model.training
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
 

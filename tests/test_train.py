@@ -77,6 +77,38 @@ def test_a_bad_image_stops_training_or_is_listed_and_counted(
     assert "1 left out" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("model", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "nf4"}])
+def test_a_task_at_intervals_is_reported_and_changes_nothing(
+    tiny_settings: dict[str, Any], tiny_rows: Path, tmp_path: Path, model: dict[str, str]
+) -> None:
+    settings = tiny_settings | {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}}
+    settings["model"] = settings["model"] | model
+    task = {"task": "rows", "data": str(tiny_rows / "rows.json"), "every_steps": 4, "images_as": ["right", "shuffled"]}
+    train(build_config(settings | {"output_dir": str(tmp_path / "without")}))
+    train(build_config(settings | {"output_dir": str(tmp_path / "with"), "eval": task}))
+    records = read_metrics(tmp_path / "with")
+    asked = [record for record in records if record["kind"].startswith("task/")]
+    told = [(record["step"], record["kind"]) for record in asked]
+    assert told == [(step, f"task/{condition}") for step in (4, 6) for condition in ("right", "shuffled")]
+    for record in asked:
+        low, high = record["intervals"]["open_token_f1"]
+        assert 0 <= low <= record["open_token_f1"] <= high <= 1
+        assert record["num_failed"] == 0
+    losses = [
+        [record["loss"] for record in read_metrics(tmp_path / run) if record["kind"] == "train"]
+        for run in ("without", "with")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_task_that_cannot_be_asked_stops_before_the_first_step(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    task = {"task": "vqa-rad", "data": str(tmp_path / "missing.json")}
+    settings = tiny_settings | {"output_dir": str(tmp_path / "run"), "eval": task}
+    with pytest.raises(UserError, match=r"missing\.json"):
+        train(build_config(settings))
+    assert read_metrics(tmp_path / "run") == []
+
+
 def test_schedule_equals_transformers() -> None:
     import torch
     from transformers import get_cosine_schedule_with_warmup

@@ -150,22 +150,24 @@ class Decoder:
         body = model.model
         if pack is None:
             pack = packing_pays(list(model.parameters()))
+        dtype = body.norm.weight.dtype
         self.embed_tokens = body.embed_tokens
         assert config.hidden_act == "silu", f"a LLaMA with {config.hidden_act} between its layers"
         self.layers = [
             LayerWeights(
                 layer.input_layernorm.weight.detach(),
-                build_linear([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], pack=pack),
-                build_linear([layer.self_attn.o_proj], pack=pack),
+                build_linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack),
+                build_linear([attention.o_proj], dtype, pack=pack),
                 layer.post_attention_layernorm.weight.detach(),
-                build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], pack=pack),
-                build_linear([layer.mlp.down_proj], pack=pack),
+                build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, pack=pack),
+                build_linear([layer.mlp.down_proj], dtype, pack=pack),
             )
             for layer in body.layers
+            for attention in [layer.self_attn]
         ]
         self.final_norm = body.norm.weight.detach()
-        self.lm_head = build_linear([model.lm_head], pack=pack)
-        self.dtype = self.final_norm.dtype
+        self.lm_head = build_linear([model.lm_head], dtype, pack=pack)
+        self.dtype = dtype
         positions = torch.arange(memory.capacity, device=self.device)[None]
         # In the memory's dtype: queries and keys are rotated in the precision in which they are kept.
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=memory.dtype, device=self.device), positions)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+from babydoctor.model.linear import ADAPTER, has_lora
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """``[M, in] -> [M, out]``."""
@@ -21,13 +24,15 @@ PACKING_ROWS = 16
 """Rows that the packed layout is chosen for; the same layout is as fast for 1 and for 300 (measured)."""
 
 
-def build_linear(modules: Sequence[nn.Module], *, pack: bool) -> Linear:
-    """One function for one or several linear modules with the same input, their outputs side by side.
+def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
+    """One function for one or several linear modules with the same input, their outputs side by side, in ``dtype``.
 
-    Plain ``nn.Linear`` modules of one dtype become one product. Anything else (4-bit layers, LoRA) is called as it is.
-    With ``pack`` the weights are copied into oneDNN's layout; else several modules are fused into one new weight that
-    the modules then share, so that no memory is used twice.
+    Plain ``nn.Linear`` modules of one dtype become one product; LoRA comes on top of its bases' product. Anything else
+    (4-bit layers) is called as it is. With ``pack`` the weights are copied into oneDNN's layout; else several modules
+    are fused into one new weight that the modules then share, so that no memory is used twice.
     """
+    if any(has_lora(module) for module in modules):
+        return build_lora_linear(modules, dtype, pack=pack)
     if any(type(module) is not nn.Linear for module in modules) or len({m.weight.dtype for m in modules}) > 1:
         if len(modules) == 1:
             return modules[0]
@@ -43,6 +48,32 @@ def build_linear(modules: Sequence[nn.Module], *, pack: bool) -> Linear:
         for module, part in zip(plain, weight.split([len(module.weight) for module in plain]), strict=True):
             module.weight.data = part
     return lambda rows: linear(rows, weight, bias)
+
+
+def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
+    """Modules of which some have a LoRA: the bases' product, and the low-rank products added to it.
+
+    LoRA weights are copied into ``dtype`` here, so that a stage in training may keep its own in float32.
+    """
+    bases: list[Any] = [module.base_layer if has_lora(module) else module for module in modules]
+    multiply = build_linear(bases, dtype, pack=pack)
+    parts: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
+    end = 0
+    for module, base in zip(modules, bases, strict=True):
+        start, end = end, end + base.out_features
+        if has_lora(module):
+            peft_layer: Any = module
+            down, up = peft_layer.lora_A[ADAPTER].weight.detach(), peft_layer.lora_B[ADAPTER].weight.detach()
+            scaled = up * peft_layer.scaling[ADAPTER]
+            parts.append((start, end, down.to(dtype).T, scaled.to(dtype).T))
+
+    def forward(rows: torch.Tensor) -> torch.Tensor:
+        output = multiply(rows)
+        for start, end, down, up in parts:
+            output[:, start:end].addmm_(rows @ down, up)
+        return output
+
+    return forward
 
 
 def build_packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:

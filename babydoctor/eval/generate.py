@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TOP_LOGPROBS = 10
 _MAX_NEW_TOKENS = {"caption": 160, "vqa": 48}
+LONGEST_ANSWER = max(_MAX_NEW_TOKENS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ class Prediction:
 
 
 class Asker:
-    """A model, ready to be asked. Use as a context manager: it owns an engine."""
+    """A model, ready to be asked. Use as a context manager: it owns an engine.
+
+    ``max_context``: positions of prompt and answer, by default the engine's; ``pack`` as in `EngineSettings`.
+    """
 
     def __init__(
         self,
@@ -70,6 +74,9 @@ class Asker:
         tokenizer: PreTrainedTokenizerBase,
         manifest: Manifest,
         config: GenerationConfig | None = None,
+        *,
+        max_context: int | None = None,
+        pack: bool | None = None,
     ) -> None:
         self.config = config or GenerationConfig()
         self.template = get_template(manifest.template)
@@ -77,7 +84,8 @@ class Asker:
         self._tokenizer = tokenizer
         self._num_patches = model.num_patches
         size = self.config.batch_size
-        self.engine = Engine(model, tokenizer, EngineSettings(max_running=size, max_queue=4 * size))
+        settings = EngineSettings(max_running=size, max_queue=4 * size, max_context=max_context, pack_weights=pack)
+        self.engine = Engine(model, tokenizer, settings)
 
     def __enter__(self) -> Asker:
         self.engine.start()

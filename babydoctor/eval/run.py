@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from babydoctor.eval.conditions import ConditionedImages, check_conditions
 from babydoctor.eval.generate import (
+    LONGEST_ANSWER,
     Asker,
     GenerationConfig,
     Prediction,
@@ -52,19 +53,19 @@ def evaluate_task(
     model: BabyDoctor,
     tokenizer: PreTrainedTokenizerBase,
     manifest: Manifest,
-    task_config: TaskConfig,
-    config: EvalConfig | None = None,
+    task: Task,
+    config: EvalConfig,
 ) -> dict[str, Any]:
     """Ask a model a task and score it, in memory: for training to call at intervals.
 
-    Returns what `score_task` does. The model is used as it is, in evaluation mode, which is put back afterwards.
+    Returns what `score_task` does. The model is used as it is, in evaluation mode, which is put back afterwards;
+    no second copy of its weights is made, and keys and values take the room of the run's longest sample.
     """
-    config = config or EvalConfig(images_as=("right",), num_resamples=200)
-    task = load_task(task_config)
     was_training = model.training
     model.eval()
+    room = min(manifest.max_length + LONGEST_ANSWER, model.language_model.config.max_position_embeddings)
     try:
-        with Asker(model, tokenizer, manifest, config.generation) as asker:
+        with Asker(model, tokenizer, manifest, config.generation, max_context=room, pack=False) as asker:
             predictions = {
                 condition: list(asker.ask(task.questions, _images(task, condition, asker, config)))
                 for condition in _usable(task, config)

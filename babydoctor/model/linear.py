@@ -53,7 +53,7 @@ def apply_linears(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.
     layers, factors = [], []
     dropout = max((_dropout(module) for module in modules), default=0.0)
     for module in modules:
-        if _has_lora(module):
+        if has_lora(module):
             peft_layer: Any = module
             layers.append(_Layer(peft_layer.base_layer, peft_layer.scaling[ADAPTER] / (1 - dropout)))
             factors += [peft_layer.lora_A[ADAPTER].weight, peft_layer.lora_B[ADAPTER].weight]
@@ -136,7 +136,8 @@ def _is_4bit(base: nn.Module) -> bool:
     return getattr(base.weight, "quant_state", None) is not None
 
 
-def _has_lora(module: nn.Module) -> bool:
+def has_lora(module: nn.Module) -> bool:
+    """Whether peft put a LoRA over the module, and it is switched on."""
     if not hasattr(module, "lora_A"):
         return False
     peft_layer: Any = module
@@ -147,7 +148,7 @@ def _has_lora(module: nn.Module) -> bool:
 
 def _dropout(module: nn.Module) -> float:
     """The LoRA's dropout probability; 0 in evaluation and without a LoRA."""
-    if not _has_lora(module) or not module.training:
+    if not has_lora(module) or not module.training:
         return 0.0
     return float(getattr(module.lora_dropout[ADAPTER], "p", 0.0))  # type: ignore[index]
 

@@ -5,25 +5,26 @@ Read ``train`` from top to bottom. All stages run through it; they differ in the
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
-from babydoctor.config import RunConfig
+from babydoctor.config import EvalTaskConfig, RunConfig
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data import fingerprint, load_dataset_rows, read_image
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
+from babydoctor.eval.conditions import check_conditions
+from babydoctor.eval.generate import GenerationConfig
+from babydoctor.eval.run import EvalConfig, evaluate_task
+from babydoctor.eval.tasks import TaskConfig, load_task
 from babydoctor.image import to_pixels
 from babydoctor.model.adapters import add_lora
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import Manifest, Stage, build_model, write_text
+from babydoctor.model.checkpoint import Manifest, Stage, build_model
 from babydoctor.model.generate import generate
 from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.packing import pack
@@ -35,18 +36,18 @@ from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.plan_report import format_short
 from babydoctor.train.planner import build_plan, check_fits, recompute_every
 from babydoctor.train.run import finish_run, is_finished, prepare_manifest, prepare_output
-from babydoctor.train.schedule import learning_rate_factor
+from babydoctor.train.schedule import is_due, learning_rate_factor
 from babydoctor.train.snapshot import Cursor, load_snapshot, save_snapshot
 from babydoctor.train.statistics import measure_statistics
-from babydoctor.train.tracking import StepProgress, Tracker, plot_loss, read_json_lines
+from babydoctor.train.tracking import Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-SPEED_WINDOW = 20
-"""Speeds are means over so many steps."""
+NUM_TASK_RESAMPLES = 200
+"""Bootstrap resamples of a task at intervals: few, for what is looked at in passing."""
 
 
 def train(config: RunConfig, *, resume: bool = False) -> Path:
@@ -99,6 +100,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
 
     with Reporter(run, config, cursor.step, total_steps, active=accelerator.is_main_process) as reporter:
         held_out = HeldOut(config, encoder, plan.micro_batch_tokens) if reporter.active else None
+        task = TaskAtIntervals(config.eval, manifest, tokenizer) if reporter.active and config.eval else None
         reporter.begin(model, len(samples), format_short(plan))
         for data in steps:
             begun = time.monotonic()
@@ -116,6 +118,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
             reporter.step(cursor, data, begun, loss=loss, gradient_norm=norm, learning_rate=learning_rate)
             if held_out and is_due(config.train.eval_every, cursor.step, total_steps):
                 held_out.report(model, tokenizer, cursor, reporter)
+            if task and is_due(task.every_steps, cursor.step, total_steps):
+                task.report(model, cursor, reporter)
             if reporter.active and is_due(config.train.save_every, cursor.step, total_steps):
                 save_snapshot(run, model, optimizer, cursor, keep=config.train.keep_checkpoints)
 
@@ -193,11 +197,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)))
 
 
-def is_due(every: int, step: int, total: int) -> bool:
-    """Whether something that comes every so many steps, and at the end, comes after ``step`` steps."""
-    return step == total or (every > 0 and step % every == 0)
-
-
 def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
     """Refuse to go on with other rows than the run began with."""
     if saved.data_fingerprint != now.data_fingerprint:
@@ -250,86 +249,20 @@ class HeldOut:
         return {"id": sample.id, "question": question, "reference": reference, "answer": answer.split(stop)[0]}
 
 
-class Reporter:
-    """Everything that is said about the run; only the main process's is active, the others' say nothing."""
+class TaskAtIntervals:
+    """The task of the configuration's ``eval`` section. Its questions are read, and checked, before training begins."""
 
-    def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
-        self.run = run
-        self.active = active
-        self.log_every = config.train.log_every
-        self.start, self.total = start, total
-        if not active:
-            return
-        self.tracker = Tracker(run, config, start=start)
-        self.progress = StepProgress(config.name, start, total)
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW)
-        self._list = run / "cut_and_left_out.jsonl"
-        kept = [line for line in read_json_lines(self._list) if line["step"] <= start]
-        write_text(self._list, "".join(json.dumps(line) + "\n" for line in kept))
-        self._num_cut = sum("tokens_cut" in line for line in kept)
-        self._num_bad = sum("left_out" in line for line in kept)
-        self._last = time.monotonic()
+    def __init__(self, config: EvalTaskConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.every_steps = config.every_steps
+        self.task = load_task(
+            TaskConfig(config.task, config.data, config.images, config.split, max_questions=config.max_questions)
+        )
+        self.settings = EvalConfig(
+            check_conditions(config.images_as), GenerationConfig(batch_size=config.batch_size), NUM_TASK_RESAMPLES
+        )
+        self.manifest, self.tokenizer = manifest, tokenizer
 
-    def __enter__(self) -> Reporter:
-        if self.active:
-            self.progress.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.active:
-            self.progress.__exit__(None, None, None)
-            self.tracker.close()
-
-    def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
-        """Say what is about to be done."""
-        if not self.active:
-            return
-        trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
-        resumed = f", resumed after step {self.start}" if self.start else ""
-        self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
-        self.progress.say(plan)
-        self._last = time.monotonic()
-
-    def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
-        """Record one finished step; speeds count the time that the step waited for data."""
-        if not self.active:
-            return
-        now = time.monotonic()
-        self._recent.append((now - self._last, data.num_tokens, data.num_samples))
-        waited, self._last = begun - self._last, now
-        seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
-        speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
-        self._list_losses(cursor.step, data)
-        if is_due(self.log_every, cursor.step, self.total):
-            record = {"loss": loss, **values, "samples": cursor.samples, "tokens": data.num_tokens, **speeds}
-            self.tracker.log("train", cursor.step, **record, data_wait_s=max(0.0, waited))
-        self.progress.update(cursor.step, loss=loss, **speeds)
-
-    def held_out(self, cursor: Cursor, loss: float, answers: Sequence[dict[str, str]]) -> None:
-        self.tracker.log("eval", cursor.step, loss=loss, answers=list(answers))
-        self.progress.say(f"step {cursor.step}: held-out loss {loss:.4f}")
-        for item in answers:
-            question = " ".join(item["question"].split())
-            self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
-        self._last = time.monotonic()
-
-    def conclude(self) -> None:
-        """Draw the loss and say where everything is."""
-        if not self.active:
-            return
-        figure = plot_loss(self.run)
-        if self._num_cut or self._num_bad:
-            print(f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}")
-        print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
-
-    def _list_losses(self, step: int, data: StepData) -> None:
-        """List what was cut from samples and which samples were left out."""
-        self._num_cut += len(data.cut)
-        self._num_bad += len(data.bad)
-        if not (data.cut or data.bad):
-            return
-        with self._list.open("a", encoding="utf-8") as file:
-            for id, num_cut in data.cut:
-                file.write(json.dumps({"step": step, "id": id, "tokens_cut": num_cut}) + "\n")
-            for id, reason in data.bad:
-                file.write(json.dumps({"step": step, "id": id, "left_out": reason}) + "\n")
+    def report(self, model: BabyDoctor, cursor: Cursor, reporter: Reporter) -> None:
+        """Ask all questions and report the headline figures."""
+        result = evaluate_task(model, self.tokenizer, self.manifest, self.task, self.settings)
+        reporter.task(cursor, self.task.name, result)

@@ -27,7 +27,10 @@ from babydoctor.train.snapshot import list_snapshots
 logger = logging.getLogger(__name__)
 
 # Settings that change nothing about what is learnt, so that a run may be resumed with others.
-_FREE_TO_CHANGE = ("data.num_workers", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
+_FREE_TO_CHANGE = (
+    *("data.num_workers", "tracking.", "eval.", "eval:"),
+    *("train.log_every", "train.save_every", "train.keep_checkpoints"),
+)
 
 
 def prepare_output(config: RunConfig, *, resume: bool) -> Path | None:

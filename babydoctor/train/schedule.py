@@ -21,3 +21,8 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, sched
         return 1.0 - progress
     assert schedule == "constant", schedule
     return 1.0
+
+
+def is_due(every: int, step: int, total: int) -> bool:
+    """Whether something that comes every so many steps, and at the end, comes after ``step`` steps."""
+    return step == total or (every > 0 and step % every == 0)

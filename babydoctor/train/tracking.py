@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,8 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from babydoctor.config import RunConfig, TrackingConfig
+from babydoctor.eval.report import headline_figures
+from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.checkpoint import write_text
 from babydoctor.schema import UserError
+from babydoctor.train.feed import StepData
+from babydoctor.train.schedule import is_due
+from babydoctor.train.snapshot import Cursor
+
+SPEED_WINDOW = 20
+"""Speeds are means over so many steps."""
 
 LINE_INTERVAL_S = 10.0
 """Where the output is no terminal, a line of progress comes at most this often."""
@@ -176,3 +186,106 @@ def plot_loss(run: Path) -> Path | None:
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
     return run / "loss.png"
+
+
+class Reporter:
+    """Everything that is said about the run; only the main process's is active, the others' say nothing."""
+
+    def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
+        self.run = run
+        self.active = active
+        self.log_every = config.train.log_every
+        self.start, self.total = start, total
+        if not active:
+            return
+        self.tracker = Tracker(run, config, start=start)
+        self.progress = StepProgress(config.name, start, total)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW)
+        self._list = run / "cut_and_left_out.jsonl"
+        kept = [line for line in read_json_lines(self._list) if line["step"] <= start]
+        write_text(self._list, "".join(json.dumps(line) + "\n" for line in kept))
+        self._num_cut = sum("tokens_cut" in line for line in kept)
+        self._num_bad = sum("left_out" in line for line in kept)
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Reporter:
+        if self.active:
+            self.progress.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.progress.__exit__(None, None, None)
+            self.tracker.close()
+
+    def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
+        """Say what is about to be done."""
+        if not self.active:
+            return
+        trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
+        resumed = f", resumed after step {self.start}" if self.start else ""
+        self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
+        self.progress.say(plan)
+        self._last = time.monotonic()
+
+    def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
+        """Record one finished step; speeds count the time that the step waited for data."""
+        if not self.active:
+            return
+        now = time.monotonic()
+        self._recent.append((now - self._last, data.num_tokens, data.num_samples))
+        waited, self._last = begun - self._last, now
+        seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
+        speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
+        self._list_losses(cursor.step, data)
+        if is_due(self.log_every, cursor.step, self.total):
+            record = {"loss": loss, **values, "samples": cursor.samples, "tokens": data.num_tokens, **speeds}
+            self.tracker.log("train", cursor.step, **record, data_wait_s=max(0.0, waited))
+        self.progress.update(cursor.step, loss=loss, **speeds)
+
+    def held_out(self, cursor: Cursor, loss: float, answers: Sequence[dict[str, str]]) -> None:
+        self.tracker.log("eval", cursor.step, loss=loss, answers=list(answers))
+        self.progress.say(f"step {cursor.step}: held-out loss {loss:.4f}")
+        for item in answers:
+            question = " ".join(item["question"].split())
+            self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
+        self._last = time.monotonic()
+
+    def task(self, cursor: Cursor, name: str, result: Mapping[str, Any]) -> None:
+        """Record a task's headline figures under each image condition."""
+        for condition, scored in result["conditions"].items():
+            figures = {figure: scored["figures"][figure] for figure in headline_figures(result)}
+            values = {figure: entry["value"] for figure, entry in figures.items()}
+            intervals = {figure: [entry["low"], entry["high"]] for figure, entry in figures.items()}
+            self.tracker.log(
+                f"task/{condition}",
+                cursor.step,
+                task=name,
+                num_failed=result["num_failed"][condition],
+                **values,
+                intervals=intervals,
+            )
+            told = ", ".join(f"{figure.replace('_', ' ')} {value:.3f}" for figure, value in values.items())
+            self.progress.say(f"step {cursor.step}: {name}, {condition} image: {told}")
+        self._last = time.monotonic()
+
+    def conclude(self) -> None:
+        """Draw the loss and say where everything is."""
+        if not self.active:
+            return
+        figure = plot_loss(self.run)
+        if self._num_cut or self._num_bad:
+            print(f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}")
+        print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
+
+    def _list_losses(self, step: int, data: StepData) -> None:
+        """List what was cut from samples and which samples were left out."""
+        self._num_cut += len(data.cut)
+        self._num_bad += len(data.bad)
+        if not (data.cut or data.bad):
+            return
+        with self._list.open("a", encoding="utf-8") as file:
+            for id, num_cut in data.cut:
+                file.write(json.dumps({"step": step, "id": id, "tokens_cut": num_cut}) + "\n")
+            for id, reason in data.bad:
+                file.write(json.dumps({"step": step, "id": id, "left_out": reason}) + "\n")
