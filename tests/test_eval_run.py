@@ -177,8 +177,11 @@ def test_confidence_from_logprobs() -> None:
 
     whole = [token("Yes", 0.6, ("Yes", 0.6), ("No", 0.2))]
     assert answer_confidence("Yes", whole) == pytest.approx(0.75)
-    # The tokeniser splits the words: the probability of all tokens.
-    assert answer_confidence("Yes", [token("Y", 0.8, ("Y", 0.8)), token("es", 0.5)]) == pytest.approx(0.4)
+    # The tokeniser splits one of the words: its first piece is compared with the other.
+    split = [token("Y", 0.6, ("Y", 0.6), ("No", 0.2)), token("es", 0.9, ("es", 0.9))]
+    assert answer_confidence("Yes", split) == pytest.approx(0.75)
+    # The first token begins neither: the probability of all tokens.
+    assert answer_confidence("Yes", [token("(", 0.8, ("(", 0.8)), token("Yes", 0.5)]) == pytest.approx(0.4)
     assert answer_confidence("left", whole) is None
 
 

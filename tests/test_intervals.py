@@ -92,3 +92,6 @@ def test_yes_no_confidence_compares_yes_with_no() -> None:
     assert calibration.yes_no_confidence(first_token, "no") == pytest.approx(0.2 / 0.8)
     assert calibration.yes_no_confidence(first_token, "left") is None
     assert calibration.yes_no_confidence({" left": 1.0}, "yes") is None
+    # A vocabulary without "Yes": "Y" begins it, and "No" is not the only candidate.
+    assert calibration.yes_no_confidence({"Y": 0.3, "No": 0.1, "left": 0.6}, "Yes") == pytest.approx(0.75)
+    assert calibration.yes_no_confidence({"No": 0.1}, "Yes") is None

@@ -107,8 +107,9 @@ def _print_result(result: dict[str, Any]) -> None:
     from babydoctor.eval.report import headline_figures
 
     shown = headline_figures(result)
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images")
+    title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("")
     for name in shown:
         table.add_column(name.replace("_", " "), justify="right")
     for condition, scored in result["conditions"].items():

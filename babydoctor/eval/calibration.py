@@ -75,15 +75,17 @@ def abstention_curve(confidences: Sequence[float], correct: Sequence[float]) -> 
 def yes_no_confidence(first_token_probabilities: Mapping[str, float], answer: str) -> float | None:
     """Confidence of a yes/no answer from the probabilities of the alternatives for its first token.
 
-    The mass of the tokens that read "yes" or "no" (any case, leading space) is compared: p(given) / (p(yes) + p(no)).
-    None where the answer is neither, or none of the alternatives is.
+    The mass of the tokens that read "yes" or "no" is compared (any case, leading space): p(given) / (p(yes) + p(no)).
+    A token that begins one of the words ("Y") counts for it, since a small vocabulary may not hold the whole word.
+    None where the answer is neither, or none of the alternatives is what was given.
     """
     mass = {YES: 0.0, NO: 0.0}
     for token, probability in first_token_probabilities.items():
-        word = normalize(token)
-        if word in mass:
-            mass[word] += probability
+        piece = normalize(token)
+        for word in mass:
+            if piece and word.startswith(piece):
+                mass[word] += probability
     given = normalize(answer).split()[:1]
-    if not given or given[0] not in mass or mass[YES] + mass[NO] == 0:
+    if not given or mass.get(given[0], 0.0) == 0:
         return None
     return mass[given[0]] / (mass[YES] + mass[NO])

@@ -147,7 +147,7 @@ class Asker:
 def answer_confidence(answer: str, logprobs: Sequence[TokenLogprob]) -> float | None:
     """Confidence of a yes/no answer: p(given) / (p(yes) + p(no)) at the first token that is a word.
 
-    Where a tokeniser splits the words, so that neither is a token, it is the probability of the whole answer.
+    Where that token does not even begin the word, it is the probability of the whole answer.
     """
     if parse_yes_no(answer) is None or not logprobs:
         return None

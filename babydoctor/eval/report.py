@@ -221,15 +221,16 @@ def _published(result: Mapping[str, Any]) -> str:
     if not published:
         return ""
     names = list(published)
-    rows = [["this model", *(_interval(published[name]) for name in names)]]
-    rows += [
-        [html.escape(baseline), *(_number(values.get(name)) for name in names)]
-        for baseline, values in result["baselines"].items()
+    # One figure a row: there are more answerers than figures, but their numbers are short.
+    head = ["figure", "this model", *map(html.escape, result["baselines"])]
+    rows = [
+        [_title(name), _interval(published[name]), *(_number(b.get(name)) for b in result["baselines"].values())]
+        for name in names
     ]
     sources = "".join(f"<li>{_title(name)}: {html.escape(published[name]['source'])}</li>" for name in names)
     return (
         "<h2>As others define it</h2><p class='note'>For comparison with papers only: constant answers score high "
-        f"under some of these.</p>{_table(['', *map(_title, names)], rows, '', mark_first=True)}<ul>{sources}</ul>"
+        f"under some of these.</p>{_table(head, rows, '')}<ul>{sources}</ul>"
     )
 
 
