@@ -9,7 +9,8 @@ import torch
 from serving import tiny_worker
 
 from babydoctor.schema import UserError
-from babydoctor.serve.bench import Timing, build_questions, drive, run_bench, summarize
+from babydoctor.serve.bench import DecodeCost, Timing, build_questions, drive, run_bench, summarize
+from babydoctor.serve.soak import run_soak
 
 
 def test_figures_add_up():
@@ -35,7 +36,29 @@ def test_a_worker_is_measured_over_http():
 def test_the_engine_is_measured_alone(tmp_path):
     report = run_bench("mini", tmp_path, users=(2,), requests_per_user=1, max_new_tokens=3, rounds=1, engine_only=True)
     assert report.through == "engine alone" and report.matmul_flops_per_s > 0 and report.peak_bytes > 0
+    assert report.preset == "mini bf16" and 0 < report.share_of_ceiling(report.figures[0]) < 2
     assert report.figures[0].requests_per_s == pytest.approx(report.figures[0].tokens_per_s / 3)
+
+
+def test_a_4_bit_model_is_measured_and_reads_less(tmp_path):
+    report = run_bench("mini", tmp_path, users=(1,), requests_per_user=1, max_new_tokens=3, rounds=1, nf4=True)
+    assert report.preset == "mini NF4"
+    heads, decoder = 32_000 * 512 * 2, 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    # Half a byte a weight, and the scales of its blocks of 64 (quantised to a byte, and a little more).
+    assert report.decode_cost.weight_bytes == pytest.approx(heads + decoder * (0.5 + 1 / 64), rel=0.01)
+
+
+def test_a_ceiling_counts_weights_once_and_keys_and_values_for_each_user():
+    cost = DecodeCost(weight_bytes=800, position_bytes=2, num_positions=100)
+    assert cost.ceiling(1, bytes_per_s=1000) == 1.0
+    assert cost.ceiling(4, bytes_per_s=1000) == pytest.approx(2.5)
+
+
+def test_a_short_soak_finds_no_fault(tmp_path):
+    report = run_soak(None, tmp_path, clients=12, seconds=4)
+    assert report.outcomes["answered"] > 0 and report.num_tokens > 0
+    # Four seconds are too short to judge memory by; everything else holds.
+    assert [fault for fault in report.faults() if "memory grew" not in fault] == []
 
 
 def test_the_large_preset_says_what_it_needs(tmp_path):

@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema",),
     ("conversation", "packing", "train.schedule", "voi"),
     ("config",),
-    ("tokens", "image", "dicom", "dicom_safety", "rows", "data", "model"),
+    ("tokens", "image", "dicom", "dicom_safety", "rows", "data", "measure", "model"),
     ("engine",),
     ("prepare", "interop"),
     ("train", "eval", "serve", "chat", "doctor"),

@@ -1,8 +1,9 @@
-"""``babydoctor bench train | serve``: measured speed on random weights, nothing downloaded."""
+"""``babydoctor bench train | serve | soak``: measured speed on random weights, nothing downloaded."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Optional
 
 import typer
 
@@ -12,6 +13,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
     group.command("train")(train)
     group.command("serve")(serve)
+    group.command("soak")(soak)
     app.add_typer(group, name="bench")
 
 
@@ -64,10 +66,10 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of each answer")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="the fastest one counts")] = 3,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="without the worker's HTTP")] = False,
+    nf4: Annotated[bool, typer.Option("--nf4", help="a 4-bit language model; the engine alone")] = False,
 ) -> None:
     """Tokens a second, time to the first token and time per token, for one user and for many."""
     import tempfile
-    from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
@@ -91,11 +93,11 @@ def serve(
             max_new_tokens=max_new_tokens,
             rounds=rounds,
             engine_only=engine_only,
+            nf4=nf4,
             on_event=status.update,
         )
-    table = Table(
-        "users", "tokens/s", "requests/s", "first token p50", "p95", "per token p50", "p95", title=None, box=None
-    )
+    head = ("users", "tokens/s", "requests/s", "first token p50", "p95", "per token p50", "p95")
+    table = Table(*head, "decoding", "of memory's ceiling", title=None, box=None)
     for row in report.figures:
         table.add_row(
             str(row.num_users),
@@ -105,12 +107,54 @@ def serve(
             f"{row.first_token_p95_s:.3f} s",
             f"{row.per_token_p50_s * 1e3:.1f} ms",
             f"{row.per_token_p95_s * 1e3:.1f} ms",
+            f"{row.decode_tokens_per_s:.0f} tok/s",
+            f"{report.share_of_ceiling(row):.0%}",
         )
     console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens an answer")
     console.print(table)
     console.print(
-        f"peak memory {report.peak_bytes / 2**20:.0f} MiB; bf16 matmul {report.matmul_flops_per_s / 1e12:.2f} TFLOP/s"
+        f"peak memory {report.peak_bytes / 2**20:.0f} MiB; bf16 matmul {report.matmul_flops_per_s / 1e12:.2f} TFLOP/s, "
+        f"memory {report.memory_bytes_per_s / 1e9:.1f} GB/s; a decoding step reads at least "
+        f"{report.decode_cost.weight_bytes / 1e6:.0f} MB of weights"
     )
+
+
+def soak(
+    run: Annotated[Optional[Path], typer.Argument(help="run directory; default: the mini model")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="concurrent clients, of whom a tenth leave early")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="how long")] = 180,
+    workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
+) -> None:
+    """Many clients for minutes: exit 1 unless 429 is the only refusal, no place leaks and memory stays flat."""
+    import tempfile
+
+    from rich.console import Console
+
+    from babydoctor.serve.soak import run_soak
+
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
+        report = run_soak(
+            run,
+            Path(folder),
+            overrides=overrides or [],
+            clients=clients,
+            seconds=seconds,
+            workers=workers,
+            on_event=status.update,
+        )
+    for line in report.lines():
+        console.print(line, soft_wrap=True)
+    faults = report.faults()
+    for fault in faults:
+        console.print(f"fault: {fault}", style="red", soft_wrap=True)
+    if faults:
+        raise typer.Exit(1)
+    console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
 
 
 def _gib(text: str | float) -> float:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from babydoctor.measure import matmul_flops_per_s, memory_bytes_per_s, tensor_bytes
+from babydoctor.model.adapters import Quantization
 from babydoctor.schema import UserError
 from babydoctor.serve.bench_model import IMAGE_SIZE, build_model, build_prompt, build_tokenizer, write_run
 from babydoctor.serve.server import bind
@@ -68,6 +70,25 @@ class Figures:
     per_token_p50_s: float
     per_token_p95_s: float
 
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of all users together while they read their answers, prompts not counted."""
+        return self.num_users / self.per_token_p50_s if self.per_token_p50_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """What memory must deliver for a step of decoding: all weights once, and each user's keys and values."""
+
+    weight_bytes: int
+    position_bytes: int
+    num_positions: int
+
+    def ceiling(self, num_users: int, bytes_per_s: float) -> float:
+        """Tokens a second of ``num_users`` if nothing but memory's rate counted."""
+        step_bytes = self.weight_bytes + num_users * self.position_bytes * self.num_positions
+        return num_users * bytes_per_s / step_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -79,6 +100,12 @@ class Report:
     figures: tuple[Figures, ...]
     peak_bytes: int
     matmul_flops_per_s: float
+    memory_bytes_per_s: float
+    decode_cost: DecodeCost
+
+    def share_of_ceiling(self, row: Figures) -> float:
+        """Decoding's share of what memory allows."""
+        return row.decode_tokens_per_s / self.decode_cost.ceiling(row.num_users, self.memory_bytes_per_s)
 
 
 def build_questions(number: int, seed: int = 0) -> list[Question]:
@@ -260,12 +287,14 @@ def run_bench(
     max_new_tokens: int = 64,
     rounds: int = 3,
     engine_only: bool = False,
+    nf4: bool = False,
     on_event: Any = lambda text: None,
 ) -> Report:
     """Measure ``rounds`` times for each number of users and keep the fastest round.
 
     Args:
         folder: an empty folder for the model's files.
+        nf4: a 4-bit language model; measured, like ``7b``, without HTTP.
         on_event: told what is going on.
 
     Raises:
@@ -283,10 +312,13 @@ def run_bench(
         for number in users
     ]
     tokenizer = build_tokenizer([question.text for _, questions in batches for question in questions])
-    model = build_model(preset, device)
-    rate = matmul_rate(device)
+    model = build_model(preset, device, Quantization() if nf4 else None)
+    cost = decode_cost(model, prepare(batches[0][1][:1], model, tokenizer, max_new_tokens)[0])
+    bandwidth = memory_bytes_per_s(device)
+    rate = matmul_flops_per_s(device)
     results: list[Figures] = []
-    if engine_only or preset == "7b":
+    engine_only = engine_only or nf4 or preset == "7b"
+    if engine_only:
         from babydoctor.engine.engine import Engine
 
         with Engine(model, tokenizer) as engine:
@@ -306,28 +338,32 @@ def run_bench(
                 on_event(f"{number} users")
                 results.append(asyncio.run(drive(url, preset, number, questions, max_new_tokens)))
             peak = peak_rss_bytes(pid)
-    rate = max(rate, matmul_rate(device))
+    rate = max(rate, matmul_flops_per_s(device))
     best = tuple(
         max((figures for figures in results if figures.num_users == number), key=lambda figures: figures.tokens_per_s)
         for number in users
     )
-    through = "engine alone" if engine_only or preset == "7b" else "worker over HTTP"
-    return Report(preset, through, device, best, peak, rate)
+    through = "engine alone" if engine_only else "worker over HTTP"
+    bandwidth = max(bandwidth, memory_bytes_per_s(device))
+    return Report(f"{preset} {'NF4' if nf4 else 'bf16'}", through, device, best, peak, rate, bandwidth, cost)
 
 
-def matmul_rate(device: str, size: int = 1024, rounds: int = 20) -> float:
-    """Floating-point operations a second of the best of ``rounds`` bfloat16 matrix products."""
-    import torch
+def decode_cost(model: BabyDoctor, request: Any) -> DecodeCost:
+    """What a step reads, with the keys and values of a request that is half answered."""
+    from babydoctor.engine.kv import slot_bytes
+    from babydoctor.engine.settings import kv_dtype
 
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    language_model = model.language_model
+    config, embedding = language_model.config, language_model.model.embed_tokens.weight
+    head_dim = config.hidden_size // config.num_attention_heads
+    dtype = kv_dtype(language_model.dtype, language_model.device)
+    return DecodeCost(
+        weight_bytes=tensor_bytes(language_model) - embedding.numel() * embedding.element_size(),
+        position_bytes=slot_bytes(
+            config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim, 1, dtype
+        ),
+        num_positions=len(request.input_ids) + request.max_new_tokens // 2,
+    )
 
 
 def peak_rss_bytes(pid: int) -> int:

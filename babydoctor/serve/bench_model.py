@@ -14,61 +14,23 @@ from typing import Any
 import torch
 
 from babydoctor.conversation import get_template, prompt_text, render_prompt
+from babydoctor.model.adapters import Quantization
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.projector import build_projector
+from babydoctor.model.random import PRESETS, build_random_model
 from babydoctor.schema import IMAGE_TOKEN, Turn
 
 TEMPLATE = "v1"
 
-LANGUAGE: dict[str, dict[str, Any]] = {
-    "mini": {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 2048,
-    },
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-    },
-}
-VISION: dict[str, dict[str, Any]] = {
-    "mini": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
-    "7b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-}
-IMAGE_SIZE = 224
-VOCABULARY = 32_000
+IMAGE_SIZE = PRESETS["mini"]["vision"]["image_size"]
+VOCABULARY = PRESETS["mini"]["language"]["vocab_size"]
 
 
-def build_model(preset: str, device: str = "cpu") -> BabyDoctor:
-    """A bfloat16 model with random weights that never ends an answer by itself."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    language = LlamaConfig(
-        vocab_size=VOCABULARY, initializer_range=0.05, bos_token_id=1, eos_token_id=2, **LANGUAGE[preset]
-    )
-    vision = CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=14, **VISION[preset])
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = BabyDoctor(
-                CLIPVisionModel(vision),
-                build_projector("linear", vision.hidden_size, language.hidden_size),
-                LlamaForCausalLM(language),
-            )
-    finally:
-        torch.set_default_dtype(default)
-    body = model.language_model.model
-    body.rotary_emb = type(body.rotary_emb)(language).to(device)  # its frequencies are float32 in real models too
+def build_model(preset: str, device: str = "cpu", quantization: Quantization | None = None) -> BabyDoctor:
+    """A bfloat16 or NF4 model with random weights that never ends an answer by itself."""
+    model = build_random_model(preset, device, quantization=quantization)
     with torch.no_grad():
         model.language_model.lm_head.weight[:3] = 0  # the likeliest of 32,000 random logits is never 0
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def build_tokenizer(questions: Sequence[str]) -> Any:

@@ -1,21 +1,20 @@
 """Many clients for minutes, some of whom leave early: nothing may fail, leak or grow.
 
-``python -m babydoctor.serve.soak RUN --clients 200 --seconds 180`` starts a controller and workers on loopback, lets
-the clients at them over both wires, and exits with 1 unless: the only refusals were 429, all places are free again at
-the end, and the memory of no process grew after the first half.
+``babydoctor bench soak`` starts a controller and workers on loopback, lets the clients at them over both wires, and
+exits with 1 unless: the only refusals were 429, all places are free again at the end, and the memory of no process grew
+after the first half.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import io
 import random
 import re
-import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,38 +205,35 @@ def noise(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> int:
-    """Run the soak from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("overrides", nargs="*", help="settings as key=value")
-    parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--workers", type=int, default=1)
-    options = parser.parse_args()
+def run_soak(
+    run: Path | None,
+    folder: Path,
+    *,
+    overrides: Sequence[str] = (),
+    clients: int = 200,
+    seconds: float = 180,
+    workers: int = 1,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> SoakReport:
+    """Start a controller and workers on free ports of this machine and let the clients at them.
 
+    Args:
+        run: what to serve; None: the mini model with random weights, written to ``folder``.
+        overrides: ``key=value`` settings of ``babydoctor serve``.
+    """
     from babydoctor.serve.client import Client
     from babydoctor.serve.launch import launched
 
-    with launched(
-        options.run,
-        overrides=["controller.port=0", "worker.port=0", *options.overrides],
-        num_workers=options.workers,
-        page=False,
-    ) as served:
+    if run is None:
+        from babydoctor.serve.bench_model import build_model, build_tokenizer, write_run
+
+        on_event("building the mini model with random weights")
+        run = write_run(build_model("mini"), build_tokenizer(["Question: what is seen?"]), folder, "mini")
+    settings = ["controller.port=0", "worker.port=0", *overrides]
+    with launched(run, overrides=settings, num_workers=workers, page=False, on_event=on_event) as served:
         with Client(served.controller_url) as client:
             model = client.models()[0]
             template = client.template(model)
+        on_event(f"{clients} clients for {seconds:.0f} s")
         servers = [served.controller_url, *served.worker_urls]
-        report = asyncio.run(
-            soak(served.controller_url, servers, model, template, clients=options.clients, seconds=options.seconds)
-        )
-    print("\n".join(report.lines()))
-    faults = report.faults()
-    for fault in faults:
-        print(f"fault: {fault}", file=sys.stderr)
-    return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return asyncio.run(soak(served.controller_url, servers, model, template, clients=clients, seconds=seconds))

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +19,13 @@ import torch
 from babydoctor.config import RunConfig, build_config
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
 from babydoctor.image import ImageSettings
-from babydoctor.model.adapters import (
-    Quantization,
-    add_lora,
-    build_language_model,
-    finish_language_model,
-    place_weight,
-)
+from babydoctor.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
+from babydoctor.model.adapters import Quantization, add_lora
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.projector import build_projector
+from babydoctor.model.random import PRESETS, build_random_model
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.train.hardware import Hardware, find_hardware, this_device
-from babydoctor.train.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
 from babydoctor.train.optimizer import build_optimizer
 from babydoctor.train.planner import Plan, build_plan, describe_model, recompute_every
 from babydoctor.train.statistics import summarize_examples
@@ -42,43 +35,6 @@ STAGES = ("align", "instruct", "radiology")
 CAPTION_LEVELS = (0, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 99, 100)
 CAPTION_TOKENS = (2, 10, 13, 17, 19, 21, 26, 31, 36, 43, 47, 53, 70, 88, 134, 593)
 """Percentiles of the length of ROCO's 8,180 validation captions in tokens of LLaMA-2's vocabulary (mean 37.2)."""
-
-PRESETS: dict[str, dict[str, dict[str, int]]] = {
-    "mini": {
-        "language": {
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "vocab_size": 32000,
-        },
-        "vision": {
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "image_size": 224,
-            "patch_size": 14,
-        },
-    },
-    "7b": {
-        "language": {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        },
-        "vision": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-        },
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -145,28 +101,19 @@ def stage_config(stage: str, preset: str, *, batch_size: int, num_workers: int) 
     )
 
 
-def build_random_model(config: RunConfig, preset: str, device: str) -> BabyDoctor:
-    """A model of the preset's sizes with random weights, made and quantised weight by weight on the device."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
-
-    torch.manual_seed(0)
-    dtype = getattr(torch, config.model.dtype)
-    language_config: Any = LlamaConfig(**PRESETS[preset]["language"])  # type: ignore[arg-type]
-    language_model = build_language_model(language_config, dtype)
-    quantization = Quantization(config.model.double_quantization) if config.model.quantization == "nf4" else None
-    for name, parameter in list(language_model.named_parameters()):
-        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
-        weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=0.02)
-        place_weight(language_model, name, weight, quantization)
-    finish_language_model(language_model, device)
-    vision_config: Any = CLIPVisionConfig(**PRESETS[preset]["vision"])  # type: ignore[arg-type]
-    vision: Any = CLIPVisionModel(vision_config)
-    vision.to(device=torch.device(device), dtype=dtype)
-    projector = build_projector("linear", vision_config.hidden_size, language_config.hidden_size).to(device)
+def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor:
+    """The stage's model with random weights, ready to train."""
+    double = config.model.double_quantization
+    model = build_random_model(
+        preset,
+        device,
+        dtype=getattr(torch, config.model.dtype),
+        quantization=Quantization(double) if config.model.quantization == "nf4" else None,
+    )
+    model.projector.float().requires_grad_(True)
     if config.lora is not None:
-        add_lora(language_model, config.lora)
-        language_model.to(torch.device(device))  # type: ignore[arg-type]
-    model = BabyDoctor(vision.eval().requires_grad_(False), projector, language_model)
+        add_lora(model.language_model, config.lora)
+        model.language_model.to(torch.device(device))  # type: ignore[arg-type]
     return model.train()
 
 
@@ -202,7 +149,7 @@ class Job:
 def prepare(stage: str, preset: str, device: str, *, hardware: Hardware, batch_size: int, num_workers: int) -> Job:
     """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
     config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers)
-    model = build_random_model(config, preset, device)
+    model = build_stage_model(config, preset, device)
     # `plain` puts a caption behind the image; `llava_llama_2` has a system prompt and a question before it.
     before, after = (1, 0) if stage == "align" else (76, 5)
     image = ImageSettings(PRESETS[preset]["vision"]["image_size"], "pad", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

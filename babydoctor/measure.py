@@ -1,4 +1,4 @@
-"""Measuring: live bytes at the peak, and the matrix multiplication rate that speeds are held against."""
+"""Measuring: live bytes at the peak, and the ceilings that speeds are held against: matrix products and memory."""
 
 from __future__ import annotations
 
@@ -65,6 +65,21 @@ def matmul_flops_per_s(device: str = "cpu", size: int = 2048, rounds: int = 5) -
         synchronize(device)
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
+
+
+def memory_bytes_per_s(device: str = "cpu", size_bytes: int = 512 * 2**20, rounds: int = 5) -> float:
+    """The best rate of reading (a sum) or copying (both ways counted) a tensor far larger than the caches."""
+    source = torch.ones(size_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for function, moved in ((source.sum, size_bytes), (lambda: target.copy_(source), 2 * size_bytes)):
+        for _ in range(rounds + 1):
+            synchronize(device)
+            begun = time.perf_counter()
+            function()
+            synchronize(device)
+            best = max(best, moved / (time.perf_counter() - begun))
+    return best
 
 
 def synchronize(device: str) -> None:
