@@ -91,12 +91,18 @@ class TrainConfig(_Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     gradient_checkpointing: str = Field("none", description="none, full, every:K (one layer in K), or auto")
     compile: bool = Field(False, description="torch.compile each decoder layer")
+    share_prefix: bool = Field(True, description="compute what all samples begin with (system prompt) once a batch")
     seed: int = 42
     log_every: int = Field(1, gt=0)
     eval_every: int = Field(0, ge=0, description="steps between held-out losses and sample answers; 0: at the end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep_checkpoints: int = Field(2, gt=0)
     num_sample_answers: int = Field(3, ge=0)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Compiled layers are transformers' own, which know no prefix."""
+        return self.share_prefix and not self.compile
 
     @model_validator(mode="after")
     def _checkpointing_is_known(self) -> TrainConfig:

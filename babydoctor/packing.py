@@ -4,6 +4,10 @@ One optimiser step takes a fixed number of samples. They are laid into as few mi
 ``max_tokens`` positions as they fit in, and the positions are spread evenly over these. A micro-batch holds whole
 documents end to end and no padding. The loss is normalised over the whole step, so how the samples are spread
 changes speed and memory, never the gradient.
+
+What all samples of a step begin with (the system prompt) stands in each micro-batch once, and every document attends
+to it: attention is causal, so its hidden states are the same for all of them. Only a LoRA's dropout is then drawn once
+for that stretch and not for each document.
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ import numpy as np
 
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
 
+MIN_PREFIX = 16
+"""A common beginning shorter than this is not worth attending to across documents."""
 
-def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1) -> list[list[int]]:
-    """Spread documents over bins of at most ``max_tokens`` positions each.
+
+def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, shared: int = 0) -> list[list[int]]:
+    """Spread documents over bins of at most ``max_tokens`` positions each, ``shared`` ones not counted.
 
     Longest documents first, each into the emptiest bin (LPT scheduling), with as few bins as that allows. The
     number of bins is a multiple of ``num_ranks``; some are empty when there are fewer documents than ranks.
@@ -31,7 +38,7 @@ def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1) -> li
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
-            f"a sample has {longest} positions, more than train.micro_batch_tokens={max_tokens}; "
+            f"a sample has {longest + shared} positions, more than train.micro_batch_tokens={max_tokens + shared}; "
             "raise it or lower data.max_length"
         )
     num_bins = max(1, -(-sum(lengths) // max_tokens))
@@ -53,30 +60,53 @@ def _spread(lengths: Sequence[int], max_tokens: int, num_bins: int) -> list[list
     return [sorted(members) for members in bins]
 
 
-def pack(examples: Sequence[Example], max_tokens: int, num_ranks: int = 1) -> list[Batch]:
+def pack(examples: Sequence[Example], max_tokens: int, num_ranks: int = 1, *, share_prefix: bool = True) -> list[Batch]:
     """Pack the examples of one optimiser step into micro-batches; rank ``r`` takes ``batches[r::num_ranks]``."""
-    bins = plan_bins([len(example) for example in examples], max_tokens, num_ranks)
-    return [build_batch([examples[index] for index in members]) for members in bins]
+    prefix = common_prefix(examples) if share_prefix else 0
+    bins = plan_bins([len(example) - prefix for example in examples], max_tokens - prefix, num_ranks, shared=prefix)
+    return [build_batch([examples[index] for index in members], prefix) for members in bins]
 
 
-def build_batch(examples: Sequence[Example]) -> Batch:
-    """Lay whole examples end to end. Labels are shifted here, inside each document."""
-    assert all(len(example) for example in examples)
+def common_prefix(examples: Sequence[Example]) -> int:
+    """How many positions all examples begin with that are text and predict no target; 0 where sharing does not pay."""
+    if len(examples) < 2:
+        return 0
+    length = min(_sharable(example) for example in examples)
+    heads = np.stack([example.input_ids[:length] for example in examples])
+    differs = (heads != heads[0]).any(axis=0)
+    length = int(differs.argmax()) if differs.any() else length
+    return length if length >= MIN_PREFIX else 0
+
+
+def _sharable(example: Example) -> int:
+    """Positions before the first image and before the first that predicts a target; the last one never counts."""
+    barred = example.image_mask.copy()
+    barred[:-1] |= example.labels[1:] != IGNORE_INDEX
+    barred[-1] = True
+    return int(barred.argmax())
+
+
+def build_batch(examples: Sequence[Example], prefix_length: int = 0) -> Batch:
+    """Lay whole examples end to end, their common prefix first. Labels are shifted here, inside each document."""
+    assert all(len(example) > prefix_length for example in examples)
+    prefix_length = prefix_length if len(examples) > 1 else 0
+
+    def lay_out(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        pieces = [array[:prefix_length] for array in arrays[:1]] + [array[prefix_length:] for array in arrays]
+        return np.concatenate(pieces).astype(dtype) if pieces else np.zeros(0, dtype)
+
     return Batch(
-        input_ids=_concatenate([example.input_ids for example in examples], np.int32),
-        targets=_concatenate([_shift(example.labels) for example in examples], np.int32),
-        position_ids=_concatenate([np.arange(len(example)) for example in examples], np.int32),
-        image_mask=_concatenate([example.image_mask for example in examples], np.bool_),
-        document_lengths=tuple(len(example) for example in examples),
+        input_ids=lay_out([example.input_ids for example in examples], np.int32),
+        targets=lay_out([_shift(example.labels) for example in examples], np.int32),
+        position_ids=lay_out([np.arange(len(example)) for example in examples], np.int32),
+        image_mask=lay_out([example.image_mask for example in examples], np.bool_),
+        document_lengths=tuple(len(example) - prefix_length for example in examples),
         ids=tuple(example.id for example in examples),
         images=tuple(image for example in examples for image in example.images),
+        prefix_length=prefix_length,
     )
 
 
 def _shift(labels: np.ndarray) -> np.ndarray:
     """Position t predicts label t + 1; the last position of a document predicts nothing."""
     return np.append(labels[1:], np.int32(IGNORE_INDEX))
-
-
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)

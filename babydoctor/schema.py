@@ -97,9 +97,10 @@ class Batch:
     """One micro-batch: whole documents laid end to end, all arrays of shape ``[T]``.
 
     ``targets`` are the labels already shifted by one inside each document: position ``t`` predicts
-    ``targets[t]``. ``position_ids`` restart at 0 in each document. ``document_lengths`` sums to ``T``.
-    ``images`` holds the ``N`` image references in the order of their slots; ``image_mask`` marks
-    ``N * patches`` positions.
+    ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` positions, where there
+    are any, are the beginning of every document and stand here once; ``document_lengths`` are those of what follows
+    in each, and sum to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
+    ``image_mask`` marks ``N * patches`` positions.
     """
 
     input_ids: np.ndarray
@@ -109,6 +110,7 @@ class Batch:
     document_lengths: tuple[int, ...]
     ids: tuple[str, ...]
     images: tuple[str | bytes, ...] = field(default=(), repr=False)
+    prefix_length: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -10,7 +10,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from babydoctor.config import LoraConfig
 from babydoctor.model.adapters import add_lora, build_language_model, finish_language_model
-from babydoctor.model.attention import ATTENTION_NAME, QUERY_BLOCK, attend, register_packed_attention
+from babydoctor.model.attention import (
+    ATTENTION_NAME,
+    QUERY_BLOCK,
+    attend,
+    key_index,
+    lay_out,
+    register_packed_attention,
+)
 from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
 from babydoctor.model.decoder import rms_norm, rotate, swiglu, tail_index
 from babydoctor.model.linear import apply_linears, draw_keep_mask
@@ -148,6 +155,42 @@ def test_packed_loss_equals_the_sum_of_single_losses():
         total += model(**single, document_lengths=(length,), pixel_values=pixels).detach()
         start += length
     torch.testing.assert_close(model(**inputs).detach(), total, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}])
+@pytest.mark.parametrize("recompute_every", [0, 1])
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(values, recompute_every):
+    """Of documents that begin alike, the beginning computed once against computed in each."""
+    model, apart = build_tiny(**values), packed_inputs((149, 157, 152, 157))
+    model.recompute_every = recompute_every
+    add_lora(model.language_model, LoraConfig(r=4, alpha=8, dropout=0.0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prefix, starts = 140, (0, 149, 306, 458)
+    for key in ("input_ids", "image_mask", "targets"):
+        first = apart[key][:prefix].clone()
+        for start in starts:
+            apart[key][start : start + prefix] = first
+    apart["image_mask"][:] = False
+    for start in starts:
+        apart["image_mask"][start + prefix : start + prefix + 4] = True
+        apart["targets"][start : start + prefix] = IGNORE_INDEX
+    kept = torch.ones(len(apart["targets"]), dtype=torch.bool)
+    for start in starts[1:]:
+        kept[start : start + prefix] = False
+    shared = {key: apart[key][kept] for key in ("input_ids", "image_mask", "targets", "position_ids")}
+    shared |= {"document_lengths": (9, 17, 12, 17), "pixel_values": apart["pixel_values"], "prefix_length": prefix}
+    loss, gradients = loss_and_gradients(model, shared)
+    expected, expected_gradients = loss_and_gradients(model, apart)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_keys_of_a_shared_prefix_are_found_for_each_document():
+    assert key_index(lay_out((2, 3), None, 2)).tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    assert key_index(lay_out((2, 3), (1, 2), 2)).tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
 
 
 def test_tails_begin_at_the_first_target():

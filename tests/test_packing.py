@@ -14,7 +14,7 @@ from babydoctor.config import LoraConfig
 from babydoctor.model.adapters import add_lora
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.checkpoint import load_run
-from babydoctor.packing import build_batch, pack, plan_bins
+from babydoctor.packing import MIN_PREFIX, build_batch, common_prefix, pack, plan_bins
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
 
 
@@ -60,6 +60,55 @@ def test_labels_shift_inside_each_document() -> None:
     assert batch.document_lengths == (6, 5)
 
 
+def with_prefix(example: Example, text: list[int]) -> Example:
+    """The example behind words that are not supervised."""
+    head = np.array(text, np.int32)
+    return Example(
+        example.id,
+        np.concatenate([head, example.input_ids]),
+        np.concatenate([np.full(len(head), IGNORE_INDEX, np.int32), example.labels]),
+        np.concatenate([np.zeros(len(head), bool), example.image_mask]),
+        example.images,
+    )
+
+
+def test_what_all_begin_with_stands_once() -> None:
+    words = list(range(50, 50 + MIN_PREFIX + 4))
+    examples = [with_prefix(make_example(6 + i, seed=i), words) for i in range(3)]
+    assert common_prefix(examples) == len(words)
+    batch, other = pack(examples, 34)
+    for part in (batch, other):
+        assert len(part) <= 34
+        assert part.prefix_length == (len(words) if len(part.ids) > 1 else 0)
+    assert sorted(batch.ids + other.ids) == ["0", "1", "2"]
+    both = build_batch(examples, len(words))
+    assert both.input_ids.tolist() == [*words, *np.concatenate([e.input_ids[len(words) :] for e in examples])]
+    assert both.position_ids.tolist() == [*range(26), *range(20, 27), *range(20, 28)]
+    assert both.document_lengths == (6, 7, 8) and both.num_supervised == sum(e.num_supervised for e in examples)
+
+
+@pytest.mark.parametrize("kept", [MIN_PREFIX - 1, MIN_PREFIX, MIN_PREFIX + 3])
+def test_images_targets_and_other_words_end_a_prefix(kept: int) -> None:
+    words = list(range(50, 90))
+    a, b = (with_prefix(make_example(9, seed=i), words) for i in range(2))
+    expected = kept if kept >= MIN_PREFIX else 0
+    a.input_ids[kept] = 1
+    assert common_prefix([a, b]) == expected
+    a.input_ids[kept] = words[kept]
+    a.image_mask[kept] = True
+    assert common_prefix([a, b]) == expected
+    a.image_mask[kept] = False
+    a.labels[kept + 1] = 5  # predicted by position ``kept``
+    assert common_prefix([a, b]) == expected
+    assert common_prefix([a]) == 0
+
+
+def test_an_example_is_never_prefix_alone() -> None:
+    words = list(range(50, 90))
+    short = Example("short", np.array(words, np.int32), np.full(40, IGNORE_INDEX, np.int32), np.zeros(40, bool))
+    assert common_prefix([short, with_prefix(make_example(9), words)]) == 39
+
+
 @pytest.fixture
 def model(tiny_run: Path) -> BabyDoctor:
     model = load_run(tiny_run, dtype=torch.float32).model
@@ -77,13 +126,17 @@ def loss(model: BabyDoctor, batch: Batch) -> torch.Tensor:
         torch.from_numpy(batch.image_mask),
         batch.document_lengths,
         torch.stack(pixels) if pixels else None,
+        batch.prefix_length,
     )
 
 
 def test_packed_loss_and_gradients_equal_unpacked(model: BabyDoctor) -> None:
-    examples = [make_example(20 + 3 * i, num_images=i % 2, seed=i) for i in range(7)]
+    words = list(range(50, 70))
+    examples = [with_prefix(make_example(20 + 3 * i, num_images=i % 2, seed=i), words) for i in range(7)]
     results = []
-    for batches in (pack(examples, 10_000), pack(examples, 60), [build_batch([example]) for example in examples]):
+    packings = [pack(examples, size, share_prefix=shares) for size in (10_000, 80) for shares in (True, False)]
+    assert [max(batch.prefix_length for batch in batches) for batches in packings] == [20, 0, 20, 0]
+    for batches in (*packings, [build_batch([example]) for example in examples]):
         count = sum(batch.num_supervised for batch in batches)
         total = sum(loss(model, batch) / count for batch in batches)
         assert isinstance(total, torch.Tensor)

@@ -9,9 +9,18 @@ import pytest
 
 from babydoctor.config import load_config
 from babydoctor.schema import UserError
-from babydoctor.train.hardware import find_hardware
-from babydoctor.train.planner import build_plan, check_fits, describe_model
-from babydoctor.train.statistics import known_statistics
+from babydoctor.train.bench import measure_peak, prepare
+from babydoctor.train.hardware import find_hardware, this_cpu
+from babydoctor.train.planner import (
+    build_plan,
+    check_fits,
+    describe_model,
+    gradient_bytes,
+    micro_batch_work,
+    optimizer_bytes,
+    step_bytes,
+)
+from babydoctor.train.statistics import known_statistics, summarize_examples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -54,16 +63,11 @@ def test_unknown_gpu_is_named():
         find_hardware("a11")
 
 
-@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("stage", ["align", "instruct", "radiology"])
 def test_predicted_memory_is_within_a_tenth_of_the_allocators(stage):
-    from babydoctor.train.bench import measure_peak, prepare
-    from babydoctor.train.hardware import this_cpu
-
     job = prepare(stage, "mini", "cpu", hardware=this_cpu(), batch_size=8, num_workers=0)
-    # The largest of the two steps that are measured, so that the lengths are those of the plan.
     measured = measure_peak(job)
-    from babydoctor.train.statistics import summarize_examples
-
+    # The larger of the two steps that are measured, so that the lengths are those of the plan.
     heaviest = max(
         (
             [job.dataset.encoder.encode(job.dataset.samples[i]) for i in job.dataset.sampler.samples_of_step(step)]
@@ -71,19 +75,10 @@ def test_predicted_memory_is_within_a_tenth_of_the_allocators(stage):
         ),
         key=lambda examples: sum(map(len, examples)),
     )
-    from babydoctor.train import costs
-    from babydoctor.train.planner import gradient_bytes, optimizer_bytes, step_bytes
-
     means = summarize_examples(heaviest)
-    work = costs.Work(
-        num_tokens=round(means.num_tokens * 8),
-        num_documents=8,
-        num_tail=round(means.num_tail * 8),
-        num_supervised=round(means.num_supervised * 8),
-        num_images=8,
-    )
+    own = round(8 * (means.num_tokens - means.num_prefix))
     model = job.plan.model
-    step_parts = step_bytes(model.shape, work, 0, is_cuda=False)
+    step_parts = step_bytes(model.shape, micro_batch_work(means, own + means.num_prefix), 0, is_cuda=False)
     predicted = sum(model.weights.values()) + optimizer_bytes(job.config, model.trainable)
     predicted += sum(step_parts.values()) + gradient_bytes(model, step_parts, accumulates=False)
     assert abs(predicted / measured - 1) < 0.1, (predicted, measured)

@@ -96,18 +96,18 @@ def serve(
             nf4=nf4,
             on_event=status.update,
         )
-    head = ("users", "tokens/s", "requests/s", "first token p50", "p95", "per token p50", "p95")
-    table = Table(*head, "decoding", "of memory's ceiling", title=None, box=None)
+    heads = ("users", "tok/s", "req/s", "first token p50", "p95 [s]", "per token p50", "p95 [ms]", "decode tok/s")
+    table = Table(*heads, "of memory's ceiling", title=None, box=None)
     for row in report.figures:
         table.add_row(
             str(row.num_users),
             f"{row.tokens_per_s:.0f}",
             f"{row.requests_per_s:.2f}",
-            f"{row.first_token_p50_s:.3f} s",
-            f"{row.first_token_p95_s:.3f} s",
-            f"{row.per_token_p50_s * 1e3:.1f} ms",
-            f"{row.per_token_p95_s * 1e3:.1f} ms",
-            f"{row.decode_tokens_per_s:.0f} tok/s",
+            f"{row.first_token_p50_s:.3f}",
+            f"{row.first_token_p95_s:.3f}",
+            f"{row.per_token_p50_s * 1e3:.1f}",
+            f"{row.per_token_p95_s * 1e3:.1f}",
+            f"{row.decode_tokens_per_s:.0f}",
             f"{report.share_of_ceiling(row):.0%}",
         )
     console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens an answer")

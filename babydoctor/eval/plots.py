@@ -90,7 +90,7 @@ def plot_calibration(calibration: Mapping[str, Any]) -> Canvas:
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=BLUE, linewidth=1)
     sizes = [25 + 160 * entry["count"] / largest for entry in bins]
-    axes.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, color=BLUE)
+    axes.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, color=BLUE, clip_on=False)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     error = calibration["expected_calibration_error"]
     axes.set_title(f"expected calibration error {error:.3f}", fontsize=10, loc="left")

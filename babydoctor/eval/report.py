@@ -31,6 +31,7 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 36px 0 8p
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; } caption { text-align: left; color: var(--soft); padding: 4px 0; }
 th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
 tr.us td { font-weight: 600; background: var(--wash); }
 .plots { display: flex; flex-wrap: wrap; gap: 12px; } img.plot { max-width: 100%; }

@@ -93,8 +93,9 @@ class BabyDoctor(nn.Module):
         image_mask: torch.Tensor,
         document_lengths: tuple[int, ...],
         pixel_values: torch.Tensor | None = None,
+        prefix_length: int = 0,
     ) -> torch.Tensor:
-        """Summed negative log-likelihood (float32 scalar) of one packed micro-batch.
+        """Summed negative log-likelihood (float32 scalar) of one packed micro-batch; see ``schema.Batch``.
 
         All arrays are ``[T]``, documents end to end; ``targets`` are already shifted and ``IGNORE_INDEX`` where
         nothing is supervised. ``pixel_values`` is ``[N, 3, S, S]``. Logits are computed at targets only.
@@ -102,9 +103,9 @@ class BabyDoctor(nn.Module):
         features = None if pixel_values is None else self.encode_images(pixel_values)
         embeds = self.embed(input_ids[None], image_mask[None], features)
         # What comes before a document's first target only matters as keys and values in the last layer.
-        tails = supervised_tails(targets, document_lengths)
-        hidden = self.decode(embeds, position_ids[None], document_lengths, tails)[0]
-        targets = targets[tail_index(document_lengths, tails, targets.device)]
+        tails = supervised_tails(targets[prefix_length:], document_lengths)
+        hidden = self.decode(embeds, position_ids[None], document_lengths, tails, prefix_length)[0]
+        targets = targets[tail_index(document_lengths, tails, targets.device, prefix_length)]
         supervised = (targets != IGNORE_INDEX).nonzero()[:, 0]
         return summed_cross_entropy(hidden[supervised], self.language_model.lm_head.weight, targets[supervised])
 
@@ -114,6 +115,7 @@ class BabyDoctor(nn.Module):
         position_ids: torch.Tensor,
         document_lengths: Sequence[int],
         tail_lengths: Sequence[int] | None = None,
+        prefix_length: int = 0,
     ) -> torch.Tensor:
         """Run LLaMA's layers over packed documents, the final norm included.
 
@@ -121,11 +123,13 @@ class BabyDoctor(nn.Module):
             embeds: ``[1, T, D]``.
             position_ids: ``[1, T]``.
             tail_lengths: how many of each document's last positions are wanted, ``Q`` together. None: all.
+            prefix_length: first positions, which every document sees.
 
         Returns:
             ``[1, Q, D]``.
         """
         if self.compiled:
+            assert not prefix_length, "transformers' layers share no prefix between documents"
             return self._decode_compiled(embeds, position_ids, document_lengths, tail_lengths)
         body: Any = self.language_model.model
         hidden = embeds[0].to(self.language_model.dtype)
@@ -139,7 +143,7 @@ class BabyDoctor(nn.Module):
                     if self._recomputes(index)
                     else decoder_layer
                 )
-                hidden = call(layer, hidden, cos, sin, document_lengths, tails)
+                hidden = call(layer, hidden, cos, sin, document_lengths, tails, prefix_length)
             return rms_norm(hidden, body.norm)[None]
 
     def _decode_compiled(

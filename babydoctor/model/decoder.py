@@ -27,6 +27,7 @@ def decoder_layer(
     sin: torch.Tensor,
     document_lengths: Sequence[int],
     tail_lengths: Sequence[int] | None = None,
+    prefix_length: int = 0,
 ) -> torch.Tensor:
     """One layer of LLaMA.
 
@@ -35,14 +36,15 @@ def decoder_layer(
         hidden: ``[T, W]``.
         cos, sin: ``[T, D]``.
         tail_lengths: how many of each document's last positions are wanted, summing to ``Q``; keys and values are
-            computed everywhere, all else only there. None: all.
+            computed everywhere, all else only there. None: all positions, the prefix's too.
+        prefix_length: first positions, which every document sees; see ``attention.py``.
 
     Returns:
         ``[Q, W]``.
     """
     modules: Any = layer
     attention, mlp = modules.self_attn, modules.mlp
-    tail = None if tail_lengths is None else tail_index(document_lengths, tail_lengths, hidden.device)
+    tail = None if tail_lengths is None else tail_index(document_lengths, tail_lengths, hidden.device, prefix_length)
 
     normed = rms_norm(hidden, modules.input_layernorm)
     if tail is None:
@@ -53,7 +55,8 @@ def decoder_layer(
         (query,) = apply_linears(normed[tail], [attention.q_proj])
         query_cos, query_sin, hidden = cos[tail], sin[tail], hidden[tail]
     query, key, value = (x.unflatten(1, (-1, attention.head_dim)) for x in (query, key, value))
-    mixed = attend(rotate(query, query_cos, query_sin), rotate(key, cos, sin), value, document_lengths, tail_lengths)
+    query, key = rotate(query, query_cos, query_sin), rotate(key, cos, sin)
+    mixed = attend(query, key, value, document_lengths, tail_lengths, prefix_length)
     hidden = hidden + apply_linears(mixed.flatten(1), [attention.o_proj])[0]
 
     normed = rms_norm(hidden, modules.post_attention_layernorm)
@@ -62,10 +65,13 @@ def decoder_layer(
 
 
 def tail_index(
-    document_lengths: Sequence[int], tail_lengths: Sequence[int], device: torch.device | str = "cpu"
+    document_lengths: Sequence[int],
+    tail_lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    prefix_length: int = 0,
 ) -> torch.Tensor:
     """``[Q]`` int64: where the last positions of each document stand."""
-    pieces, end = [], 0
+    pieces, end = [], prefix_length
     for length, wanted in zip(document_lengths, tail_lengths, strict=True):
         assert wanted <= length, (wanted, length)
         end += length

@@ -68,6 +68,7 @@ class SyntheticEncoder(Encoder):
         prompt = self.num_before + self.num_patches + self.num_after
         length = prompt + num_caption + 1
         ids = np.random.default_rng(num_caption).integers(3, self.vocabulary, length).astype(np.int32)
+        ids[: self.num_before] = np.arange(3, 3 + self.num_before)  # the system prompt, the same in all
         image_mask = np.zeros(length, bool)
         image_mask[self.num_before : self.num_before + self.num_patches] = True
         ids[image_mask] = 0

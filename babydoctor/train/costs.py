@@ -9,7 +9,7 @@ Symbols: ``T`` positions of the micro-batch, ``Q`` positions from each document'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from babydoctor.model.attention import QUERY_BLOCK
 from babydoctor.model.loss import chunk_rows
@@ -58,17 +58,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Work:
-    """One micro-batch. Documents are taken as equally long."""
+    """One micro-batch. Documents are taken as equally long; ``num_prefix`` of ``num_tokens`` are shared by all."""
 
     num_tokens: int
     num_documents: float
     num_tail: int
     num_supervised: int
     num_images: float
+    num_prefix: int = 0
 
     @property
-    def document_length(self) -> float:
-        return self.num_tokens / max(1.0, self.num_documents)
+    def own_length(self) -> float:
+        """Positions of a document behind the shared ones."""
+        return (self.num_tokens - self.num_prefix) / max(1.0, self.num_documents)
 
 
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -87,6 +89,7 @@ def layer_activation_bytes(shape: Architecture, work: Work, *, is_last: bool, is
     total += t * (w if grouped else shape.kv_width) * b  # values
     if is_cuda:
         total += q * (w * b + shape.num_heads * FLOAT32)  # attention's result and log-sum-exp
+        total += 2 * work.num_prefix * work.num_documents * w * b  # the prefix, copied for each document
     else:
         total += attention_scores(work, is_last=is_last) * shape.num_heads * b  # probabilities
     total += 2 * q * i * b  # gate and up
@@ -116,13 +119,19 @@ def lora_activation_bytes(shape: Architecture, work: Work, *, is_last: bool, is_
 
 def attention_scores(work: Work, *, is_last: bool) -> float:
     """Query-key pairs that the CPU's blocks compute, for one head."""
-    length = round(work.document_length)
-    asking = min(length, round(work.num_tail / max(1.0, work.num_documents))) if is_last else length
+    own = round(work.own_length)
+    asking = min(own, round(work.num_tail / max(1.0, work.num_documents))) if is_last else own
+    pairs = _block_pairs(asking, work.num_prefix + own) * work.num_documents
+    return pairs if is_last else pairs + _block_pairs(work.num_prefix, work.num_prefix)
+
+
+def _block_pairs(asking: int, length: int) -> float:
+    """Pairs of the last ``asking`` of ``length`` positions with what stands before their block's end."""
     pairs = 0
     for start in range(0, asking, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, asking)
         pairs += (stop - start) * (length - asking + stop)
-    return pairs * work.num_documents
+    return pairs
 
 
 def shared_activation_bytes(shape: Architecture, work: Work) -> float:
@@ -181,6 +190,10 @@ class Flops:
         """What the mathematics asks for."""
         return self.total - self.recomputed
 
+    def times(self, number: float) -> Flops:
+        """Of so many micro-batches."""
+        return Flops(**{part.name: getattr(self, part.name) * number for part in fields(self)})
+
     @property
     def total(self) -> float:
         return (
@@ -209,9 +222,10 @@ def count_flops(shape: Architecture, work: Work, recompute_every: int) -> Flops:
             layer_base += 2 * rows * wide_in * wide_out
             if shape.lora_rank and name in shape.lora_modules:
                 layer_lora += 2 * rows * shape.lora_rank * (wide_in + wide_out)
-        pairs = work.document_length * work.num_tokens / 2
+        own = work.num_tokens - work.num_prefix
+        pairs = (work.num_prefix + work.own_length / 2) * own + work.num_prefix**2 / 2
         if is_last:
-            pairs = min(pairs, work.document_length * work.num_tail)
+            pairs = min(pairs, (work.num_prefix + work.own_length) * work.num_tail)
         layer_attention = 4 * pairs * shape.width  # scores and mixing
         base += layer_base
         lora += layer_lora

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class StepData:
     """What one rank does in one optimiser step.
 
-    ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks.
+    ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks; a prefix that
+    samples share counts in each of them.
     ``pixels[i]`` is float32 ``[N, 3, S, S]`` for ``batches[i]``, or None without images.
     """
 
@@ -111,6 +112,7 @@ class StepDataset(Dataset[StepData]):
         self.images_dir = config.data.images
         self.quarantine = config.data.on_bad == "quarantine"
         self.max_tokens = max_tokens
+        self.share_prefix = config.train.shares_prefix
         self.rank, self.num_ranks = rank, num_ranks
         self.sampler = StepSampler(len(samples), config.train.batch_size, config.train.seed)
 
@@ -134,13 +136,13 @@ class StepDataset(Dataset[StepData]):
                 bad.append((sample.id, str(error)))
             else:
                 examples.append(example)
-        batches = pack(examples, self.max_tokens, self.num_ranks)
+        batches = pack(examples, self.max_tokens, self.num_ranks, share_prefix=self.share_prefix)
         mine = [batch for batch in batches[self.rank :: self.num_ranks] if len(batch)]
         return StepData(
             batches=mine,
             pixels=[self.encoder.pixels(batch, self.images_dir, loaded) for batch in mine],
             num_supervised=sum(batch.num_supervised for batch in batches),
-            num_tokens=sum(len(batch) for batch in batches),
+            num_tokens=sum(len(example) for example in examples),
             num_samples=len(examples),
             cut=[(example.id, example.num_cut) for example in examples if example.num_cut],
             bad=bad,

@@ -188,6 +188,7 @@ def forward(model: BabyDoctor, batch: Batch, pixels: torch.Tensor | None) -> tor
             **tensors,
             image_mask=torch.from_numpy(batch.image_mask).to(device, non_blocking=True),
             document_lengths=batch.document_lengths,
+            prefix_length=batch.prefix_length,
             pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
         )
 
@@ -215,7 +216,8 @@ class HeldOut:
         self.images_dir = data.eval_images or data.images
         samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad) if data.eval_rows else []
         self.encoder = encoder
-        self.batches = pack([encoder.encode(s) for s in samples[: data.eval_limit]], max_tokens)
+        examples = [encoder.encode(sample) for sample in samples[: data.eval_limit]]
+        self.batches = pack(examples, max_tokens, share_prefix=config.train.shares_prefix)
         self.shown = samples[: config.train.num_sample_answers]
 
     def report(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase, cursor: Cursor, reporter: Reporter) -> None:

@@ -134,6 +134,8 @@ def build_plan(
         model: from ``describe_model``; built anew when None.
     """
     model = model or describe_model(config)
+    if not config.train.shares_prefix:
+        statistics = replace(statistics, num_prefix=0)
     checkpointing, largest = config.train.gradient_checkpointing, 0
     if checkpointing == "auto":
         for checkpointing in CHECKPOINTING:
@@ -146,11 +148,12 @@ def build_plan(
     if tokens == "auto":
         tokens = largest or config.data.max_length
     memory = memory_by_part(config, model, hardware, statistics, checkpointing, tokens)
+    num_micro_batches, per_micro_batch = _spread_step(config, statistics, tokens)
     flops = costs.count_flops(
-        model.shape, _work(statistics, _step_tokens(config, statistics)), recompute_every(checkpointing)
+        model.shape, micro_batch_work(statistics, per_micro_batch), recompute_every(checkpointing)
     )
+    flops = flops.times(num_micro_batches)
     steps = config.train.max_steps or config.train.epochs * math.ceil(statistics.num_samples / config.train.batch_size)
-    num_micro_batches = math.ceil(_step_tokens(config, statistics) / tokens)
     passes = 2 + 1 / max(1, recompute_every(checkpointing)) * bool(recompute_every(checkpointing))
     # A 4-bit weight is read, written in bfloat16 and read by the product, in every pass over it.
     moved = num_micro_batches * passes * model.dequantized_bytes * 2.25 + 7 * 4 * model.trainable
@@ -181,7 +184,7 @@ def memory_by_part(
 ) -> dict[str, int]:
     """Peak bytes of a training step by part."""
     largest = max(config.data.max_length, round(1.1 * _step_tokens(config, statistics)))
-    work = _work(statistics, min(micro_batch_tokens, largest))
+    work = micro_batch_work(statistics, min(micro_batch_tokens, largest))
     memory = dict(model.weights)
     step = step_bytes(model.shape, work, recompute_every(checkpointing), is_cuda=hardware.is_cuda)
     memory["gradients"] = gradient_bytes(model, step, accumulates=_step_tokens(config, statistics) > work.num_tokens)
@@ -313,17 +316,28 @@ def _largest_micro_batch(
 
 
 def _step_tokens(config: RunConfig, statistics: TokenStatistics) -> int:
-    return math.ceil(config.train.batch_size * statistics.num_tokens)
+    """Positions of one step's samples in a single micro-batch."""
+    own = statistics.num_tokens - statistics.num_prefix
+    return math.ceil(config.train.batch_size * own) + statistics.num_prefix
 
 
-def _work(statistics: TokenStatistics, num_tokens: int) -> Work:
-    documents = num_tokens / statistics.num_tokens
+def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> tuple[int, int]:
+    """Number of a step's micro-batches, and the positions of each; the shared prefix stands in every one."""
+    own = _step_tokens(config, statistics) - statistics.num_prefix
+    number = max(1, math.ceil(own / max(1, micro_batch_tokens - statistics.num_prefix)))
+    return number, math.ceil(own / number) + statistics.num_prefix
+
+
+def micro_batch_work(statistics: TokenStatistics, num_tokens: int) -> Work:
+    """What a micro-batch of ``num_tokens`` positions holds on average."""
+    documents = (num_tokens - statistics.num_prefix) / (statistics.num_tokens - statistics.num_prefix)
     return Work(
         num_tokens=num_tokens,
         num_documents=documents,
         num_tail=min(num_tokens, round(documents * statistics.num_tail)),
         num_supervised=min(num_tokens, round(documents * statistics.num_supervised)),
         num_images=documents * statistics.num_images,
+        num_prefix=statistics.num_prefix,
     )
 
 

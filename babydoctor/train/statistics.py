@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from babydoctor.config import RunConfig
+from babydoctor.packing import common_prefix
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, UserError
 
 MAX_MEASURED = 500
@@ -16,7 +17,8 @@ MAX_MEASURED = 500
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Means per sample. ``num_tail`` counts the positions from the first supervised one on."""
+    """Means per sample. ``num_tail`` counts the positions from the first supervised one on, ``num_prefix`` those of
+    ``num_tokens`` that all samples begin with."""
 
     num_samples: int
     num_tokens: float
@@ -24,19 +26,20 @@ class TokenStatistics:
     num_supervised: float
     num_images: float
     source: str
+    num_prefix: int = 0
 
 
-# Text of the published sets, in tokens of LLaMA-2's vocabulary: what stands around the answer, what is supervised,
-# and the tail from the first supervised position on. Rows from the sets' cards.
+# Text of the published sets, in tokens of LLaMA-2's vocabulary: what stands around the answer, how much of that is
+# the system prompt, what is supervised, and the tail from the first supervised position on. Rows from the sets' cards.
 # - roco: 65,422 training rows; the mean of ROCO's 8,180 validation captions is 37.2 tokens (median 31, 95% below 88,
 #   longest 593), measured with LLaMA-2's SentencePiece vocabulary; the question and template take 81.
 # - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes a row, some 70 of them caption).
 # - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes a row,
 #   some 1,150 of them text, 4 characters a token; three quarters of it answers). 80K is a subset of it.
 _KNOWN_SETS = {
-    "roco": (65_422, 80, 40, 40, "ROCO's validation captions, measured"),
-    "lcs": (558_128, 1, 18, 18, "size of the published JSON, estimated"),
-    "instruct": (80_000, 130, 215, 260, "size of the published JSON of LLaVA-Instruct-150K, estimated"),
+    "roco": (65_422, 80, 76, 40, 40, "ROCO's validation captions, measured"),
+    "lcs": (558_128, 1, 0, 18, 18, "size of the published JSON, estimated"),
+    "instruct": (80_000, 130, 76, 215, 260, "size of the published JSON of LLaVA-Instruct-150K, estimated"),
 }
 
 
@@ -46,7 +49,7 @@ def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
     Raises:
         UserError: the rows are not there and not of a known set.
     """
-    for name, (rows, around, supervised, tail, source) in _KNOWN_SETS.items():
+    for name, (rows, around, prefix, supervised, tail, source) in _KNOWN_SETS.items():
         if any(name in path.lower() for path in config.data.rows):
             return TokenStatistics(
                 num_samples=rows,
@@ -55,6 +58,7 @@ def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
                 num_supervised=supervised,
                 num_images=1,
                 source=f"{name}: {source}",
+                num_prefix=prefix,
             )
     raise UserError(
         f"data.rows={', '.join(config.data.rows)!r} is not there, and its name tells none of the known sets "
@@ -91,6 +95,7 @@ def summarize_examples(examples: Sequence[Example]) -> TokenStatistics:
         num_supervised=sum(example.num_supervised for example in examples) / count,
         num_images=sum(len(example.images) for example in examples) / count,
         source=f"{count} examples",
+        num_prefix=common_prefix(examples),
     )
 
 
