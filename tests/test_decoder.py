@@ -16,7 +16,7 @@ from babydoctor.model.attention import (
     attend,
     key_index,
     lay_out,
-    register_packed_attention,
+    register_attention,
 )
 from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
 from babydoctor.model.decoder import rms_norm, rotate, swiglu, tail_index
@@ -90,7 +90,7 @@ def tiny_config(**values) -> LlamaConfig:
 
 def build_tiny(dtype=torch.float32, **values) -> BabyDoctor:
     torch.manual_seed(0)
-    register_packed_attention()
+    register_attention()
     config = tiny_config(**values)
     config._attn_implementation = ATTENTION_NAME
     language_model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)

@@ -24,7 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 ATTENTION_NAME = "babydoctor_packed"
 """The value of ``config._attn_implementation`` under which transformers finds ``packed_attention``."""
 
-QUERY_BLOCK = 128
+DENSE_ATTENTION_NAME = "babydoctor_dense"
+"""The same for ``dense_attention``, the vision tower's."""
+
+QUERY_BLOCK = 160
 """Queries that the CPU treats at once. Keys after the block's last query are skipped, so smaller blocks save work,
 and a block's scores stay in the cache; below 128 the matrix products become too small to run fast."""
 
@@ -145,10 +148,10 @@ class _BlockAttention(torch.autograd.Function):
         for blocks, probabilities in zip(ctx.groups.values(), saved, strict=True):
             grad_block = _gather_rows(grad, blocks)
             grad_p = torch.bmm(grad_block, _gather_keys(v, blocks).transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype).mul_(scale)
+            grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
             _add_keys(grad_v, blocks, torch.bmm(probabilities.transpose(1, 2), grad_block))
-            _add_keys(grad_k, blocks, torch.bmm(grad_scores.transpose(1, 2), _gather_rows(q, blocks)))
-            mixed = torch.bmm(grad_scores, _gather_keys(k, blocks))
+            _add_keys(grad_k, blocks, _scaled_bmm(grad_scores.transpose(1, 2), _gather_rows(q, blocks), scale))
+            mixed = _scaled_bmm(grad_scores, _gather_keys(k, blocks), scale)
             for block, part in zip(blocks, _split(mixed, blocks), strict=True):
                 grad_q[:, block.rows] = part
         return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1), None
@@ -165,6 +168,12 @@ def _equal_blocks(layout: Sequence[Stretch]) -> dict[tuple[int, int], list[Stret
             block = Stretch(rows, stretch.shared, keys)
             groups.setdefault((block.num_rows, block.num_keys), []).append(block)
     return groups
+
+
+def _scaled_bmm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * left @ right`` in one pass."""
+    size = (left.shape[0], left.shape[1], right.shape[2])
+    return torch.baddbmm(left.new_empty(()).expand(size), left, right, beta=0, alpha=scale)
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
@@ -253,12 +262,13 @@ def key_index(layout: Sequence[Stretch]) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def register_packed_attention() -> None:
-    """Make ``packed_attention`` known to transformers. Calling it again changes nothing."""
+def register_attention() -> None:
+    """Make ``packed_attention`` and ``dense_attention`` known to transformers. Calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionInterface.register(DENSE_ATTENTION_NAME, dense_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
@@ -297,3 +307,31 @@ def packed_attention(
         for q, k, v in zip(*(x.split(document_lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def dense_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of all positions to all, as CLIP's layers call it: ``[B, H, T, D]`` -> ``[B, T, H, D]`` and None.
+
+    On the CPU two matrix products with a softmax between take half as long as torch's kernel (257 positions,
+    bfloat16); on CUDA, or with a mask or gradients, it is that kernel.
+    """
+    if query.is_cuda or attention_mask is not None or torch.is_grad_enabled():
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        kwargs = {"is_causal": False} | kwargs
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    probabilities = torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(scale), dim=-1)
+    return torch.bmm(probabilities, v).unflatten(0, query.shape[:2]).transpose(1, 2), None

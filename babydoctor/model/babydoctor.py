@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
+from babydoctor.model.attention import DENSE_ATTENTION_NAME, register_attention
 from babydoctor.model.decoder import decoder_layer, rms_norm, tail_index
 from babydoctor.model.loss import summed_cross_entropy
 from babydoctor.model.vision import num_patches, patch_features
@@ -43,6 +44,8 @@ class BabyDoctor(nn.Module):
         vision_layer: int = -2,
     ) -> None:
         super().__init__()
+        register_attention()
+        vision.config._attn_implementation = DENSE_ATTENTION_NAME
         self.vision = vision
         self.projector = projector
         self.language_model = language_model
