@@ -180,7 +180,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return build_config(values, source=str(path))
 
 
@@ -218,7 +218,8 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     return keys
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``key=value`` in nested settings that are not validated yet; the key must be known."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"{override!r} is not an override; write key=value, for example train.batch_size=64")

@@ -1,4 +1,4 @@
-"""``babydoctor bench train | serve | soak``: measured speed on random weights, nothing downloaded."""
+"""``babydoctor bench train | paths | serve | soak``: measured speed on random weights, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     group.command("train")(train)
     group.command("serve")(serve)
     group.command("soak")(soak)
+    group.command("paths")(paths)
     app.add_typer(group, name="bench")
 
 
@@ -57,6 +58,25 @@ def train(
         if preset == "7b":
             used = result.mfu * result.plan.flops.total / result.plan.flops.model
             print(f"  and {projected_hours(result, 'a10', min(1.0, used)):.1f} h on an A10 at this share of its peak")
+
+
+def paths(
+    stage: Annotated[str, typer.Option(help="align, instruct or radiology")] = "instruct",
+    steps: Annotated[int, typer.Option(min=1, help="measured steps each time, after one of warm-up")] = 4,
+) -> None:
+    """What each fast path of training brings: the mini preset with it and without it, in turn."""
+    from babydoctor.train.bench_paths import bench_paths
+
+    print(f"| fast path ({stage}) | without it | samples/s | without | gain | peak MiB | without |")
+    print("|---|---|---|---|---|---|---|")
+    for result in bench_paths(stage, num_steps=steps):
+        gain = result.samples_per_s / result.samples_per_s_without - 1
+        print(
+            f"| {result.path.name} | {result.path.without} | {result.samples_per_s:.2f} | "
+            f"{result.samples_per_s_without:.2f} | {gain:+.0%} | {result.peak_bytes / 2**20:,.0f} | "
+            f"{result.peak_bytes_without / 2**20:,.0f} |",
+            flush=True,
+        )
 
 
 def serve(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from babydoctor.config import RunConfig, build_config
+from babydoctor.config import RunConfig, apply_override, build_config
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
 from babydoctor.image import ImageSettings
 from babydoctor.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
@@ -77,29 +77,32 @@ class SyntheticEncoder(Encoder):
         return Example(sample.id, ids, labels, image_mask, (sample.image,))
 
 
-def stage_config(stage: str, preset: str, *, batch_size: int, num_workers: int) -> RunConfig:
+def stage_config(
+    stage: str, preset: str, *, batch_size: int, num_workers: int, overrides: Sequence[str] = ()
+) -> RunConfig:
     """The stage's settings as in ``configs/``, on random weights."""
     is_7b = preset == "7b"
-    return build_config(
-        {
-            "name": stage,
-            "output_dir": "unused",
-            "model": {
-                "language_model": "random",
-                "vision_tower": "random",
-                "quantization": "nf4" if stage == "radiology" else "none",
-            },
-            "lora": None if stage == "align" else {"r": 128, "alpha": 256, "dropout": 0.05},
-            "data": {"rows": "unused", "image_mode": "pad", "max_length": 1024, "num_workers": num_workers},
-            "train": {
-                "batch_size": batch_size,
-                "micro_batch_tokens": "auto" if is_7b else 8192,
-                "gradient_checkpointing": "auto" if is_7b else "none",
-                "learning_rate": 1e-4,
-                "optimizer": "paged_adamw_8bit" if is_7b and stage != "align" else "adamw",
-            },
-        }
-    )
+    values = {
+        "name": stage,
+        "output_dir": "unused",
+        "model": {
+            "language_model": "random",
+            "vision_tower": "random",
+            "quantization": "nf4" if stage == "radiology" else "none",
+        },
+        "lora": None if stage == "align" else {"r": 128, "alpha": 256, "dropout": 0.05},
+        "data": {"rows": "unused", "image_mode": "pad", "max_length": 1024, "num_workers": num_workers},
+        "train": {
+            "batch_size": batch_size,
+            "micro_batch_tokens": "auto" if is_7b else 8192,
+            "gradient_checkpointing": "auto" if is_7b else "none",
+            "learning_rate": 1e-4,
+            "optimizer": "paged_adamw_8bit" if is_7b and stage != "align" else "adamw",
+        },
+    }
+    for override in overrides:
+        apply_override(values, override)
+    return build_config(values)
 
 
 def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor:
@@ -147,9 +150,18 @@ class Job:
     device: str
 
 
-def prepare(stage: str, preset: str, device: str, *, hardware: Hardware, batch_size: int, num_workers: int) -> Job:
+def prepare(
+    stage: str,
+    preset: str,
+    device: str,
+    *,
+    hardware: Hardware,
+    batch_size: int,
+    num_workers: int,
+    overrides: Sequence[str] = (),
+) -> Job:
     """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
-    config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers)
+    config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers, overrides=overrides)
     model = build_stage_model(config, preset, device)
     # `plain` puts a caption behind the image; `llava_llama_2` has a system prompt and a question before it.
     before, after = (1, 0) if stage == "align" else (76, 5)

@@ -30,7 +30,8 @@ def format_plan(plan: Plan) -> str:
         f"trained parameters        {plan.model.trainable / 1e6:,.1f} million",
         "",
         f"samples                   {statistics.num_samples:,}  ({statistics.source})",
-        f"positions a sample        {statistics.num_tokens:.0f}, of which {statistics.num_supervised:.0f} supervised",
+        f"positions a sample        {statistics.num_tokens:.0f}, of which {statistics.num_supervised:.0f} supervised"
+        + (f" and {statistics.num_prefix} common to all, computed once a micro-batch" if statistics.num_prefix else ""),
         f"steps                     {plan.num_steps:,}",
         f"operations a sample       {per_sample / 1e12:.3g} TFLOP",
         *(f"  {part:<24}{100 * share:5.1f} %" for part, share in _shares(plan)),
