@@ -67,6 +67,7 @@ class Layout:
         self.chat = gr.Chatbot(
             [],
             label="Conversation",
+            show_label=False,  # on a phone it would lie over the first message
             elem_id="bd-chat",
             height=360,
             layout="bubble",
