@@ -8,6 +8,13 @@ if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(i
   (apt-get update && apt-get install -y --no-install-recommends chromium) > /dev/null 2>&1 ||
     echo "chromium could not be installed; the browser tests will be skipped"
 fi
+# llama.cpp comes as source and compiles for some minutes; only .ci/run asks for it. Without it its tests are skipped.
+if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ] && ! python -c "import llama_cpp" 2> /dev/null; then
+  echo "Building llama-cpp-python (some minutes)"
+  CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
+    timeout 1200 pip install --quiet --disable-pip-version-check -c constraints.txt "llama-cpp-python>=0.3.36" ||
+    echo "llama-cpp-python could not be built; the tests that load llama.cpp will be skipped"
+fi
 ruff check .
 ruff format --check .
 mypy

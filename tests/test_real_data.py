@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from babydoctor.cli import build_app
+from babydoctor.conversation import get_template, render
+from babydoctor.data import StepSampler, parse_row
+from babydoctor.packing import common_prefix, pack
+from babydoctor.prepare.roco import build_row, read_captions
+from babydoctor.tokens import encode, load_tokenizer
 
 CONFIG = """
 name: real
@@ -66,3 +73,45 @@ def test_real_radiology_data_from_files_to_an_answer(shared_dir: Path, golden: P
 
     scan = examples.get_path("ct")
     assert run("chat", tmp_path / "run", "--image", scan, "--max-new-tokens", "8", "What is seen here?").strip()
+
+
+def roco_rows(data: Path) -> list[dict[str, Any]]:
+    captions = data / "roco" / "validation" / "radiology" / "captions.txt"
+    return [build_row(digits, caption) for digits, caption in read_captions(captions)][:1280]
+
+
+def multi_turn_rows(data: Path) -> list[dict[str, Any]]:
+    """VQA-RAD's questions about an image as one conversation."""
+    by_image: dict[str, list[dict[str, str]]] = {}
+    for item in json.loads((data / "vqa-rad" / "VQA_RAD_train.json").read_text()):
+        turns = by_image.setdefault(item["image_name"], [])
+        turns.append({"from": "human", "value": ("" if turns else "<image>\n") + item["question"]})
+        turns.append({"from": "gpt", "value": str(item["answer"])})
+    return [{"id": name, "image": name, "conversations": turns} for name, turns in by_image.items()]
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(roco_rows, 0.745), (multi_turn_rows, 0.707)])
+def test_no_position_of_a_micro_batch_is_padding(
+    shared_dir: Path, golden: Path, rows: Callable[[Path], list[dict[str, Any]]], padded: float
+) -> None:
+    """Real captions and conversations, 256 slots an image, steps of 128 samples: what padding would leave unused."""
+    tokenizer, template = load_tokenizer(golden / "base"), get_template("llava_llama_2")
+    examples = []
+    for row in rows(shared_dir / "data"):
+        sample = parse_row(row, "test")
+        segments = render(sample.turns, template)
+        examples.append(encode(segments, tokenizer, 256, max_length=1024, id=sample.id, images=(sample.image or "",)))
+    sampler = StepSampler(len(examples), 128, 0)
+    used, in_padded = [], []
+    for step in range(sampler.steps_per_epoch):
+        chosen = [examples[index] for index in sampler.samples_of_step(step)]
+        batches = pack(chosen, 4096)
+        prefix = common_prefix(chosen)
+        needed = sum(len(example) - prefix for example in chosen) + prefix * len(batches)
+        used.append(needed / sum(len(batch) for batch in batches))
+        in_padded.append(sum(map(len, chosen)) / (len(chosen) * max(map(len, chosen))))
+        assert prefix == 70 and max(map(len, batches)) <= 4096
+        # As few as the limit allows, or one more.
+        assert len(batches) <= -(-(needed - prefix * len(batches)) // (4096 - prefix)) + 1
+    assert min(used) >= 0.97
+    assert sum(in_padded) / len(in_padded) == pytest.approx(padded, abs=0.03)
