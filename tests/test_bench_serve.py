@@ -10,7 +10,7 @@ from serving import tiny_worker
 
 from babydoctor.schema import UserError
 from babydoctor.serve.bench import DecodeCost, Timing, build_questions, drive, run_bench, summarize
-from babydoctor.serve.soak import run_soak
+from babydoctor.serve.soak import SoakReport, run_soak
 
 
 def test_figures_add_up():
@@ -59,6 +59,21 @@ def test_a_short_soak_finds_no_fault(tmp_path):
     assert report.outcomes["answered"] > 0 and report.num_tokens > 0
     # Four seconds are too short to judge memory by; everything else holds.
     assert [fault for fault in report.faults() if "memory grew" not in fault] == []
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "is_fault"),
+    [
+        ([60, 90, 95, 95, 95, 98, 98, 98], False),  # a step of the allocator
+        ([60, 90, 92, 94, 96, 98, 100, 102], True),
+        ([90] * 8, False),
+    ],
+)
+def test_memory_that_grows_to_the_end_is_a_fault(mebibytes, is_fault):
+    report = SoakReport(rss_bytes={"worker": [value * 2.0**20 for value in mebibytes]}, seconds=1.0)
+    report.outcomes["answered"] = 1
+    assert any("memory grew" in fault for fault in report.faults()) == is_fault
+    assert "third quarter" in report.lines()[-1]
 
 
 def test_the_large_preset_says_what_it_needs(tmp_path):
