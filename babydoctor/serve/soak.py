@@ -26,6 +26,10 @@ from babydoctor.serve.protocol import ERROR_NONE, StreamDecoder
 
 NUM_IMAGES = 32
 
+SHORTEST, LONGEST = 16, 128
+"""New tokens of an answer. Each client asks for the longest until it has been answered once: a worker's memory for keys
+and values becomes real page by page, and so all pages that will be needed are there before growth is judged."""
+
 MAX_GROWTH = 0.02
 """How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator takes
 a step now and then, most of them early."""
@@ -123,6 +127,7 @@ class _User:
         self._template = template
         self._report = report
         self._random = random.Random(seed)
+        self._was_answered = False
 
     async def run(self, until: float) -> None:
         await asyncio.sleep(self._random.random())
@@ -132,11 +137,15 @@ class _User:
             except httpx.HTTPError as error:
                 outcome = type(error).__name__
             self._report.outcomes[outcome] += 1
+            self._was_answered = self._was_answered or outcome == "answered"
             await asyncio.sleep(self._random.uniform(0.5, 2) if outcome == "busy" else 0.05)
 
     def _leaves_after(self) -> int:
         """After how many pieces of the answer this client leaves; a tenth do."""
         return self._random.randrange(0, 20) if self._random.random() < 0.1 else 10**9
+
+    def _max_new_tokens(self) -> int:
+        return self._random.randrange(SHORTEST, LONGEST) if self._was_answered else LONGEST
 
     def _image(self) -> str:
         return base64.b64encode(noise(self._random.randrange(NUM_IMAGES))).decode()
@@ -151,7 +160,7 @@ class _User:
             "prompt": prompt_text(render_prompt([turn], get_template(self._template))),
             "images": [self._image()],
             "temperature": 0.7,
-            "max_new_tokens": self._random.randrange(16, 128),
+            "max_new_tokens": self._max_new_tokens(),
             "stop": "</s>",
         }
         decoder, num_pieces, leaves_after, started = StreamDecoder(), 0, self._leaves_after(), time.monotonic()
@@ -176,7 +185,7 @@ class _User:
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": [text, image]}],
-            "max_tokens": self._random.randrange(16, 128),
+            "max_tokens": self._max_new_tokens(),
             "stream": True,
         }
         num_pieces, leaves_after, started, done = 0, self._leaves_after(), time.monotonic(), False
