@@ -65,7 +65,7 @@ def test_a_short_soak_finds_no_fault(tmp_path):
     ("mebibytes", "is_fault"),
     [
         ([60, 90, 95, 95, 95, 98, 98, 98], False),  # a step of the allocator
-        ([60, 90, 92, 94, 96, 98, 100, 102], True),
+        ([60, 90, 95, 100, 105, 110, 115, 120], True),
         ([90] * 8, False),
     ],
 )

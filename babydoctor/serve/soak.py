@@ -30,9 +30,9 @@ SHORTEST, LONGEST = 16, 128
 """New tokens of an answer. Each client asks for the longest until it has been answered once: a worker's memory for keys
 and values becomes real page by page, and so all pages that will be needed are there before growth is judged."""
 
-MAX_GROWTH = 0.02
-"""How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator takes
-a step now and then, most of them early."""
+MAX_GROWTH = 0.05
+"""How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator's steps
+and pages that are touched for the first time come ever more rarely."""
 
 
 @dataclass
