@@ -31,8 +31,8 @@ SHORTEST, LONGEST = 16, 128
 and values becomes real page by page, and so all pages that will be needed are there before growth is judged."""
 
 MAX_GROWTH = 0.05
-"""How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator's steps
-and pages that are touched for the first time come ever more rarely."""
+"""How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator's
+steps and pages that are touched for the first time come ever more rarely."""
 
 
 @dataclass
