@@ -27,9 +27,9 @@ ATTENTION_NAME = "babydoctor_packed"
 DENSE_ATTENTION_NAME = "babydoctor_dense"
 """The same for ``dense_attention``, the vision tower's."""
 
-QUERY_BLOCK = 96
+QUERY_BLOCK = 128
 """Queries that the CPU treats at once. Keys after the block's last query are skipped, so smaller blocks save work,
-and a block's scores stay in the cache; below 96 the matrix products become too small to run fast."""
+and a block's scores stay in the cache; below 128 the matrix products become too small to run fast."""
 
 
 def attend(
