@@ -57,28 +57,27 @@ def tensor_bytes(module: torch.nn.Module) -> int:
 def matmul_flops_per_s(device: str = "cpu", size: int = 2048, rounds: int = 5) -> float:
     """The best rate of a bfloat16 product of square matrices: the ceiling for everything else."""
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begun = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
+    return 2 * size**3 / _best_seconds(lambda: left @ right, device, rounds)
 
 
 def memory_bytes_per_s(device: str = "cpu", size_bytes: int = 512 * 2**20, rounds: int = 5) -> float:
     """The best rate of reading (a sum) or copying (both ways counted) a tensor far larger than the caches."""
     source = torch.ones(size_bytes // 4, device=device)
     target = torch.empty_like(source)
-    best = 0.0
-    for function, moved in ((source.sum, size_bytes), (lambda: target.copy_(source), 2 * size_bytes)):
-        for _ in range(rounds + 1):
-            synchronize(device)
-            begun = time.perf_counter()
-            function()
-            synchronize(device)
-            best = max(best, moved / (time.perf_counter() - begun))
+    reading = size_bytes / _best_seconds(source.sum, device, rounds)
+    copying = 2 * size_bytes / _best_seconds(lambda: target.copy_(source), device, rounds)
+    return max(reading, copying)
+
+
+def _best_seconds(function: Callable[[], Any], device: str, rounds: int) -> float:
+    """The shortest of ``rounds`` calls and one more, which warms up."""
+    best = float("inf")
+    for _ in range(rounds + 1):
+        synchronize(device)
+        begun = time.perf_counter()
+        function()
+        synchronize(device)
+        best = min(best, time.perf_counter() - begun)
     return best
 
 

@@ -24,7 +24,9 @@ MIN_PREFIX = 16
 
 
 def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, shared: int = 0) -> list[list[int]]:
-    """Spread documents over bins of at most ``max_tokens`` positions each, ``shared`` ones not counted.
+    """Spread documents over bins of at most ``max_tokens`` positions each.
+
+    The first ``shared`` positions of all documents are the same and stand in a bin once.
 
     Longest documents first, each into the emptiest bin (LPT scheduling), with as few bins as that allows. The
     number of bins is a multiple of ``num_ranks``; some are empty when there are fewer documents than ranks.
@@ -38,12 +40,13 @@ def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, share
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
-            f"a sample has {longest + shared} positions, more than train.micro_batch_tokens={max_tokens + shared}; "
+            f"a sample has {longest} positions, more than train.micro_batch_tokens={max_tokens}; "
             "raise it or lower data.max_length"
         )
-    num_bins = max(1, -(-sum(lengths) // max_tokens))
+    own, room = [length - shared for length in lengths], max_tokens - shared
+    num_bins = max(1, -(-sum(own) // room))
     num_bins = -(-num_bins // num_ranks) * num_ranks
-    while (bins := _spread(lengths, max_tokens, num_bins)) is None:
+    while (bins := _spread(own, room, num_bins)) is None:
         num_bins += num_ranks
     return bins
 
@@ -63,7 +66,7 @@ def _spread(lengths: Sequence[int], max_tokens: int, num_bins: int) -> list[list
 def pack(examples: Sequence[Example], max_tokens: int, num_ranks: int = 1, *, share_prefix: bool = True) -> list[Batch]:
     """Pack the examples of one optimiser step into micro-batches; rank ``r`` takes ``batches[r::num_ranks]``."""
     prefix = common_prefix(examples) if share_prefix else 0
-    bins = plan_bins([len(example) - prefix for example in examples], max_tokens - prefix, num_ranks, shared=prefix)
+    bins = plan_bins([len(example) for example in examples], max_tokens, num_ranks, shared=prefix)
     return [build_batch([examples[index] for index in members], prefix) for members in bins]
 
 

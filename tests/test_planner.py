@@ -76,7 +76,7 @@ def test_predicted_memory_is_within_a_tenth_of_the_allocators(stage):
         key=lambda examples: sum(map(len, examples)),
     )
     means = summarize_examples(heaviest)
-    own = round(8 * (means.num_tokens - means.num_prefix))
+    own = round(8 * means.num_own)
     model = job.plan.model
     step_parts = step_bytes(model.shape, micro_batch_work(means, own + means.num_prefix), 0, is_cuda=False)
     predicted = sum(model.weights.values()) + optimizer_bytes(job.config, model.trainable)

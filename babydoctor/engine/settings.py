@@ -83,6 +83,12 @@ def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
+def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
+    """Layers, key/value heads and head width."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
+
+
 def build_memory(
     settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device
 ) -> KeyValueMemory:
@@ -91,11 +97,10 @@ def build_memory(
     Raises:
         UserError: the budget does not hold a single request.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+    num_layers, num_kv_heads, head_dim = kv_shape(config)
     capacity = settings.context(config)
     dtype = kv_dtype(dtype, device)
-    one = slot_bytes(config.num_hidden_layers, num_kv_heads, head_dim, capacity, dtype)
+    one = slot_bytes(num_layers, num_kv_heads, head_dim, capacity, dtype)
     budget = settings.kv_budget_bytes
     if budget is None:
         budget = available_memory_bytes() // 4 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] * 9 // 10
@@ -108,7 +113,7 @@ def build_memory(
             f"{2 * one} (two slots of {one}). Raise it, or lower engine.max_context={capacity}"
         )
     return KeyValueMemory(
-        num_layers=config.num_hidden_layers,
+        num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         capacity=capacity,

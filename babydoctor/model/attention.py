@@ -325,12 +325,8 @@ def dense_attention(
     bfloat16); on CUDA, or with a mask or gradients, it is that kernel.
     """
     if query.is_cuda or attention_mask is not None or torch.is_grad_enabled():
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         kwargs = {"is_causal": False} | kwargs
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return packed_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     probabilities = torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(scale), dim=-1)

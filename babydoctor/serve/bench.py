@@ -351,17 +351,14 @@ def run_bench(
 def decode_cost(model: BabyDoctor, request: Any) -> DecodeCost:
     """What a step reads, with the keys and values of a request that is half answered."""
     from babydoctor.engine.kv import slot_bytes
-    from babydoctor.engine.settings import kv_dtype
+    from babydoctor.engine.settings import kv_dtype, kv_shape
 
     language_model = model.language_model
-    config, embedding = language_model.config, language_model.model.embed_tokens.weight
-    head_dim = config.hidden_size // config.num_attention_heads
+    embedding = language_model.model.embed_tokens.weight
     dtype = kv_dtype(language_model.dtype, language_model.device)
     return DecodeCost(
         weight_bytes=tensor_bytes(language_model) - embedding.numel() * embedding.element_size(),
-        position_bytes=slot_bytes(
-            config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim, 1, dtype
-        ),
+        position_bytes=slot_bytes(*kv_shape(language_model.config), 1, dtype),
         num_positions=len(request.input_ids) + request.max_new_tokens // 2,
     )
 

@@ -317,8 +317,7 @@ def _largest_micro_batch(
 
 def _step_tokens(config: RunConfig, statistics: TokenStatistics) -> int:
     """Positions of one step's samples in a single micro-batch."""
-    own = statistics.num_tokens - statistics.num_prefix
-    return math.ceil(config.train.batch_size * own) + statistics.num_prefix
+    return math.ceil(config.train.batch_size * statistics.num_own) + statistics.num_prefix
 
 
 def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> tuple[int, int]:
@@ -330,7 +329,7 @@ def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tok
 
 def micro_batch_work(statistics: TokenStatistics, num_tokens: int) -> Work:
     """What a micro-batch of ``num_tokens`` positions holds on average."""
-    documents = (num_tokens - statistics.num_prefix) / (statistics.num_tokens - statistics.num_prefix)
+    documents = (num_tokens - statistics.num_prefix) / statistics.num_own
     return Work(
         num_tokens=num_tokens,
         num_documents=documents,

@@ -28,6 +28,11 @@ class TokenStatistics:
     source: str
     num_prefix: int = 0
 
+    @property
+    def num_own(self) -> float:
+        """Positions of a sample behind what all begin with."""
+        return self.num_tokens - self.num_prefix
+
 
 # Text of the published sets, in tokens of LLaMA-2's vocabulary: what stands around the answer, how much of that is
 # the system prompt, what is supervised, and the tail from the first supervised position on. Rows from the sets' cards.
