@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from babydoctor.engine.allocator import use_huge_pages
 from babydoctor.engine.decoder import plan_runs
 from babydoctor.engine.job import build_content
 from babydoctor.engine.kv import Content, FeatureCache, KeyValueMemory
@@ -188,3 +192,19 @@ def test_histograms_count_up_to_each_bound():
     for value in (0.5, 1.0, 1.5, 9.0):
         histogram.observe(value)
     assert histogram.counts == [2, 1, 1] and histogram.count == 4 and histogram.total == 12.0
+
+
+def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
+    numbers = torch.arange(24 * 2**20, dtype=torch.int32)  # 96 MB: a mapping of its own
+    moved = use_huge_pages()
+    if moved < numbers.nbytes // 2:
+        pytest.skip(f"this system gave {moved} bytes of huge pages (Linux 6.1 and transparent_hugepage are needed)")
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    found = re.search(r"AnonHugePages:\s+(\d+) kB", rollup)
+    assert found is not None and int(found[1]) * 1024 >= numbers.nbytes // 2
+    assert torch.equal(numbers, torch.arange(len(numbers), dtype=torch.int32))
+
+
+def test_no_more_is_moved_into_huge_pages_than_asked():
+    kept = torch.ones(16 * 2**20)
+    assert use_huge_pages(most_bytes=4 * 2**20) <= 4 * 2**20 and kept.min() == 1

@@ -187,6 +187,8 @@ class Decoder:
                 torch.compile(function, dynamic=True) for function in (normalize, rotate, gate)
             )
         self._offsets = torch.arange(self.num_kv_heads, device=self.device) * memory.capacity
+        self._all_positions = positions[0]
+        self._seen, self._unseen = torch.tensor([[0.0, float("-inf")]], dtype=memory.dtype, device=self.device).T
 
     @torch.inference_mode()
     def forward(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -229,22 +231,23 @@ class Decoder:
     ) -> StepPlan:
         """The tensors of a step. ``filled`` is token, slot and position of each row; logits are kept of ``kept``."""
         tokens, slots, positions = [list(column) for column in zip(*filled, strict=True)] or [[], [], []]
-        num_rows = len(tokens)
         wanted = list(kept)
         for chunk in chunks:
             positions.extend(range(chunk.start, chunk.end))
             if chunk.final:
                 wanted.append(len(positions) - 1)
-        on_device = [torch.tensor(x, dtype=torch.long).to(self.device) for x in (tokens, slots, positions, wanted)]
-        row_positions = on_device[2][:num_rows]
         # Where each row's key goes in keys.view(-1, W): slot, then head, then position.
-        starts = on_device[1] * (self.num_kv_heads * self.memory.capacity) + row_positions
+        row_size = self.num_kv_heads * self.memory.capacity
+        starts = [slot * row_size + position for slot, position in zip(slots, positions, strict=False)]
+        columns = (tokens, starts, positions, wanted)
+        together = torch.tensor([number for column in columns for number in column], dtype=torch.long)
+        on_device = together.to(self.device).split([len(column) for column in columns])
         return StepPlan(
             tokens=on_device[0],
             positions=on_device[2],
-            write_index=(starts[:, None] + self._offsets).flatten(),
+            write_index=(on_device[1][:, None] + self._offsets).flatten(),
             runs=runs,
-            run_masks=[self._run_mask(run, row_positions) for run in runs],
+            run_masks=[self._run_mask(run, on_device[2]) for run in runs],
             chunk_masks=[self._chunk_mask(chunk) for chunk in chunks],
             wanted=None if len(wanted) == len(positions) else on_device[3],
         )
@@ -252,9 +255,8 @@ class Decoder:
     def _run_mask(self, run: Run, row_positions: torch.Tensor) -> torch.Tensor:
         """``[R, 1, 1, L]``: 0 up to each row's own position, minus infinity beyond."""
         reach = row_positions[run.first_row : run.first_row + run.num_rows, None]
-        beyond = torch.arange(run.length, device=self.device) > reach
-        mask = torch.zeros(beyond.shape, dtype=self.memory.dtype, device=self.device)
-        return mask.masked_fill_(beyond, float("-inf"))[:, None, None]
+        seen = self._all_positions[: run.length] <= reach
+        return torch.where(seen, self._seen, self._unseen)[:, None, None]
 
     def _chunk_mask(self, chunk: Chunk) -> torch.Tensor:
         """``[T, L]`` float32: each position of the chunk sees itself and what comes before."""

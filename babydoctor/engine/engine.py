@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from babydoctor.engine.allocator import keep_freed_memory
+from babydoctor.engine.allocator import keep_freed_memory, use_huge_pages
 from babydoctor.engine.attention import image_attention
 from babydoctor.engine.check import check_request
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
@@ -110,6 +110,7 @@ class Engine:
     def start(self) -> Engine:
         if self.memory.device.type == "cpu":
             keep_freed_memory()
+            use_huge_pages()
             release_team()  # this thread has loaded and packed the weights; from now on another one computes
         self._thread.start()
         return self

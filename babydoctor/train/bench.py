@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from babydoctor.config import RunConfig, apply_override, build_config
-from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
+from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.image import ImageSettings
 from babydoctor.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
 from babydoctor.model.adapters import Quantization, add_lora
@@ -180,7 +180,7 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
     """Train; yields each step's seconds, the seconds of these that it waited for data, and what it held."""
     from accelerate import Accelerator
 
-    from babydoctor.train.loop import accumulate_gradients, seed_step
+    from babydoctor.train.loop import STEPS_TO_FULL_SIZE, accumulate_gradients, seed_step
 
     accelerator = Accelerator(cpu=job.device == "cpu")
     if job.device == "cpu":
@@ -194,6 +194,8 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
         torch.nn.utils.clip_grad_norm_(job.model.trainable_parameters().values(), job.config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if job.device == "cpu" and step + 1 == STEPS_TO_FULL_SIZE:
+            use_huge_pages()
         synchronize(job.device)
         now = time.perf_counter()
         yield now - begun, waited, data

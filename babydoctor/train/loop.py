@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from babydoctor.config import EvalTaskConfig, RunConfig
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data import fingerprint, load_dataset_rows, read_image
-from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory
+from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.eval.conditions import check_conditions
 from babydoctor.eval.generate import GenerationConfig
 from babydoctor.eval.run import EvalConfig, evaluate_task
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+STEPS_TO_FULL_SIZE = 2
+"""After these steps the process holds what it will hold: weights, the optimiser's state and a step's activations."""
 
 NUM_TASK_RESAMPLES = 200
 """Bootstrap resamples of a task at intervals: few, for what is looked at in passing."""
@@ -95,6 +98,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     if snapshot is not None:
         cursor = check_same_data(load_snapshot(snapshot, model, optimizer), cursor, snapshot)
     steps = iterate_steps(dataset, cursor.step, total_steps, config.data.num_workers)
+    first_step = cursor.step
     if accelerator.device.type == "cpu":
         keep_freed_memory(MOST_KEPT_BYTES)
 
@@ -115,6 +119,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
             optimizer.zero_grad(set_to_none=True)
             cursor = Cursor(cursor.step + 1, cursor.samples + data.num_samples, cursor.data_fingerprint)
 
+            if accelerator.device.type == "cpu" and cursor.step - first_step == STEPS_TO_FULL_SIZE:
+                use_huge_pages()
             reporter.step(cursor, data, begun, loss=loss, gradient_norm=norm, learning_rate=learning_rate)
             if held_out and is_due(config.train.eval_every, cursor.step, total_steps):
                 held_out.report(model, tokenizer, cursor, reporter)
