@@ -50,7 +50,7 @@ def use_huge_pages(most_bytes: int = MOST_HUGE_BYTES) -> int:
     engine's KV memory, which is shared, and touched here and there.
 
     Args:
-        most_bytes: stop after this much: moving takes about 2 s/GB.
+        most_bytes: stop after this much: moving takes about 2 s a GB.
 
     Returns:
         Bytes moved.
