@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -22,8 +23,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         # The library's own tokenizer where there is one: the wrapper around it costs five times as much (measured).
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._decode_ids = tokenizer.decode if backend is None else backend.decode
-        self._options = {"clean_up_tokenization_spaces": False} if backend is None else {}
+        self._decode_ids: Callable[..., str] = (
+            partial(tokenizer.decode, clean_up_tokenization_spaces=False) if backend is None else backend.decode
+        )
         self.token_ids: list[int] = []
         self._window = 0
         self._done = 0
@@ -49,7 +51,7 @@ class Detokenizer:
     def _decode(self, token_ids: list[int]) -> str:
         if not token_ids:
             return ""
-        return self._decode_ids(token_ids, skip_special_tokens=True, **self._options)
+        return self._decode_ids(token_ids, skip_special_tokens=True)
 
 
 class StopFilter:
