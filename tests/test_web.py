@@ -254,6 +254,18 @@ def test_examples_are_made_here_and_can_all_be_opened():
     assert gallery_html(examples).count("<button") == 8
 
 
+def test_only_answers_wait_in_gradios_queue():
+    # Gradio's stream ends with the last queued event; one that joins in that moment is not heard (see Page._connect).
+    from babydoctor.serve.web_chat import ControllerClient
+    from babydoctor.serve.web_page import Page
+
+    demo = Page(ControllerClient("http://127.0.0.1:1"), Uploads(), None).build()
+    events = [each for each in demo.config["dependencies"] if each["backend_fn"]]
+    queued = {each["api_name"] for each in events if each["queue"] is not False}
+    assert queued - {"on_unload"} == {"on_ask", "on_again"}  # a tab that closes listens to nothing
+    assert len(events) > 15
+
+
 def test_the_guard_asks_for_a_key_and_closes_the_page_to_the_rest_of_the_web():
     app = FastAPI()
 

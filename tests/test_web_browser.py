@@ -283,17 +283,20 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     tab.get_by_role("spinbutton", name="Longest answer").fill("16")
     tab.get_by_role("spinbutton", name="Longest answer").press("Enter")
     tab.get_by_role("button", name="Regenerate").click()
+    expect(tab.locator("#bd-chat .bot").last).not_to_contain_text("Stopped by you.")
     wait_for_answer(tab)
     expect(tab.locator("#bd-chat .user")).to_have_count(1)
     tab.get_by_role("button", name="Clear chat").click()
     expect(tab.locator("#bd-chat .user")).to_have_count(0)
 
-    # Both slots taken by others.
-    body = {"model": "tiny", "prompt": "x", "max_new_tokens": 1024, "temperature": 1}
+    # Both slots taken by others, whose greedy answers are long.
+    wait(lambda: _queue(parts) == 0, 10, "the worker's rest")
+    body = {"model": "tiny", "prompt": "x", "max_new_tokens": 1024, "temperature": 0}
     others = [
         requests.post(f"{parts.controller.url}/worker_generate_stream", json=body, stream=True, timeout=10)
         for _ in range(2)
     ]
+    assert [other.status_code for other in others] == [200, 200]
     ask(tab, "Me, too?")
     expect(tab.locator("#bd-status")).to_contain_text("busy")
     for other in others:

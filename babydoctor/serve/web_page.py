@@ -111,7 +111,10 @@ class Page:
             self.ui.words,
         ]
         gate = [self.ui.gate, self.ui.main, self.ui.model, self.ui.status, self.ui.passed]
-        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # Only answers go through Gradio's queue. Its stream to the browser ends with the last queued event, and an event
+        # that joins in that moment is not heard: an answer would stand still because the list of models was refreshed.
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+        queued: dict[str, Any] = private | {"queue": True}
         latest: dict[str, Any] = private | {"trigger_mode": "always_last"}
 
         demo.load(self.on_load, [self.ui.passed], gate, **private)
@@ -131,11 +134,11 @@ class Page:
 
         settings = [self.ui.model, self.ui.temperature, self.ui.top_p, self.ui.max_tokens]
         gr.on(
-            [self.ui.send.click, self.ui.question.submit], self.on_ask, [self.ui.question, *settings], chat, **private
+            [self.ui.send.click, self.ui.question.submit], self.on_ask, [self.ui.question, *settings], chat, **queued
         )
         self.ui.chat.clear(self.on_clear, None, chat, **private)
-        self.ui.again.click(self.on_again, settings, chat, **private)
-        self.ui.stop.click(self.on_stop, None, [self.ui.stop], queue=False, **private)
+        self.ui.again.click(self.on_again, settings, chat, **queued)
+        self.ui.stop.click(self.on_stop, None, [self.ui.stop], **private)
         self.ui.clear.click(self.on_clear, None, chat, **private)
         self.ui.starters.select(self.on_starter, None, [self.ui.question], **private)
         self.ui.export.click(self.on_export, None, [self.ui.exported, self.ui.status], **private).then(
