@@ -111,8 +111,8 @@ class Page:
             self.ui.words,
         ]
         gate = [self.ui.gate, self.ui.main, self.ui.model, self.ui.status, self.ui.passed]
-        # Only answers go through Gradio's queue. Its stream to the browser ends with the last queued event, and an event
-        # that joins in that moment is not heard: an answer would stand still because the list of models was refreshed.
+        # Only answers go through Gradio's queue. Its stream to the browser ends with the last queued event, and one that
+        # joins in that moment is not heard: an answer would stand still because the list of models was refreshed.
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         queued: dict[str, Any] = private | {"queue": True}
         latest: dict[str, Any] = private | {"trigger_mode": "always_last"}
@@ -133,9 +133,7 @@ class Page:
             slider.input(self.on_window, [self.ui.center, self.ui.width], [*image, self.ui.status], **latest)
 
         settings = [self.ui.model, self.ui.temperature, self.ui.top_p, self.ui.max_tokens]
-        gr.on(
-            [self.ui.send.click, self.ui.question.submit], self.on_ask, [self.ui.question, *settings], chat, **queued
-        )
+        gr.on([self.ui.send.click, self.ui.question.submit], self.on_ask, [self.ui.question, *settings], chat, **queued)
         self.ui.chat.clear(self.on_clear, None, chat, **private)
         self.ui.again.click(self.on_again, settings, chat, **queued)
         self.ui.stop.click(self.on_stop, None, [self.ui.stop], **private)
