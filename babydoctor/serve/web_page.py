@@ -111,7 +111,7 @@ class Page:
             self.ui.words,
         ]
         gate = [self.ui.gate, self.ui.main, self.ui.model, self.ui.status, self.ui.passed]
-        # Only answers go through Gradio's queue. Its stream to the browser ends with the last queued event, and one that
+        # Only answers go through Gradio's queue. Its stream to the browser ends with the last queued event; one that
         # joins in that moment is not heard: an answer would stand still because the list of models was refreshed.
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         queued: dict[str, Any] = private | {"queue": True}
