@@ -9,11 +9,17 @@ if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(i
     echo "chromium could not be installed; the browser tests will be skipped"
 fi
 # llama.cpp comes as source and compiles for some minutes; only .ci/run asks for it. Without it its tests are skipped.
-if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ] && ! python -c "import llama_cpp" 2> /dev/null; then
-  echo "Building llama-cpp-python (some minutes)"
+# Two versions: today's, and in a folder of its own the last one that has CLIP's class token in its place.
+build_llama_cpp() {
+  echo "Building llama-cpp-python $1 (some minutes)"
   CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
-    timeout 1200 pip install --quiet --disable-pip-version-check -c constraints.txt "llama-cpp-python>=0.3.36" ||
-    echo "llama-cpp-python could not be built; the tests that load llama.cpp will be skipped"
+    timeout 1200 pip install --quiet --disable-pip-version-check -c constraints.txt "llama-cpp-python$1" "${@:2}" ||
+    echo "llama-cpp-python $1 could not be built; the tests that load it will be skipped"
+}
+if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ]; then
+  python -c "import llama_cpp" 2> /dev/null || build_llama_cpp ">=0.3.36"
+  old="$(python -c "import sys; print(sys.prefix)")/llama-cpp-python-0.3.8"
+  [ -d "$old" ] || build_llama_cpp "==0.3.8" diskcache --no-deps --target "$old"
 fi
 ruff check .
 ruff format --check .

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +150,32 @@ def tiny_run(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     run = tmp_path_factory.mktemp("runs") / "tiny"
     lora = {"r": 4, "alpha": 8, "dropout": 0.1}
     return train(build_config(tiny_settings | {"output_dir": str(run), "lora": lora}))
+
+
+@pytest.fixture
+def ask_old_llama_cpp(
+    tmp_path: Path,
+) -> Callable[[Path, Sequence[tuple[Path, str, int]]], list[tuple[str, list[int], list[float]]]]:
+    """(folder, (PNG, question, longest answer)...) -> (answer, its ids but the last, the prompt's last logits)...
+
+    From llama-cpp-python 0.3.8, the last version that has CLIP's class token in its place. ``scripts/test.sh`` puts it
+    beside the environment: two versions cannot live in one process.
+    """
+    folder = Path(sys.prefix) / "llama-cpp-python-0.3.8"
+    if not (folder / "llama_cpp").is_dir():
+        pytest.skip("llama-cpp-python 0.3.8 is not built (BABYDOCTOR_LLAMA_CPP=1 bash scripts/test.sh)")
+
+    def ask(model: Path, questions: Sequence[tuple[Path, str, int]]) -> list[tuple[str, list[int], list[float]]]:
+        asked, answered = tmp_path / "questions.json", tmp_path / "answers.json"
+        asked.write_text(json.dumps([(str(png), *rest) for png, *rest in questions]))
+        script = Path(__file__).parent / "llama_cpp_before_mtmd.py"
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        command = [sys.executable, script, model, asked, answered]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(answered.read_text())
+
+    return ask
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -154,6 +154,25 @@ def test_llama_cpp_gives_our_answer(
         assert max(regrets) < 0.02, regrets
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_llama_cpp_of_before_gives_our_answer(
+    run: Path, golden: Path, tmp_path: Path, dtype: str, ask_old_llama_cpp: Callable[..., Any]
+) -> None:
+    """Where llama.cpp has the class token in its place, ``mmproj.gguf`` is this run, from picture to text."""
+    export_run(run, tmp_path / "gguf", format="gguf", dtype=dtype)
+    for image in IMAGES:
+        square(golden, image).save(tmp_path / f"{image}.png")
+    answers = ask_old_llama_cpp(tmp_path / "gguf", [(tmp_path / f"{image}.png", WORDS, 13) for image in IMAGES])
+    loaded = load_run(run)
+    for image, (_, written, logits) in zip(IMAGES, answers, strict=True):
+        pixels = torch.from_numpy(to_pixels(square(golden, image), loaded.manifest.image))
+        expected, ids = logits_and_greedy(loaded, pixels, 13)
+        difference = float(np.abs(np.array(logits) - expected[-1].numpy()).max())
+        print(f"{dtype}: logits differ by {difference:.2g}")
+        assert difference < (0.001 if dtype == "float32" else 0.01)
+        assert written == ids[: len(written)] and len(written) > 10
+
+
 REPLIES = {"ROCO_00278": "No sign of a mass.", "ROCO_01747": "There is fluid in the left lung."}
 
 

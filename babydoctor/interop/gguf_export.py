@@ -1,7 +1,8 @@
 """``babydoctor export --format gguf``: ``model.gguf`` and ``mmproj.gguf`` for llama.cpp.
 
 Source: llama.cpp, ``convert_hf_to_gguf.py`` (names, order of rotary weights) and ``tools/mtmd/clip.cpp`` and
-``models/llava.cpp`` (what it does with a projector of type ``mlp``), as vendored in llama-cpp-python 0.3.36.
+``models/llava.cpp`` (what it does with a projector of type ``mlp``), as vendored in llama-cpp-python 0.3.36, and
+``examples/llava/clip.cpp`` in 0.3.8 (keys and names that it wants besides).
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ _BLOCK_PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
+    "mlp.fc1": "ffn_down",  # the names llama.cpp's first LLaVA files had; it still tells by the shapes
+    "mlp.fc2": "ffn_up",
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
     "input_layernorm": "attn_norm",
@@ -90,9 +91,10 @@ def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
 def _notes(run: PlainRun) -> Iterator[str]:
     yield (
         "Which mmproj: llama.cpp puts the tower's class token behind the patches and then drops the first patch "
-        "instead of the class token (issue 25814, open pull request 25844; so does 0.3.36 of llama-cpp-python). Take "
-        "mmproj-cls-last.gguf there: its position embeddings are moved along, so that every patch but the first is "
-        "computed as in training. Take mmproj.gguf with a llama.cpp in which that is mended."
+        "instead of the class token (issue 25814, open pull request 25844; so does llama-cpp-python from 0.3.9 to "
+        "0.3.36). Take mmproj-cls-last.gguf there: its position embeddings are moved along, so that every patch but "
+        "the first is computed as in training. Take mmproj.gguf with llama-cpp-python 0.3.8, the last before that, or "
+        "with a llama.cpp in which it is mended: the answers are this run's."
     )
     yield "A second question of a conversation begins with a space token there that training did not see."
     size = run.manifest.image_size
@@ -161,7 +163,11 @@ def write_mmproj(
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(run.manifest.name)
+    writer.add_description("CLIP tower and projector of a LLaVA")
     writer.add_clip_has_vision_encoder(True)
+    # Read by llama.cpp of March 2025 and before (llama-cpp-python 0.3.8), which had the class token in its place.
+    writer.add_bool("clip.has_text_encoder", False)
+    writer.add_bool("clip.has_llava_projector", True)
     writer.add_clip_projector_type("mlp")
     writer.add_vision_projection_dim(run.language_config.hidden_size)
     writer.add_vision_image_size(run.manifest.image_size)

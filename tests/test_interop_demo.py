@@ -1,0 +1,78 @@
+"""The tiny preset's trained runs say the same in transformers and in llama.cpp, picture by picture.
+
+They take minutes to train, so these tests use what ``scripts/demo.sh`` has left; ``.ci/run`` runs them after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from babydoctor.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
+from babydoctor.image import load_image
+from babydoctor.interop.export import export_run
+from babydoctor.model.checkpoint import load_run
+from babydoctor.schema import IMAGE_TOKEN
+
+ROOT = Path(__file__).parents[1]
+DEMO = Path(os.environ.get("BABYDOCTOR_DEMO", ROOT / ".demo"))
+NUM_CASES = 30
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (DEMO / "radiology" / "manifest.json").is_file(), reason="scripts/demo.sh has not run"),
+]
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Question]:
+    """Questions of every kind about as many held-out phantoms as possible."""
+    questions = load_questions(DEMO / "phantoms")
+    return questions[:: len(questions) // NUM_CASES][:NUM_CASES]
+
+
+def our_answers(run: Path, cases: list[Question]) -> list[str]:
+    answerer = Answerer(load_run(run), DEMO / "phantoms" / "images")
+    return answerer.ask([(case.question, case.image) for case in cases])
+
+
+def words(case: Question) -> str:
+    return case.question.replace(IMAGE_TOKEN, "").strip()
+
+
+@pytest.mark.parametrize("stage", ["instruct", "radiology"])
+def test_transformers(stage: str, cases: list[Question], tmp_path: Path) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    export_run(DEMO / stage, tmp_path / "hf", format="hf", dtype="float32")
+    processor: Any = AutoProcessor.from_pretrained(str(tmp_path / "hf"))
+    model: Any = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "hf"), dtype=torch.float32).eval()
+    answers = []
+    for case in cases:
+        content = [{"type": "image"}, {"type": "text", "text": words(case)}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        image = load_image(DEMO / "phantoms" / "images" / case.image)
+        inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answers.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert answers == our_answers(DEMO / stage, cases)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("stage", ["instruct", "radiology"])
+def test_llama_cpp(
+    stage: str, dtype: str, cases: list[Question], tmp_path: Path, ask_old_llama_cpp: Callable[..., Any]
+) -> None:
+    export_run(DEMO / stage, tmp_path / "gguf", format="gguf", dtype=dtype)
+    images = DEMO / "phantoms" / "images"
+    answers = ask_old_llama_cpp(
+        tmp_path / "gguf", [(images / case.image, words(case), MAX_NEW_TOKENS) for case in cases]
+    )
+    ours = our_answers(DEMO / stage, cases)
+    assert len(set(ours)) > 5
+    assert [text.strip() for text, _, _ in answers] == ours
