@@ -91,6 +91,9 @@ class TrainConfig(_Section):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     gradient_checkpointing: str = Field("none", description="none, full, every:K (one layer in K), or auto")
     compile: bool = Field(False, description="torch.compile each decoder layer")
+    fuse: Literal["auto"] | bool = Field(
+        "auto", description="compile elementwise operations into kernels; auto: on the CPU, from 256 wide on"
+    )
     share_prefix: bool = Field(True, description="compute what all samples begin with (system prompt) once a batch")
     seed: int = 42
     log_every: int = Field(1, gt=0)

@@ -19,7 +19,8 @@ from babydoctor.model.attention import (
     register_attention,
 )
 from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
-from babydoctor.model.decoder import rms_norm, rotate, swiglu, tail_index
+from babydoctor.model.decoder import tail_index
+from babydoctor.model.elementwise import rms_norm, rotate, swiglu
 from babydoctor.model.linear import apply_linears, draw_keep_mask
 from babydoctor.schema import IGNORE_INDEX
 

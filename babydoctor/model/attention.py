@@ -329,5 +329,5 @@ def dense_attention(
         return packed_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    probabilities = torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(scale), dim=-1)
+    probabilities = torch.softmax(_scaled_bmm(q, k.transpose(1, 2), scale), dim=-1)
     return torch.bmm(probabilities, v).unflatten(0, query.shape[:2]).transpose(1, 2), None

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from babydoctor.model.adapters import dequantized_weight
+from babydoctor.model.elementwise import add_masked, masked
 
 ADAPTER = "default"
 """peft's name for the one adapter that is ever injected."""
@@ -74,7 +75,7 @@ class _FrozenLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, keep: torch.Tensor | None, layers: tuple[_Layer, ...], *factors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        dropped = x if keep is None else x * keep
+        dropped = x if keep is None else masked(x, keep)
         remaining = list(factors)
         outputs, lows = [], []
         for layer in layers:
@@ -108,7 +109,7 @@ class _FrozenLinears(torch.autograd.Function):
                 if ctx.needs_input_grad[0]:
                     grad_dropped = _accumulate(grad_dropped, grad_low, down)
         if grad_x is not None and grad_dropped is not None:
-            grad_x += grad_dropped if keep is None else grad_dropped.mul_(keep)
+            grad_x = grad_x.add_(grad_dropped) if keep is None else add_masked(grad_x, grad_dropped, keep)
         return grad_x, None, None, *grad_factors
 
 

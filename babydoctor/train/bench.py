@@ -25,6 +25,7 @@ from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.random import PRESETS, build_random_model
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.train.fusing import set_fusing
 from babydoctor.train.hardware import Hardware, find_hardware, this_device
 from babydoctor.train.optimizer import build_optimizer
 from babydoctor.train.planner import Plan, build_plan, describe_model, recompute_every
@@ -118,6 +119,7 @@ def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor
     if config.lora is not None:
         add_lora(model.language_model, config.lora)
         model.language_model.to(torch.device(device))  # type: ignore[arg-type]
+    set_fusing(config.train, model)
     return model.train()
 
 

@@ -161,6 +161,7 @@ PATHS = (
         lambda: patch.object(BabyDoctor, "forward", loss_of_all_logits),
     ),
     FastPath("last layer from the first target on", "the whole last layer", _whole_last_layer),
+    FastPath("elementwise chains as one kernel each", "one operation after the other", overrides=("train.fuse=false",)),
     FastPath("tower's attention as two products", "torch's kernel", change=_use_torch_attention),
     FastPath(
         "fused optimiser",

@@ -31,6 +31,7 @@ from babydoctor.packing import pack
 from babydoctor.schema import Batch, Sample, UserError
 from babydoctor.tokens import load_tokenizer
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.train.fusing import set_fusing
 from babydoctor.train.hardware import this_device
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.plan_report import format_short
@@ -154,6 +155,7 @@ def build_trainable_model(
         add_lora(model.language_model, config.lora)
     if config.train.compile:
         model.compile_layers()
+    set_fusing(config.train, model)
     return model.train()
 
 
