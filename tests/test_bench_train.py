@@ -56,7 +56,7 @@ def test_paths_are_measured_on_and_off(monkeypatch):
     names = ("bfloat16", "cross-entropy in chunks at the targets", "own decoder layers")
     chosen = tuple(path for path in bench_paths.PATHS if path.name in names)
     monkeypatch.setattr(bench_paths, "PATHS", chosen)
-    results = list(bench_paths.bench_paths("instruct", num_steps=1, batch_size=2, rounds=1))
+    results = list(bench_paths.bench_paths("instruct", num_steps=1, batch_size=2))
     assert [result.path for result in results] == list(chosen) and len(chosen) == 3
     assert all(result.samples_per_s > 0 and result.samples_per_s_without > 0 for result in results)
     peaks = {result.path.name: result.peak_bytes_without / result.peak_bytes for result in results}

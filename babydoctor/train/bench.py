@@ -199,9 +199,8 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
         if job.device == "cpu" and step + 1 == STEPS_TO_FULL_SIZE:
             use_huge_pages()
         synchronize(job.device)
-        now = time.perf_counter()
-        yield now - begun, waited, data
-        begun = now
+        yield time.perf_counter() - begun, waited, data
+        begun = time.perf_counter()
 
 
 def measure_peak(job: Job) -> int:
