@@ -65,11 +65,13 @@ def test_the_rest_equals_an_uninterrupted_run(tiny_settings: dict[str, Any], tmp
     assert (run / "projector.safetensors").read_bytes() == projector
 
 
-def test_kill_9_in_the_middle(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuse", [False, True])
+def test_kill_9_in_the_middle(tiny_settings: dict[str, Any], tmp_path: Path, fuse: bool) -> None:
+    """Also with kernels that each process compiles for itself."""
     results = []
     for name in ("whole", "killed"):
         settings = build_settings(tiny_settings, tmp_path / name, "instruct")
-        settings["train"] = settings["train"] | {"max_steps": 60, "save_every": 1}
+        settings["train"] = settings["train"] | {"max_steps": 60, "save_every": 1, "fuse": fuse}
         results.append(build_config(settings))
     whole, killed = results
     train(whole)
