@@ -10,11 +10,11 @@ import pytest
 from babydoctor.config import load_config
 from babydoctor.schema import UserError
 from babydoctor.train.bench import measure_peak, prepare
+from babydoctor.train.described_model import describe_model
 from babydoctor.train.hardware import find_hardware, this_cpu
 from babydoctor.train.planner import (
     build_plan,
     check_fits,
-    describe_model,
     gradient_bytes,
     micro_batch_work,
     optimizer_bytes,

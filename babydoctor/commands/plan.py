@@ -24,9 +24,10 @@ def plan(
 ) -> None:
     """Say what a stage needs before it starts: memory by part, operations, hours; exit status 2 if it cannot fit."""
     from babydoctor.config import load_config
+    from babydoctor.train.described_model import base_models, describe_model
     from babydoctor.train.hardware import find_hardware
     from babydoctor.train.plan_report import draw_plan, format_plan
-    from babydoctor.train.planner import base_models, build_plan, check_fits, describe_model
+    from babydoctor.train.planner import build_plan, check_fits
     from babydoctor.train.statistics import find_statistics
 
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)

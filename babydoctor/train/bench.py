@@ -24,11 +24,12 @@ from babydoctor.model.adapters import Quantization, add_lora
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.random import PRESETS, build_random_model
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
+from babydoctor.train.described_model import describe_model
 from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.train.fusing import set_fusing
 from babydoctor.train.hardware import Hardware, find_hardware, this_device
 from babydoctor.train.optimizer import build_optimizer
-from babydoctor.train.planner import Plan, build_plan, describe_model, recompute_every
+from babydoctor.train.planner import Plan, build_plan, recompute_every
 from babydoctor.train.statistics import summarize_examples
 
 STAGES = ("align", "instruct", "radiology")
