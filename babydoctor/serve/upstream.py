@@ -17,15 +17,12 @@ from typing import Any
 
 import httpx
 
-from babydoctor.conversation import Template, get_template
 from babydoctor.image import load_image
 from babydoctor.schema import IMAGE_TOKEN, UserError
-from babydoctor.serve.admission import Places, check_request, decode_image
+from babydoctor.serve.admission import check_request, decode_image
 from babydoctor.serve.answers import Answer
-from babydoctor.serve.metrics import WorkerMetrics
 from babydoctor.serve.prompt_turns import prompt_to_turns
 from babydoctor.serve.protocol import (
-    ERROR_NO_WORKER,
     MAX_NEW_TOKENS,
     ApiError,
     AttentionRequest,
@@ -34,9 +31,9 @@ from babydoctor.serve.protocol import (
     GenerateRequest,
     TokenLogprob,
     Usage,
-    WorkerStatus,
 )
 from babydoctor.serve.settings import ServeSettings
+from babydoctor.serve.single_model import SingleModelBackend
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
@@ -62,7 +59,7 @@ class _Job:
     task: asyncio.Task[None] | None = None
 
 
-class UpstreamWorker:
+class UpstreamWorker(SingleModelBackend):
     """The backend behind a worker's routes, as ``worker.Worker`` is.
 
     Args:
@@ -75,35 +72,21 @@ class UpstreamWorker:
     def __init__(
         self, url: str, model: str, template: str, settings: ServeSettings, name: str, *, api_key: str | None = None
     ) -> None:
-        self.settings = settings
-        self.metrics = WorkerMetrics()
-        self.name = name
+        super().__init__(settings, name, template, NUM_RUNNING)
         self.url = api_root(url)
         self.model = model
-        self.places = Places(NUM_RUNNING, settings.limits.max_queue)
-        self.draining = False
-        self._template = get_template(template)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client: httpx.AsyncClient | None = None
         self._probing: asyncio.Task[None] | None = None
         self._unreachable: str | None = None
         self._jobs: set[_Job] = set()
-        self.metrics.gauge("queue_length", "Requests running and waiting", lambda: self.places.taken)
-
-    def model_names(self) -> list[str]:
-        return [self.name]
-
-    def template(self, model: str) -> Template:
-        self._check_model(model)
-        return self._template
 
     def unready(self) -> str | None:
         return "The worker is shutting down." if self.draining else self._unreachable
 
     async def open(self, request: GenerateRequest) -> Answer:
         self._check_model(request.model)
-        if self.draining:
-            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+        self._check_not_draining()
         if request.resume_ids:
             raise ApiError(422, "bad_resume_ids", "This worker cannot continue another's answer.", param="resume_ids")
         check_request(request, self.settings.limits)
@@ -137,15 +120,6 @@ class UpstreamWorker:
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
         return {"model": self.name, "template": self._template.name, "engine": "openai"}
-
-    def status(self) -> WorkerStatus:
-        return WorkerStatus(
-            model_names=[self.name],
-            speed=self.settings.worker.speed,
-            queue_length=self.places.taken,
-            template=self._template.name,
-            draining=self.draining,
-        )
 
     def start(self) -> None:
         """Called in the event loop before the first request."""
@@ -299,9 +273,6 @@ class UpstreamWorker:
             job.task.cancel()
             await asyncio.wait([job.task])
 
-    async def _nothing(self) -> None:
-        pass
-
     async def _probe(self) -> None:
         """Keep an eye on the server, so that a controller is told when it has gone."""
         assert self._client is not None
@@ -313,12 +284,6 @@ class UpstreamWorker:
             except httpx.HTTPError:
                 self._unreachable = "The server behind this worker cannot be reached."
             await asyncio.sleep(PROBE_EVERY_S)
-
-    def _check_model(self, model: str) -> None:
-        if model not in ("", self.name):
-            raise ApiError(
-                404, "model_not_found", "This worker serves another model.", error_code=ERROR_NO_WORKER, param="model"
-            )
 
 
 def load_upstream(

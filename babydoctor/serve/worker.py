@@ -22,20 +22,17 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 
 from babydoctor import __version__
-from babydoctor.conversation import Template, get_template
 from babydoctor.engine.request import Delta, EngineError, Event, Finished, FinishReason
 from babydoctor.engine.request import Usage as EngineUsage
 from babydoctor.schema import UserError
-from babydoctor.serve.admission import Keys, Places, check_image_count, check_request
+from babydoctor.serve.admission import Keys, check_image_count, check_request
 from babydoctor.serve.answers import Answer
 from babydoctor.serve.frontend import BODY_ERRORS, OPEN_PATHS, add_common_routes, errors
 from babydoctor.serve.jobs import EventPump, Job
 from babydoctor.serve.logs import REQUEST_ID, log
-from babydoctor.serve.metrics import WorkerMetrics
 from babydoctor.serve.middleware import Gate, add_error_handlers
 from babydoctor.serve.preparation import Preparer, api_error
 from babydoctor.serve.protocol import (
-    ERROR_NO_WORKER,
     ApiError,
     AttentionRequest,
     Chunk,
@@ -47,6 +44,7 @@ from babydoctor.serve.protocol import (
 from babydoctor.serve.registration import Registration
 from babydoctor.serve.retention import Retention
 from babydoctor.serve.settings import Secrets, ServeSettings
+from babydoctor.serve.single_model import SingleModelBackend
 
 if TYPE_CHECKING:
     from babydoctor.engine.engine import Engine
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Worker:
+class Worker(SingleModelBackend):
     """The backend behind the worker's routes.
 
     Args:
@@ -64,15 +62,10 @@ class Worker:
     """
 
     def __init__(self, run: Run, engine: Engine, settings: ServeSettings, name: str) -> None:
-        self.settings = settings
-        self.metrics = WorkerMetrics()
-        self.name = name
+        super().__init__(settings, name, run.manifest.template, engine.memory.max_running)
         self.run = run
         self.engine = engine
-        self.places = Places(engine.memory.max_running, settings.limits.max_queue)
-        self.draining = False
         self.jobs: set[Job] = set()
-        self._template = get_template(run.manifest.template)
         self._preparer = Preparer(run, engine, settings.limits)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="prepare")
         # Waits for the engine, so it has a thread of its own: preparing the next requests must not wait with it.
@@ -84,13 +77,6 @@ class Worker:
 
     # What the common routes ask of a backend.
 
-    def model_names(self) -> list[str]:
-        return [self.name]
-
-    def template(self, model: str) -> Template:
-        self._check_model(model)
-        return self._template
-
     def unready(self) -> str | None:
         if self.draining:
             return "The worker is shutting down."
@@ -98,8 +84,7 @@ class Worker:
 
     async def open(self, request: GenerateRequest) -> Answer:
         self._check_model(request.model)
-        if self.draining:
-            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+        self._check_not_draining()
         check_request(request, self.settings.limits)
         self.places.take()
         received_s = time.monotonic()
@@ -122,8 +107,7 @@ class Worker:
             raise ApiError(422, "wrong_image_count", "There must be one image to look at.", param="images")
         if len(request.prompt) > self.settings.limits.max_prompt_chars:
             raise ApiError(422, "prompt_too_long", "The prompt is too long.", param="prompt")
-        if self.draining:
-            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+        self._check_not_draining()
         self.places.take()
         started_s = time.monotonic()
         try:
@@ -150,15 +134,6 @@ class Worker:
             "image_tokens": self.run.model.num_patches,
             "stages": [stage.name for stage in manifest.lineage],
         }
-
-    def status(self) -> WorkerStatus:
-        return WorkerStatus(
-            model_names=[self.name],
-            speed=self.settings.worker.speed,
-            queue_length=self.places.taken,
-            template=self._template.name,
-            draining=self.draining,
-        )
 
     def start(self) -> None:
         """Called in the event loop before the first request."""
@@ -301,15 +276,6 @@ class Worker:
         elif (handle := preparing.result().handle) is not None:
             handle.cancel()
 
-    async def _nothing(self) -> None:
-        pass
-
-    def _check_model(self, model: str) -> None:
-        if model not in ("", self.name):
-            raise ApiError(
-                404, "model_not_found", "This worker serves another model.", error_code=ERROR_NO_WORKER, param="model"
-            )
-
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         loop = asyncio.get_running_loop()
         request_id = REQUEST_ID.get()
@@ -322,7 +288,6 @@ class Worker:
 
     def _add_gauges(self) -> None:
         gauge = self.metrics.gauge
-        gauge("queue_length", "Requests running and waiting", lambda: self.places.taken)
         snapshot = self.engine.stats()
         for name in type(snapshot).__slots__:
             if isinstance(getattr(snapshot, name), int | float):
