@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from babydoctor.prepare.phantom_text import KINDS, REPORT_QUESTION
@@ -166,9 +167,10 @@ def print_scores(work: Path) -> list[str]:
     table.add_row("chance", "", *(f"{100 * value:.1f}" for value in (*values, sum(values) / len(values))), "")
     console.print(table)
     example = next(q for q in questions if q.kind == "finding" and q.truth == "fracture")
-    console.print(f"One question, {example.question.split(chr(10))[-1]!r} (truth: {example.truth}):")
+    # What a model says may hold anything, "[/INST]" too, which rich would take for markup.
+    console.print(f"One question, {example.question.split(chr(10))[-1]!r} (truth: {example.truth}):", markup=False)
     for stage in STAGES:
-        console.print(f"  after {stage:<10} {scores[stage]['answers'][example.id]!r}")
+        console.print(f"  after {stage:<10} {scores[stage]['answers'][example.id]!r}", markup=False)
     return shortfalls(scores["radiology"], scores["instruct"], by_chance)
 
 
@@ -243,7 +245,8 @@ def try_out(work: Path, *, ask_once: bool) -> None:
     image = work / "phantoms" / "images" / case.image
     question = REPORT_QUESTION.split("\n")[0]
     run = os.path.relpath(work / "radiology")
-    console.print(f'\n[bold]babydoctor chat {run} --image {os.path.relpath(image)} "{question}"[/]')
+    command = f'babydoctor chat {run} --image {os.path.relpath(image)} "{question}"'
+    console.print(f"\n[bold]{escape(command)}[/]")
     answer(work / "radiology", image, question)
     console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}, {case.size_mm} mm[/]")
     if ask_once:
@@ -259,5 +262,5 @@ def ask_on_each_wire(run: Path, image: bytes, question: str = "What is the main 
     with launched(run, overrides=ports) as served, Client(served.controller_url) as client:
         (model,) = client.models()
         console.print(f"\n[bold]{question}[/] asked over HTTP at {served.controller_url}; page at {served.page_url}")
-        console.print(f"  LLaVA's wire:  {client.ask_llava(model, question, image)}")
-        console.print(f"  OpenAI's wire: {client.ask_openai(model, question, image)}")
+        console.print(f"  LLaVA's wire:  {client.ask_llava(model, question, image)}", markup=False)
+        console.print(f"  OpenAI's wire: {client.ask_openai(model, question, image)}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,17 @@ def test_the_same_question_about_the_same_image_is_generated_once(work: Path) ->
 def test_a_missing_phantom_folder_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="babydoctor data phantom"):
         load_questions(tmp_path)
+
+
+def test_answers_that_look_like_markup_are_printed_as_they_are(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "phantoms").symlink_to(work / "phantoms")
+    (tmp_path / "scores").mkdir()
+    for stage in demo.STAGES:
+        result = made_up(0.9, dict.fromkeys(KINDS, 0.5), terms=1.0)
+        result["scores"]["no image"] = result["scores"]["shuffled image"]
+        result["answers"] = {question.id: "[/INST] [bold]a mass" for question in load_questions(work / "phantoms")}
+        (tmp_path / "scores" / f"{stage}.json").write_text(json.dumps(result))
+    demo.print_scores(tmp_path)
+    assert capsys.readouterr().out.count("[/INST] [bold]a mass") == len(demo.STAGES)

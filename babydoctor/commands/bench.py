@@ -167,10 +167,10 @@ def soak(
             on_event=status.update,
         )
     for line in report.lines():
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True, markup=False)
     faults = report.faults()
     for fault in faults:
-        console.print(f"fault: {fault}", style="red", soft_wrap=True)
+        console.print(f"fault: {fault}", style="red", soft_wrap=True, markup=False)
     if faults:
         raise typer.Exit(1)
     console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")

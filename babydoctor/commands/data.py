@@ -316,5 +316,5 @@ def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patc
     numbers = (
         f"{len(example)} positions, {int(example.image_mask.sum())} of the image, {example.num_supervised} supervised"
     )
-    console.print(f"{sample.source}  id {sample.id}  {numbers}", style="dim", soft_wrap=True)
+    console.print(f"{sample.source}  id {sample.id}  {numbers}", style="dim", soft_wrap=True, markup=False)
     console.print(text, end="\n\n", soft_wrap=True)

@@ -80,7 +80,7 @@ def run(
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         bars: dict[str, Any] = {}
 

@@ -36,6 +36,7 @@ def serve(
 ) -> None:
     """Start controller, workers and page; stop all of them on Ctrl-C."""
     from rich.console import Console
+    from rich.markup import escape
 
     from babydoctor.schema import UserError
     from babydoctor.serve.launch import launched
@@ -61,7 +62,7 @@ def serve(
         finally:
             status.stop()
     try:
-        console.print(f"BabyDoctor serves [bold]{name}[/] (research use only)")
+        console.print(f"BabyDoctor serves [bold]{escape(name)}[/] (research use only)")
         if served.page_url:
             console.print(f"  page         {served.page_url}")
         console.print(f"  OpenAI API   {served.controller_url}/v1")

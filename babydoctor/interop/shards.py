@@ -100,7 +100,7 @@ def with_progress(
     weights: Iterable[tuple[str, torch.Tensor]], description: str, total: int | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass weights through and show a bar of how many there have been."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(description, total=total)
         for item in weights:

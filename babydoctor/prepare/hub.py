@@ -82,7 +82,13 @@ def _write_response(response: object, partial: Path, start: int, name: str) -> N
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
     console = Console(stderr=True)
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     written = start
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
