@@ -13,6 +13,7 @@ import torch
 from test_decoder import build_tiny, loss_and_gradients, packed_inputs
 
 from babydoctor.config import LoraConfig, TrainConfig
+from babydoctor.model import elementwise
 from babydoctor.model.adapters import add_lora
 from babydoctor.model.elementwise import fuse, rms_norm, rotate, swiglu
 from babydoctor.schema import UserError
@@ -51,6 +52,22 @@ def test_values_and_gradients(dtype: torch.dtype, both_ways) -> None:
         torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
 
 
+def test_kernels_do_not_depend_on_what_came_first(both_ways) -> None:
+    """To the last bit: a resumed run begins with another batch than the run that it continues."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(333, 32, generator=generator).bfloat16() for _ in range(2))
+    norm = build_tiny().language_model.model.norm
+    results = []
+    for first in (2, 90, 333):
+        for chain in vars(elementwise).values():
+            if isinstance(chain, elementwise._Chain):
+                chain.kernels.clear()
+        fuse()
+        swiglu(x[:first], y[:first]), rms_norm(x[:first], norm)
+        results.append((swiglu(x, y), rms_norm(x, norm)))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
 def test_a_step_with_lora_and_dropout(both_ways) -> None:
     model = build_tiny()
     add_lora(model.language_model, LoraConfig(r=4, alpha=8, dropout=0.3))
@@ -68,8 +85,6 @@ def test_a_step_with_lora_and_dropout(both_ways) -> None:
 
 
 def test_auto_leaves_small_models_alone(both_ways) -> None:
-    from babydoctor.model import elementwise
-
     set_fusing(TrainConfig(), build_tiny())
     assert not elementwise._state["fused"]
     set_fusing(TrainConfig(fuse=True), build_tiny())

@@ -10,7 +10,8 @@ Source: RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiG
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -39,14 +40,57 @@ def fuse(enabled: bool = True) -> None:
 
 
 class _Chain:
-    """A function of tensors that fuses to one kernel."""
+    """A function of tensors that fuses to one kernel for each combination of widths and layouts.
+
+    Tensors of two and more dimensions have the positions first; their number is all that may change under a kernel.
+    What torch.compile makes also depends on the sizes that it sees first, down to the rounding. So that a run that is
+    resumed computes what one that went through computed, it is shown stand-ins of ``_STAND_IN`` positions, never a
+    batch, and a function of its own each time, since functions remember what they were compiled for.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+        self.function: Any = function
+        self.kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        return (self.compiled if _state["fused"] else self.function)(*args)
+        if not _state["fused"]:
+            return self.function(*args)
+        # Detached: a kernel knows nothing of autograd, and would be compiled again for tensors with gradients.
+        args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        key = tuple(_kind(arg) for arg in args)
+        if key not in self.kernels:
+            self.kernels[key] = self._compile(args)
+        return self.kernels[key](*args)
+
+    def _compile(self, args: Sequence[Any]) -> Callable[..., Any]:
+        function = self.function
+        own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        kernel = torch.compile(own)
+        kernel(*(_stand_in(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        return kernel
+
+
+_STAND_IN = 1000
+
+
+def _kind(arg: Any) -> Any:
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.dtype, arg.device, arg.shape[arg.dim() > 1 :], _order(arg)
+
+
+def _order(x: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions from the one whose elements lie farthest apart to the one whose lie side by side."""
+    strides: tuple[int, ...] = x.stride()
+    return tuple(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
+
+
+def _stand_in(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() == 1:
+        return torch.zeros_like(x)
+    made = torch.empty_permuted((_STAND_IN, *x.shape[1:]), _order(x), dtype=x.dtype, device=x.device).zero_()
+    torch._dynamo.mark_dynamic(made, 0)
+    return made
 
 
 def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
