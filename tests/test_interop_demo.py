@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_interop_gguf import regret
 
 from babydoctor.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
-from babydoctor.image import load_image
+from babydoctor.image import load_image, to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.model.checkpoint import load_run
 from babydoctor.schema import IMAGE_TOKEN
@@ -22,6 +23,8 @@ from babydoctor.schema import IMAGE_TOKEN
 ROOT = Path(__file__).parents[1]
 DEMO = Path(os.environ.get("BABYDOCTOR_DEMO", ROOT / ".demo"))
 NUM_CASES = 30
+ROUNDING = {"float32": 0.002, "float16": 0.01}
+"""Logits from llama.cpp differ from ours by less."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,6 +76,17 @@ def test_llama_cpp(
     answers = ask_old_llama_cpp(
         tmp_path / "gguf", [(images / case.image, words(case), MAX_NEW_TOKENS) for case in cases]
     )
+    run = load_run(DEMO / stage)
     ours = our_answers(DEMO / stage, cases)
     assert len(set(ours)) > 5
-    assert [text.strip() for text, _, _ in answers] == ours
+    num_other = 0
+    for case, answer, (text, written, _) in zip(cases, ours, answers, strict=True):
+        if text.strip() == answer:
+            continue
+        # Stage 2 knows several wordings of each answer. Where two are equally likely, rounding may choose between them.
+        pixels = torch.from_numpy(to_pixels(load_image(images / case.image), run.manifest.image))
+        below = max(regret(run, pixels, written, case.question))
+        assert stage == "instruct" and below < ROUNDING[dtype], (case, answer, text, below)
+        num_other += 1
+    print(f"{stage} {dtype}: {NUM_CASES - num_other} of {NUM_CASES} answers equal")
+    assert num_other <= 3

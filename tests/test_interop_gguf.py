@@ -110,9 +110,10 @@ def as_llama_cpp_orders(model: BabyDoctor, *, moved: bool) -> Callable[[torch.Te
 
 
 @torch.no_grad()
-def regret(run: Run, pixels: torch.Tensor, added: list[int]) -> list[float]:
+def regret(run: Run, pixels: torch.Tensor, added: list[int], question: str = QUESTION) -> list[float]:
     """How far below our best logit each added id is, given those before it."""
-    prompt = encode(render_prompt([Turn("user", QUESTION)], get_template("llava_llama_2")), run.tokenizer, 16)
+    template = get_template("llava_llama_2")
+    prompt = encode(render_prompt([Turn("user", question)], template), run.tokenizer, run.model.num_patches)
     ids = torch.tensor([[*prompt.input_ids.tolist(), *added]])
     mask = torch.tensor([[*prompt.image_mask.tolist(), *[False] * len(added)]])
     embeds = run.model.embed(ids, mask, run.model.encode_images(pixels[None]))
