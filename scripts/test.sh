@@ -18,7 +18,7 @@ build_llama_cpp() {
 }
 if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ]; then
   python -c "import llama_cpp" 2> /dev/null || build_llama_cpp ">=0.3.36"
-  old="$(python -c "import sys; print(sys.prefix)")/llama-cpp-python-0.3.8"
+  old=.venv/llama-cpp-python-0.3.8
   [ -d "$old" ] || build_llama_cpp "==0.3.8" diskcache --no-deps --target "$old"
 fi
 ruff check .

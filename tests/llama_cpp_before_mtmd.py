@@ -18,7 +18,7 @@ import llama_cpp
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp import llava_cpp
 
-MARKER = "<__media__>"
+from babydoctor.interop.chat_template import LLAMA_CPP_MARKER
 
 
 def open_model(folder: Path) -> tuple[Any, Any]:
@@ -49,9 +49,9 @@ def read_image(model: Any, tower: Any, png: bytes) -> None:
 
 def answer(model: Any, tower: Any, png: bytes, question: str, num_new: int) -> tuple[str, list[int], list[float]]:
     template = ImmutableSandboxedEnvironment().from_string(model.metadata["tokenizer.chat_template"])
-    content = [{"type": "text", "text": MARKER}, {"type": "text", "text": question}]
+    content = [{"type": "text", "text": LLAMA_CPP_MARKER}, {"type": "text", "text": question}]
     prompt = template.render(messages=[{"role": "user", "content": content}], bos_token="<s>")
-    before, after = prompt.split(MARKER)
+    before, after = prompt.split(LLAMA_CPP_MARKER)
     model.reset()
     model._ctx.kv_cache_clear()
     model.eval(model.tokenize(before.encode(), add_bos=False, special=True))

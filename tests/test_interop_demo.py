@@ -17,7 +17,7 @@ from test_interop_gguf import regret
 from babydoctor.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
 from babydoctor.image import load_image, to_pixels
 from babydoctor.interop.export import export_run
-from babydoctor.model.checkpoint import load_run
+from babydoctor.model.checkpoint import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +39,8 @@ def cases() -> list[Question]:
     return questions[:: len(questions) // NUM_CASES][:NUM_CASES]
 
 
-def our_answers(run: Path, cases: list[Question]) -> list[str]:
-    answerer = Answerer(load_run(run), DEMO / "phantoms" / "images")
+def our_answers(run: Run, cases: list[Question]) -> list[str]:
+    answerer = Answerer(run, DEMO / "phantoms" / "images")
     return answerer.ask([(case.question, case.image) for case in cases])
 
 
@@ -63,7 +63,7 @@ def test_transformers(stage: str, cases: list[Question], tmp_path: Path) -> None
         inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
         ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answers.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    assert answers == our_answers(DEMO / stage, cases)
+    assert answers == our_answers(load_run(DEMO / stage), cases)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -77,7 +77,7 @@ def test_llama_cpp(
         tmp_path / "gguf", [(images / case.image, words(case), MAX_NEW_TOKENS) for case in cases]
     )
     run = load_run(DEMO / stage)
-    ours = our_answers(DEMO / stage, cases)
+    ours = our_answers(run, cases)
     assert len(set(ours)) > 5
     num_other = 0
     for case, answer, (text, written, _) in zip(cases, ours, answers, strict=True):

@@ -10,6 +10,7 @@ Source: RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiG
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -31,12 +32,17 @@ def fuse(enabled: bool = True) -> None:
     Raises:
         RuntimeError: torch.compile does not work here; on the CPU it needs a C++ compiler.
     """
-    if enabled and not _state["fused"]:
-        try:
-            torch.compile(lambda x: x * 2 + 1)(torch.ones(16))
-        except Exception as error:
-            raise RuntimeError(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}") from error
+    if enabled:
+        _check_compiler()
     _state["fused"] = enabled
+
+
+@functools.cache
+def _check_compiler() -> None:
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(16))
+    except Exception as error:
+        raise RuntimeError(f"torch.compile does not work here: {str(error).strip().splitlines()[0]}") from error
 
 
 class _Chain:
@@ -174,12 +180,10 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, forward: boo
 
     The CPU's attention multiplies head by head, so a head's positions stand side by side in what goes to it.
     """
-    by_head = forward and not x.is_cuda
-    if not _state["fused"]:
-        return _turn_into(_empty(x, by_head), x, cos, sin, 1 if forward else -1)
-    if not forward:
-        return _turn_back(x, cos, sin)
-    return _turn_by_head(x, cos, sin).transpose(0, 1) if by_head else _turn_forward(x, cos, sin)
+    by_head, sign = forward and not x.is_cuda, 1 if forward else -1
+    if _state["fused"]:
+        return _turned(x, cos, sin, sign, by_head)
+    return _turn_into(_empty(x, by_head), x, cos, sin, sign)
 
 
 def _empty(x: torch.Tensor, by_head: bool) -> torch.Tensor:
@@ -198,26 +202,13 @@ def _turn_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch
     return out
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+@_Chain
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int, by_head: bool) -> torch.Tensor:
     half = x.shape[-1] // 2
     first, second = x.unflatten(-1, (2, half)).unbind(-2)
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-2)
-
-
-@_Chain
-def _turn_forward(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return _turned(x, cos, sin)
-
-
-@_Chain
-def _turn_by_head(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return _turned(x, cos, sin).transpose(0, 1).contiguous()
-
-
-@_Chain
-def _turn_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return _turned(grad, cos, -sin).contiguous()
+    cos, sin = cos[:, None, :half], sign * sin[:, None, :half]
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -2).flatten(-2)
+    return turned.transpose(0, 1).contiguous().transpose(0, 1) if by_head else turned.contiguous()
 
 
 @_Chain

@@ -20,13 +20,11 @@ class AnswerHandlers(Handlers):
     """Handlers of a finished answer.
 
     Args:
-        client: asks the controller.
         feedback_file: None: no feedback is taken.
     """
 
     def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, feedback_file: Path | None) -> None:
-        super().__init__(ui, sessions)
-        self.client = client
+        super().__init__(ui, sessions, client)
         self.feedback_file = feedback_file
 
     @told

@@ -8,19 +8,13 @@ import gradio as gr
 
 from babydoctor.schema import IMAGE_TOKEN
 from babydoctor.serve import web_view as show
-from babydoctor.serve.web_chat import ControllerClient
 from babydoctor.serve.web_errors import PageError
 from babydoctor.serve.web_handlers import Changes, Handlers, told
-from babydoctor.serve.web_layout import Layout
-from babydoctor.serve.web_session import Exchange, Sampling, Session, Sessions
+from babydoctor.serve.web_session import Exchange, Sampling, Session
 
 
 class ConversationHandlers(Handlers):
-    """Handlers of the conversation; ``client`` asks the controller."""
-
-    def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient) -> None:
-        super().__init__(ui, sessions)
-        self.client = client
+    """Handlers of the conversation."""
 
     async def on_ask(
         self, question: str, model: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request

@@ -16,6 +16,7 @@ import gradio as gr
 
 from babydoctor.serve import web_view as show
 from babydoctor.serve.logs import log
+from babydoctor.serve.web_chat import ControllerClient
 from babydoctor.serve.web_errors import PageError
 from babydoctor.serve.web_layout import Layout
 from babydoctor.serve.web_session import Session, Sessions
@@ -31,11 +32,13 @@ class Handlers:
     Args:
         ui: the page's elements.
         sessions: what the page remembers of its tabs.
+        client: asks the controller.
     """
 
-    def __init__(self, ui: Layout, sessions: Sessions) -> None:
+    def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient) -> None:
         self.ui = ui
         self.sessions = sessions
+        self.client = client
 
     def sentence(self, error: Exception) -> str:
         """An error as it is shown."""

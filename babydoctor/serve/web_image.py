@@ -8,6 +8,7 @@ import gradio as gr
 
 from babydoctor.serve import web_view as show
 from babydoctor.serve.web import MAX_UPLOAD_BYTES, Uploads
+from babydoctor.serve.web_chat import ControllerClient
 from babydoctor.serve.web_dicom import FILE_WINDOW, open_scan
 from babydoctor.serve.web_errors import PageError
 from babydoctor.serve.web_examples import ExampleCase
@@ -24,8 +25,15 @@ class ImageHandlers(Handlers):
         examples: by key.
     """
 
-    def __init__(self, ui: Layout, sessions: Sessions, uploads: Uploads, examples: Mapping[str, ExampleCase]) -> None:
-        super().__init__(ui, sessions)
+    def __init__(
+        self,
+        ui: Layout,
+        sessions: Sessions,
+        client: ControllerClient,
+        uploads: Uploads,
+        examples: Mapping[str, ExampleCase],
+    ) -> None:
+        super().__init__(ui, sessions, client)
         self.uploads = uploads
         self.examples = examples
 

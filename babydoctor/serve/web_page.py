@@ -81,7 +81,7 @@ class Page:
         self.ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [self.ui.agree], [self.ui.enter], **private)
         self.ui.enter.click(gates.on_enter, [self.ui.agree], gate, **private)
 
-        images = ImageHandlers(self.ui, self.sessions, self.uploads, self.examples)
+        images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
         loaded = [*image, *chat]
         self.ui.drop.upload(images.on_upload, None, loaded, **private)
         self.ui.gallery.select(images.on_example, None, loaded, **private)
@@ -109,11 +109,7 @@ class Page:
 
 
 class GateHandlers(Handlers):
-    """Handlers of the notice before the page, and of the list of models; ``client`` asks the controller."""
-
-    def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient) -> None:
-        super().__init__(ui, sessions)
-        self.client = client
+    """Handlers of the notice before the page, and of the list of models."""
 
     async def on_load(self, passed: bool, request: gr.Request) -> Changes:
         """A tab was opened, or opened anew."""
