@@ -36,8 +36,8 @@ def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from babydoctor.model.babydoctor import BabyDoctor
-    from babydoctor.model.checkpoint import Manifest, save_trained, write_manifest
     from babydoctor.model.projector import build_projector
+    from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
 
     torch.manual_seed(seed)
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
@@ -161,7 +161,7 @@ def start(arguments: list[str], url: str, log: Path, *, environment: dict[str, s
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from babydoctor.cli import main; main()", *arguments],
+            [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *arguments],
             env=os.environ | own | (environment or {}),
             stdout=file,
             stderr=file,

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig, build_config
-from babydoctor.model import adapters
-from babydoctor.model.adapters import (
+from babydoctor.model import language_model
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import (
     LoraUpdate,
     Quantization,
     add_lora,
@@ -20,9 +21,8 @@ from babydoctor.model.adapters import (
     load_language_model,
     lora_layers,
 )
-from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import load_run, read_manifest
 from babydoctor.model.merge import merge_run, probe_logits
+from babydoctor.model.run_dir import load_run, read_manifest
 from babydoctor.schema import UserError
 from babydoctor.train.loop import train
 
@@ -69,7 +69,7 @@ def test_unknown_lora_target_is_named(tiny_base: Path) -> None:
 def test_quantising_holds_one_float_weight_at_a_time(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a weight is quantised, all those before it are 4-bit already: there is no float copy of the base."""
     floats: list[int] = []
-    real = adapters.place_weight
+    real = language_model.place_weight
 
     def watch(model: Any, name: str, weight: torch.Tensor, quantization: Any) -> None:
         real(model, name, weight, quantization)
@@ -84,7 +84,7 @@ def test_quantising_holds_one_float_weight_at_a_time(tiny_base: Path, monkeypatc
             )
         )
 
-    monkeypatch.setattr(adapters, "place_weight", watch)
+    monkeypatch.setattr(language_model, "place_weight", watch)
     load_language_model(tiny_base / "llama", dtype=torch.float32, quantization=Quantization())
     assert max(floats) == 0
 

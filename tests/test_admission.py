@@ -9,7 +9,7 @@ import time
 import pytest
 
 from babydoctor.schema import UserError
-from babydoctor.serve.admission import (
+from babydoctor.serve.api.admission import (
     Keys,
     Places,
     bearer_key,
@@ -18,7 +18,7 @@ from babydoctor.serve.admission import (
     check_request,
     decode_image,
 )
-from babydoctor.serve.protocol import ApiError, GenerateRequest
+from babydoctor.serve.api.protocol import ApiError, GenerateRequest
 from babydoctor.serve.settings import (
     Limits,
     Secrets,

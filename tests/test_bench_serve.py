@@ -8,9 +8,9 @@ import pytest
 import torch
 from serving import tiny_worker
 
+from babydoctor.bench.serve import DecodeCost, Timing, build_questions, drive, run_bench, summarize
+from babydoctor.bench.soak import SoakReport, run_soak
 from babydoctor.schema import UserError
-from babydoctor.serve.bench import DecodeCost, Timing, build_questions, drive, run_bench, summarize
-from babydoctor.serve.soak import SoakReport, run_soak
 
 
 def test_figures_add_up():

@@ -7,15 +7,15 @@ import torch
 from test_packing import loss, make_example, with_prefix
 from typer.testing import CliRunner
 
-from babydoctor.cli import build_app
-from babydoctor.model.attention import attend
+from babydoctor.bench import paths as bench_paths
+from babydoctor.bench.paths import loss_of_all_logits, pad_to_longest, square_attention
+from babydoctor.bench.train import bench_train, prepare, run_steps
+from babydoctor.cli.main import build_app
+from babydoctor.data.packing import build_batch
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import load_run
-from babydoctor.packing import build_batch
-from babydoctor.train import bench_paths
-from babydoctor.train.bench import bench_train, prepare, run_steps
-from babydoctor.train.bench_paths import loss_of_all_logits, pad_to_longest, square_attention
-from babydoctor.train.hardware import this_cpu
+from babydoctor.model.packed.attention import attend
+from babydoctor.model.run_dir import load_run
+from babydoctor.plan.hardware import this_cpu
 
 
 @pytest.mark.parametrize("tails", [None, (1, 9, 4)])

@@ -10,7 +10,7 @@ import pytest
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from babydoctor.cli import main; main()"
+    program = "import sys; from babydoctor.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
 
 
@@ -34,7 +34,7 @@ def test_help_is_quick_and_quiet() -> None:
 
 def test_importing_the_commands_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from babydoctor.cli import build_app; build_app();"
+        "import sys; from babydoctor.cli.main import build_app; build_app();"
         "print([m for m in ('torch', 'transformers', 'gradio', 'datasets', 'matplotlib', 'fastapi', 'deepspeed')"
         " if m in sys.modules])"
     )

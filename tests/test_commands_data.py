@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from babydoctor.commands.data import register
+from babydoctor.cli.data import register
 from babydoctor.schema import UserError
 
 
@@ -169,7 +169,7 @@ def test_mistakes_are_user_errors(
 
 def test_the_module_imports_nothing_heavy() -> None:
     code = (
-        "import sys, babydoctor.commands.data as c, typer; c.register(typer.Typer()); "
+        "import sys, babydoctor.cli.data as c, typer; c.register(typer.Typer()); "
         "print([m for m in ('torch', 'numpy', 'PIL', 'rich.progress', 'pydicom', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

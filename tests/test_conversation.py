@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from babydoctor.conversation import TEMPLATES, get_template, prompt_text, render, render_prompt
-from babydoctor.data import parse_row
+from babydoctor.data.rows import parse_row
+from babydoctor.data.tokens import CUE_TOKENS, MIN_SUPERVISED, encode, load_tokenizer
 from babydoctor.schema import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Turn, UserError
-from babydoctor.tokens import CUE_TOKENS, MIN_SUPERVISED, encode, load_tokenizer
 
 ASK = Turn("user", "<image>\nWhich side?")
 ANSWER = Turn("assistant", "left")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from babydoctor.data import (
+from babydoctor.data.rows import (
     REASONS,
     Problem,
     RowError,
@@ -24,7 +24,7 @@ from babydoctor.data import (
     parse_row,
     read_image,
 )
-from babydoctor.rows import iter_rows
+from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
 
 
@@ -196,7 +196,7 @@ def test_json_lists_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         path.write_text(text, encoding="utf-8")
         for chunk in (7, 64, 1000, 1 << 20):
-            monkeypatch.setattr("babydoctor.rows._CHUNK_CHARS", chunk)
+            monkeypatch.setattr("babydoctor.data.sources._CHUNK_CHARS", chunk)
             assert [r for _, r in iter_rows(path)] == rows
     path.write_text("[]")
     assert list(iter_rows(path)) == []

@@ -9,8 +9,9 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.adapters import add_lora, build_language_model, finish_language_model
-from babydoctor.model.attention import (
+from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
+from babydoctor.model.language_model import add_lora, build_language_model, finish_language_model
+from babydoctor.model.packed.attention import (
     ATTENTION_NAME,
     QUERY_BLOCK,
     attend,
@@ -18,10 +19,9 @@ from babydoctor.model.attention import (
     lay_out,
     register_attention,
 )
-from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
-from babydoctor.model.decoder import tail_index
-from babydoctor.model.elementwise import rms_norm, rotate, swiglu
-from babydoctor.model.linear import apply_linears, draw_keep_mask
+from babydoctor.model.packed.decoder_layer import tail_index
+from babydoctor.model.packed.fused_ops import rms_norm, rotate, swiglu
+from babydoctor.model.packed.lora_linear import apply_linears, draw_keep_mask
 from babydoctor.schema import IGNORE_INDEX
 
 LENGTHS = (5, 300, 1, 129, 128, 40)
@@ -236,7 +236,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 def test_gradients_through_a_4bit_base():
     pytest.importorskip("bitsandbytes")
-    from babydoctor.model.adapters import Quantization, dequantized_weight, place_weight
+    from babydoctor.model.language_model import Quantization, dequantized_weight, place_weight
 
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=60

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from babydoctor import demo
 from babydoctor.config import load_config
-from babydoctor.demo_score import (
+from babydoctor.demo import demo
+from babydoctor.demo.demo_score import (
     Answerer,
     Question,
     accuracies,
@@ -21,10 +21,10 @@ from babydoctor.demo_score import (
     shortfalls,
     shuffled_images,
 )
-from babydoctor.prepare.phantom import build_cases, write_phantoms
-from babydoctor.prepare.phantom_text import KINDS, question_rows
-from babydoctor.prepare.tiny import LanguageSettings, TinySettings, make_tiny_base
-from babydoctor.prepare.tiny_tower import TowerSettings
+from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
+from babydoctor.demo.tiny_tower import TowerSettings
+from babydoctor.phantom.text import KINDS, question_rows
+from babydoctor.phantom.write import build_cases, write_phantoms
 from babydoctor.schema import UserError
 
 
@@ -130,7 +130,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_every_question_is_asked_under_each_condition(work: Path) -> None:
-    from babydoctor.model.checkpoint import load_run
+    from babydoctor.model.run_dir import load_run
 
     result = score(load_run(work / "align"), work / "phantoms")
     questions = load_questions(work / "phantoms")
@@ -143,7 +143,7 @@ def test_every_question_is_asked_under_each_condition(work: Path) -> None:
 
 
 def test_the_same_question_about_the_same_image_is_generated_once(work: Path) -> None:
-    from babydoctor.model.checkpoint import load_run
+    from babydoctor.model.run_dir import load_run
 
     answerer = Answerer(load_run(work / "align"), work / "phantoms" / "images")
     generated: list[int] = []

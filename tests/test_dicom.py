@@ -21,9 +21,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, SecondaryCaptureImageStorage, generate_uid
 
-from babydoctor.dicom import CT_PRESETS, IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
-from babydoctor.dicom_safety import codestream_size
-from babydoctor.image import load_image
+from babydoctor.imaging.dicom import CT_PRESETS, IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
+from babydoctor.imaging.dicom_safety import codestream_size
+from babydoctor.imaging.load import load_image
 from babydoctor.schema import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")
@@ -369,5 +369,5 @@ def test_odd_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder)
 
 
 def test_the_module_is_free_of_torch() -> None:
-    code = "import sys, babydoctor.dicom; sys.exit('torch' in sys.modules)"
+    code = "import sys, babydoctor.imaging.dicom; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

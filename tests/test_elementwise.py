@@ -13,9 +13,9 @@ import torch
 from test_decoder import build_tiny, loss_and_gradients, packed_inputs
 
 from babydoctor.config import LoraConfig, TrainConfig
-from babydoctor.model import elementwise
-from babydoctor.model.adapters import add_lora
-from babydoctor.model.elementwise import fuse, rms_norm, rotate, swiglu
+from babydoctor.model.language_model import add_lora
+from babydoctor.model.packed import fused_ops
+from babydoctor.model.packed.fused_ops import fuse, rms_norm, rotate, swiglu
 from babydoctor.schema import UserError
 from babydoctor.train.fusing import set_fusing
 
@@ -59,8 +59,8 @@ def test_kernels_do_not_depend_on_what_came_first(both_ways) -> None:
     norm = build_tiny().language_model.model.norm
     results = []
     for first in (2, 90, 333):
-        for chain in vars(elementwise).values():
-            if isinstance(chain, elementwise._Chain):
+        for chain in vars(fused_ops).values():
+            if isinstance(chain, fused_ops._Chain):
                 chain.kernels.clear()
         fuse()
         swiglu(x[:first], y[:first]), rms_norm(x[:first], norm)
@@ -86,9 +86,9 @@ def test_a_step_with_lora_and_dropout(both_ways) -> None:
 
 def test_auto_leaves_small_models_alone(both_ways) -> None:
     set_fusing(TrainConfig(), build_tiny())
-    assert not elementwise._state["fused"]
+    assert not fused_ops._state["fused"]
     set_fusing(TrainConfig(fuse=True), build_tiny())
-    assert elementwise._state["fused"]
+    assert fused_ops._state["fused"]
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from babydoctor.engine.request import (
     RequestFailedError,
 )
 from babydoctor.engine.settings import EngineSettings
-from babydoctor.model.adapters import Quantization, add_lora, quantize_linear
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import Quantization, add_lora, quantize_linear
 from babydoctor.schema import UserError
 
 EOS = 0

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from babydoctor.engine.allocator import use_huge_pages
 from babydoctor.engine.decoder import plan_runs
-from babydoctor.engine.job import build_content
-from babydoctor.engine.kv import Content, FeatureCache, KeyValueMemory
+from babydoctor.engine.kv_cache import Content, FeatureCache, KeyValueMemory
 from babydoctor.engine.request import GenerationRequest
 from babydoctor.engine.sampling import build_random, sample
+from babydoctor.engine.sequence import build_content
 from babydoctor.engine.stats import Histogram
 from babydoctor.engine.stops import Detokenizer, StopFilter
 

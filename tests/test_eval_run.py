@@ -15,8 +15,8 @@ from PIL import Image
 from serving import build_tiny_run
 
 from babydoctor.engine.request import TokenLogprob
+from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions
 from babydoctor.eval.compare import compare
-from babydoctor.eval.generate import GenerationConfig, answer_confidence, match_predictions, read_predictions
 from babydoctor.eval.model_card import BEGIN, END, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
 from babydoctor.eval.tasks import TaskConfig, load_task
@@ -89,7 +89,7 @@ def test_the_report_is_one_file(run: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_training_can_call_a_task(run: Path, rows: Path) -> None:
-    from babydoctor.model.checkpoint import load_run
+    from babydoctor.model.run_dir import load_run
 
     loaded = load_run(run)
     loaded.model.train()
@@ -188,7 +188,7 @@ def test_confidence_from_logprobs() -> None:
 def test_the_first_word_of_the_command_may_be_left_out(rows: Path, tmp_path: Path) -> None:
     predictions = _write_answers(tmp_path / "a.jsonl", ["no"] * 8)
     words: list[Any] = ["eval", "--task", "rows", "--data", rows, "--predictions", predictions, "--out", tmp_path / "o"]
-    code = "from babydoctor.cli import main; main()"
+    code = "from babydoctor.cli.main import main; main()"
     environment = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=environment, check=False

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from babydoctor.eval.stages import (
+from babydoctor.demo.ablation import (
     TINY_CONFIGS,
     StagesConfig,
     mean_and_range,

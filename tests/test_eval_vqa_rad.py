@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from babydoctor.data.sets.vqa_rad import prepare_vqa_rad
 from babydoctor.eval.baselines import CONSTANTS
 from babydoctor.eval.run import EvalConfig, evaluate
 from babydoctor.eval.score import PUBLISHED_SOURCES, score_baselines
 from babydoctor.eval.tasks import Task, TaskConfig, load_task
-from babydoctor.prepare.vqa_rad import prepare_vqa_rad
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from PIL import Image
 from test_interop_import import IMAGES, QUESTION, logits_and_greedy
 
 from babydoctor.conversation import get_template, render, render_prompt
-from babydoctor.image import load_image, to_pixels
+from babydoctor.data.tokens import encode
+from babydoctor.imaging.load import load_image, to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import Run, load_run
+from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import Segment, Turn, UserError
-from babydoctor.tokens import encode
 
 WORDS = QUESTION.removeprefix("<image>\n")
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from babydoctor.conversation import get_template, render_prompt
-from babydoctor.image import load_image, to_pixels
+from babydoctor.data.tokens import encode
+from babydoctor.imaging.load import load_image, to_pixels
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.checkpoint import Run, load_run
+from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import Turn, UserError
-from babydoctor.tokens import encode
 
 LAYOUTS = {
     "llava-pretrain": "projector_only",

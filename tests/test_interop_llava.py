@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.checkpoint import load_run, read_manifest, write_manifest
 from babydoctor.model.merge import probe_logits
+from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.schema import UserError
 
 

@@ -11,9 +11,9 @@ import torch
 from babydoctor.config import LoraConfig
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.adapters import add_lora, load_language_model, lora_layers, save_lora
-from babydoctor.model.checkpoint import load_run
+from babydoctor.model.language_model import add_lora, load_language_model, lora_layers, save_lora
 from babydoctor.model.merge import probe_logits
+from babydoctor.model.run_dir import load_run
 
 IDS = torch.arange(3, 60)[None]
 

@@ -38,8 +38,8 @@ from serving import (
 from babydoctor.conversation import TEMPLATES, get_template, prompt_text, render_prompt
 from babydoctor.interop.export import export_run
 from babydoctor.schema import Turn, UserError
+from babydoctor.serve.api.protocol import ApiError
 from babydoctor.serve.prompt_turns import prompt_to_turns
-from babydoctor.serve.protocol import ApiError
 
 QUESTION = PROMPT.removeprefix("[INST] <image>\n").removesuffix(" [/INST]")
 
@@ -242,7 +242,7 @@ def test_errors_of_the_server_behind(tmp_path: Path) -> None:
 
 def test_mistakes_at_the_start_are_named() -> None:
     from babydoctor.serve.settings import ServeSettings
-    from babydoctor.serve.upstream import load_upstream
+    from babydoctor.serve.worker.upstream import load_upstream
 
     with pytest.raises(UserError, match=r"--url 'http://127\.0\.0\.1:9'"):
         load_upstream("http://127.0.0.1:9", None, "v1", ServeSettings(), None)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from babydoctor.prepare import phantom_text as text
-from babydoctor.prepare.phantom import FINDINGS, MODALITIES, Case, build_cases, load_cases, write_phantoms
-from babydoctor.prepare.phantom_image import draw
+from babydoctor.phantom import text
+from babydoctor.phantom.drawing import draw
+from babydoctor.phantom.write import FINDINGS, MODALITIES, Case, build_cases, load_cases, write_phantoms
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 

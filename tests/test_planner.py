@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from babydoctor.bench.train import measure_peak, prepare
 from babydoctor.config import load_config
-from babydoctor.schema import UserError
-from babydoctor.train.bench import measure_peak, prepare
-from babydoctor.train.described_model import describe_model
-from babydoctor.train.hardware import find_hardware, this_cpu
-from babydoctor.train.planner import (
+from babydoctor.plan.hardware import find_hardware, this_cpu
+from babydoctor.plan.lengths import known_statistics, summarize_examples
+from babydoctor.plan.model import describe_model
+from babydoctor.plan.plan import (
     build_plan,
     check_fits,
     gradient_bytes,
@@ -20,7 +20,7 @@ from babydoctor.train.planner import (
     optimizer_bytes,
     step_bytes,
 )
-from babydoctor.train.statistics import known_statistics, summarize_examples
+from babydoctor.schema import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

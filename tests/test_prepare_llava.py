@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from babydoctor.prepare.files import gather_images, link_folder, unpack_zip
-from babydoctor.prepare.hub import download_url
-from babydoctor.prepare.instruct import download_instruct, prepare_instruct
-from babydoctor.prepare.lcs import download_lcs, prepare_lcs
+from babydoctor.data.sets.files import gather_images, link_folder, unpack_zip
+from babydoctor.data.sets.hub import download_url
+from babydoctor.data.sets.instruct import download_instruct, prepare_instruct
+from babydoctor.data.sets.lcs import download_lcs, prepare_lcs
 from babydoctor.schema import UserError
 
 

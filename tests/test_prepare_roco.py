@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from babydoctor.data import Sample, check_rows, load_rows
-from babydoctor.prepare import roco
-from babydoctor.prepare.roco import prepare_roco, prepare_roco_from_hub, read_articles, read_captions
+from babydoctor.data.rows import Sample, check_rows, load_rows
+from babydoctor.data.sets import roco
+from babydoctor.data.sets.roco import prepare_roco, prepare_roco_from_hub, read_articles, read_captions
 from babydoctor.schema import UserError
 
 QUESTION = "The following image is a radiology scan. Deeply analyze and diagnose this image.\n<image>"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from babydoctor.data import Sample, check_rows, load_rows
-from babydoctor.prepare.vqa_rad import prepare_vqa_rad
+from babydoctor.data.rows import Sample, check_rows, load_rows
+from babydoctor.data.sets.vqa_rad import prepare_vqa_rad
 from babydoctor.schema import UserError
 
 

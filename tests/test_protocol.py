@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from babydoctor.serve.protocol import (
+from babydoctor.serve.api.protocol import (
     ApiError,
     Chunk,
     GenerateRequest,

@@ -12,7 +12,7 @@ import pytest
 
 from babydoctor.config import build_config, dump_config
 from babydoctor.train.loop import train
-from babydoctor.train.tracking import read_metrics
+from babydoctor.train.report import read_metrics
 
 
 def test_two_gloo_ranks_have_the_losses_of_one(tiny_settings: dict[str, Any], tmp_path: Path) -> None:

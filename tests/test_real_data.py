@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from babydoctor.cli import build_app
+from babydoctor.cli.main import build_app
 from babydoctor.conversation import get_template, render
-from babydoctor.data import StepSampler, parse_row
-from babydoctor.packing import common_prefix, pack
-from babydoctor.prepare.roco import build_row, read_captions
-from babydoctor.tokens import encode, load_tokenizer
+from babydoctor.data.packing import common_prefix, pack
+from babydoctor.data.rows import StepSampler, parse_row
+from babydoctor.data.sets.roco import build_row, read_captions
+from babydoctor.data.tokens import encode, load_tokenizer
 
 CONFIG = """
 name: real

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from babydoctor.schema import UserError
-from babydoctor.serve.protocol import WorkerStatus
-from babydoctor.serve.registry import Registry, check_worker_url
+from babydoctor.serve.api.protocol import WorkerStatus
+from babydoctor.serve.controller.registry import Registry, check_worker_url
 
 
 def status(*names: str, speed: float = 1, queue: int = 0) -> WorkerStatus:

@@ -17,7 +17,7 @@ import pytest
 from babydoctor.config import build_config, dump_config
 from babydoctor.schema import UserError
 from babydoctor.train.loop import train
-from babydoctor.train.tracking import read_metrics
+from babydoctor.train.report import read_metrics
 
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 STAGES: dict[str, dict[str, Any]] = {

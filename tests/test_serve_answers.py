@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from babydoctor.serve.answers import Answer, EndOfAnswer
-from babydoctor.serve.protocol import ApiError, Chunk, TokenLogprob
+from babydoctor.serve.api.protocol import ApiError, Chunk, TokenLogprob
+from babydoctor.serve.api.streaming import Answer, EndOfAnswer
 
 
 async def nothing() -> None:

@@ -48,7 +48,14 @@ def serve(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
         "CUDA_VISIBLE_DEVICES": "",
         "COLUMNS": "200",
     }
-    command = [sys.executable, "-c", "from babydoctor.cli import main; main()", "serve", str(tiny_run()), "--no-page"]
+    command = [
+        sys.executable,
+        "-c",
+        "from babydoctor.cli.main import main; main()",
+        "serve",
+        str(tiny_run()),
+        "--no-page",
+    ]
     settings = ["controller.port=0", "worker.port=0", "engine.max_running=2", "worker.drain_s=5"]
     with log.open("wb") as file:
         # A shell's background job ignores SIGINT, and its children inherit that: Ctrl-C is to work here all the same.

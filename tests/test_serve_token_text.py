@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from babydoctor.data.tokens import encode, load_tokenizer
 from babydoctor.schema import IGNORE_INDEX, Segment
-from babydoctor.serve.token_text import ResumedText, drops_first_space, label_rows
-from babydoctor.tokens import encode, load_tokenizer
+from babydoctor.serve.worker.resume import ResumedText, drops_first_space, label_rows
 
 ANSWERS = ["No acute finding.", "CT of the chest", "é ü ∆ x", "a  b", "line\nbreak", "’quoted’"]
 

@@ -10,8 +10,8 @@ import yaml
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from babydoctor.config import load_config
-from babydoctor.model.adapters import add_lora, build_language_model
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import add_lora, build_language_model
 from babydoctor.model.projector import build_projector
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -15,7 +15,7 @@ from babydoctor.eval.conditions import ConditionedImages, check_conditions, shuf
 from babydoctor.eval.formats import with_optional_parts
 from babydoctor.eval.leakage import find_leakage
 from babydoctor.eval.tasks import Question, Task, TaskConfig, load_task
-from babydoctor.image import ImageSettings
+from babydoctor.imaging.load import ImageSettings
 from babydoctor.schema import UserError
 
 
@@ -179,7 +179,7 @@ def test_llava_rows_ask_every_turn(tmp_path: Path) -> None:
 
 
 def test_phantoms_count_in_terms_and_in_lay_words(tmp_path: Path) -> None:
-    from babydoctor.prepare.phantom import write_phantoms
+    from babydoctor.phantom.write import write_phantoms
 
     write_phantoms(tmp_path, num_train=1, num_held_out=4, seed=0, size=56)
     task = load_task(TaskConfig("phantom", str(tmp_path)))

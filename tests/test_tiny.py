@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from babydoctor.conversation import get_template, render
-from babydoctor.image import ImageSettings
+from babydoctor.data.tokens import encode, load_tokenizer
+from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, build_corpus, make_tiny_base
+from babydoctor.demo.tiny_tower import TowerSettings, caption_pieces
+from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.vision import load_vision_tower, num_patches, patch_features
-from babydoctor.prepare import phantom_text as text
-from babydoctor.prepare.phantom import build_cases, load_cases, write_phantoms
-from babydoctor.prepare.tiny import LanguageSettings, TinySettings, build_corpus, make_tiny_base
-from babydoctor.prepare.tiny_tower import TowerSettings, caption_pieces
+from babydoctor.phantom import text
+from babydoctor.phantom.write import build_cases, load_cases, write_phantoms
 from babydoctor.schema import IGNORE_INDEX, Turn, UserError
-from babydoctor.tokens import encode, load_tokenizer
 
 SMALL = TinySettings(
     seed=1,

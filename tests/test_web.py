@@ -19,15 +19,15 @@ from pydicom.examples import get_path
 from serving import png
 from starlette.testclient import TestClient
 
-from babydoctor.dicom import IDENTIFYING_TAGS
-from babydoctor.serve.admission import Keys
-from babydoctor.serve.web import PageGuard, Uploads
-from babydoctor.serve.web_dicom import FILE_WINDOW, describe, open_scan
-from babydoctor.serve.web_errors import SENTENCES, PageError
-from babydoctor.serve.web_examples import build_examples, gallery_html
-from babydoctor.serve.web_feedback import build_row, export_session, save_row
-from babydoctor.serve.web_overlay import group_words, place_on_image, to_data_url
-from babydoctor.serve.web_session import Exchange, Sampling, Session, Sessions
+from babydoctor.imaging.dicom import IDENTIFYING_TAGS
+from babydoctor.serve.api.admission import Keys
+from babydoctor.serve.page.app import PageGuard, Uploads
+from babydoctor.serve.page.errors import SENTENCES, PageError
+from babydoctor.serve.page.examples import build_examples, gallery_html
+from babydoctor.serve.page.feedback import build_row, export_session, save_row
+from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
+from babydoctor.serve.page.scan import FILE_WINDOW, describe, open_scan
+from babydoctor.serve.page.session import Exchange, Sampling, Session, Sessions
 
 
 def dicom_bytes(**changes: object) -> bytes:
@@ -57,7 +57,7 @@ def answered(answer: str = "A chest radiograph.", question: str = "What is it?")
 
 def test_the_page_process_never_loads_torch():
     code = (
-        "import sys; from babydoctor.serve.web import build_page_app; build_page_app('http://127.0.0.1:1');"
+        "import sys; from babydoctor.serve.page.app import build_page_app; build_page_app('http://127.0.0.1:1');"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -256,8 +256,8 @@ def test_examples_are_made_here_and_can_all_be_opened():
 
 def test_only_answers_wait_in_gradios_queue():
     # Gradio's stream ends with the last queued event; one that joins in that moment is not heard (see Page._connect).
-    from babydoctor.serve.web_chat import ControllerClient
-    from babydoctor.serve.web_page import Page
+    from babydoctor.serve.page.controller_client import ControllerClient
+    from babydoctor.serve.page.page import Page
 
     demo = Page(ControllerClient("http://127.0.0.1:1"), Uploads(), None).build()
     events = [each for each in demo.config["dependencies"] if each["backend_fn"]]

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM
 
-from babydoctor.engine.kv import KeyValueMemory
+from babydoctor.engine.kv_cache import KeyValueMemory
 from babydoctor.engine.linear import Linear, build_linear, packing_pays
 
 LENGTH_STEP = 32

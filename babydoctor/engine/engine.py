@@ -20,12 +20,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from babydoctor.engine.allocator import keep_freed_memory, use_huge_pages
-from babydoctor.engine.attention import image_attention
-from babydoctor.engine.check import check_request
 from babydoctor.engine.decoder import Chunk, Decoder, DecodeRows
 from babydoctor.engine.graphs import DecodeGraphs
-from babydoctor.engine.job import Job, build_content
-from babydoctor.engine.kv import Content, FeatureCache
+from babydoctor.engine.kv_cache import Content, FeatureCache
+from babydoctor.engine.limits import check_request
 from babydoctor.engine.request import (
     EngineClosedError,
     EngineError,
@@ -39,9 +37,11 @@ from babydoctor.engine.request import (
     RequestFailedError,
 )
 from babydoctor.engine.sampling import likeliest
+from babydoctor.engine.sequence import Job, build_content
 from babydoctor.engine.settings import EngineSettings, build_memory
 from babydoctor.engine.stats import EngineStats
 from babydoctor.engine.threads import release_team
+from babydoctor.model.image_attention import image_attention
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from babydoctor.model.linear import ADAPTER, has_lora
+from babydoctor.model.packed.lora_linear import ADAPTER, has_lora
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """``[M, in] -> [M, out]``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig
 
-from babydoctor.engine.kv import KeyValueMemory, slot_bytes
+from babydoctor.engine.kv_cache import KeyValueMemory, slot_bytes
 from babydoctor.engine.linear import available_memory_bytes
 from babydoctor.schema import UserError
 

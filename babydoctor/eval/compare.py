@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from babydoctor.eval.generate import match_predictions
+from babydoctor.eval.ask import match_predictions
 from babydoctor.eval.intervals import NUM_RESAMPLES, paired_difference
 from babydoctor.eval.score import PUBLISHED_SOURCES, clusters, figures
 from babydoctor.eval.tasks import Question, read_json

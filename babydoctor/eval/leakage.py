@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from babydoctor.data.sources import iter_rows
 from babydoctor.eval.tasks import Question
-from babydoctor.rows import iter_rows
 
 
 def find_leakage(questions: Sequence[Question], train: Sequence[str], images: str | None = None) -> dict[str, Any]:

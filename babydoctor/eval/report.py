@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.eval import plots
-from babydoctor.eval.generate import Prediction
+from babydoctor.eval.ask import Prediction
 from babydoctor.eval.score import HEADLINES, is_right
 from babydoctor.eval.tasks import Question, Task
-from babydoctor.image import load_image
+from babydoctor.imaging.load import load_image
 
 NUM_CASES = 12
 """Cases on each side of the gallery."""

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from babydoctor.eval.conditions import ConditionedImages, check_conditions
-from babydoctor.eval.generate import (
+from babydoctor.eval.ask import (
     LONGEST_ANSWER,
     Asker,
     GenerationConfig,
@@ -21,6 +20,7 @@ from babydoctor.eval.generate import (
     match_predictions,
     unanswered,
 )
+from babydoctor.eval.conditions import ConditionedImages, check_conditions
 from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.leakage import find_leakage, fingerprint_of, read_train_sources
 from babydoctor.eval.score import score_answers, score_baselines, score_confidence, score_gap
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from babydoctor.model.babydoctor import BabyDoctor
-    from babydoctor.model.checkpoint import Manifest, Run
+    from babydoctor.model.run_dir import Manifest, Run
 
 FORMAT = 1
 OnAnswer = Callable[[str, int, int], None]
@@ -143,7 +143,7 @@ def evaluate(
         "leakage": _leakage(task, task_config, run),
         **score_task(task, answers, config),
     }
-    from babydoctor.model.checkpoint import write_json
+    from babydoctor.model.run_dir import write_json
 
     write_json(out / "metrics.json", _finite(result))
     write_report(out / "report.html", task, result, answers)
@@ -159,7 +159,7 @@ def describe(
     origin: dict[str, Any],
 ) -> dict[str, Any]:
     """What was evaluated: task, settings, lineage of the run, fingerprints, versions, command."""
-    from babydoctor.model.checkpoint import describe_software, read_manifest
+    from babydoctor.model.run_dir import describe_software, read_manifest
 
     manifest = read_manifest(run).model_dump(mode="json") if run is not None else None
     return {
@@ -189,7 +189,7 @@ def _claim(
     predictions: Path | None,
 ) -> dict[str, Any]:
     """Mark ``out`` as this evaluation's; refuse where it holds answers of another one."""
-    from babydoctor.model.checkpoint import write_json, write_text
+    from babydoctor.model.run_dir import write_json, write_text
 
     manifest = run / "manifest.json" if run is not None else None
     origin = {
@@ -243,7 +243,7 @@ def _ask_run(
 def _load(run: Path, device: str | None) -> Run:
     import torch
 
-    from babydoctor.model.checkpoint import load_run
+    from babydoctor.model.run_dir import load_run
 
     return load_run(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -211,7 +211,7 @@ def load_phantom(config: TaskConfig) -> Task:
     The truth is exact. It counts in radiology terms (the first reference, what stage 3 teaches) and in the lay
     words of the earlier stages.
     """
-    from babydoctor.prepare import phantom_text
+    from babydoctor.phantom import text as phantom_text
 
     folder = Path(config.data)
     path = folder / "questions.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from babydoctor.interop.plain import PlainRun, open_plain
-from babydoctor.model.checkpoint import atomic_directory
+from babydoctor.model.run_dir import atomic_directory
 from babydoctor.schema import UserError
 
 FORMATS = ("hf", "llava", "gguf")

@@ -16,7 +16,7 @@ from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import adds_prefix_everywhere, build_chat_template
 from babydoctor.interop.plain import PlainRun
 from babydoctor.interop.shards import ShardWriter, with_progress
-from babydoctor.model.adapters import build_language_model
+from babydoctor.model.language_model import build_language_model
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 

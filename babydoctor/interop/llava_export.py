@@ -14,7 +14,7 @@ import torch
 from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
 from babydoctor.interop.plain import PlainRun
 from babydoctor.interop.shards import ShardWriter, with_progress
-from babydoctor.model.adapters import build_language_model
+from babydoctor.model.language_model import build_language_model
 from babydoctor.model.merge import copy_model_files
 
 _NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}

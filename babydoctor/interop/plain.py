@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from babydoctor.model.adapters import (
+from babydoctor.data.tokens import load_tokenizer
+from babydoctor.model.language_model import (
     LoraUpdate,
     Quantization,
     build_language_model,
@@ -26,11 +27,10 @@ from babydoctor.model.adapters import (
     load_language_config,
     quantize_linear,
 )
-from babydoctor.model.checkpoint import Manifest, read_manifest, resolve
+from babydoctor.model.run_dir import Manifest, read_manifest, resolve
 from babydoctor.model.vision import num_patches
 from babydoctor.model.weights import iterate_weights, local_directory
 from babydoctor.schema import UserError
-from babydoctor.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase

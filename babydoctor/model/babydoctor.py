@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from babydoctor.model.attention import DENSE_ATTENTION_NAME, register_attention
-from babydoctor.model.decoder import decoder_layer, tail_index
-from babydoctor.model.elementwise import rms_norm
-from babydoctor.model.loss import summed_cross_entropy
+from babydoctor.model.packed.attention import DENSE_ATTENTION_NAME, register_attention
+from babydoctor.model.packed.decoder_layer import decoder_layer, tail_index
+from babydoctor.model.packed.fused_ops import rms_norm
+from babydoctor.model.packed.loss import summed_cross_entropy
 from babydoctor.model.vision import num_patches, patch_features
 from babydoctor.schema import IGNORE_INDEX
 

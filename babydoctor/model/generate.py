@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from babydoctor.data.tokens import encode
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.schema import Segment
-from babydoctor.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from babydoctor.model.adapters import merged_weights
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import Run, atomic_directory, load_run, resolve, write_manifest
+from babydoctor.model.language_model import merged_weights
+from babydoctor.model.run_dir import Run, atomic_directory, load_run, resolve, write_manifest
 from babydoctor.model.weights import local_directory
 from babydoctor.schema import UserError
 

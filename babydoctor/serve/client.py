@@ -10,7 +10,7 @@ import httpx
 
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
-from babydoctor.serve.protocol import ERROR_NONE, Chunk, StreamDecoder
+from babydoctor.serve.api.protocol import ERROR_NONE, Chunk, StreamDecoder
 
 TIMEOUT = httpx.Timeout(30, connect=5)
 

@@ -74,7 +74,7 @@ class Child:
     def start(self) -> None:
         # A session of its own: Ctrl-C reaches only the launcher, which then ends the parts in the right order.
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from babydoctor.cli import main; main()", *self.arguments],
+            [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,

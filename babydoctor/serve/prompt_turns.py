@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from babydoctor.conversation import Template
 from babydoctor.schema import Turn
-from babydoctor.serve.protocol import ApiError
+from babydoctor.serve.api.protocol import ApiError
 
 
 def prompt_to_turns(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:

@@ -2,7 +2,7 @@
 
 import sys
 
-from babydoctor.cli import main
+from babydoctor.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["train"]

@@ -6,7 +6,7 @@ import logging
 
 from babydoctor.config import TrainConfig
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.elementwise import fuse
+from babydoctor.model.packed.fused_ops import fuse
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)

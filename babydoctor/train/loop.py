@@ -15,32 +15,32 @@ from accelerate import Accelerator
 
 from babydoctor.config import EvalTaskConfig, RunConfig
 from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data import fingerprint, load_dataset_rows, read_image
+from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.data.packing import pack
+from babydoctor.data.rows import fingerprint, load_dataset_rows, read_image
+from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
+from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
-from babydoctor.eval.generate import GenerationConfig
 from babydoctor.eval.run import EvalConfig, evaluate_task
 from babydoctor.eval.tasks import TaskConfig, load_task
-from babydoctor.image import to_pixels
-from babydoctor.model.adapters import add_lora
+from babydoctor.imaging.load import to_pixels
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.checkpoint import Manifest, Stage, build_model
 from babydoctor.model.generate import generate
+from babydoctor.model.language_model import add_lora
+from babydoctor.model.run_dir import Manifest, Stage, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
-from babydoctor.packing import pack
+from babydoctor.plan.hardware import this_device
+from babydoctor.plan.lengths import measure_statistics
+from babydoctor.plan.plan import build_plan, check_fits, recompute_every
+from babydoctor.plan.report import format_short
 from babydoctor.schema import Batch, Sample, UserError
-from babydoctor.tokens import load_tokenizer
-from babydoctor.train.feed import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.train.checkpoint import Cursor, load_snapshot, save_snapshot
 from babydoctor.train.fusing import set_fusing
-from babydoctor.train.hardware import this_device
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
-from babydoctor.train.plan_report import format_short
-from babydoctor.train.planner import build_plan, check_fits, recompute_every
-from babydoctor.train.run import finish_run, is_finished, prepare_manifest, prepare_output
+from babydoctor.train.report import Reporter
 from babydoctor.train.schedule import is_due, learning_rate_factor
-from babydoctor.train.snapshot import Cursor, load_snapshot, save_snapshot
-from babydoctor.train.statistics import measure_statistics
-from babydoctor.train.tracking import Reporter
+from babydoctor.train.stage import finish_run, is_finished, prepare_manifest, prepare_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from babydoctor.config import TrainConfig
-from babydoctor.model.adapters import import_bitsandbytes
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import import_bitsandbytes
 
 
 def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,71 @@
+"""Models of known sizes with random weights, for benchmarks: speed and memory do not depend on what weights say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import Quantization, build_language_model, finish_language_model, place_weight
+from babydoctor.model.projector import build_projector
+
+PRESETS: dict[str, dict[str, dict[str, int]]] = {
+    "mini": {
+        "language": {
+            "hidden_size": 512,
+            "intermediate_size": 1376,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "vocab_size": 32000,
+        },
+        "vision": {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+    },
+    "7b": {
+        "language": {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+        },
+        "vision": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+    },
+}
+"""``mini`` is the design's model for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
+
+
+def build_random_model(
+    preset: str, device: str, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
+) -> BabyDoctor:
+    """A frozen model of the preset's sizes, made and quantised weight by weight on the device."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+
+    torch.manual_seed(0)
+    language_config: Any = LlamaConfig(**PRESETS[preset]["language"])  # type: ignore[arg-type]
+    language_model = build_language_model(language_config, dtype)
+    for name, parameter in list(language_model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=dtype, device=device)
+        weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=0.02)
+        place_weight(language_model, name, weight, quantization)
+    finish_language_model(language_model, device)
+    vision_config: Any = CLIPVisionConfig(**PRESETS[preset]["vision"])  # type: ignore[arg-type]
+    vision: Any = CLIPVisionModel(vision_config)
+    vision.to(device=torch.device(device), dtype=dtype)
+    projector = build_projector("linear", vision_config.hidden_size, language_config.hidden_size)
+    projector.to(device=torch.device(device), dtype=dtype)
+    return BabyDoctor(vision, projector, language_model).eval().requires_grad_(False)

@@ -1,0 +1,82 @@
+"""Random-weight models of known sizes for ``bench serve``; nothing is downloaded.
+
+Speed does not depend on what weights say. The tokenizer knows the words of the template and the questions as whole
+tokens, as LLaMA's nearly does, and fills its vocabulary up to the real size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babydoctor.bench.models import PRESETS, build_random_model
+from babydoctor.conversation import get_template, prompt_text, render_prompt
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import Quantization
+from babydoctor.schema import IMAGE_TOKEN, Turn
+
+TEMPLATE = "v1"
+
+IMAGE_SIZE = PRESETS["mini"]["vision"]["image_size"]
+VOCABULARY = PRESETS["mini"]["language"]["vocab_size"]
+
+
+def build_model(preset: str, device: str = "cpu", quantization: Quantization | None = None) -> BabyDoctor:
+    """A bfloat16 or NF4 model with random weights that never ends an answer by itself."""
+    model = build_random_model(preset, device, quantization=quantization)
+    with torch.no_grad():
+        model.language_model.lm_head.weight[:3] = 0  # the likeliest of 32,000 random logits is never 0
+    return model
+
+
+def build_tokenizer(questions: Sequence[str]) -> Any:
+    """Byte-level tokenizer that holds every word of the prompts as one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = " ".join([*questions, *(build_prompt(question) for question in questions)])
+    words = sorted({piece.replace(" ", "Ġ") for piece in re.findall(r" ?\w+| ?[^\w\s]+", text)})
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [word for word in words if word not in tokens]
+    tokens += [f"Ġtoken{index}" for index in range(VOCABULARY - len(tokens))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def build_prompt(question: str) -> str:
+    """What a LLaVA client sends for a question about one image."""
+    return prompt_text(render_prompt([Turn("user", f"{IMAGE_TOKEN}\n{question}")], get_template(TEMPLATE)))
+
+
+def write_run(model: BabyDoctor, tokenizer: Any, directory: Path, name: str) -> Path:
+    """Save the model as a run directory that ``babydoctor worker`` serves."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
+
+    disable_progress_bar()
+    base, clip, run = directory / "base", directory / "clip", directory / name
+    model.language_model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model.vision.save_pretrained(clip)
+    run.mkdir()
+    save_trained(model, run, str(base))
+    manifest = Manifest(
+        name=name,
+        language_model=str(base),
+        vision_tower=str(clip),
+        template=TEMPLATE,
+        image_size=IMAGE_SIZE,
+        image_mode="pad",
+        image_mean=(0.4815, 0.4578, 0.4082),
+        image_std=(0.2686, 0.2613, 0.2758),
+    )
+    write_manifest(run, manifest)
+    return run

@@ -1,0 +1,279 @@
+"""``babydoctor bench train``: the real training step on random weights, synthetic images and real lengths.
+
+Nothing is downloaded. The lengths of captions are those of ROCO in LLaMA-2's vocabulary; a caption's words do not
+matter to speed. Everything else is the program that trains: the data loader with decoding and resizing of images,
+packing, forward, backward, clipping and the optimiser.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from babydoctor.bench.measure import matmul_flops_per_s, peak_allocated_bytes, synchronize, tensor_bytes
+from babydoctor.bench.models import PRESETS, build_random_model
+from babydoctor.config import RunConfig, apply_override, build_config
+from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
+from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
+from babydoctor.imaging.load import ImageSettings
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import Quantization, add_lora
+from babydoctor.plan.hardware import Hardware, find_hardware, this_device
+from babydoctor.plan.lengths import summarize_examples
+from babydoctor.plan.model import describe_model
+from babydoctor.plan.plan import Plan, build_plan, recompute_every
+from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
+from babydoctor.train.fusing import set_fusing
+from babydoctor.train.optimizer import build_optimizer
+
+STAGES = ("align", "instruct", "radiology")
+
+CAPTION_LEVELS = (0, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 99, 100)
+CAPTION_TOKENS = (2, 10, 13, 17, 19, 21, 26, 31, 36, 43, 47, 53, 70, 88, 134, 593)
+"""Percentiles of the length of ROCO's 8,180 validation captions in tokens of LLaMA-2's vocabulary (mean 37.2)."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage did. Times are in seconds, sizes in bytes."""
+
+    stage: str
+    samples_per_s: float
+    tokens_per_s: float
+    best_samples_per_s: float
+    data_wait_share: float
+    mfu: float
+    """Of the matrix multiplication rate measured in the same run; recomputation does not count."""
+    peak_bytes: int
+    predicted_bytes: int
+    plan: Plan
+
+
+class SyntheticEncoder(Encoder):
+    """Examples with the lengths of ROCO's rows; images go the real way from their file to pixels.
+
+    A sample's one user turn says how many tokens its caption has.
+    """
+
+    def __init__(self, vocabulary: int, image: ImageSettings, num_patches: int, num_before: int, num_after: int):
+        self.vocabulary, self.image, self.num_patches = vocabulary, image, num_patches
+        self.num_before, self.num_after = num_before, num_after
+
+    def encode(self, sample: Sample) -> Example:
+        num_caption = int(sample.turns[0].text)
+        prompt = self.num_before + self.num_patches + self.num_after
+        length = prompt + num_caption + 1
+        ids = np.random.default_rng(num_caption).integers(3, self.vocabulary, length).astype(np.int32)
+        ids[: self.num_before] = np.arange(3, 3 + self.num_before)  # the system prompt, the same in all
+        image_mask = np.zeros(length, bool)
+        image_mask[self.num_before : self.num_before + self.num_patches] = True
+        ids[image_mask] = 0
+        labels = np.where(np.arange(length) >= prompt, ids, IGNORE_INDEX).astype(np.int32)
+        assert sample.image is not None
+        return Example(sample.id, ids, labels, image_mask, (sample.image,))
+
+
+def stage_config(
+    stage: str, preset: str, *, batch_size: int, num_workers: int, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """The stage's settings as in ``configs/``, on random weights."""
+    is_7b = preset == "7b"
+    values = {
+        "name": stage,
+        "output_dir": "unused",
+        "model": {
+            "language_model": "random",
+            "vision_tower": "random",
+            "quantization": "nf4" if stage == "radiology" else "none",
+        },
+        "lora": None if stage == "align" else {"r": 128, "alpha": 256, "dropout": 0.05},
+        "data": {"rows": "unused", "image_mode": "pad", "max_length": 1024, "num_workers": num_workers},
+        "train": {
+            "batch_size": batch_size,
+            "micro_batch_tokens": "auto" if is_7b else 8192,
+            "gradient_checkpointing": "auto" if is_7b else "none",
+            "learning_rate": 1e-4,
+            "optimizer": "paged_adamw_8bit" if is_7b and stage != "align" else "adamw",
+        },
+    }
+    for override in overrides:
+        apply_override(values, override)
+    return build_config(values)
+
+
+def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor:
+    """The stage's model with random weights, ready to train."""
+    double = config.model.double_quantization
+    model = build_random_model(
+        preset,
+        device,
+        dtype=getattr(torch, config.model.dtype),
+        quantization=Quantization(double) if config.model.quantization == "nf4" else None,
+    )
+    model.projector.float().requires_grad_(True)
+    if config.lora is not None:
+        add_lora(model.language_model, config.lora)
+        model.language_model.to(torch.device(device))  # type: ignore[arg-type]
+    set_fusing(config.train, model)
+    return model.train()
+
+
+def synthetic_samples(count: int) -> list[Sample]:
+    """Rows with the lengths of ROCO's captions and grey images of a usual size, as JPEG."""
+    from PIL import Image, ImageFilter
+
+    generator = np.random.default_rng(0)
+    lengths = np.interp(generator.uniform(0, 100, count), CAPTION_LEVELS, CAPTION_TOKENS).round().astype(int)
+    images = []
+    for _ in range(min(count, 16)):
+        noise = Image.fromarray(generator.integers(0, 256, (512, 600), dtype=np.uint8))
+        file = io.BytesIO()
+        noise.filter(ImageFilter.GaussianBlur(3)).save(file, "JPEG", quality=90)
+        images.append(file.getvalue())
+    return [
+        Sample(str(i), (Turn("user", str(length)), Turn("assistant", "caption")), images[i % len(images)])
+        for i, length in enumerate(lengths)
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage made ready to run."""
+
+    config: RunConfig
+    model: BabyDoctor
+    dataset: StepDataset
+    plan: Plan
+    device: str
+
+
+def prepare(
+    stage: str,
+    preset: str,
+    device: str,
+    *,
+    hardware: Hardware,
+    batch_size: int,
+    num_workers: int,
+    overrides: Sequence[str] = (),
+) -> Job:
+    """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
+    config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers, overrides=overrides)
+    model = build_stage_model(config, preset, device)
+    # `plain` puts a caption behind the image; `llava_llama_2` has a system prompt and a question before it.
+    before, after = (1, 0) if stage == "align" else (76, 5)
+    image = ImageSettings(PRESETS[preset]["vision"]["image_size"], "pad", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    encoder = SyntheticEncoder(model.language_model.config.vocab_size, image, model.num_patches, before, after)
+    samples = synthetic_samples(512)
+    lengths = replace(summarize_examples([encoder.encode(sample) for sample in samples]), num_samples=65_422)
+    described = describe_model(config, configs=(model.language_model.config, model.vision.config))
+    plan = build_plan(config, hardware, statistics=lengths, model=described)
+    model.recompute_every = recompute_every(plan.gradient_checkpointing)
+    dataset = StepDataset(samples, config, encoder, max_tokens=plan.micro_batch_tokens)
+    return Job(config, model, dataset, plan, device)
+
+
+def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData]]:
+    """Train; yields each step's seconds, the seconds of these that it waited for data, and what it held."""
+    from accelerate import Accelerator
+
+    from babydoctor.train.loop import STEPS_TO_FULL_SIZE, accumulate_gradients, seed_step
+
+    accelerator = Accelerator(cpu=job.device == "cpu")
+    if job.device == "cpu":
+        keep_freed_memory(MOST_KEPT_BYTES)
+    optimizer = build_optimizer(job.model, job.config.train)
+    begun = time.perf_counter()
+    for step, data in enumerate(iterate_steps(job.dataset, 0, num_steps, job.config.data.num_workers)):
+        waited = time.perf_counter() - begun
+        seed_step(0, step, 0)
+        accumulate_gradients(job.model, data, accelerator)
+        torch.nn.utils.clip_grad_norm_(job.model.trainable_parameters().values(), job.config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if job.device == "cpu" and step + 1 == STEPS_TO_FULL_SIZE:
+            use_huge_pages()
+        synchronize(job.device)
+        yield time.perf_counter() - begun, waited, data
+        begun = time.perf_counter()
+
+
+def measure_peak(job: Job) -> int:
+    """Peak bytes of two training steps: weights, optimiser and all."""
+
+    def two_steps() -> None:
+        for _ in run_steps(replace(job, config=_without_workers(job.config)), 2):
+            pass
+
+    return tensor_bytes(job.model) + peak_allocated_bytes(two_steps, job.device)
+
+
+def bench_stage(job: Job, *, num_steps: int, ceiling: float, num_warmup: int = 2) -> StageResult:
+    """Run one stage and hold it against its plan."""
+    steps = list(run_steps(job, num_steps + num_warmup))[num_warmup:]
+    seconds = [step[0] for step in steps]
+    samples = sum(step[2].num_samples for step in steps)
+    tokens = sum(step[2].num_tokens for step in steps)
+    batch = job.config.train.batch_size
+    typical = statistics.median(seconds)
+    return StageResult(
+        stage=job.config.name,
+        samples_per_s=batch / typical,
+        tokens_per_s=tokens / samples * batch / typical,
+        best_samples_per_s=max(step[2].num_samples / step[0] for step in steps),
+        data_wait_share=sum(step[1] for step in steps) / sum(seconds),
+        mfu=job.plan.flops.model / typical / ceiling,
+        peak_bytes=measure_peak(job),
+        predicted_bytes=job.plan.total_bytes,
+        plan=job.plan,
+    )
+
+
+def bench_train(
+    stages: tuple[str, ...],
+    *,
+    preset: str,
+    device: str,
+    num_steps: int,
+    batch_size: int,
+    num_workers: int,
+    memory_cap: int | None = None,
+) -> Iterator[tuple[float, StageResult]]:
+    """Measure stages one by one; yields the matrix multiplication rate measured beside each, and the result.
+
+    Raises:
+        UserError: the preset and the device do not go together.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if preset == "7b" and not device.startswith("cuda"):
+        raise UserError("--preset 7b needs a CUDA device; on a CPU run --preset mini")
+    hardware = this_device(device)
+    if memory_cap is not None:
+        if not device.startswith("cuda"):
+            raise UserError("--memory-cap limits CUDA memory; there is none on a CPU")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap / hardware.memory_bytes))
+        hardware = replace(hardware, memory_bytes=memory_cap)
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+        ceiling = matmul_flops_per_s(device, size=2048 if device == "cpu" else 8192)
+        job = prepare(stage, preset, device, hardware=hardware, batch_size=batch_size, num_workers=num_workers)
+        yield ceiling, bench_stage(job, num_steps=num_steps, ceiling=ceiling)
+        del job
+
+
+def projected_hours(result: StageResult, gpu: str, utilization: float) -> float:
+    """Hours for the whole of roco-instruct-65k on another device at a share of its peak."""
+    operations = result.plan.flops.total * result.plan.num_steps
+    return operations / (find_hardware(gpu).flops_per_s * utilization) / 3600
+
+
+def _without_workers(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})

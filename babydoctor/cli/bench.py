@@ -1,0 +1,188 @@
+"""``babydoctor bench train | paths | serve | soak``: measured speed on random weights, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
+    group.command("train")(train)
+    group.command("serve")(serve)
+    group.command("soak")(soak)
+    group.command("paths")(paths)
+    app.add_typer(group, name="bench")
+
+
+def train(
+    preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
+    stage: Annotated[str, typer.Option(help="align, instruct, radiology, or all")] = "all",
+    steps: Annotated[int, typer.Option(min=1, help="measured steps a stage, after two of warm-up")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples a step")] = 8,
+    num_workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 1,
+    memory_cap: Annotated[
+        float,
+        typer.Option(parser=_gib, metavar="SIZE", help="GPU memory to use, 22.5GiB as on an A10; 0: all"),
+    ] = 0,
+) -> None:
+    """Samples a second of each stage's real training step, its MFU, and its memory against the plan."""
+    import torch
+
+    from babydoctor.bench.train import STAGES, bench_train, projected_hours
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = bench_train(
+        STAGES if stage == "all" else (stage,),
+        preset=preset,
+        device=device,
+        num_steps=steps,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        memory_cap=round(memory_cap * 2**30) or None,
+    )
+    for ceiling, result in results:
+        print(
+            f"{result.stage}: {result.samples_per_s:.2f} samples/s (best step {result.best_samples_per_s:.2f}), "
+            f"{result.tokens_per_s:,.0f} tokens/s; MFU {result.mfu:.0%} of {ceiling / 1e9:,.0f} GFLOP/s (bfloat16 "
+            f"product, measured just before); waits for data {result.data_wait_share:.1%}"
+        )
+        hours = result.plan.num_steps * result.plan.samples_per_step / result.samples_per_s / 3600
+        print(
+            f"  peak {result.peak_bytes / 2**20:,.0f} MiB, planned {result.predicted_bytes / 2**20:,.0f} MiB; "
+            f"roco-instruct-65k would take {hours:.1f} h here"
+        )
+        if preset == "7b":
+            used = result.mfu * result.plan.flops.total / result.plan.flops.model
+            print(f"  and {projected_hours(result, 'a10', min(1.0, used)):.1f} h on an A10 at this share of its peak")
+
+
+def paths(
+    stage: Annotated[str, typer.Option(help="align, instruct or radiology")] = "instruct",
+    steps: Annotated[int, typer.Option(min=1, help="measured steps with it and without it, after two of warm-up")] = 8,
+) -> None:
+    """What each fast path of training brings: the mini preset with it and without it, in turn."""
+    from babydoctor.bench.paths import bench_paths
+
+    print(f"| fast path ({stage}) | without it | samples/s | without | gain | peak MiB | without |")
+    print("|---|---|---|---|---|---|---|")
+    for result in bench_paths(stage, num_steps=steps):
+        print(
+            f"| {result.path.name} | {result.path.without} | {result.samples_per_s:.2f} | "
+            f"{result.samples_per_s_without:.2f} | {result.gain:+.0%} | {result.peak_bytes / 2**20:,.0f} | "
+            f"{result.peak_bytes_without / 2**20:,.0f} |",
+            flush=True,
+        )
+
+
+def serve(
+    preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
+    users: Annotated[str, typer.Option(help="numbers of concurrent users, with commas")] = "1,16",
+    requests_per_user: Annotated[int, typer.Option(min=1)] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of each answer")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="the fastest one counts")] = 3,
+    engine_only: Annotated[bool, typer.Option("--engine-only", help="without the worker's HTTP")] = False,
+    nf4: Annotated[bool, typer.Option("--nf4", help="a 4-bit language model; the engine alone")] = False,
+) -> None:
+    """Tokens a second, time to the first token and time per token, for one user and for many."""
+    import tempfile
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from babydoctor.bench.serve import run_bench
+    from babydoctor.schema import UserError
+
+    try:
+        numbers = tuple(int(number) for number in users.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"--users {users!r} must be whole numbers with commas between them, for example 1,16")
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="babydoctor-bench-") as folder, console.status("starting") as status:
+        report = run_bench(
+            preset,
+            Path(folder),
+            users=numbers,
+            requests_per_user=requests_per_user,
+            max_new_tokens=max_new_tokens,
+            rounds=rounds,
+            engine_only=engine_only,
+            nf4=nf4,
+            on_event=status.update,
+        )
+    heads = ("users", "tok/s", "req/s", "first token p50", "p95 [s]", "per token p50", "p95 [ms]", "decode tok/s")
+    table = Table(*heads, "of memory's ceiling", title=None, box=None)
+    for row in report.figures:
+        table.add_row(
+            str(row.num_users),
+            f"{row.tokens_per_s:.0f}",
+            f"{row.requests_per_s:.2f}",
+            f"{row.first_token_p50_s:.3f}",
+            f"{row.first_token_p95_s:.3f}",
+            f"{row.per_token_p50_s * 1e3:.1f}",
+            f"{row.per_token_p95_s * 1e3:.1f}",
+            f"{row.decode_tokens_per_s:.0f}",
+            f"{report.share_of_ceiling(row):.0%}",
+        )
+    console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens an answer")
+    console.print(table)
+    console.print(
+        f"peak memory {report.peak_bytes / 2**20:.0f} MiB; bf16 matmul {report.matmul_flops_per_s / 1e12:.2f} TFLOP/s, "
+        f"memory {report.memory_bytes_per_s / 1e9:.1f} GB/s; a decoding step reads at least "
+        f"{report.decode_cost.weight_bytes / 1e6:.0f} MB of weights"
+    )
+
+
+def soak(
+    run: Annotated[Optional[Path], typer.Argument(help="run directory; default: the mini model")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="concurrent clients, of whom a tenth leave early")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="how long")] = 180,
+    workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
+) -> None:
+    """Many clients for minutes: exit 1 unless 429 is the only refusal, no place leaks and memory stays flat."""
+    import tempfile
+
+    from rich.console import Console
+
+    from babydoctor.bench.soak import run_soak
+
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
+        report = run_soak(
+            run,
+            Path(folder),
+            overrides=overrides or [],
+            clients=clients,
+            seconds=seconds,
+            workers=workers,
+            on_event=status.update,
+        )
+    for line in report.lines():
+        console.print(line, soft_wrap=True, markup=False)
+    faults = report.faults()
+    for fault in faults:
+        console.print(f"fault: {fault}", style="red", soft_wrap=True, markup=False)
+    if faults:
+        raise typer.Exit(1)
+    console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
+
+
+def _gib(text: str | float) -> float:
+    """A size such as ``22.5GiB`` or ``22.5`` in GiB."""
+    number = str(text).removesuffix("GiB").strip()
+    try:
+        size = float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a size; write for example 22.5GiB") from None
+    if not 0 <= size < float("inf"):
+        raise typer.BadParameter(f"{text!r} is not a size of memory; write for example 22.5GiB, or 0 for all of it")
+    return size

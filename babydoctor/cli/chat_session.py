@@ -1,0 +1,117 @@
+"""One question about one image on the terminal, or a conversation about it."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data.tokens import encode
+from babydoctor.engine.engine import Engine
+from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput
+from babydoctor.engine.settings import EngineSettings
+from babydoctor.imaging.dicom import read_dicom, render
+from babydoctor.imaging.load import is_dicom, load_image, to_pixels
+from babydoctor.model.run_dir import Run, load_run
+from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
+
+
+class Chat:
+    """A conversation with a run about at most one image. Use as a context manager: it owns an engine."""
+
+    def __init__(self, run: Run, image: Path | None, *, frame: int = 0, preset: str | None = None) -> None:
+        """``frame`` and CT ``preset`` choose what is shown of a DICOM file."""
+        self.run = run
+        self.template = get_template(run.manifest.template)
+        self.turns: list[Turn] = []
+        self.images: tuple[ImageInput, ...] = ()
+        if image is not None:
+            pixels = to_pixels(open_picture(image, frame, preset), run.manifest.image)
+            self.images = (ImageInput(hashlib.sha256(pixels.tobytes()).hexdigest(), pixels),)
+        self.engine = Engine(run.model, run.tokenizer, EngineSettings(max_running=1, cached_slots=1))
+
+    def __enter__(self) -> Chat:
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
+        """Yield the answer piece by piece; earlier turns are remembered."""
+        text = f"{IMAGE_TOKEN}\n{question}" if self.images and not self.turns else question
+        turns = [*self.turns, Turn("user", text)]
+        prompt = encode(render_prompt(turns, self.template), self.run.tokenizer, self.run.model.num_patches)
+        handle = self.engine.submit(
+            GenerationRequest(
+                input_ids=prompt.input_ids,
+                image_mask=prompt.image_mask,
+                images=self.images,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop=(self.template.stop,),
+            )
+        )
+        for event in handle:
+            if isinstance(event, Delta):
+                yield event.text
+            elif isinstance(event, Finished):
+                if event.error is not None:
+                    raise event.error
+                self.turns = [*turns, Turn("assistant", event.text.strip())]
+
+
+def open_picture(path: Path, frame: int = 0, preset: str | None = None) -> Image.Image:
+    """A picture file, or one frame of a DICOM file under a window preset, as RGB.
+
+    Raises:
+        UserError: it cannot be read, or a frame or preset was named and it is no DICOM.
+    """
+    if frame == 0 and preset is None:
+        return load_image(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such image file")
+    data = path.read_bytes()
+    if not is_dicom(data, path.name):
+        raise UserError(f"{path} is no DICOM file; --frame and --preset are for DICOM")
+    return render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+
+
+def answer(
+    path: Path,
+    image: Path | None,
+    question: str | None,
+    *,
+    frame: int = 0,
+    preset: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> None:
+    """Print the answer to one question as it comes; without a question, ask for them until the input ends."""
+    with Chat(load_run(path), image, frame=frame, preset=preset) as chat:
+        if question is not None:
+            _print_stream(chat.ask(question, max_new_tokens=max_new_tokens, temperature=temperature))
+            return
+        print("For research only; never a replacement for a doctor. An empty line ends the chat.")
+        while line := _read_line():
+            _print_stream(chat.ask(line, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _print_stream(pieces: Iterator[str]) -> None:
+    first = True
+    for piece in pieces:
+        sys.stdout.write(piece.lstrip() if first else piece)
+        sys.stdout.flush()
+        first = first and not piece.strip()
+    print()

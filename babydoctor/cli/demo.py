@@ -1,0 +1,47 @@
+"""``babydoctor demo | tiny-base``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from babydoctor.cli.denormals import flush_denormals
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(demo)
+    app.command("tiny-base")(tiny_base)
+
+
+def demo(
+    check: Annotated[
+        bool, typer.Option("--check", help="ask for nothing; exit status 1 if the score falls short")
+    ] = False,
+    dir: Annotated[Path, typer.Option("--dir", help="work directory; delete it to begin anew")] = Path(".demo"),
+) -> None:
+    """Make a tiny BabyDoctor from nothing: phantoms, base, three stages, score, page."""
+    from babydoctor.demo.demo import run_demo
+
+    flush_denormals()
+    status = run_demo(dir, check=check)
+    if not check:
+        from babydoctor.cli.serve import serve
+
+        serve(dir / "radiology")
+    raise typer.Exit(status)
+
+
+def tiny_base(
+    phantoms: Annotated[Path, typer.Option(help="folder that `babydoctor data phantom` wrote")],
+    out: Annotated[Path, typer.Option(help="folder for clip/ and llama/; what is there is kept")],
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+) -> None:
+    """Train the tiny preset's base (CLIP tower, tokenizer, LLaMA) on phantoms."""
+    from babydoctor.demo.tiny_language import TinySettings, make_tiny_base
+
+    flush_denormals()
+    make_tiny_base(phantoms, out, TinySettings(seed=seed))
+    print(f"vision tower: {out / 'clip'}  language model: {out / 'llama'}")

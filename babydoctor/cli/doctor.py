@@ -1,0 +1,148 @@
+"""``babydoctor doctor``: what works on this machine and how to mend what doesn't."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``state`` is ``ok``, ``absent`` (optional, not there) or ``broken``."""
+
+    name: str
+    state: str
+    detail: str
+    mend: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, one finding after another. Nothing raises."""
+    for name, check in _CHECKS:
+        try:
+            yield check()
+        except Exception as error:
+            yield Finding(
+                name, "broken", f"{type(error).__name__}: {error}", "reinstall it: bash scripts/test.sh --setup"
+            )
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 10)
+    return Finding("Python", "ok" if good else "broken", platform.python_version(), "" if good else "use 3.10 or later")
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    detail = f"{os.cpu_count()} cores, {total:.0f} GiB"
+    return Finding("cores and memory", "ok", detail)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    if free < 5:
+        return Finding(
+            "disk", "broken", f"{free:.1f} GiB free here", "free 5 GiB for the demo, 200 GiB for all three sets"
+        )
+    return Finding("disk", "ok", f"{free:.0f} GiB free here (demo 2, the three real sets about 200)")
+
+
+def _torch() -> Finding:
+    import torch
+
+    matrix = torch.randn(64, 64)
+    assert torch.isfinite(matrix @ matrix).all()
+    return Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(
+            "GPU", "absent", "no CUDA device: the tiny preset runs, 7B does not", "a driver and a CUDA build of torch"
+        )
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    torch.ones(8, device="cuda").sum().item()
+    return Finding("GPU", "ok", ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices))
+
+
+def _bfloat16() -> Finding:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.randn(64, 64, dtype=torch.bfloat16, device=device)
+    assert torch.isfinite(matrix @ matrix).all()
+    return Finding("bfloat16", "ok", f"on {device}")
+
+
+def _transformers() -> Finding:
+    import transformers
+
+    return Finding("transformers", "ok", transformers.__version__)
+
+
+def _bitsandbytes() -> Finding:
+    import torch
+
+    try:
+        from babydoctor.model.language_model import Quantization, quantize_linear
+
+        layer = quantize_linear(torch.randn(64, 64), Quantization())
+    except ImportError as error:
+        return Finding("bitsandbytes", "broken", str(error), "pip install 'babydoctor[train]'")
+    inputs = torch.randn(2, 64)
+    assert torch.isfinite(layer(inputs)).all()
+    return Finding("bitsandbytes", "ok", f"{version('bitsandbytes')}, an NF4 layer answers")
+
+
+def _optional(package: str, use: str, install: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        try:
+            return Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            return Finding(package, "absent", f"only needed for {use}", install)
+
+    return check
+
+
+def _hub() -> Finding:
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "on", "yes"):
+        return Finding(
+            "hub", "absent", "HF_HUB_OFFLINE is set: models and data come from folders", "unset it to download"
+        )
+    import socket
+
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError as error:
+        return Finding(
+            "hub", "absent", f"huggingface.co is not reached ({error})", "give local folders instead of hub ids"
+        )
+    return Finding("hub", "ok", "huggingface.co is reached")
+
+
+_CHECKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    ("Python", _python),
+    ("cores and memory", _memory),
+    ("disk", _disk),
+    ("torch", _torch),
+    ("GPU", _gpu),
+    ("bfloat16", _bfloat16),
+    ("transformers", _transformers),
+    ("peft", _optional("peft", "", "")),
+    ("accelerate", _optional("accelerate", "", "")),
+    ("bitsandbytes", _bitsandbytes),
+    ("datasets", _optional("datasets", "data sets from the hub", "pip install 'babydoctor[train]'")),
+    ("tensorboard", _optional("tensorboard", "tracking.tensorboard=true", "pip install 'babydoctor[train]'")),
+    ("deepspeed", _optional("deepspeed", "several GPUs with ZeRO", "pip install 'babydoctor[deepspeed]'")),
+    ("wandb", _optional("wandb", "tracking.wandb_project", "pip install 'babydoctor[wandb]'")),
+    ("gradio", _optional("gradio", "the page", "pip install babydoctor")),
+    ("hub", _hub),
+)

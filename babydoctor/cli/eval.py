@@ -1,0 +1,212 @@
+"""``babydoctor eval RUN``, ``babydoctor eval compare A B``, ``babydoctor eval stages``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from babydoctor.cli.denormals import flush_denormals
+
+
+class DefaultCommandGroup(TyperGroup):
+    """A group whose first word may be left out: ``eval RUN`` means ``eval run RUN``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group = typer.Typer(
+        cls=DefaultCommandGroup,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        help="Score a run, or a file of answers: `babydoctor eval RUN --task T --data DIR --out DIR`.",
+    )
+    group.command()(run)
+    group.command()(compare)
+    group.command()(stages)
+    app.add_typer(group, name="eval")
+
+
+def run(
+    run_directory: Annotated[
+        Optional[Path], typer.Argument(metavar="[RUN]", help="run directory; left out with --predictions")  # noqa: UP045
+    ] = None,
+    *,
+    task: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")],
+    data: Annotated[str, typer.Option(help="folder or file of the questions, or hub")],
+    out: Annotated[Path, typer.Option(help="folder for metrics.json, report.html and the answers")],
+    images: Annotated[Optional[str], typer.Option(help="folder of the images; default: beside the data")] = None,  # noqa: UP045
+    split: Annotated[Optional[str], typer.Option(help="part of the data, where the format has several")] = None,  # noqa: UP045
+    train: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="rows the model was trained on, for leakage; default: what the run's config names"),
+    ] = None,
+    predictions: Annotated[Optional[Path], typer.Option(help="score these answers (JSONL) and ask no model")] = None,  # noqa: UP045
+    images_as: Annotated[str, typer.Option(help="image conditions to ask under")] = "right,shuffled,blank,noise",
+    prompt: Annotated[str, typer.Option(help="how a question is asked")] = "{question}",
+    language: Annotated[str, typer.Option(help="SLAKE: en, zh or all")] = "en",
+    max_questions: Annotated[int, typer.Option(min=0, help="ask only the first so many; 0: all")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="0: 160 for captions, 48 otherwise")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions answered at the same time")] = 16,
+    resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
+    seed: Annotated[int, typer.Option(help="of sampling, shuffling and resampling")] = 0,
+    metric: Annotated[Optional[list[str]], typer.Option(help="for captions also: meteor, bertscore")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="default: cuda where there is one")] = None,  # noqa: UP045
+    update_model_card: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Ask a run the questions of a task and score its answers; an interrupted evaluation goes on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from babydoctor.eval.ask import GenerationConfig
+    from babydoctor.eval.model_card import update_model_card as update_card
+    from babydoctor.eval.run import EvalConfig, evaluate
+    from babydoctor.eval.tasks import TaskConfig
+
+    task_config = TaskConfig(task, data, images, split, language, prompt, max_questions, tuple(train or ()))
+    config = EvalConfig(
+        images_as=tuple(name.strip() for name in images_as.split(",") if name.strip()),
+        generation=GenerationConfig(max_new_tokens, temperature, seed=seed, batch_size=batch_size),
+        num_resamples=resamples,
+        seed=seed,
+        caption_metrics=tuple(metric or ()),
+    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        bars: dict[str, Any] = {}
+
+        def advance(condition: str, number: int, total: int) -> None:
+            if condition not in bars:
+                bars[condition] = bar.add_task(f"{condition} image", total=total)
+            bar.update(bars[condition], completed=number)
+
+        result = evaluate(
+            out, task_config, config, run=run_directory, predictions=predictions, device=device, progress=advance
+        )
+    _print_result(result)
+    print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
+    if update_model_card is not None:
+        update_card(update_model_card, result)
+        print(f"updated: {update_model_card}")
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from babydoctor.eval.report import headline_figures
+
+    shown = headline_figures(result)
+    title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("")
+    for name in shown:
+        table.add_column(name.replace("_", " "), justify="right")
+    for condition, scored in result["conditions"].items():
+        cells = [_with_interval(scored["figures"].get(name)) for name in shown]
+        table.add_row(f"[bold]{condition} image[/]", *cells)
+    for name, values in result["baselines"].items():
+        table.add_row(escape(name), *(_plain(values.get(figure)) for figure in shown), style="dim")
+    console = Console()
+    console.print(table)
+    for note in [*result["notes"], *result["leakage"]["notes"]]:
+        console.print(f"note: {escape(note)}", style="yellow")
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _with_interval(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "-"
+    if entry["low"] is None:
+        return _plain(entry["value"])
+    return f"{_plain(entry['value'])} \\[{_plain(entry['low'])}, {_plain(entry['high'])}]"
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="folder that `babydoctor eval ... --out` wrote")],
+    b: Annotated[Path, typer.Argument(help="another one, of the same questions")],
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="also write the result here")] = None,  # noqa: UP045
+    resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
+) -> None:
+    """Compare two evaluations of the same questions: differences with intervals and p-values, paired by image."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from babydoctor.eval.compare import compare as compare_folders
+
+    result = compare_folders(a, b, num_resamples=resamples)
+    table = Table(box=None, pad_edge=False)
+    for name in (f"{result['num_questions']} questions", "A", "B", "B - A [95%]", "p"):
+        table.add_column(name.replace("[", "\\["), justify="left" if "questions" in name else "right")
+    for name, entry in result["figures"].items():
+        p_value = entry["p_value"]
+        table.add_row(
+            name.replace("_", " "),
+            _plain(entry["a"]),
+            _plain(entry["b"]),
+            _with_interval(entry),
+            "-" if p_value is None else f"{p_value:.4f}",
+        )
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def stages(
+    out: Annotated[Path, typer.Option(help="folder for the runs, their scores, the table and the picture")],
+    config: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="config of each stage, in order; default: the tiny preset's"),
+    ] = None,
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="LABEL=DIR", help="score these runs and train nothing; equal labels are seeds"),
+    ] = None,
+    task: Annotated[str, typer.Option(help="task that the runs are scored on")] = "phantom",
+    data: Annotated[Path, typer.Option(help="questions of the task; the tiny preset also trains on them")] = Path(
+        ".demo/phantoms"
+    ),
+    base: Annotated[Path, typer.Option(help="tiny base, with llama/ and clip/")] = Path(".demo/base"),
+    seeds: Annotated[int, typer.Option(min=1, help="how often everything is trained, each time with another seed")] = 3,
+    override: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="[STAGE:]KEY=VALUE", help="setting for every stage, or for one"),
+    ] = None,
+    max_questions: Annotated[int, typer.Option(min=0, help="ask only the first so many; 0: all")] = 0,
+    picture: Annotated[Optional[Path], typer.Option(help="also write the picture here")] = None,  # noqa: UP045
+) -> None:
+    """Train with each stage left out in turn, and with all, and say what each one brings. Goes on where it stopped."""
+    from babydoctor.demo.ablation import StagesConfig, run_stages, write_picture
+
+    flush_denormals()
+    table = run_stages(
+        StagesConfig(
+            out=out,
+            configs=tuple(config or ()),
+            runs=tuple(run or ()),
+            task=task,
+            data=data,
+            base=base,
+            num_seeds=seeds,
+            overrides=tuple(override or ()),
+            max_questions=max_questions,
+        )
+    )
+    if picture is not None:
+        write_picture(picture, table)
+    print((out / "stages.md").read_text(encoding="utf-8"))

@@ -1,0 +1,43 @@
+"""The ``babydoctor`` command. Importing this module loads typer and nothing heavier."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+import typer
+
+from babydoctor.schema import UserError
+
+# The groups in the order in which `babydoctor --help` lists them.
+COMMAND_MODULES = ("train", "demo", "data", "plan", "eval", "interop", "serve", "bench")
+
+
+def build_app() -> typer.Typer:
+    """Build the typer application from the modules in ``babydoctor.cli``."""
+    app = typer.Typer(
+        name="babydoctor",
+        help="Train and serve a radiology vision-language model on one 24 GB GPU. For academic research only: "
+        "it is not a medical device and never replaces a doctor.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+        rich_markup_mode=None,
+    )
+    for name in COMMAND_MODULES:
+        importlib.import_module(f"babydoctor.cli.{name}").register(app)
+    return app
+
+
+def main() -> None:
+    """Run the command line; a ``UserError`` becomes one paragraph on stderr and exit status 2."""
+    # It would advise to install a package that downloads kernels; 4-bit layers work without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        build_app()()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

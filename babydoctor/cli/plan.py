@@ -1,0 +1,41 @@
+"""``babydoctor plan CONFIG``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(plan)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the stage, for example configs/radiology.yaml")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's")  # noqa: UP045
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="a10, a100-40, a100-80, l4, 4090, h100, h200 or cpu")] = "a10",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the matrix peak to plan with")] = 0.5,
+    figure: Annotated[Optional[Path], typer.Option(help="draw the memory as a stacked bar, PNG or SVG")] = None,  # noqa: UP045
+) -> None:
+    """Say what a stage needs before it starts: memory by part, operations, hours; exit status 2 if it cannot fit."""
+    from babydoctor.config import load_config
+    from babydoctor.plan.hardware import find_hardware
+    from babydoctor.plan.lengths import find_statistics
+    from babydoctor.plan.model import base_models, describe_model
+    from babydoctor.plan.plan import build_plan, check_fits
+    from babydoctor.plan.report import draw_plan, format_plan
+
+    settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
+    model = describe_model(settings)
+    statistics = find_statistics(settings, base_models(settings)[0], model.shape.num_patches)
+    result = build_plan(settings, hardware, statistics=statistics, model=model, utilization=mfu)
+    print(format_plan(result))
+    if figure is not None:
+        draw_plan(result, figure)
+        print(f"figure: {figure}")
+    check_fits(settings, result)

@@ -1,0 +1,98 @@
+"""``babydoctor doctor | train | merge | chat``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(doctor)
+    app.command()(train)
+    app.command()(merge)
+    app.command()(chat)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the stage, for example configs/align.yaml")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's")  # noqa: UP045
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in output_dir stopped")] = False,
+) -> None:
+    """Train one stage."""
+    from babydoctor.config import load_config
+
+    settings = load_config(config, overrides or [])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from babydoctor.train.loop import train as run_stage
+
+    run_stage(settings, resume=resume)
+
+
+def doctor() -> None:
+    """Say what works on this machine and how to mend what doesn't; exit status 1 if something is broken."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from babydoctor.cli.doctor import examine
+
+    signs = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "state", "found", "to mend it"):
+        table.add_column(column, overflow="fold")
+    findings = list(examine())
+    for finding in findings:
+        mend = "" if finding.state == "ok" else finding.mend
+        table.add_row(finding.name, signs[finding.state], escape(finding.detail), escape(mend))
+    Console().print(table)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path, typer.Option(help="directory to write; must not exist")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="float32 or bfloat16; default: the run's")  # noqa: UP045
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Fold a run's LoRA into plain weights, checked by logits."""
+    import torch
+
+    from babydoctor.model.merge import merge_run
+    from babydoctor.schema import UserError
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype!r} is not float32 or bfloat16")
+    report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    question: Annotated[Optional[str], typer.Argument(help="without it, a conversation")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="PNG, JPEG or DICOM")] = None,  # noqa: UP045
+    frame: Annotated[int, typer.Option(min=0, help="which frame of a DICOM loop, from 0")] = 0,
+    preset: Annotated[Optional[str], typer.Option(help="CT window of a DICOM: lung, bone, ...")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
+) -> None:
+    """Ask a run about an image; the answer streams to the terminal."""
+    from babydoctor.cli.chat_session import answer
+
+    answer(
+        run,
+        image,
+        question,
+        frame=frame,
+        preset=preset,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )

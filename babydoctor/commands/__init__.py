@@ -1,1 +1,0 @@
-"""The subcommands, one module a group. They import nothing heavy until one of them runs."""

@@ -1,0 +1,138 @@
+"""VQA-RAD: clinicians' questions and answers about 314 radiology pictures (CC0), as instruction rows.
+
+Lau et al., "A dataset of clinically generated visual questions and answers about radiology images", Scientific Data
+2018; https://osf.io/89kps. Nearly every picture of its test split is also in train: see ``--hold-out-images``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from babydoctor.data.sets.files import Prepared, gather_images, link_folder, unpack_zip, write_left_out, write_rows
+from babydoctor.data.sets.hub import download_url
+from babydoctor.schema import IMAGE_TOKEN, UserError
+
+URL = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="
+ARCHIVE = "vqa-rad.zip"
+NUM_QUESTIONS = {"train": 1_797, "test": 451}
+KEPT_KEYS = ("qid", "question_type", "answer_type", "phrase_type", "image_organ")
+"""Carried along in the rows for evaluation; training ignores them."""
+
+
+def download_vqa_rad(folder: Path) -> Path:
+    """Download the official archive into ``folder`` and unpack it."""
+    unpack_zip(download_url(URL, folder / ARCHIVE), folder)
+    return folder
+
+
+def read_questions(source: Path) -> list[dict[str, Any]]:
+    """Every question of the official JSON files in ``source``, in order. Raises ``UserError`` where there is none."""
+    questions: list[dict[str, Any]] = []
+    for path in sorted(source.glob("*.json")):
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from error
+        if isinstance(loaded, list) and loaded and isinstance(loaded[0], dict) and "image_name" in loaded[0]:
+            questions += loaded
+    if not questions:
+        raise UserError(f"{source}: no JSON file with VQA-RAD's questions (objects with image_name, question, answer)")
+    return questions
+
+
+def find_images(source: Path, name: str) -> Path:
+    """The folder of the pictures, told by one picture's name."""
+    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder
+    raise UserError(f"{source}: the pictures are not here ({name} is in none of {len(folders)} folders looked at)")
+
+
+def build_row(question: dict[str, Any]) -> dict[str, Any]:
+    """One official object as a row. Answers may be numbers there, and ``answer_type`` may end with a space."""
+    row: dict[str, Any] = {
+        "id": f"vqa-rad-{question['qid']}",
+        "image": question["image_name"],
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_TOKEN}\n{str(question['question']).strip()}"},
+            {"from": "gpt", "value": str(question["answer"]).strip()},
+        ],
+    }
+    return row | {key: str(question[key]).strip() for key in KEPT_KEYS if key in question}
+
+
+def prepare_vqa_rad(
+    source: Path, out: Path, *, hold_out_images: float = 0.0, seed: int = 0, copy: bool = False
+) -> list[Prepared]:
+    """Write ``out/train.json`` and, where its rows are there, ``out/test.json`` (``phrase_type`` begins with "test").
+
+    ``hold_out_images`` takes that share of the training pictures with all their questions into ``out/held_out.json``,
+    so that no picture is on both sides.
+    """
+    if not 0 <= hold_out_images < 1:
+        raise UserError(f"hold-out-images {hold_out_images}: must be at least 0 and below 1")
+    questions = read_questions(source)
+    images = find_images(source, questions[0]["image_name"])
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    left_out: list[dict[str, Any]] = []
+    for question in questions:
+        missing = [key for key in ("qid", "image_name", "question", "answer") if not str(question.get(key, "")).strip()]
+        if missing:
+            left_out.append({"reason": f"no_{missing[0]}", "id": str(question.get("qid", "")), "image": ""})
+            continue
+        row = build_row(question)
+        if (images / row["image"]).is_file():
+            splits["test" if row.get("phrase_type", "").startswith("test") else "train"].append(row)
+        else:
+            left_out.append({"reason": "no_image", "id": row["id"], "image": row["image"]})
+    if hold_out_images:
+        splits["train"], splits["held_out"] = _split_by_image(splits["train"], hold_out_images, seed)
+    list_path = out / "left-out.jsonl"
+    counts = write_left_out(list_path, left_out)
+    names = [row["image"] for rows in splits.values() for row in rows]
+    target = gather_images(images, out, names, copy=True) if copy else link_folder(images, out)
+    prepared = []
+    for name, rows in splits.items():
+        if rows:
+            expected = None if hold_out_images and name != "test" else NUM_QUESTIONS[name]
+            prepared.append(_write_split(name, rows, splits["train"], target, out, expected))
+    # What was left out belongs to no split in particular, so it is told once, with the first.
+    first = prepared[0]
+    prepared[0] = Prepared(**{**vars(first), "left_out": counts, "left_out_list": list_path})
+    return prepared
+
+
+def _write_split(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    train: Sequence[dict[str, Any]],
+    images: Path,
+    out: Path,
+    expected: int | None,
+) -> Prepared:
+    names = {row["image"] for row in rows}
+    shared = names & {row["image"] for row in train}
+    note = f"{len(shared)} of its {len(names)} pictures are also in train" if name != "train" else ""
+    return Prepared(
+        rows=out / f"{name}.json",
+        images=images,
+        num_rows=write_rows(out / f"{name}.json", rows),
+        num_images=len(names),
+        num_read=len(rows),
+        num_expected=expected,
+        notes=(note,) if note else (),
+    )
+
+
+def _split_by_image(
+    rows: list[dict[str, Any]], share: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    names = sorted({row["image"] for row in rows})
+    random.Random(seed).shuffle(names)
+    held = set(names[: round(len(names) * share)])
+    return [row for row in rows if row["image"] not in held], [row for row in rows if row["image"] in held]

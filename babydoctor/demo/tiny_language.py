@@ -1,0 +1,238 @@
+"""The tiny base: a CLIP tower, a tokenizer and a chat LLaMA, trained from scratch on the phantoms' train split.
+
+It stands in for openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat where nothing can be downloaded. Saved
+as ordinary transformers directories (``clip/`` and ``llama/``), so to the rest of the code it is just another base.
+
+The LLaMA learns language, never pictures: conversations in which a description in words stands where later the image
+stands, and plain sentences. So it knows the language and the form of the conversations; in its few hundred steps it
+does not become good at answering from a description. What is in an image it can only learn in the three stages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from babydoctor.conversation import get_template, prompt_text, render
+from babydoctor.phantom import text
+from babydoctor.phantom.write import Case, load_cases
+from babydoctor.schema import Turn, UserError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from babydoctor.demo.tiny_tower import Tower, TowerSettings
+
+TEMPLATE = "llava_llama_2"
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+WORD_START = "▁"
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """Sizes and optimisation of the language model."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 6
+    max_positions: int = 1024
+    num_texts: int = 6000
+    num_steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+
+
+def build_corpus(cases: Sequence[Case], count: int, seed: int) -> list[str]:
+    """Text that a chat model would have read: ``count`` pieces in seeded order, none of it beside an image."""
+    rng = np.random.default_rng([seed, 2])
+    template = get_template(TEMPLATE)
+    corpus: list[str] = []
+    for number in range(count):
+        case = cases[int(rng.integers(len(cases)))]
+        kind = number % 8
+        if kind < 5:
+            description = text.caption(case) if rng.random() < 0.7 else text.lay_description(case)
+            turns = []
+            for question, answer in text.lay_turns(case, rng):
+                turns += [Turn("user", question), Turn("assistant", answer)]
+            turns[0] = Turn("user", f"{description}\n{turns[0].text}")
+            corpus.append(prompt_text(render(turns, template)))
+        elif kind == 5:
+            corpus.append(f"{text.lay_description(case)}\n{text.caption(case)}\n</s>")
+        elif kind == 6:
+            corpus.append(f"{text.report(case, rng)}</s>")
+        else:
+            question, answer = text.GENERAL[int(rng.integers(len(text.GENERAL)))]
+            corpus.append(prompt_text(render([Turn("user", question), Turn("assistant", answer)], template)))
+    return corpus
+
+
+def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a BPE tokenizer laid out like LLaMA-2's: ids 0-2 special, then 256 bytes, then pieces with ``▁``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = np.random.default_rng(0)
+    # Every word that the three training sets use gets its piece, also the terms that only stage 3 speaks.
+    words = [*corpus, text.REPORT_QUESTION]
+    words += [text.report(case, rng) for case in cases[:500]]
+    words += [question for wordings in text.QUESTIONS.values() for question in wordings]
+    words += [term for terms in text.TERMS.values() for term in terms.values()] * 20
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Sequence([normalizers.Prepend(WORD_START), normalizers.Replace(" ", WORD_START)])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n|</?s>"), "removed"),
+            pre_tokenizers.Split(WORD_START, "merged_with_next"),
+            # Digits and marks are pieces of their own, so that "left." holds the piece "left".
+            pre_tokenizers.Split(Regex(r"[0-9.,:?!]"), "isolated"),
+        ]
+    )
+    learned = vocab_size - len(SPECIAL_TOKENS) - 256
+    learner.train_from_iterator(words, trainers.BpeTrainer(vocab_size=learned, show_progress=False))
+    model = json.loads(learner.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].get)
+    ordered = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(ordered)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = learner.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(WORD_START, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_language_model(
+    corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: LanguageSettings, seed: int
+) -> LlamaForCausalLM:
+    """Train a LLaMA from scratch by plain language modelling on the corpus."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from babydoctor.demo.tiny_progress import steps
+
+    torch.manual_seed(seed + 1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=settings.max_positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    documents = sorted((tokenizer(piece)["input_ids"] for piece in corpus), key=len)
+    # Neighbours in length share a batch, so that little is padded; the batches come in random order.
+    size = settings.batch_size
+    groups = [documents[start : start + size] for start in range(0, len(documents), size)]
+    rng = np.random.default_rng([seed, 3])
+    order = [int(i) for _ in range(1 + settings.num_steps // len(groups)) for i in rng.permutation(len(groups))]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
+    )
+    for number, report in enumerate(steps("language model", settings.num_steps)):
+        group = groups[order[number]]
+        longest = max(len(document) for document in group)
+        input_ids = torch.zeros((len(group), longest), dtype=torch.long)
+        labels = torch.full((len(group), longest), -100)
+        for row, document in enumerate(group):  # padded on the right: causal attention never looks there
+            input_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        report(loss.item())
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class TinySettings:
+    """Everything about the tiny base."""
+
+    seed: int = 0
+    language: LanguageSettings = field(default_factory=LanguageSettings)
+    tower: TowerSettings | None = None
+    """None: the tower's defaults."""
+
+
+def save_tower(tower: Tower, folder: Path) -> None:
+    """Write a tower with CLIP's preprocessor_config.json."""
+    size = tower.model.config.image_size
+    tower.model.save_pretrained(folder)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [tower.mean] * 3,
+        "image_std": [tower.std] * 3,
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+
+
+def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = None) -> None:
+    """Make ``out/clip`` and ``out/llama`` from a phantom folder; what is there and whole is kept.
+
+    Raises:
+        UserError: ``phantoms`` holds no phantoms.
+    """
+    from babydoctor.demo.tiny_tower import TowerSettings, load_images, train_tower
+    from babydoctor.model.run_dir import atomic_directory
+
+    settings = settings or TinySettings()
+    cases = load_cases(phantoms, "train")
+    if not cases:
+        raise UserError(f"{phantoms / 'truth.jsonl'} holds no train case; make the phantoms anew")
+    if not (out / "clip").is_dir():
+        tower = train_tower(
+            cases, load_images(cases, phantoms / "images"), settings.tower or TowerSettings(), settings.seed
+        )
+        with atomic_directory(out / "clip") as folder:
+            save_tower(tower, folder)
+    if not (out / "llama").is_dir():
+        corpus = build_corpus(cases, settings.language.num_texts, settings.seed)
+        tokenizer = build_tokenizer(corpus, cases, settings.language.vocab_size)
+        model = train_language_model(corpus, tokenizer, settings.language, settings.seed)
+        with atomic_directory(out / "llama") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)

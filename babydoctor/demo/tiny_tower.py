@@ -1,0 +1,222 @@
+"""The tiny preset's vision tower: a small CLIP, trained from scratch against the phantoms' captions.
+
+Shapes: ``B`` images, ``P`` patches, ``D`` vision width, ``E`` width of the shared space, ``C`` captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize, one_hot, pad
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+from babydoctor.phantom.text import caption
+from babydoctor.phantom.write import Case
+
+PROJECTED_LAYER = -2
+"""The hidden layer whose patches the projector reads, as in ``model.vision_layer``."""
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """Sizes and optimisation of the tower."""
+
+    hidden_size: int = 96
+    num_layers: int = 4
+    num_heads: int = 4
+    patch_size: int = 14
+    embed_size: int = 96
+    num_steps: int = 800
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    max_shift: int = 3
+    """Images move by up to so many pixels in training: another patient never lies in the same place."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A trained tower and the pixel statistics (of values in [0, 1]) that it expects."""
+
+    model: CLIPVisionModel
+    mean: float
+    std: float
+
+
+def load_images(cases: Sequence[Case], folder: Path) -> np.ndarray:
+    """Read the cases' images: uint8 ``[N, S, S]``."""
+    from PIL import Image
+
+    images = []
+    for case in cases:
+        with Image.open(folder / case.image) as image:
+            images.append(np.asarray(image.convert("L")))
+    return np.stack(images)
+
+
+def caption_pieces(case: Case) -> list[str | None]:
+    """A case's whole caption and four pieces of it, each a positive of its own; None where there is no such piece.
+
+    Captions on the web tell now this, now that of an image. Pieces are compared with pieces of the same kind, so
+    that the easiest difference (the modality) does not drown the others.
+    """
+    whole = caption(case)
+    scan, rest = whole.split(" with ", 1)
+    if case.finding == "none":
+        return [whole, scan, rest, None, None]
+    what, _, where = rest.partition(" on the ")
+    side, _, level = where.partition(" side ")
+    return [whole, scan, what, f"on the {side} side", level]
+
+
+class _Captions:
+    """All pieces as padded word ids for CLIP's text half, and which piece each case has of each kind."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        pieces = [caption_pieces(case) for case in cases]
+        texts = sorted({piece for row in pieces for piece in row if piece is not None})
+        index: dict[str | None, int] = {text: i for i, text in enumerate(texts)} | {None: -1}
+        self.piece_of = torch.tensor([[index[piece] for piece in row] for row in pieces])  # [N, kinds], -1: none
+        words = sorted({word for text in texts for word in text.split()})
+        self.end = len(words)
+        """The end-of-text id: the largest, where CLIP pools."""
+        number = {word: i for i, word in enumerate(words)}
+        rows = [torch.tensor([number[word] for word in text.split()]) for text in texts]
+        self.length = max(len(row) for row in rows) + 1
+        self.ids = torch.stack([pad(row, (0, self.length - len(row)), value=self.end) for row in rows])  # [C, L]
+
+
+def _build_clip(settings: TowerSettings, image_size: int, captions: _Captions) -> CLIPModel:
+    config = CLIPConfig(
+        projection_dim=settings.embed_size,
+        vision_config={
+            "hidden_size": settings.hidden_size,
+            "intermediate_size": 4 * settings.hidden_size,
+            "num_hidden_layers": settings.num_layers,
+            "num_attention_heads": settings.num_heads,
+            "image_size": image_size,
+            "patch_size": settings.patch_size,
+            "projection_dim": settings.embed_size,
+        },
+        text_config={
+            "vocab_size": captions.end + 1,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": captions.length,
+            "bos_token_id": 0,
+            "pad_token_id": captions.end,
+            "eos_token_id": captions.end,
+            "projection_dim": settings.embed_size,
+        },
+    )
+    clip = CLIPModel(config)
+    # CLIP's initial scales suit thousands of steps; here the tower must see content and place from the first one on.
+    embeddings = clip.vision_model.embeddings
+    nn.init.normal_(embeddings.patch_embedding.weight, std=0.04)
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
+    return clip
+
+
+def _shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Move each image ``[B, S, S]`` by up to ``most`` pixels; the border is repeated."""
+    size = images.shape[-1]
+    padded = np.pad(images, ((0, 0), (most, most), (most, most)), mode="edge")
+    corners = rng.integers(0, 2 * most + 1, (len(images), 2))
+    return np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)])
+
+
+def _contrastive_loss(
+    images: torch.Tensor, texts: torch.Tensor, pieces: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """InfoNCE in both directions for each kind of piece; equal captions are positives of one another.
+
+    Args:
+        images: ``[B, E]``, texts: ``[C, E]``, both of length 1; pieces: ``[B, kinds]`` rows of ``texts``, -1: none.
+    """
+    similarity = scale.exp() * images @ texts.T
+    total = similarity.new_zeros(())
+    for kind in range(pieces.shape[1]):
+        has = pieces[:, kind] >= 0
+        used, target = torch.unique(pieces[has, kind], return_inverse=True)
+        logits = similarity[has][:, used]
+        positives = one_hot(target, len(used)).to(logits.dtype)
+        image_to_text = cross_entropy(logits, target)
+        text_to_image = cross_entropy(logits.T, (positives / positives.sum(0)).T)
+        total = total + (image_to_text + 0.25 * text_to_image) * (0.5 if kind == 0 else 1.0)
+    return total / pieces.shape[1]
+
+
+def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Endless batches of indices; each epoch in a new order."""
+    while True:
+        order = rng.permutation(count)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+
+
+def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettings, seed: int) -> Tower:
+    """Train a CLIP on images ``[N, S, S]`` (uint8) and the cases' captions; returns its vision half.
+
+    Two embeddings of an image are trained. One is CLIP's (class token, projected) plus a linear reading of all
+    patches: with the class token alone, a tower from scratch takes minutes to find out that the place of a patch
+    matters, and the reading gives every patch a direct gradient. The other is a reading of one random patch of the
+    layer that LLaVA projects, so that patches learn to tell of the whole image, as those of a large CLIP do. Both
+    readings are thrown away afterwards with the text half.
+    """
+    from babydoctor.demo.tiny_progress import steps
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    captions = _Captions(cases)
+    clip = _build_clip(settings, images.shape[-1], captions)
+    num_patches = (images.shape[-1] // settings.patch_size) ** 2
+    reading = nn.Linear(num_patches * settings.hidden_size, settings.embed_size)
+    patch_reading = nn.Sequential(
+        nn.LayerNorm(settings.hidden_size), nn.Linear(settings.hidden_size, settings.embed_size)
+    )
+    mean, std = float(images.mean() / 255), float(images.std() / 255)
+    parameters = [*clip.parameters(), *reading.parameters(), *patch_reading.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
+    )
+    batches = _batches(len(images), min(settings.batch_size, len(images)), rng)
+    for report in steps("vision tower", settings.num_steps):
+        chosen = next(batches)
+        pixels = _shifted(images[chosen], settings.max_shift, rng)
+        pixel_values = ((torch.from_numpy(pixels) / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
+        output = clip.vision_model(pixel_values, output_hidden_states=True)
+        patches = clip.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+        image_embeds = clip.visual_projection(output.pooler_output) + reading(patches.flatten(1))
+        projected = output.hidden_states[PROJECTED_LAYER][:, 1:]
+        one_patch = projected[torch.arange(len(chosen)), torch.randint(num_patches, (len(chosen),))]
+        used, pieces = torch.unique(captions.piece_of[torch.from_numpy(chosen)], return_inverse=True)
+        missing = int(used[0] < 0)  # -1 comes first where it occurs
+        text_embeds = normalize(
+            clip.text_projection(clip.text_model(captions.ids[used[missing:]]).pooler_output), dim=-1
+        )
+        loss = sum(
+            _contrastive_loss(normalize(embeds, dim=-1), text_embeds, pieces - missing, clip.logit_scale)
+            for embeds in (image_embeds, patch_reading(one_patch))
+        )
+        assert isinstance(loss, torch.Tensor)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(0, np.log(100))
+        report(loss.item())
+    model = CLIPVisionModel(clip.vision_model.config)
+    state = clip.vision_model.state_dict()
+    # Releases of transformers 5 differ in whether CLIPVisionModel nests the tower once more.
+    getattr(model, "vision_model", model).load_state_dict(state)
+    return Tower(model.eval(), mean, std)

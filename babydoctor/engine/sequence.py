@@ -1,0 +1,134 @@
+"""One request while the engine works on it: where it stands, and what of its answer may be shown."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from babydoctor.engine.kv_cache import IMAGE_POSITION, Claim, Content
+from babydoctor.engine.request import (
+    Delta,
+    EngineError,
+    Finished,
+    FinishReason,
+    GenerationHandle,
+    TokenLogprob,
+    Usage,
+)
+from babydoctor.engine.sampling import build_random, log_probabilities, sample
+from babydoctor.engine.stops import Detokenizer, StopFilter
+
+
+class Job:
+    """State of one request. Only the engine's thread touches it.
+
+    ``num_computed`` positions have their keys and values in the slot. While it is less than the prompt the job reads
+    its prompt; then it decodes, and the last token of ``generated`` is the one not computed yet.
+    """
+
+    def __init__(self, handle: GenerationHandle, content: Content, max_new_tokens: int, tokenizer: Any) -> None:
+        request = handle.request
+        self.handle = handle
+        self.request = request
+        self.prompt = content
+        self.max_new_tokens = max_new_tokens
+        self.deadline = None if request.timeout_s is None else handle.submitted_at + request.timeout_s
+        self.claim: Claim | None = None
+        self.embeds: torch.Tensor | None = None
+        self.num_computed = 0
+        self.generated: list[int] = []
+        self.text = ""
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self._tokenizer = tokenizer
+        self._random = build_random(request)
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopFilter(request.stop)
+
+    @property
+    def slot(self) -> int:
+        assert self.claim is not None, "a job that is not running has no slot"
+        return self.claim.slot.index
+
+    @property
+    def decoding(self) -> bool:
+        return bool(self.generated)
+
+    @property
+    def num_left(self) -> int:
+        """Prompt positions that are still to be computed."""
+        return len(self.prompt) - self.num_computed
+
+    def computed_content(self) -> Content:
+        """What the slot holds: the computed part of prompt and answer."""
+        tokens = np.concatenate([self.prompt.tokens, np.asarray(self.generated, np.int64)])
+        return Content(tokens, self.prompt.images).head(self.num_computed)
+
+    def choose(self, logits: torch.Tensor, likeliest: int) -> tuple[int, tuple[TokenLogprob, ...]]:
+        """The next token from this job's row of float32 logits ``[V]``, whose likeliest token is known already."""
+        request = self.request
+        token = likeliest
+        if not request.greedy:
+            token = sample(logits, request.temperature, request.top_p, self._random)
+        if request.logprobs is None:
+            return token, ()
+        chosen, top = log_probabilities(logits, token, request.logprobs)
+        alternatives = tuple((other, self._spell(other), value) for other, value in top)
+        return token, (TokenLogprob(token, self._spell(token), chosen, alternatives),)
+
+    def append(self, token: int, logprobs: tuple[TokenLogprob, ...], eos: frozenset[int]) -> FinishReason | None:
+        """Take the token into the answer and publish what it makes certain. Returns why the answer ends, or None."""
+        self.last_token_at = time.monotonic()
+        if self.first_token_at is None:
+            self.first_token_at = self.last_token_at
+        self.generated.append(token)
+        reason: FinishReason | None = None
+        shown = self._stops.add(self._detokenizer.add(token))
+        if self._stops.found is not None or (token in eos and not self.request.ignore_eos):
+            reason = "stop"
+        elif len(self.generated) >= self.max_new_tokens:
+            reason = "length"
+        if reason is not None and self._stops.found is None:
+            shown += self._flush()
+            reason = "stop" if self._stops.found is not None else reason
+        self.text += shown
+        self.handle.publish(Delta(shown, (token,), logprobs))
+        return reason
+
+    def _flush(self) -> str:
+        """The held-back text at the end of the answer; it may still complete a stop string."""
+        shown = self._stops.add(self._detokenizer.flush())
+        return shown if self._stops.found is not None else shown + self._stops.flush()
+
+    def finish(self, reason: FinishReason, error: EngineError | None = None) -> Finished:
+        """The last event. Text that was held back is dropped unless the answer came to its own end."""
+        now = time.monotonic()
+        submitted = self.handle.submitted_at
+        return Finished(
+            finish_reason=reason,
+            text=self.text,
+            usage=Usage(len(self.prompt), len(self.generated), self.claim.num_reused if self.claim else 0),
+            error=error,
+            stop_string=self._stops.found,
+            queue_s=(self.started_at or now) - submitted,
+            first_token_s=None if self.first_token_at is None else self.first_token_at - submitted,
+            total_s=now - submitted,
+        )
+
+    def _spell(self, token: int) -> str:
+        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+
+def build_content(input_ids: np.ndarray, image_mask: np.ndarray | None, keys: tuple[str, ...]) -> Content:
+    """What a prompt's positions stand for, so that it can be compared with what slots hold."""
+    tokens = np.asarray(input_ids, np.int64).copy()
+    if image_mask is None or not keys:
+        return Content(tokens)
+    tokens[image_mask] = IMAGE_POSITION
+    positions = np.flatnonzero(image_mask)
+    starts = positions[:: len(positions) // len(keys)]
+    return Content(tokens, tuple((int(start), key) for start, key in zip(starts, keys, strict=True)))

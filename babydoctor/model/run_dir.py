@@ -1,0 +1,279 @@
+"""Our run directory: what a stage writes and what the next stage, evaluation and serving read.
+
+::
+
+    run/
+      manifest.json            what the model is made of, where it comes from, how it was trained
+      config.yaml              the resolved configuration of the stage
+      projector.safetensors
+      adapter/                 the stage's LoRA in peft's format (absent where it trained none)
+      base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
+      language_model/ vision_tower/   only after `babydoctor merge`: plain weights
+      metrics.jsonl tensorboard/ checkpoints/step-N/
+
+Directories are written under a temporary name, flushed to disk and renamed: what has its final name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from babydoctor import __version__
+from babydoctor.data.tokens import load_tokenizer
+from babydoctor.imaging.load import ImageSettings
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import (
+    Quantization,
+    has_lora,
+    load_language_model,
+    load_lora,
+    save_lora,
+)
+from babydoctor.model.projector import build_projector
+from babydoctor.model.vision import load_vision_tower
+from babydoctor.schema import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+
+
+class Stage(BaseModel):
+    """One entry of a run's lineage."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    steps: int
+    samples: int
+    data_fingerprint: str
+
+
+class Manifest(BaseModel):
+    """``manifest.json``: everything needed to load the run, and where it comes from.
+
+    Paths that begin with ``./`` are relative to the run directory.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    format: int = FORMAT
+    name: str
+    language_model: str
+    vision_tower: str
+    projector: Literal["linear", "mlp2x_gelu"] = "linear"
+    vision_layer: int = -2
+    template: str
+    image_size: int
+    image_mode: Literal["square", "pad"]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    max_length: int = 2048
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"
+    double_quantization: bool = True
+    base_adapters: tuple[str, ...] = ()
+    lineage: tuple[Stage, ...] = ()
+    versions: dict[str, str] = {}
+    git_commit: str | None = None
+
+    @property
+    def image(self) -> ImageSettings:
+        """How images become pixels for this run."""
+        return ImageSettings(size=self.image_size, mode=self.image_mode, mean=self.image_mean, std=self.image_std)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run directory."""
+
+    path: Path
+    model: BabyDoctor
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest
+
+
+def read_manifest(run: str | Path) -> Manifest:
+    """Read a run directory's manifest.
+
+    Raises:
+        UserError: the directory is no run, or was written by a newer format.
+    """
+    path = Path(run) / "manifest.json"
+    if not path.is_file():
+        raise UserError(
+            f"{run} is not a run directory: it has no manifest.json. `babydoctor train` writes one; an original "
+            "LLaVA checkpoint becomes one with `babydoctor import`."
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if manifest.format > FORMAT:
+        raise UserError(f"{path} has format {manifest.format}, this version reads up to {FORMAT}; update babydoctor")
+    return manifest
+
+
+def build_model(
+    manifest: Manifest,
+    run: Path,
+    *,
+    projector: Path | None,
+    adapter: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> BabyDoctor:
+    """Put the model together that a manifest describes. Nothing in it requires gradients.
+
+    Args:
+        run: the run directory that the manifest's ``./`` paths are relative to.
+        projector: safetensors file with its weights; None leaves it freshly initialised.
+        adapter: peft LoRA directory to attach for inference.
+        dtype: the precision to compute in; None: the manifest's. The weights are the same, rounded to the manifest's.
+    """
+    dtype = dtype or manifest.torch_dtype
+    language_model = load_language_model(
+        resolve(run, manifest.language_model),
+        dtype=manifest.torch_dtype,
+        compute_dtype=dtype,
+        device=device,
+        quantization=Quantization(manifest.double_quantization) if manifest.quantization == "nf4" else None,
+        merge_adapters=[Path(resolve(run, base_adapter)) for base_adapter in manifest.base_adapters],
+    )
+    vision = load_vision_tower(resolve(run, manifest.vision_tower), dtype=dtype, device=device)
+    layers = build_projector(manifest.projector, vision.config.hidden_size, language_model.config.hidden_size)
+    if projector is not None:
+        load_projector(layers, projector)
+    layers.to(device, dtype).requires_grad_(False)
+    if adapter is not None:
+        load_lora(language_model, adapter)
+    return BabyDoctor(vision, layers, language_model, vision_layer=manifest.vision_layer).eval()
+
+
+def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Run:
+    """Load a run directory for inference.
+
+    Args:
+        dtype: overrides the manifest's, for example float32 to compare logits.
+
+    Raises:
+        UserError: the run or something it is built on is missing or damaged.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    tokenizer = load_tokenizer(resolve(path, manifest.language_model))
+    adapter = path / "adapter"
+    model = build_model(
+        manifest,
+        path,
+        projector=path / "projector.safetensors",
+        adapter=adapter if adapter.is_dir() else None,
+        device=device,
+        dtype=dtype,
+    )
+    return Run(path, model, tokenizer, manifest)
+
+
+def resolve(run: Path, reference: str) -> str:
+    """A base's directory or hub id; ``./x`` is relative to the run."""
+    return str(run / reference[2:]) if reference.startswith("./") else reference
+
+
+def load_projector(projector: torch.nn.Module, path: Path) -> None:
+    """Fill a projector from a safetensors file."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; the run was not finished or not copied whole")
+    try:
+        projector.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {error}") from error
+
+
+def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
+    """Write what training changed: projector and, where there is one, the LoRA adapter."""
+    state = {name: value.detach().contiguous().cpu() for name, value in model.projector.state_dict().items()}
+    save_file(state, directory / "projector.safetensors")
+    if has_lora(model.language_model):
+        save_lora(model.language_model, directory / "adapter", base)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    write_text(directory / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions and git commit for a manifest."""
+    versions = {"babydoctor": __version__}
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"versions": versions, "git_commit": commit}
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``path`` when the block ends well, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync(temporary)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,179 @@
+"""What is checked before work is done: keys, places in the queue, the shape of images. No torch.
+
+Everything here answers in microseconds, so that a server under load can still say no.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import math
+import re
+from collections.abc import Sequence
+
+from babydoctor.schema import IMAGE_TOKEN
+from babydoctor.serve.api.protocol import ApiError, GenerateRequest
+from babydoctor.serve.settings import Limits
+
+MAX_JSON_DEPTH = 32
+"""A request of ours is 6 deep. Deeper ones only try the parser's stack."""
+
+MAX_JSON_MARKS = 50_000
+"""Strings, brackets and commas. A long chat has a few thousand; millions would keep the server parsing."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+
+
+class Keys:
+    """A set of keys; comparing takes the same time whichever of them is right, and how nearly."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        # Hashes have one length, so not even the keys' lengths can be measured.
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accepts(self, key: str) -> bool:
+        """Whether it is one of the keys."""
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        found = False
+        for known in self._digests:  # no early exit
+            found |= hmac.compare_digest(known, digest)
+        return found
+
+
+def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """The key of ``Authorization: Bearer KEY``, or of ``X-API-Key``; empty where there is neither."""
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            return value[7:].strip().decode("latin-1")
+        if name == b"x-api-key":
+            return value.strip().decode("latin-1")
+    return ""
+
+
+class Places:
+    """Places of one worker: those that run and those that wait. One more is refused at once.
+
+    Args:
+        num_slots: requests that run at the same time.
+        max_queue: further requests that may wait.
+    """
+
+    def __init__(self, num_slots: int, max_queue: int) -> None:
+        self.num_slots = num_slots
+        self.max_queue = max_queue
+        self.taken = 0
+        self._mean_s = 2.0
+
+    @property
+    def capacity(self) -> int:
+        return self.num_slots + self.max_queue
+
+    def take(self) -> None:
+        """Take a place; the caller gives it back with ``give_back``, whatever happens.
+
+        Raises:
+            ApiError: 429 with the time after which a place is likely.
+        """
+        if self.taken >= self.capacity:
+            raise ApiError(
+                429,
+                "queue_full",
+                f"The model is busy: {self.num_slots} requests run and {self.max_queue} wait. Please try again soon.",
+                retry_after_s=self.retry_after_s(),
+            )
+        self.taken += 1
+
+    def give_back(self, duration_s: float) -> None:
+        assert self.taken > 0, self.taken
+        self.taken -= 1
+        self._mean_s += 0.1 * (duration_s - self._mean_s)
+
+    def retry_after_s(self) -> int:
+        """Seconds until half of the queue is likely to have moved on, from 1 to 60."""
+        return min(60, max(1, math.ceil(self._mean_s * (1 + self.max_queue / (2 * self.num_slots)))))
+
+
+def decode_image(text: str, index: int) -> bytes:
+    """Bare base64 (line breaks allowed) -> bytes.
+
+    Raises:
+        ApiError: 422, it is not base64.
+    """
+    param = f"images[{index}]"
+    text = re.sub(r"\s+", "", text)
+    if text.startswith("data:"):
+        raise ApiError(422, "bad_base64", f"{param} is a data URL; send the base64 after its comma alone.", param=param)
+    if not text or not _BASE64.fullmatch(text):
+        raise ApiError(422, "bad_base64", f"{param} is not base64.", param=param)
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ApiError(422, "bad_base64", f"{param} is not base64: {error}.", param=param) from None
+
+
+def check_request(request: GenerateRequest, limits: Limits) -> None:
+    """Check what can be checked without decoding or tokenising.
+
+    Raises:
+        ApiError: 413 or 422, naming the field and the limit.
+    """
+    if len(request.prompt) > limits.max_prompt_chars:
+        raise ApiError(
+            422,
+            "prompt_too_long",
+            f"The prompt has {len(request.prompt)} characters; the limit is {limits.max_prompt_chars}.",
+            param="prompt",
+        )
+    check_image_count(request.prompt, request.images or (), limits)
+
+
+def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> None:
+    """As many images as places for them, and not more than the limit.
+
+    Raises:
+        ApiError: 422.
+    """
+    num_places = prompt.count(IMAGE_TOKEN)
+    if len(images) != num_places:
+        raise ApiError(
+            422,
+            "wrong_image_count",
+            f"The prompt has {num_places} place(s) for an image ({IMAGE_TOKEN}), but {len(images)} image(s) came.",
+            param="images",
+        )
+    if len(images) > limits.max_images:
+        raise ApiError(
+            422,
+            "too_many_images",
+            f"{len(images)} images came; this server takes {limits.max_images} a conversation.",
+            param="images",
+        )
+
+
+# Strings are skipped whole, in C; brackets inside them do not count.
+# A string that does not end matches up to the end of the body, or each quote in it would be tried again.
+_STRING_OR_MARK = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{},]', re.S)
+
+
+def check_json_shape(body: bytes) -> None:
+    """Refuse bodies that nest too deeply or hold too many values, before they are parsed. Linear in time.
+
+    Raises:
+        ApiError: 422.
+    """
+    depth = 0
+    for num_marks, match in enumerate(_STRING_OR_MARK.finditer(body), 1):
+        mark = body[match.start()]
+        if mark in b"[{":
+            depth += 1
+        elif mark in b"]}":
+            depth -= 1
+        if depth > MAX_JSON_DEPTH:
+            raise ApiError(422, "json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
+        if num_marks > MAX_JSON_MARKS:
+            raise ApiError(422, "json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")

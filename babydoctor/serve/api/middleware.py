@@ -1,0 +1,180 @@
+"""What every request passes before a route sees it: an id, the key, the size of its body, one line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape
+from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.logs import REQUEST_ID, log, new_request_id
+from babydoctor.serve.metrics import HttpMetrics
+from babydoctor.serve.settings import Limits
+
+logger = logging.getLogger(__name__)
+
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
+"""Polled by machines; logged only when something is wrong."""
+
+
+class Gate:
+    """ASGI middleware around a whole application.
+
+    Args:
+        keys: what clients must present one of; empty: nothing is asked for.
+        open_paths: answered without a key.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, open_paths: Collection[str], limits: Limits, metrics: HttpMetrics
+    ) -> None:
+        self.app = app
+        self.keys = keys
+        self.open_paths = frozenset(open_paths)
+        self.limits = limits
+        self.metrics = metrics
+        self._held_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        request_id = new_request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
+        token = REQUEST_ID.set(request_id)
+        started_s, status = time.monotonic(), 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            duration_s = time.monotonic() - started_s
+            self.metrics.observe(route, status, duration_s)
+            if route not in QUIET_PATHS or status >= 400:
+                level = logging.WARNING if status >= 500 else logging.INFO
+                fields = {"method": scope["method"], "route": route, "status": status}
+                log(logger, level, "request", **fields, duration_ms=round(1000 * duration_s))
+            REQUEST_ID.reset(token)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held = 0
+        try:
+            if (
+                self.keys
+                and scope["path"] not in self.open_paths
+                and not self.keys.accepts(bearer_key(scope["headers"]))
+            ):
+                raise ApiError(401, "bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
+            if scope["method"] in ("POST", "PUT", "PATCH"):
+                body = await self._read_body(receive)
+                held = len(body)
+                receive = _receive_again(body, receive)
+                del body
+        except ApiError as error:
+            return await error_response(error)(scope, receive, send)
+        self._held_bytes += held
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._held_bytes -= held
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        """Read the body within its limits and check its shape.
+
+        Raises:
+            ApiError: 408, 413, 422, or 429 where all open requests together are too large.
+        """
+        limit = self.limits.max_body_bytes
+        parts: list[bytes] = []
+        size, more = 0, True
+        deadline = time.monotonic() + self.limits.body_timeout_s
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except (TimeoutError, asyncio.TimeoutError):
+                if size > limit:
+                    break
+                raise ApiError(
+                    408, "body_timeout", f"The body did not arrive within {self.limits.body_timeout_s:g} s."
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise ApiError(400, "client_left", "The connection ended before the body did.")
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            more = message.get("more_body", False)
+            if size <= limit:
+                parts.append(chunk)
+                if self._held_bytes + size > self.limits.max_held_bytes:
+                    raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+            else:
+                # Nothing is kept any more, but reading on lets the client finish sending and see the answer.
+                parts.clear()
+                if size > 4 * limit:
+                    break
+        if size > limit:
+            raise ApiError(413, "body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
+        body = b"".join(parts)
+        check_json_shape(body)
+        return body
+
+
+def _receive_again(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives a body that was read, once, and then goes on."""
+    left: list[bytes] = [body]
+
+    async def receive_again() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return receive_again
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """An ``ApiError`` as HTTP."""
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error leaves as ``ApiError.body()``; none quotes what the client sent."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        # FastAPI's own answer repeats the input: a whole prompt, a whole image.
+        faults = [
+            f"{'.'.join(str(part) for part in item['loc'] if part != 'body') or 'body'}: {item['msg']}"
+            for item in error.errors()[:5]
+        ]
+        first = error.errors()[0]["loc"][1:] if error.errors() else ()
+        return error_response(ApiError(422, "bad_request", "; ".join(faults), param=".".join(map(str, first)) or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        response = error_response(ApiError(error.status_code, "http_error", str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return error_response(ApiError(500, "internal", "The server failed at this request; its log says where."))

@@ -1,0 +1,380 @@
+"""The controller: knows the workers, passes requests on to them, speaks every wire that they speak.
+
+Nothing here waits for a worker in a way that others would feel: every call is asynchronous and bounded in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+
+from babydoctor import __version__
+from babydoctor.conversation import Template, get_template
+from babydoctor.schema import UserError
+from babydoctor.serve.api.admission import Keys, bearer_key, check_request
+from babydoctor.serve.api.middleware import Gate, add_error_handlers
+from babydoctor.serve.api.protocol import (
+    ApiError,
+    AttentionRequest,
+    CountTokenRequest,
+    FleetStatus,
+    GenerateRequest,
+    HeartBeat,
+    ModelRequest,
+    RegisterRequest,
+    WorkerStatus,
+)
+from babydoctor.serve.api.routes import BODY_ERRORS, OPEN_PATHS, WORK_ERRORS, add_common_routes, errors
+from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.controller.registry import Registry, WorkerRecord, check_worker_url
+from babydoctor.serve.controller.relay import Fleet, Relay
+from babydoctor.serve.logs import REQUEST_ID, log
+from babydoctor.serve.metrics import ControllerMetrics
+from babydoctor.serve.settings import Secrets, ServeSettings, is_loopback
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 3.0
+
+WORKER_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
+"""Called by workers, which show the registration secret instead of a client's key."""
+
+
+class Controller:
+    """The backend behind the controller's routes."""
+
+    def __init__(self, settings: ServeSettings, secrets: Secrets) -> None:
+        self.settings = settings
+        self.metrics = ControllerMetrics()
+        own = settings.controller
+        self._secret = secrets.registration
+        self._trusted = frozenset(check_worker_url(url) for url in own.trusted_workers)
+        self._probes: set[asyncio.Task[None]] = set()
+        self._refresh: asyncio.Task[None] | None = None
+        self._num_open = 0
+        self.draining = False
+        timeout = httpx.Timeout(own.worker_silence_s, connect=own.connect_timeout_s)
+        # Connections are given up before uvicorn, on the other side, would (5 s). Proxies from the environment are
+        # not used: patients' images go to the worker and nowhere else.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
+        self.fleet = Fleet(
+            registry=Registry(own.dispatch, own.heart_beat_expiry_s),
+            client=httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False),
+            settings=own,
+            metrics=self.metrics,
+            headers={"Authorization": f"Bearer {secrets.registration}"} if secrets.registration else {},
+            on_failure=self._on_failure,
+        )
+        self.registry = self.fleet.registry
+        self.metrics.gauge("workers", "Workers in rotation", lambda: len(self.registry.in_rotation(time.monotonic())))
+        self.metrics.gauge("open_requests", "Requests that are open", lambda: self._num_open)
+        self.metrics.gauge("queue_length", "Requests of all workers", lambda: self.status().queue_length)
+
+    # What the common routes ask of a backend.
+
+    def model_names(self) -> list[str]:
+        return self.registry.models(time.monotonic())
+
+    def template(self, model: str) -> Template:
+        record = self._worker_for(model)
+        name = record.status.template or self.settings.controller.foreign_template
+        try:
+            return get_template(name)
+        except UserError:
+            raise ApiError(500, "worker_failed", "The model's template is not known to this controller.") from None
+
+    def unready(self) -> str | None:
+        if self.draining:
+            return "The controller is shutting down."
+        return None if self.model_names() else "No worker is registered, or none can be reached."
+
+    async def open(self, request: GenerateRequest) -> Answer:
+        if self.draining:
+            raise ApiError(503, "draining", "The server is shutting down.", retry_after_s=5)
+        check_request(request, self.settings.limits)
+        if self._num_open >= self.settings.limits.max_open:
+            raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+        self._num_open += 1
+        try:
+            answer = await Relay(self.fleet, request).open()
+        except BaseException:
+            self._num_open -= 1
+            raise
+        answer.on_closed(self._closed)
+        return answer
+
+    def _closed(self) -> None:
+        self._num_open -= 1
+
+    async def attention(self, request: AttentionRequest) -> dict[str, Any]:
+        return await self._ask(request.model, "/worker_attention", request)
+
+    async def count_tokens(self, request: CountTokenRequest) -> int:
+        return int((await self._ask(request.model, "/count_token", request))["count"])
+
+    async def model_details(self, model: str) -> dict[str, Any]:
+        return await self._ask(model, "/model_details", ModelRequest(model=model))
+
+    # Workers.
+
+    def status(self) -> FleetStatus:
+        workers = self.registry.in_rotation(time.monotonic())
+        return FleetStatus(
+            model_names=self.model_names(),
+            speed=sum(record.status.speed for record in workers),
+            queue_length=sum(max(0, record.status.queue_length + record.unreported) for record in workers),
+        )
+
+    def check_registrant(self, request: Request, worker_name: str) -> str:
+        """The worker's URL, if whoever sends this may speak for that worker.
+
+        Raises:
+            ApiError: 403 without the secret (without one set: from another machine), 422 for a bad URL.
+        """
+        try:
+            url = check_worker_url(worker_name)
+        except UserError as error:
+            raise ApiError(422, "bad_worker_name", f"{error}.", param="worker_name") from None
+        if url in self._trusted:
+            return url
+        if self._secret is None:
+            allowed = _is_from_this_machine(request)
+        else:
+            allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
+        if not allowed:
+            raise ApiError(403, "bad_secret", "Registering a worker needs the registration secret of this controller.")
+        return url
+
+    async def register(self, url: str, body: RegisterRequest) -> None:
+        status = body.worker_status
+        if status is None:
+            status = await self._fetch_status(url)
+            if status is None:
+                raise ApiError(
+                    422, "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
+                )
+        record = self.registry.register(url, status, body.check_heart_beat, time.monotonic())
+        self.fleet.seen_models.update(status.model_names)
+        log(logger, logging.INFO, "worker registered", worker=record.worker_id, models=status.model_names)
+
+    def heart_beat(self, url: str, queue_length: int) -> WorkerRecord | None:
+        record = self.registry.report(url, queue_length, time.monotonic())
+        # The original's workers register before they listen, so the first probe comes with the first heartbeat.
+        if record is not None and (record.failed or not record.proven):
+            self._probe_soon(record)
+        return record
+
+    async def refresh(self) -> None:
+        """Ask every worker how it is. Those in rotation stay there meanwhile; several calls share one round."""
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.ensure_future(self._probe_all())
+        await asyncio.shield(self._refresh)
+
+    async def watch(self) -> None:
+        """Drop silent workers and try failed ones again, for ever."""
+        while True:
+            await asyncio.sleep(min(1.0, self.settings.controller.heart_beat_expiry_s / 4))
+            for record in self.registry.expire(time.monotonic()):
+                log(logger, logging.WARNING, "worker expired", worker=record.worker_id)
+            for record in self.registry.records.values():
+                if record.failed:
+                    self._probe_soon(record)
+
+    async def drain(self) -> None:
+        """Take nothing new and let what is open finish."""
+        self.draining = True
+        deadline = time.monotonic() + self.settings.worker.drain_s
+        while self._num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        for task in self._probes:
+            task.cancel()
+        await self.fleet.client.aclose()
+
+    def _worker_for(self, model: str) -> WorkerRecord:
+        record = self.registry.pick(model, time.monotonic())
+        if record is None:
+            raise self.fleet.no_worker(model)
+        return record
+
+    def _on_failure(self, record: WorkerRecord) -> None:
+        record.failed = True
+        self._probe_soon(record)
+
+    def _probe_soon(self, record: WorkerRecord) -> None:
+        if any(task.get_name() == record.url for task in self._probes):
+            return
+        task = asyncio.get_running_loop().create_task(self._probe(record), name=record.url)
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _probe_all(self) -> None:
+        records = list(self.registry.records.values())
+        await asyncio.gather(*(self._probe(record, is_decisive=True) for record in records))
+
+    async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
+        status = await self._fetch_status(record.url)
+        if self.registry.records.get(record.url) is not record:
+            return  # registered anew meanwhile
+        if status is None:
+            if not (record.failed or record.doubtful):
+                log(logger, logging.WARNING, "worker cannot be reached", worker=record.worker_id)
+            record.doubtful = True
+            record.failed = record.failed or is_decisive
+            return
+        if record.failed or not record.proven:
+            log(logger, logging.INFO, "worker reached", worker=record.worker_id)
+        self.registry.note_status(record, status, time.monotonic())
+        self.fleet.seen_models.update(status.model_names)
+
+    async def _fetch_status(self, url: str) -> WorkerStatus | None:
+        try:
+            response = await asyncio.wait_for(
+                self.fleet.client.post(f"{url}/worker_get_status", headers=self.fleet.headers), PROBE_TIMEOUT_S
+            )
+            return WorkerStatus.model_validate_json(response.content) if response.status_code == 200 else None
+        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, ValueError):
+            return None
+
+    async def _ask(self, model: str, path: str, body: BaseModel) -> dict[str, Any]:
+        """Pass a small question on to a worker and its answer back."""
+        record = self._worker_for(model)
+        self.registry.begin(record)
+        try:
+            response = await self.fleet.client.post(
+                record.url + path,
+                content=body.model_dump_json(),
+                headers=self.fleet.headers
+                | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""},
+            )
+            data = json.loads(response.content)
+        except (httpx.TransportError, ValueError):
+            if response_failed := not record.failed:
+                self._probe_soon(record)
+            log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=response_failed)
+            raise ApiError(503, "worker_lost", "The worker did not answer. Please try again soon.") from None
+        finally:
+            self.registry.end(record)
+        if response.status_code == 200 and isinstance(data, dict):
+            return data
+        error = data.get("error") if isinstance(data, dict) else None
+        if not isinstance(error, dict) or response.status_code in (401, 403):
+            raise ApiError(
+                404 if response.status_code == 404 else 500, "unsupported", "The model's worker cannot answer this."
+            )
+        raise ApiError(response.status_code, str(error.get("code")), str(error.get("message")))
+
+
+def _is_from_this_machine(request: Request) -> bool:
+    """Whether a caller is a program here, and not a stranger behind a proxy or a page in somebody's browser."""
+    headers = request.headers
+    is_forwarded = any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin"))
+    is_local = request.client is not None and is_loopback(request.client.host)
+    return is_local and not is_forwarded and is_loopback(request.url.hostname or "")
+
+
+def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
+    """The controller as an ASGI application."""
+    controller = Controller(settings, secrets)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(controller.watch())
+        yield
+        watching.cancel()
+        await controller.close()
+
+    app = FastAPI(
+        title="BabyDoctor controller",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        description="LLaVA's controller wire, FastChat's additions and OpenAI's chat completions. Research use only.",
+        lifespan=lifespan,
+    )
+    app.state.backend = controller
+    app.state.drain = controller.drain
+    add_error_handlers(app)
+    _add_controller_routes(app, controller)
+    add_common_routes(app, controller)
+    keys = (*secrets.api_keys, *([secrets.registration] if secrets.registration else ())) if secrets.api_keys else ()
+    app.add_middleware(
+        Gate,
+        keys=Keys(keys),
+        open_paths=(*OPEN_PATHS, *WORKER_PATHS),
+        limits=settings.limits,
+        metrics=controller.metrics,
+    )
+    return app
+
+
+def _add_controller_routes(app: FastAPI, controller: Controller) -> None:
+    @app.post("/register_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
+    async def register_worker(body: RegisterRequest, request: Request) -> None:
+        """Take a worker in. Needs the registration secret; without one set, only from this machine."""
+        await controller.register(controller.check_registrant(request, body.worker_name), body)
+
+    @app.post("/receive_heart_beat", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
+    async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
+        """A worker is alive. `exist` false: register again; `reachable` false: nobody reaches it at its address."""
+        url = controller.check_registrant(request, body.worker_name)
+        record = controller.heart_beat(url, body.queue_length)
+        return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
+
+    @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
+    async def unregister_worker(body: HeartBeat, request: Request) -> None:
+        """A worker takes nothing new any more; what runs on it goes on."""
+        record = controller.registry.records.get(controller.check_registrant(request, body.worker_name))
+        if record is not None:
+            record.status = record.status.model_copy(update={"draining": True})
+            log(logger, logging.INFO, "worker drains", worker=record.worker_id)
+
+    @app.post("/refresh_all_workers", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
+    async def refresh_all_workers() -> None:
+        """Ask every worker how it is."""
+        await controller.refresh()
+
+    @app.post("/list_models", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
+    async def list_models() -> dict[str, list[str]]:
+        """The models that can be asked now."""
+        return {"models": controller.model_names()}
+
+    @app.post("/get_worker_address", tags=["LLaVA"], responses=errors(*BODY_ERRORS))
+    async def get_worker_address(body: ModelRequest) -> dict[str, str]:
+        """The address of a worker for a model; empty where there is none."""
+        record = controller.registry.pick(body.model, time.monotonic())
+        if record is None:
+            return {"address": ""}
+        controller.registry.hand_out(record)
+        return {"address": record.url}
+
+    @app.post("/worker_get_status", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
+    async def worker_get_status() -> FleetStatus:
+        """All workers taken together, so that a controller can register with another one."""
+        return controller.status()
+
+    @app.get("/workers", tags=["operators"], responses=errors(*(401, *WORK_ERRORS)))
+    async def workers() -> list[dict[str, Any]]:
+        """Each worker with the id under which the log names it."""
+        return [
+            {
+                "id": record.worker_id,
+                "address": record.url,
+                "models": record.status.model_names,
+                "load": record.load,
+                "failed": record.failed,
+                "draining": record.status.draining,
+            }
+            for record in controller.registry.records.values()
+        ]

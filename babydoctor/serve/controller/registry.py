@@ -1,0 +1,151 @@
+"""Which workers there are, and which one gets the next request. Pure: no clock, no network.
+
+A worker is in rotation while its heartbeats come and no connection to it has failed. Its load is what it reported
+last plus what was sent to it since, so nothing drifts: each report sets the count anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import urlsplit
+
+from babydoctor.schema import UserError
+from babydoctor.serve.api.protocol import WorkerStatus
+
+Dispatch = Literal["lottery", "shortest_queue"]
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRecord:
+    """One registered worker. A worker that registers again gets a new record, so old failures do not stick to it."""
+
+    url: str
+    status: WorkerStatus
+    check_heart_beat: bool
+    last_seen_s: float
+    failed: bool = False
+    """A connection to it failed and no probe has succeeded since."""
+    proven: bool = False
+    """The controller has reached it at this URL."""
+    doubtful: bool = False
+    """The controller has tried to and could not; it is asked where there is no other."""
+    inflight: int = 0
+    """Requests that this controller has open on it."""
+    unreported: int = 0
+    """Requests sent, minus requests ended, since its last report."""
+    worker_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Logs name workers by this id: an address in a log says where patients' images go.
+        self.worker_id = "w-" + hashlib.sha256(self.url.encode()).hexdigest()[:8]
+
+    @property
+    def load(self) -> float:
+        """Requests running and waiting, per unit of speed."""
+        return max(0, self.status.queue_length + self.unreported) / self.status.speed
+
+
+def check_worker_url(url: str) -> str:
+    """Return the URL without its last slash.
+
+    Raises:
+        UserError: it is not an ``http(s)://host:port`` under which a worker could be called.
+    """
+    try:
+        parts = urlsplit(url)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_valid, parts = False, urlsplit("")
+    plain = not (parts.query or parts.fragment or parts.username or parts.password)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid or not plain:
+        raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002")
+    if parts.hostname in ("0.0.0.0", "::"):
+        raise UserError(f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine")
+    return url.rstrip("/")
+
+
+class Registry:
+    """The workers by URL."""
+
+    def __init__(self, dispatch: Dispatch, expiry_s: float, rng: random.Random | None = None) -> None:
+        self.dispatch = dispatch
+        self.expiry_s = expiry_s
+        self.records: dict[str, WorkerRecord] = {}
+        self._rng = rng or random.Random()
+
+    def register(self, url: str, status: WorkerStatus, check_heart_beat: bool, now_s: float) -> WorkerRecord:
+        """Take a worker in, or take it in anew after a restart."""
+        old = self.records.get(url)
+        record = WorkerRecord(url, status, check_heart_beat, now_s)
+        if old is not None:
+            record.inflight = old.inflight
+        self.records[url] = record
+        return record
+
+    def remove(self, url: str) -> None:
+        self.records.pop(url, None)
+
+    def report(self, url: str, queue_length: int, now_s: float) -> WorkerRecord | None:
+        """Note a heartbeat. None: the worker is unknown and has to register again."""
+        record = self.records.get(url)
+        if record is not None:
+            record.last_seen_s = now_s
+            record.status = record.status.model_copy(update={"queue_length": queue_length})
+            record.unreported = 0
+        return record
+
+    def note_status(self, record: WorkerRecord, status: WorkerStatus, now_s: float) -> None:
+        """A probe succeeded: the worker is reachable and says this of itself."""
+        record.status = status
+        record.unreported = 0
+        record.last_seen_s = now_s
+        record.failed = record.doubtful = False
+        record.proven = True
+
+    def expire(self, now_s: float) -> list[WorkerRecord]:
+        """Drop and return the workers whose heartbeats have stopped."""
+        gone = [r for r in self.records.values() if r.check_heart_beat and now_s - r.last_seen_s > self.expiry_s]
+        for record in gone:
+            self.remove(record.url)
+        return gone
+
+    def is_current(self, record: WorkerRecord) -> bool:
+        """Whether this record still stands: not expired, not replaced by a restart, not failed."""
+        return self.records.get(record.url) is record and not record.failed
+
+    def in_rotation(self, now_s: float) -> list[WorkerRecord]:
+        self.expire(now_s)
+        return [r for r in self.records.values() if not r.failed and not r.status.draining]
+
+    def models(self, now_s: float) -> list[str]:
+        """Names of the models that can be asked now, sorted."""
+        return sorted({name for r in self.in_rotation(now_s) for name in r.status.model_names})
+
+    def pick(self, model: str, now_s: float, exclude: Collection[WorkerRecord] = ()) -> WorkerRecord | None:
+        """Choose a worker for one request; None where no worker in rotation serves the model."""
+        able = [r for r in self.in_rotation(now_s) if model in r.status.model_names and r not in exclude]
+        able = [r for r in able if not r.doubtful] or able
+        if not able:
+            return None
+        if self.dispatch == "lottery":
+            return self._rng.choices(able, weights=[r.status.speed for r in able])[0]
+        least = min(r.load for r in able)
+        return self._rng.choice([r for r in able if r.load == least])
+
+    def begin(self, record: WorkerRecord) -> None:
+        """A request goes to this worker."""
+        record.inflight += 1
+        record.unreported += 1
+
+    def end(self, record: WorkerRecord) -> None:
+        """That request is over."""
+        record.inflight -= 1
+        record.unreported -= 1
+
+    def hand_out(self, record: WorkerRecord) -> None:
+        """A client was told this address and will call it itself; the next report takes it from there."""
+        record.unreported += 1

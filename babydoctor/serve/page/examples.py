@@ -1,0 +1,108 @@
+"""Example cases: phantoms drawn at start, and real images that ship with pydicom. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.page.scan import open_scan
+
+PHANTOM_SIZE = 224
+THUMBNAIL_SIZE = 112
+
+_PHANTOMS = (("radiograph", "effusion"), ("ct", "nodule"), ("mr", "cyst"), ("ultrasound", "none"))
+_MODALITY_NAMES = {"radiograph": "radiograph", "ct": "CT", "mr": "MR", "ultrasound": "ultrasound"}
+
+# Name in pydicom.examples, what stands under it. RT, waveform and DICOMDIR hold no picture to ask about.
+_REAL = (
+    ("ct", "Real CT, spine"),
+    ("overlay", "Real MR, abdomen"),
+    ("jpeg2k", "Real ultrasound, Doppler"),
+    ("ybr_color", "Real echo, 30 frames"),
+)
+
+
+@dataclass(frozen=True)
+class ExampleCase:
+    """A case to try. ``load`` gives the file's bytes; ``truth`` is known for phantoms only."""
+
+    key: str
+    title: str
+    load: Callable[[], bytes]
+    thumbnail: str
+    question: str
+    truth: str = ""
+
+
+def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
+    """Draw the phantoms and look for pydicom's files; those that are not installed are left out."""
+    return [*_phantoms(num_phantoms_of_each), *_real_ones()]
+
+
+def _phantoms(num_of_each: int) -> list[ExampleCase]:
+    from babydoctor.phantom.drawing import draw
+    from babydoctor.phantom.write import build_cases
+
+    # The seed is the page's own; held-out cases are none that a model has trained on.
+    cases = build_cases("held_out", 240, 20260)
+    examples = []
+    for modality, finding in _PHANTOMS:
+        fitting = [case for case in cases if (case.modality, case.finding) == (modality, finding)]
+        for case in fitting[:num_of_each]:
+            buffer = io.BytesIO()
+            Image.fromarray(draw(case, PHANTOM_SIZE)).save(buffer, "PNG")
+            data = buffer.getvalue()
+            place = f" in the {case.level} {case.side}" if case.side else ""
+            truth = f"{case.size} {finding}{place}" if case.side else "no finding"
+            title = f"Phantom {_MODALITY_NAMES[modality]}, {'normal' if finding == 'none' else finding}"
+            examples.append(
+                ExampleCase(case.id, title, partial(bytes, data), _thumbnail(data), "What does the image show?", truth)
+            )
+    return examples
+
+
+def _real_ones() -> list[ExampleCase]:
+    from pydicom.examples import get_path
+
+    examples = []
+    for name, title in _REAL:
+        try:
+            path = Path(get_path(name))
+            thumbnail = _thumbnail(path.read_bytes())
+        except (OSError, ValueError, TypeError, PageError):
+            continue
+        examples.append(
+            ExampleCase(f"pydicom-{name}", title, path.read_bytes, thumbnail, "Which imaging modality is this?")
+        )
+    return examples
+
+
+def _thumbnail(data: bytes) -> str:
+    view = open_scan(data).view()
+    image = Image.open(io.BytesIO(view.png)).convert("RGB")
+    # The middle as a square: thin pictures would leave thin thumbnails.
+    edge = min(image.size)
+    left, top = (image.width - edge) // 2, (image.height - edge) // 2
+    image = image.crop((left, top, left + edge, top + edge)).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def gallery_html(examples: list[ExampleCase]) -> str:
+    """The cases as buttons with pictures."""
+    buttons = (
+        f'<button type="button" class="bd-example" data-example="{html.escape(example.key)}">'
+        f'<img src="{example.thumbnail}" alt="" width="{THUMBNAIL_SIZE}" height="{THUMBNAIL_SIZE}">'
+        f"<span>{html.escape(example.title)}</span></button>"
+        for example in examples
+    )
+    return f'<div class="bd-examples" role="group" aria-label="Example cases">{"".join(buttons)}</div>'

@@ -1,0 +1,218 @@
+"""The image of a page's user: a picture or a DICOM file in memory, and the view of it that is shown and sent.
+
+A ``View`` holds the very PNG that stands on the page, so what the model gets is what the user sees. Nothing is written
+to disk, and of a DICOM file's header only ``dicom.harmless_facts`` leave this module.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, read_dicom, render
+from babydoctor.imaging.load import is_dicom, load_image
+from babydoctor.imaging.windows import CT_PRESETS
+from babydoctor.schema import UserError
+from babydoctor.serve.page.errors import PageError
+
+MAX_VIEW_EDGE = 1536
+"""Larger pictures are shown and sent shrunk to this edge: towers see 224 to 448 pixels, screens not many more."""
+
+FILE_WINDOW = "as stored in the file"
+"""Name of the choice that shows the file's own window."""
+
+_IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+_WINDOW = re.compile(r"centre (\S+), width (\S+)")
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made."""
+
+    png: bytes = field(repr=False)
+    width: int
+    height: int
+    caption: str
+
+    @property
+    def data_url(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass
+class WindowRange:
+    """Where the sliders stand and how far they go, in the units of the frame's values (HU for CT)."""
+
+    center: float
+    width: float
+    low: float
+    high: float
+    widest: float
+
+    @property
+    def step(self) -> float:
+        """Whole numbers where the values are large, else a 200th of the range."""
+        return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-6)
+
+
+@dataclass
+class Scan:
+    """What the user has loaded. ``dicom`` is None for plain pictures."""
+
+    dicom: DicomImage | None
+    picture: Image.Image | None
+    facts: dict[str, Any]
+    num_identifying: int = 0
+    title: str = ""
+    truth: str = ""
+    frame: int = 0
+    center: float | None = None
+    width: float | None = None
+    preset: str | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return self.dicom.num_frames if self.dicom else 1
+
+    @property
+    def has_window(self) -> bool:
+        return self.dicom is not None and self.dicom.photometric in ("MONOCHROME1", "MONOCHROME2")
+
+    @property
+    def presets(self) -> list[str]:
+        return [FILE_WINDOW, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
+
+    def view(self) -> View:
+        """Render the chosen frame under the chosen window.
+
+        Raises:
+            PageError: the frame cannot be decoded.
+        """
+        if self.dicom is None:
+            assert self.picture is not None
+            return _to_view(self.picture, "")
+        try:
+            image = render(self.dicom, self.frame, self.center, self.width, self.preset)
+        except UserError as error:
+            raise dicom_error(error) from None
+        window = str(image.info.get("window", ""))
+        frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
+        return _to_view(image, frame + window)
+
+    def window_range(self) -> WindowRange:
+        """The present window and the sliders' ends: those of CT in HU, else around the file's own window."""
+        assert self.dicom is not None and self.has_window
+        if self.preset is not None:
+            center, width = CT_PRESETS[self.preset].center, CT_PRESETS[self.preset].width
+        elif self.center is not None and self.width is not None:
+            center, width = self.center, self.width
+        else:
+            center, width = self._own_window()
+        if self.facts.get("modality") == "CT":
+            return WindowRange(center, width, min(-1024.0, center), max(3071.0, center), max(4096.0, width))
+        own_center, own_width = self._own_window()
+        reach = max(2 * own_width, 1.0)
+        low, high = math.floor(own_center - reach), math.ceil(own_center + reach)
+        return WindowRange(center, width, min(low, center), max(high, center), max(math.ceil(4 * own_width), width))
+
+    def _own_window(self) -> tuple[float, float]:
+        assert self.dicom is not None
+        found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
+        if found:  # a file with a VOI LUT has none
+            return float(found[1]), max(1.0, float(found[2]))
+        bits = int(self.dicom.dataset.get("BitsStored") or 12)
+        return 2.0 ** (bits - 1), 2.0**bits
+
+
+def open_scan(data: bytes) -> Scan:
+    """Read an uploaded file; its kind is told by its content, and its name is never known here.
+
+    Raises:
+        PageError: it is empty, no image, damaged or too large.
+    """
+    if not data:
+        raise PageError("empty_file")
+    looks_like_image = data.startswith(_IMAGE_MAGIC)
+    if is_dicom(data) or not looks_like_image:
+        try:
+            return _open_dicom(data)
+        except PageError:
+            if is_dicom(data):
+                raise
+    try:
+        picture = load_image(data)
+    except UserError as error:
+        raise picture_error(error, looks_like_image) from None
+    return Scan(None, picture, {"rows": picture.height, "columns": picture.width})
+
+
+def _open_dicom(data: bytes) -> Scan:
+    try:
+        dicom = read_dicom(data, name="the file")
+        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+    except UserError as error:
+        raise dicom_error(error) from None
+    scan.view()  # so that a file whose pixels cannot be decoded is refused here
+    return scan
+
+
+def picture_error(error: UserError, looks_like_image: bool) -> PageError:
+    """Which sentence belongs to what ``load_image`` found wrong."""
+    text = str(error)
+    if "limit is" in text or "too large" in text:
+        return PageError("too_many_pixels")
+    if "strip" in text:
+        return PageError("odd_shape")
+    return PageError("damaged_image" if looks_like_image else "not_an_image")
+
+
+def dicom_error(error: UserError) -> PageError:
+    """Which sentence belongs to what ``read_dicom`` or ``render`` found wrong."""
+    text = str(error)
+    if "limit is" in text or "too large" in text:
+        return PageError("too_many_pixels")
+    if "holds no image" in text:
+        return PageError("dicom_without_image")
+    if "decoder is missing" in text:
+        return PageError("dicom_without_decoder")
+    return PageError("odd_shape" if "strip" in text else "bad_dicom")
+
+
+def _to_view(image: Image.Image, caption: str) -> View:
+    if max(image.size) > MAX_VIEW_EDGE:
+        image = image.copy()
+        image.thumbnail((MAX_VIEW_EDGE, MAX_VIEW_EDGE), Image.Resampling.LANCZOS)
+    image.info = {}  # a PNG's text fields may name a patient
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return View(buffer.getvalue(), image.width, image.height, caption)
+
+
+def describe(scan: Scan) -> list[tuple[str, str]]:
+    """Names and values of what may be told about a scan, in the order in which they are shown."""
+    facts = scan.facts
+    if scan.dicom is None:
+        return [("Kind", "picture"), ("Size", f"{facts['columns']} × {facts['rows']} pixels")]
+    rows = [("Modality", facts.get("modality") or "not stated")]
+    if facts.get("body_part"):
+        rows.append(("Body part", facts["body_part"]))
+    if facts.get("view"):
+        rows.append(("View", facts["view"]))
+    if facts.get("laterality"):
+        rows.append(("Side", facts["laterality"]))
+    rows.append(("Size", f"{facts['columns']} × {facts['rows']} pixels"))
+    if spacing := facts.get("pixel_spacing_mm"):
+        rows.append(("Pixel spacing", f"{spacing[0]:.3g} × {spacing[1]:.3g} mm"))
+    else:
+        rows.append(("Pixel spacing", "not stated"))
+    if scan.num_frames > 1:
+        rows.append(("Frames", str(scan.num_frames)))
+    if facts.get("photometric") == "MONOCHROME1":
+        rows.append(("Grey scale", "MONOCHROME1: low values are bright; shown that way"))
+    return rows

@@ -1,0 +1,167 @@
+"""From a request's text to what the engine takes: token ids, pixels, limits. Runs beside the event loop, in threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from babydoctor.conversation import split_images
+from babydoctor.data.tokens import encode
+from babydoctor.engine.request import (
+    EngineClosedError,
+    EngineError,
+    GenerationRequest,
+    ImageInput,
+    InvalidRequestError,
+    PromptTooLongError,
+    QueueFullError,
+)
+from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
+from babydoctor.serve.api.admission import decode_image
+from babydoctor.serve.api.protocol import (
+    MAX_NEW_TOKENS,
+    ApiError,
+    AttentionRequest,
+    GenerateRequest,
+    overflow_error,
+)
+from babydoctor.serve.logs import REQUEST_ID
+from babydoctor.serve.settings import Limits
+from babydoctor.serve.worker.resume import ResumedText, drops_first_space, label_rows
+
+if TYPE_CHECKING:
+    from babydoctor.engine.engine import Engine
+    from babydoctor.model.run_dir import Run
+
+PIXEL_CACHE_SIZE = 64
+"""Images whose pixels are kept, so that each turn of a chat does not decode its image again. 0.6 MB each at 224 px."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that has passed every check. ``generation`` is None where nothing is left to generate."""
+
+    prompt_tokens: int
+    images: tuple[bytes, ...] = field(repr=False)
+    resumed: ResumedText | None
+    generation: GenerationRequest | None
+
+
+class Preparer:
+    """Knows the run's tokenizer and image settings. All methods may be called from several threads."""
+
+    def __init__(self, run: Run, engine: Engine, limits: Limits) -> None:
+        self._run = run
+        self._engine = engine
+        self._limits = limits
+        self._num_patches = run.model.num_patches
+        self._drops_first_space = drops_first_space(run.tokenizer)
+        self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def encode(self, prompt: str) -> Example:
+        """A prompt with ``<image>`` where an image stands -> ids and image slots."""
+        return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
+
+    def prepare(self, request: GenerateRequest) -> Prepared:
+        """Decode the images, tokenise the prompt and check that there is room for an answer.
+
+        Raises:
+            ApiError: 413 or 422.
+        """
+        images = tuple(decode_image(text, index) for index, text in enumerate(request.images or ()))
+        example = self.encode(request.prompt)
+        resume_ids = tuple(request.resume_ids or ())
+        if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
+            raise ApiError(422, "bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+        max_new_tokens = min(request.max_new_tokens, MAX_NEW_TOKENS, self._engine.max_context - len(example))
+        if max_new_tokens < 1:
+            raise overflow_error()
+        num_left = max_new_tokens - len(resume_ids)
+        resumed = None
+        if resume_ids:
+            resumed = ResumedText(self._run.tokenizer, resume_ids, request.stops, self._engine.eos)
+            if resumed.ended or num_left < 1:
+                return Prepared(len(example), images, resumed, None)
+        generation = GenerationRequest(
+            input_ids=np.concatenate([example.input_ids, np.array(resume_ids, dtype=np.int32)]),
+            image_mask=np.concatenate([example.image_mask, np.zeros(len(resume_ids), dtype=bool)]),
+            images=tuple(self.load(data, index) for index, data in enumerate(images)),
+            max_new_tokens=num_left,
+            temperature=max(0.0, request.temperature),
+            # 0 is allowed on the wire and means the likeliest token alone.
+            top_p=max(request.top_p, 1e-6),
+            stop=request.stops,
+            seed=request.seed,
+            logprobs=min(20, int(request.logprobs) - 1) if request.logprobs else None,
+            timeout_s=self._limits.request_timeout_s,
+            request_id=REQUEST_ID.get() or "",
+        )
+        return Prepared(len(example), images, resumed, generation)
+
+    def load(self, data: bytes, index: int) -> ImageInput:
+        """Decode an image, or find its pixels. The key is its content and the settings: never a name or a size."""
+        settings = self._run.manifest.image
+        key = hashlib.sha256(repr(settings).encode() + b"\0" + data).hexdigest()
+        pixels = self._pixels.get(key)
+        if pixels is None:
+            try:
+                pixels = to_pixels(load_image(data, max_pixels=self._limits.max_pixels), settings)
+            except UserError as error:
+                text = str(error)
+                too_large = "limit is" in text or "too large" in text
+                raise ApiError(
+                    413 if too_large else 422,
+                    "image_too_large" if too_large else "bad_image",
+                    text,
+                    param=f"images[{index}]",
+                ) from None
+            self._pixels[key] = pixels
+            while len(self._pixels) > PIXEL_CACHE_SIZE:
+                self._pixels.popitem(last=False)
+        return ImageInput(key, pixels)
+
+    def look(self, request: AttentionRequest) -> dict[str, Any]:
+        """Attention of an answer's words to the image, as ``/worker_attention`` gives it. Waits for the engine.
+
+        Raises:
+            ApiError: it cannot be computed.
+        """
+        images = tuple(self.load(decode_image(text, index), index) for index, text in enumerate(request.images))
+        # The answer is marked as supervised, so that the one place that tokenises says which tokens are its.
+        answer_text = request.answer
+        if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
+            answer_text = f" {answer_text}"
+        segments = (*split_images(request.prompt), Segment(answer_text, supervised=True))
+        whole = encode(segments, self._run.tokenizer, self._num_patches)
+        answer = whole.labels != IGNORE_INDEX
+        generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
+        answer_ids = whole.input_ids[answer].tolist()
+        try:
+            looked = self._engine.attention_map(generation, answer_ids, self._limits.request_timeout_s)
+        except EngineError as error:
+            raise api_error(error) from None
+        except (TimeoutError, concurrent.futures.TimeoutError):  # one class from Python 3.11 on
+            raise ApiError(504, "deadline", "The model was too busy to look again.") from None
+        edge = math.isqrt(self._num_patches)
+        assert edge * edge == self._num_patches, self._num_patches
+        return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, looked, request.answer)}
+
+
+def api_error(error: EngineError) -> ApiError:
+    """The engine's reason in the words of the wire."""
+    if isinstance(error, PromptTooLongError):
+        return overflow_error()
+    if isinstance(error, QueueFullError):
+        return ApiError(429, "queue_full", "The model is busy. Please try again soon.", retry_after_s=5)
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+    if isinstance(error, InvalidRequestError):
+        return ApiError(422, "bad_request", "The request contradicts itself.")
+    return ApiError(500, "worker_failed", "The model failed at this request; the others go on.")
