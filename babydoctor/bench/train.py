@@ -183,7 +183,8 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
     """Train; yields each step's seconds, the seconds of these that it waited for data, and what it held."""
     from accelerate import Accelerator
 
-    from babydoctor.train.loop import STEPS_TO_FULL_SIZE, accumulate_gradients, seed_step
+    from babydoctor.train.loop import STEPS_TO_FULL_SIZE
+    from babydoctor.train.step import accumulate_gradients, seed_step
 
     accelerator = Accelerator(cpu=job.device == "cpu")
     if job.device == "cpu":

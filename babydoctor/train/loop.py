@@ -13,20 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from babydoctor.config import EvalTaskConfig, RunConfig
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
-from babydoctor.data.packing import pack
-from babydoctor.data.rows import fingerprint, load_dataset_rows, read_image
+from babydoctor.config import RunConfig
+from babydoctor.data.loader import Encoder, StepDataset, iterate_steps
+from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
-from babydoctor.eval.ask import GenerationConfig
-from babydoctor.eval.conditions import check_conditions
-from babydoctor.eval.run import EvalConfig, evaluate_task
-from babydoctor.eval.tasks import TaskConfig, load_task
-from babydoctor.imaging.load import to_pixels
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.generate import generate
 from babydoctor.model.language_model import add_lora
 from babydoctor.model.run_dir import Manifest, Stage, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
@@ -34,24 +26,23 @@ from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
 from babydoctor.plan.plan import build_plan, check_fits, recompute_every
 from babydoctor.plan.report import format_short
-from babydoctor.schema import Batch, Sample, UserError
+from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import Cursor, load_snapshot, save_snapshot
 from babydoctor.train.fusing import set_fusing
+from babydoctor.train.in_training_eval import HeldOut, TaskAtIntervals
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.report import Reporter
 from babydoctor.train.schedule import is_due, learning_rate_factor
 from babydoctor.train.stage import finish_run, is_finished, prepare_manifest, prepare_output
+from babydoctor.train.step import accumulate_gradients, seed_step
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 logger = logging.getLogger(__name__)
 
 STEPS_TO_FULL_SIZE = 2
 """After these steps the process holds what it will hold: weights, the optimiser's state and a step's activations."""
-
-NUM_TASK_RESAMPLES = 200
-"""Bootstrap resamples of a task at intervals: few, for what is looked at in passing."""
 
 
 def train(config: RunConfig, *, resume: bool = False) -> Path:
@@ -159,53 +150,6 @@ def build_trainable_model(
     return model.train()
 
 
-def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> float:
-    """Forward and backward over this rank's micro-batches; gradients are summed over ranks.
-
-    Returns:
-        The mean loss per supervised token of the whole step, over all ranks. Each token weighs the same,
-        however the step is split into micro-batches.
-    """
-    total = torch.zeros((), device=accelerator.device)
-    for batch, pixels in zip(data.batches, data.pixels, strict=True):
-        loss = forward(model, batch, pixels) / max(1, data.num_supervised)
-        loss.backward()
-        total += loss.detach()
-    if accelerator.num_processes > 1:
-        gradients = []
-        for parameter in model.trainable_parameters().values():
-            if parameter.grad is None:  # this rank had no sample with an image, or none at all
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-        torch.distributed.all_reduce(total)
-    return total.item()
-
-
-def forward(model: BabyDoctor, batch: Batch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """Summed loss of one micro-batch, computed in the frozen weights' precision."""
-    device = model.device
-    tensors = {
-        name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True).long()
-        for name in ("input_ids", "targets", "position_ids")
-    }
-    dtype = model.language_model.dtype
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(
-            **tensors,
-            image_mask=torch.from_numpy(batch.image_mask).to(device, non_blocking=True),
-            document_lengths=batch.document_lengths,
-            prefix_length=batch.prefix_length,
-            pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
-        )
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed the generators (LoRA's dropout) from the step, so that a resumed run draws the same numbers."""
-    torch.manual_seed(hash((seed, step, rank)))
-
-
 def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
     """Refuse to go on with other rows than the run began with."""
     if saved.data_fingerprint != now.data_fingerprint:
@@ -214,65 +158,3 @@ def check_same_data(saved: Cursor, now: Cursor, snapshot: Path) -> Cursor:
             f"{saved.data_fingerprint[:12]}, now {now.data_fingerprint[:12]}); put the rows back or begin anew"
         )
     return saved
-
-
-class HeldOut:
-    """Held-out rows: their loss, and the model's answers to the first questions of a few."""
-
-    def __init__(self, config: RunConfig, encoder: Encoder, max_tokens: int) -> None:
-        data = config.data
-        self.images_dir = data.eval_images or data.images
-        samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad) if data.eval_rows else []
-        self.encoder = encoder
-        examples = [encoder.encode(sample) for sample in samples[: data.eval_limit]]
-        self.batches = pack(examples, max_tokens, share_prefix=config.train.shares_prefix)
-        self.shown = samples[: config.train.num_sample_answers]
-
-    def report(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase, cursor: Cursor, reporter: Reporter) -> None:
-        """Report loss and answers, where there are held-out rows."""
-        if self.shown or any(len(batch) for batch in self.batches):
-            reporter.held_out(cursor, self.loss(model), self.answers(model, tokenizer))
-
-    @torch.no_grad()
-    def loss(self, model: BabyDoctor) -> float:
-        """Mean loss per supervised token."""
-        model.eval()
-        total = sum(forward(model, batch, self.encoder.pixels(batch, self.images_dir)).item() for batch in self.batches)
-        model.train()
-        return total / sum(batch.num_supervised for batch in self.batches)
-
-    def answers(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-        """Question, reference and the model's greedy answer for each shown sample."""
-        return [self._answer(model, tokenizer, sample) for sample in self.shown]
-
-    def _answer(self, model: BabyDoctor, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> dict[str, str]:
-        pixels = None
-        if sample.image is not None:
-            picture = read_image(sample.image, self.images_dir)
-            pixels = torch.from_numpy(to_pixels(picture, self.encoder.image))[None]
-        prompt = render_prompt(sample.turns[:1], self.encoder.template)
-        dtype = model.language_model.dtype
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            (answer,) = generate(model, tokenizer, [prompt], pixels, max_new_tokens=48)
-        question, reference = sample.turns[0].text, sample.turns[1].text
-        stop = get_template(self.encoder.template.name).stop
-        return {"id": sample.id, "question": question, "reference": reference, "answer": answer.split(stop)[0]}
-
-
-class TaskAtIntervals:
-    """The task of the configuration's ``eval`` section. Its questions are read, and checked, before training begins."""
-
-    def __init__(self, config: EvalTaskConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.every_steps = config.every_steps
-        self.task = load_task(
-            TaskConfig(config.task, config.data, config.images, config.split, max_questions=config.max_questions)
-        )
-        self.settings = EvalConfig(
-            check_conditions(config.images_as), GenerationConfig(batch_size=config.batch_size), NUM_TASK_RESAMPLES
-        )
-        self.manifest, self.tokenizer = manifest, tokenizer
-
-    def report(self, model: BabyDoctor, cursor: Cursor, reporter: Reporter) -> None:
-        """Ask all questions and report the headline figures."""
-        result = evaluate_task(model, self.tokenizer, self.manifest, self.task, self.settings)
-        reporter.task(cursor, self.task.name, result)
