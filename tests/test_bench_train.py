@@ -11,6 +11,7 @@ from babydoctor.bench import paths as bench_paths
 from babydoctor.bench.paths import loss_of_all_logits, pad_to_longest, square_attention
 from babydoctor.bench.train import bench_train, prepare, run_steps
 from babydoctor.cli.main import build_app
+from babydoctor.data.layout import build_attention_layout
 from babydoctor.data.packing import build_batch
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.packed.attention import attend
@@ -26,8 +27,8 @@ def test_one_mask_over_everything_equals_block_by_block(tails, prefix):
     num_rows = sum(lengths) + prefix if tails is None else sum(tails)
     q = torch.randn(num_rows, 4, 8, dtype=torch.float64)
     k, v = (torch.randn(sum(lengths) + prefix, 2, 8, dtype=torch.float64) for _ in range(2))
-    arguments = (q, k, v, lengths, tails, prefix)
-    torch.testing.assert_close(square_attention(*arguments), attend(*arguments))
+    layout = build_attention_layout(lengths, tails, prefix)
+    torch.testing.assert_close(square_attention(q, k, v, layout), attend(q, k, v, layout))
 
 
 def test_the_slow_losses_equal_the_fast_one(tiny_run):
@@ -53,7 +54,7 @@ def test_a_stage_is_measured():
 
 def test_paths_are_measured_on_and_off(monkeypatch):
     """On two samples a step; that a path is faster is not asked of them."""
-    names = ("bfloat16", "cross-entropy in chunks at the targets", "own decoder layers")
+    names = ("bfloat16", "cross-entropy in chunks at the targets", "last layer from the first target on")
     chosen = tuple(path for path in bench_paths.PATHS if path.name in names)
     monkeypatch.setattr(bench_paths, "PATHS", chosen)
     results = list(bench_paths.bench_paths("instruct", num_steps=1, batch_size=2))
@@ -69,7 +70,7 @@ def test_packing_fills_what_it_computes():
     ((_, _, data),) = run_steps(job, 1)
     (batch,) = data.batches
     assert batch.prefix_length == 76
-    assert data.num_tokens == len(batch) + 7 * 76
+    assert data.num_tokens == (sum(batch.document_lengths) + 76) + 7 * 76
 
 
 def test_a_size_that_is_none_is_refused():

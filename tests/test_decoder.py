@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
-from babydoctor.model.language_model import add_lora, build_language_model, finish_language_model
-from babydoctor.model.packed.attention import (
-    ATTENTION_NAME,
-    QUERY_BLOCK,
-    attend,
-    key_index,
-    lay_out,
-    register_attention,
+from babydoctor.data.layout import (
+    HostBatch,
+    SharedKeys,
+    _shared_key_arrays,
+    build_attention_layout,
+    build_spans,
+    tail_lengths,
 )
-from babydoctor.model.packed.decoder_layer import tail_index
-from babydoctor.model.packed.fused_ops import rms_norm, rotate, swiglu
+from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.language_model import add_lora, build_language_model, finish_language_model
+from babydoctor.model.packed.attention import QUERY_BLOCK, _CopyPrefix, attend, span_attention
+from babydoctor.model.packed.fused_ops import PLAIN_OPS
 from babydoctor.model.packed.lora_linear import apply_linears, draw_keep_mask
-from babydoctor.schema import IGNORE_INDEX
+from babydoctor.schema import IGNORE_INDEX, Batch
+
+Inputs = tuple[Batch, torch.Tensor]
 
 LENGTHS = (5, 300, 1, 129, 128, 40)
 
@@ -46,7 +51,7 @@ def test_attention_and_its_gradients_equal_the_definition(kv_heads, tails):
     torch.manual_seed(0)
     q = torch.randn(sum(tails), 4, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(sum(LENGTHS), kv_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    ours, expected = attend(q, k, v, LENGTHS, tails), reference_attention(q, k, v, tails)
+    ours, expected = attend(q, k, v, build_attention_layout(LENGTHS, tails)), reference_attention(q, k, v, tails)
     torch.testing.assert_close(ours, expected)
     seed = torch.randn_like(ours)
     for a, b in zip(*(torch.autograd.grad(out, (q, k, v), seed) for out in (ours, expected)), strict=True):
@@ -60,7 +65,7 @@ def test_cuda_kernel_equals_the_definition(tails):
     torch.manual_seed(0)
     q = torch.randn(sum(tails), 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     k, v = (torch.randn(sum(LENGTHS), 4, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(2))
-    ours = attend(q, k, v, LENGTHS, tails)
+    ours = attend(q, k, v, build_attention_layout(LENGTHS, tails, device="cuda"))
     expected = reference_attention(q.double(), k.double(), v.double(), tails)
     torch.testing.assert_close(ours.double(), expected, atol=2e-2, rtol=2e-2)
     seed = torch.randn_like(ours)
@@ -75,11 +80,13 @@ def test_parts_pass_gradcheck():
     x, y = (torch.randn(6, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
     angle = torch.randn(6, 4, dtype=torch.float64)
     cos, sin = (f(torch.cat((angle, angle), -1)) for f in (torch.cos, torch.sin))
-    assert torch.autograd.gradcheck(swiglu, (x, y))
-    assert torch.autograd.gradcheck(lambda x: rotate(x.view(6, 4, 8), cos, sin), (x,))
+    assert torch.autograd.gradcheck(PLAIN_OPS.swiglu, (x, y))
+    assert torch.autograd.gradcheck(lambda x: PLAIN_OPS.rotate(x.view(6, 4, 8), cos, sin), (x,))
     # The norm's mean is in float32, so it is compared with autograd through the same formula.
     expected = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
-    for a, b in zip(torch.autograd.grad(rms_norm(x, norm), x, y), torch.autograd.grad(expected, x, y), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(PLAIN_OPS.rms_norm(x, norm), x, y), torch.autograd.grad(expected, x, y), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -91,9 +98,7 @@ def tiny_config(**values) -> LlamaConfig:
 
 def build_tiny(dtype=torch.float32, **values) -> BabyDoctor:
     torch.manual_seed(0)
-    register_attention()
     config = tiny_config(**values)
-    config._attn_implementation = ATTENTION_NAME
     language_model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -102,30 +107,46 @@ def build_tiny(dtype=torch.float32, **values) -> BabyDoctor:
     return BabyDoctor(tower, torch.nn.Linear(16, 32), language_model)
 
 
-def packed_inputs(lengths=(9, 17, 12)) -> dict:
+def packed_inputs(lengths=(9, 17, 12)) -> Inputs:
+    """Documents of which each has an image in its tokens 1 to 4 and three targets at its end."""
     generator = torch.Generator().manual_seed(1)
     total = sum(lengths)
-    image_mask, targets = torch.zeros(total, dtype=torch.bool), torch.full((total,), IGNORE_INDEX)
+    image_mask, targets = np.zeros(total, bool), np.full(total, IGNORE_INDEX, np.int32)
     start = 0
     for length in lengths:
         image_mask[start + 1 : start + 5] = True
         targets[start + length - 4 : start + length - 1] = 7
         start += length
-    return {
-        "input_ids": torch.randint(3, 60, (total,), generator=generator),
-        "targets": targets,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
-        "image_mask": image_mask,
-        "document_lengths": lengths,
-        "pixel_values": torch.randn(len(lengths), 3, 28, 28, generator=generator),
-    }
+    batch = Batch(
+        input_ids=torch.randint(3, 60, (total,), generator=generator, dtype=torch.int32).numpy(),
+        targets=targets,
+        position_ids=np.concatenate([np.arange(length) for length in lengths]).astype(np.int32),
+        image_mask=image_mask,
+        document_lengths=tuple(lengths),
+        ids=tuple(str(index) for index in range(len(lengths))),
+    )
+    return batch, torch.randn(len(lengths), 3, 28, 28, generator=generator)
 
 
-def loss_and_gradients(model: BabyDoctor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: BabyDoctor, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
-    loss = model(**inputs)
+    loss = model(HostBatch(*inputs).to("cpu"))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.trainable_parameters().items()}
+
+
+def transformers_loss(model: BabyDoctor, inputs: Inputs) -> torch.Tensor:
+    """The summed loss by transformers' own model and peft's layers, one document after the other."""
+    batch, pixels = inputs
+    total, start = torch.zeros(()), 0
+    for index, length in enumerate(batch.document_lengths):
+        part = slice(start, start + length)
+        ids, mask = (torch.from_numpy(x[part])[None] for x in (batch.input_ids, batch.image_mask))
+        embeds = model.embed(ids.long(), mask, model.encode_images(pixels[index : index + 1]))
+        logits = model.language_model(inputs_embeds=embeds).logits[0]
+        total = total + cross_entropy(logits, torch.from_numpy(batch.targets[part]).long(), reduction="sum")
+        start += length
+    return total
 
 
 @pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])
@@ -138,24 +159,14 @@ def test_loss_and_gradients_equal_transformers_layers(values, with_lora):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     loss, gradients = loss_and_gradients(model, packed_inputs())
-    model.compiled = True  # transformers' layers, here without the compiler
-    expected, expected_gradients = loss_and_gradients(model, packed_inputs())
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    model.zero_grad(set_to_none=True)
+    expected = transformers_loss(model, packed_inputs())
+    expected.backward()
+    expected_gradients = {name: p.grad for name, p in model.trainable_parameters().items()}
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys() and len(gradients) == (44 if with_lora else 2)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_packed_loss_equals_the_sum_of_single_losses():
-    model, inputs = build_tiny(), packed_inputs()
-    total, start = torch.zeros(()), 0
-    for index, length in enumerate(inputs["document_lengths"]):
-        part = slice(start, start + length)
-        single = {k: inputs[k][part] for k in ("input_ids", "targets", "position_ids", "image_mask")}
-        pixels = inputs["pixel_values"][index : index + 1]
-        total += model(**single, document_lengths=(length,), pixel_values=pixels).detach()
-        start += length
-    torch.testing.assert_close(model(**inputs).detach(), total, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}])
@@ -169,19 +180,17 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(values, recompute_ev
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     prefix, starts = 140, (0, 149, 306, 458)
-    for key in ("input_ids", "image_mask", "targets"):
-        first = apart[key][:prefix].clone()
-        for start in starts:
-            apart[key][start : start + prefix] = first
-    apart["image_mask"][:] = False
+    apart[0].image_mask[:] = False
     for start in starts:
-        apart["image_mask"][start + prefix : start + prefix + 4] = True
-        apart["targets"][start : start + prefix] = IGNORE_INDEX
-    kept = torch.ones(len(apart["targets"]), dtype=torch.bool)
+        for array in (apart[0].input_ids, apart[0].targets):
+            array[start : start + prefix] = array[:prefix].copy()
+        apart[0].image_mask[start + prefix : start + prefix + 4] = True
+        apart[0].targets[start : start + prefix] = IGNORE_INDEX
+    kept = np.ones(len(apart[0]), bool)
     for start in starts[1:]:
         kept[start : start + prefix] = False
-    shared = {key: apart[key][kept] for key in ("input_ids", "image_mask", "targets", "position_ids")}
-    shared |= {"document_lengths": (9, 17, 12, 17), "pixel_values": apart["pixel_values"], "prefix_length": prefix}
+    arrays = {key: getattr(apart[0], key)[kept] for key in ("input_ids", "image_mask", "targets", "position_ids")}
+    shared = (replace(apart[0], **arrays, document_lengths=(9, 17, 12, 17), prefix_length=prefix), apart[1])
     loss, gradients = loss_and_gradients(model, shared)
     expected, expected_gradients = loss_and_gradients(model, apart)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
@@ -189,15 +198,50 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(values, recompute_ev
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_keys_of_a_shared_prefix_are_found_for_each_document():
-    assert key_index(lay_out((2, 3), None, 2)).tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
-    assert key_index(lay_out((2, 3), (1, 2), 2)).tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
+def test_keys_of_a_shared_prefix_are_copied_for_each_document():
+    for queries, expected in ((None, [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]), ((1, 2), [0, 1, 2, 3, 0, 1, 4, 5, 6])):
+        shared = build_attention_layout((2, 3), queries, 2, device="meta").shared
+        assert shared is not None and shared.gather.shape == (len(expected),)
+        gather, own, copies = _shared_key_arrays(build_spans((2, 3), queries, 2), 2)
+        assert gather.tolist() == expected
+        assert gather[own].tolist() == [2, 3, 4, 5, 6]
+        assert gather[copies].reshape(-1, 2).tolist() == [[0, 1]] * (3 if queries is None else 2)
+
+
+def test_copying_the_prefix_has_the_gradient_of_indexing():
+    arrays = [torch.from_numpy(array).long() for array in _shared_key_arrays(build_spans((2, 3), None, 2), 2)]
+    x = torch.randn(7, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _CopyPrefix.apply(x, SharedKeys(*arrays, 2)), (x,))
+
+
+@pytest.mark.parametrize("tails", [None, (1, 131, 1, 20, 128, 2)])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_the_fallback_kernel_equals_the_blocks(tails, prefix):
+    torch.manual_seed(0)
+    layout = build_attention_layout(LENGTHS, tails, prefix)
+    num_rows = sum(LENGTHS) + prefix if tails is None else sum(tails)
+    q = torch.randn(num_rows, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(sum(LENGTHS) + prefix, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    results = [attend(q, k, v, layout), span_attention(q, k, v, layout.spans)]
+    torch.testing.assert_close(*results)
+    seed = torch.randn_like(results[0])
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), seed) for out in results), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_tails_begin_at_the_first_target():
-    targets = torch.tensor([-100, 1, -100, -100, 2, 3, -100, -100])
-    assert supervised_tails(targets, (3, 3, 2)) == (2, 2, 1)
-    assert tail_index((3, 3, 2), (2, 2, 1)).tolist() == [1, 2, 4, 5, 7]
+    targets = np.array([-100, 1, -100, -100, 2, 3, -100, -100])
+    assert tail_lengths(targets, (3, 3, 2)) == (2, 2, 1)
+
+
+def test_what_a_micro_batch_moves_to_the_device():
+    batch, pixels = packed_inputs((9, 17))
+    packed = HostBatch(batch, pixels).to("cpu")
+    assert packed.image_index.tolist() == [1, 2, 3, 4, 10, 11, 12, 13]
+    assert packed.tail_index.tolist() == [*range(5, 9), *range(22, 26)]
+    assert packed.tail_index[packed.loss_index].tolist() == [5, 6, 7, 22, 23, 24]
+    assert packed.loss_targets.tolist() == [7] * 6
+    assert packed.every.spans == build_spans((9, 17)) and packed.tail.spans == build_spans((9, 17), (4, 4))
 
 
 def test_recomputing_changes_nothing_with_dropout():

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from babydoctor.config import LoraConfig
+from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import MIN_PREFIX, build_batch, common_prefix, pack, plan_bins
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import add_lora
@@ -119,15 +120,7 @@ def model(tiny_run: Path) -> BabyDoctor:
 def loss(model: BabyDoctor, batch: Batch) -> torch.Tensor:
     size = model.vision.config.image_size
     pixels = [torch.randn(3, size, size, generator=torch.Generator().manual_seed(hash(i) % 997)) for i in batch.images]
-    return model(
-        torch.from_numpy(batch.input_ids).long(),
-        torch.from_numpy(batch.targets).long(),
-        torch.from_numpy(batch.position_ids).long(),
-        torch.from_numpy(batch.image_mask),
-        batch.document_lengths,
-        torch.stack(pixels) if pixels else None,
-        batch.prefix_length,
-    )
+    return model(HostBatch(batch, torch.stack(pixels) if pixels else None).to("cpu"))
 
 
 def test_packed_loss_and_gradients_equal_unpacked(model: BabyDoctor) -> None:

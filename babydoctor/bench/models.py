@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
 def build_random_model(
     preset: str, device: str, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
 ) -> BabyDoctor:
-    """A frozen model of the preset's sizes, made and quantised weight by weight on the device."""
+    """A frozen model of the preset's sizes, made and quantized weight by weight on the device."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
     torch.manual_seed(0)
@@ -64,8 +64,8 @@ def build_random_model(
         place_weight(language_model, name, weight, quantization)
     finish_language_model(language_model, device)
     vision_config: Any = CLIPVisionConfig(**PRESETS[preset]["vision"])  # type: ignore[arg-type]
-    vision: Any = CLIPVisionModel(vision_config)
-    vision.to(device=torch.device(device), dtype=dtype)
-    projector = build_projector("linear", vision_config.hidden_size, language_config.hidden_size)
-    projector.to(device=torch.device(device), dtype=dtype)
+    with torch.device(device):
+        vision: Any = CLIPVisionModel._from_config(vision_config, dtype=dtype)
+        projector = build_projector("linear", vision_config.hidden_size, language_config.hidden_size)
+    projector.to(dtype)
     return BabyDoctor(vision, projector, language_model).eval().requires_grad_(False)

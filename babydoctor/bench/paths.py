@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from babydoctor.bench import train as bench_train
 from babydoctor.bench.train import Job, measure_peak, prepare, run_steps
 from babydoctor.config import TrainConfig
+from babydoctor.data import layout, loader
+from babydoctor.data.layout import AttentionLayout, PackedBatch, Span
 from babydoctor.data.packing import pack
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.packed.attention import Stretch, lay_out
+from babydoctor.model.packed import decoder_layer
 from babydoctor.plan.hardware import this_device
 from babydoctor.schema import IGNORE_INDEX, Batch, Example
-from babydoctor.train.fusing import set_fusing
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,6 @@ class FastPath:
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
     overrides: tuple[str, ...] = ()
     change: Callable[[BabyDoctor], None] = lambda model: None
-    without_prefix: bool = False
-    """Measured, on and off, without a shared prefix, which the plain twin does not know."""
 
 
 @dataclass(frozen=True)
@@ -54,46 +53,32 @@ class PathResult:
 
 
 def square_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    document_lengths: Sequence[int],
-    query_lengths: Sequence[int] | None = None,
-    prefix_length: int = 0,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout
 ) -> torch.Tensor:
-    """``attend`` by one mask of ``Q x T``: what packing costs where other documents are only masked out."""
-    layout = lay_out(document_lengths, query_lengths, prefix_length)
-    mask = dense_mask(layout, len(query), len(key)).to(query.device)
+    """``attend`` with one ``Q x T`` mask: what packing costs where other documents are only masked out."""
+    mask = dense_mask(layout.spans, len(query), len(key)).to(query.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
 
 
-def dense_mask(layout: Sequence[Stretch], num_rows: int, num_keys: int) -> torch.Tensor:
-    """Bool ``[Q, T]``: what each position that asks may see."""
+def dense_mask(spans: Sequence[Span], num_rows: int, num_keys: int) -> torch.Tensor:
+    """Bool ``[Q, T]``: the keys that each query row may see."""
     mask = torch.zeros(num_rows, num_keys, dtype=torch.bool)
-    for stretch in layout:
-        own = stretch.keys.stop - stretch.keys.start
-        mask[stretch.rows, : stretch.shared] = True
-        causal = torch.ones(stretch.num_rows, own, dtype=torch.bool).tril(own - stretch.num_rows)
-        mask[stretch.rows, stretch.keys] = causal
+    for span in spans:
+        own = span.keys.stop - span.keys.start
+        mask[span.rows, : span.shared] = True
+        mask[span.rows, span.keys] = torch.ones(span.num_rows, own, dtype=torch.bool).tril(own - span.num_rows)
     return mask
 
 
-def loss_of_all_logits(
-    self: BabyDoctor,
-    input_ids: torch.Tensor,
-    targets: torch.Tensor,
-    position_ids: torch.Tensor,
-    image_mask: torch.Tensor,
-    document_lengths: tuple[int, ...],
-    pixel_values: torch.Tensor | None = None,
-    prefix_length: int = 0,
-) -> torch.Tensor:
-    """``BabyDoctor.forward`` with the logits of every position at once, as transformers computes its loss."""
-    features = None if pixel_values is None else self.encode_images(pixel_values)
-    embeds = self.embed(input_ids[None], image_mask[None], features)
-    hidden = self.decode(embeds, position_ids[None], document_lengths, None, prefix_length)[0]
+def loss_of_all_logits(self: BabyDoctor, batch: PackedBatch) -> torch.Tensor:
+    """``BabyDoctor.forward`` with the logits of every token at once, as transformers computes its loss."""
+    features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
+    embeds = self.embed_packed(batch.input_ids, batch.image_index, features)
+    hidden = self.decode(embeds[None], batch.position_ids[None], batch.every)[0]
     logits = torch.nn.functional.linear(hidden, self.language_model.lm_head.weight).float()
+    targets = torch.full_like(batch.input_ids, IGNORE_INDEX)
+    targets[batch.tail_index[batch.loss_index]] = batch.loss_targets
     return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -116,16 +101,23 @@ def _padded(example: Example, length: int) -> Example:
 
 
 @contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module or a class for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
 def _whole_last_layer() -> Iterator[None]:
-    def whole(targets: torch.Tensor, document_lengths: Sequence[int]) -> tuple[int, ...]:
+    def whole(targets: np.ndarray, document_lengths: Sequence[int]) -> tuple[int, ...]:
         return tuple(document_lengths)
 
-    with patch("babydoctor.model.babydoctor.supervised_tails", whole):
+    with swapped(layout, "tail_lengths", whole):
         yield
-
-
-def _use_transformers_layers(model: BabyDoctor) -> None:
-    model.compiled = True  # without having compiled them
 
 
 def _use_torch_attention(model: BabyDoctor) -> None:
@@ -140,7 +132,7 @@ PATHS = (
     FastPath(
         "attention document by document",
         "one mask over the whole micro-batch",
-        lambda: patch("babydoctor.model.packed.decoder_layer.attend", square_attention),
+        lambda: swapped(decoder_layer, "attend", square_attention),
     ),
     FastPath(
         "common beginning computed once",
@@ -150,18 +142,12 @@ PATHS = (
     FastPath(
         "packing without padding",
         "each document padded to the longest",
-        lambda: patch("babydoctor.data.loader.pack", pad_to_longest),
-    ),
-    FastPath(
-        "own decoder layers",
-        "transformers' layers and peft's LoRA",
-        change=_use_transformers_layers,
-        without_prefix=True,
+        lambda: swapped(loader, "pack", pad_to_longest),
     ),
     FastPath(
         "cross-entropy in chunks at the targets",
         "float32 logits of all positions",
-        lambda: patch.object(BabyDoctor, "forward", loss_of_all_logits),
+        lambda: swapped(BabyDoctor, "forward", loss_of_all_logits),
     ),
     FastPath("last layer from the first target on", "the whole last layer", _whole_last_layer),
     FastPath("elementwise chains as one kernel each", "one operation after the other", overrides=("train.fuse=false",)),
@@ -169,7 +155,7 @@ PATHS = (
     FastPath(
         "fused optimiser",
         "one parameter after the other",
-        lambda: patch("babydoctor.bench.train.build_optimizer", _plain_optimizer),
+        lambda: swapped(bench_train, "build_optimizer", _plain_optimizer),
     ),
     FastPath("bfloat16", "float32", overrides=("model.dtype=float32",)),
     FastPath("images read ahead by a process", "read by the training process", overrides=("data.num_workers=0",)),
@@ -193,7 +179,6 @@ def bench_paths(stage: str, *, num_steps: int, batch_size: int = 8) -> Iterator[
 
 def _make_job(stage: str, path: FastPath, batch_size: int, *, is_on: bool) -> Job:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    overrides = ("train.share_prefix=false",) if path.without_prefix else ()
     job = prepare(
         stage,
         "mini",
@@ -201,7 +186,7 @@ def _make_job(stage: str, path: FastPath, batch_size: int, *, is_on: bool) -> Jo
         hardware=this_device(device),
         batch_size=batch_size,
         num_workers=1,
-        overrides=overrides if is_on else (*overrides, *path.overrides),
+        overrides=() if is_on else path.overrides,
     )
     if not is_on:
         path.change(job.model)
@@ -222,6 +207,5 @@ def _steps_in_turn(path: FastPath, jobs: dict[bool, Job], num_steps: int) -> dic
 
 @contextmanager
 def _switched(path: FastPath, job: Job, is_on: bool) -> Iterator[None]:
-    set_fusing(job.config.train, job.model)  # of the process, not of the model
     with nullcontext() if is_on else path.off():
         yield

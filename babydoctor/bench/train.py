@@ -24,12 +24,12 @@ from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import Quantization, add_lora
+from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.plan.hardware import Hardware, find_hardware, this_device
 from babydoctor.plan.lengths import summarize_examples
 from babydoctor.plan.model import describe_model
 from babydoctor.plan.plan import Plan, build_plan, recompute_every
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, Turn, UserError
-from babydoctor.train.fusing import set_fusing
 from babydoctor.train.optimizer import build_optimizer
 
 STAGES = ("align", "instruct", "radiology")
@@ -120,7 +120,7 @@ def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor
     if config.lora is not None:
         add_lora(model.language_model, config.lora)
         model.language_model.to(torch.device(device))  # type: ignore[arg-type]
-    set_fusing(config.train, model)
+    model.ops = select_ops(config.train.fuse, model.device, model.language_model.config.hidden_size)
     return model.train()
 
 

@@ -7,7 +7,7 @@ cursor: a resumed run asks for step ``n`` and gets what an uninterrupted run got
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from babydoctor.config import DataConfig, RunConfig
 from babydoctor.conversation import get_template, render
+from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import pack
 from babydoctor.data.rows import StepSampler, read_image
 from babydoctor.data.tokens import encode
@@ -32,11 +33,9 @@ class StepData:
 
     ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks; a prefix that
     samples share counts in each of them.
-    ``pixels[i]`` is float32 ``[N, 3, S, S]`` for ``batches[i]``, or None without images.
     """
 
-    batches: list[Batch]
-    pixels: list[torch.Tensor | None]
+    batches: list[HostBatch]
     num_supervised: int
     num_tokens: int
     num_samples: int
@@ -44,6 +43,10 @@ class StepData:
     """(sample id, tokens cut) of samples over data.max_length."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """(sample id, reason) of samples left out, with data.on_bad=quarantine."""
+
+    def pin_memory(self) -> StepData:
+        """Called by torch's data loader, so that copies to the GPU do not block."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class Encoder:
@@ -139,8 +142,7 @@ class StepDataset(Dataset[StepData]):
         batches = pack(examples, self.max_tokens, self.num_ranks, share_prefix=self.share_prefix)
         mine = [batch for batch in batches[self.rank :: self.num_ranks] if len(batch)]
         return StepData(
-            batches=mine,
-            pixels=[self.encoder.pixels(batch, self.images_dir, loaded) for batch in mine],
+            batches=[HostBatch(batch, self.encoder.pixels(batch, self.images_dir, loaded)) for batch in mine],
             num_supervised=sum(batch.num_supervised for batch in batches),
             num_tokens=sum(len(example) for example in examples),
             num_samples=len(examples),

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.packed.attention import ATTENTION_NAME, register_attention
 from babydoctor.model.weights import iterate_weights, local_directory
 from babydoctor.schema import UserError
 
@@ -57,9 +56,8 @@ def load_language_config(path: str | Path) -> LlamaConfig:
 
 def build_language_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
     """A LLaMA on the meta device: shapes only, no memory."""
-    register_attention()
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
     return model.requires_grad_(False)
 
 

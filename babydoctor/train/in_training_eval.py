@@ -8,6 +8,7 @@ import torch
 
 from babydoctor.config import EvalTaskConfig, RunConfig
 from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import Encoder
 from babydoctor.data.packing import pack
 from babydoctor.data.rows import load_dataset_rows, read_image
@@ -52,7 +53,9 @@ class HeldOut:
     def loss(self, model: BabyDoctor) -> float:
         """Mean loss per supervised token."""
         model.eval()
-        total = sum(forward(model, batch, self.encoder.pixels(batch, self.images_dir)).item() for batch in self.batches)
+        total = 0.0
+        for batch in self.batches:
+            total += forward(model, HostBatch(batch, self.encoder.pixels(batch, self.images_dir))).item()
         model.train()
         return total / sum(batch.num_supervised for batch in self.batches)
 

@@ -20,6 +20,7 @@ from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import add_lora
+from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.model.run_dir import Manifest, Stage, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.plan.hardware import this_device
@@ -28,7 +29,6 @@ from babydoctor.plan.plan import build_plan, check_fits, recompute_every
 from babydoctor.plan.report import format_short
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import Cursor, load_snapshot, save_snapshot
-from babydoctor.train.fusing import set_fusing
 from babydoctor.train.in_training_eval import HeldOut, TaskAtIntervals
 from babydoctor.train.optimizer import build_optimizer, set_learning_rate
 from babydoctor.train.report import Reporter
@@ -103,7 +103,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
             factor = learning_rate_factor(cursor.step, total_steps, config.train.warmup_ratio, config.train.schedule)
             learning_rate = set_learning_rate(optimizer, factor)
             seed_step(config.train.seed, cursor.step, accelerator.process_index)
-            loss = accumulate_gradients(model, data, accelerator)
+            loss = accumulate_gradients(model, data, accelerator).item()
             norm = torch.nn.utils.clip_grad_norm_(
                 model.trainable_parameters().values(), config.train.max_grad_norm
             ).item()
@@ -144,9 +144,7 @@ def build_trainable_model(
         model.projector.float().requires_grad_(True)
     if config.lora is not None:
         add_lora(model.language_model, config.lora)
-    if config.train.compile:
-        model.compile_layers()
-    set_fusing(config.train, model)
+    model.ops = select_ops(config.train.fuse, model.device, model.language_model.config.hidden_size)
     return model.train()
 
 

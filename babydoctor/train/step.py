@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
+from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import StepData
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.schema import Batch
 
 
-def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> float:
+def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> torch.Tensor:
     """Forward and backward over this rank's micro-batches; gradients are summed over ranks.
 
     Returns:
-        The mean loss per supervised token of the whole step, over all ranks. Each token weighs the same,
-        however the step is split into micro-batches.
+        The mean loss per supervised token of the whole step, over all ranks: a scalar on the device, so that nothing
+        waits for it here. Each token weighs the same, however the step is split into micro-batches.
     """
     total = torch.zeros((), device=accelerator.device)
-    for batch, pixels in zip(data.batches, data.pixels, strict=True):
-        loss = forward(model, batch, pixels) / max(1, data.num_supervised)
+    for batch in data.batches:
+        loss = forward(model, batch) / max(1, data.num_supervised)
         loss.backward()
         total += loss.detach()
     if accelerator.num_processes > 1:
@@ -31,25 +31,15 @@ def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Acceler
         for gradient in gradients:
             torch.distributed.all_reduce(gradient)
         torch.distributed.all_reduce(total)
-    return total.item()
+    return total
 
 
-def forward(model: BabyDoctor, batch: Batch, pixels: torch.Tensor | None) -> torch.Tensor:
-    """Summed loss of one micro-batch, computed in the frozen weights' precision."""
-    device = model.device
-    tensors = {
-        name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True).long()
-        for name in ("input_ids", "targets", "position_ids")
-    }
-    dtype = model.language_model.dtype
+def forward(model: BabyDoctor, batch: HostBatch) -> torch.Tensor:
+    """Summed loss of one micro-batch (float32 scalar), computed in the frozen weights' precision."""
+    device, dtype = model.device, model.language_model.dtype
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return model(
-            **tensors,
-            image_mask=torch.from_numpy(batch.image_mask).to(device, non_blocking=True),
-            document_lengths=batch.document_lengths,
-            prefix_length=batch.prefix_length,
-            pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
-        )
+        loss: torch.Tensor = model(batch.to(device))
+    return loss
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

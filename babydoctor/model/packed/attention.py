@@ -1,54 +1,44 @@
 """Attention over packed documents.
 
-Shapes: ``H`` query heads, ``K`` key/value heads, ``T`` positions of all documents end to end, ``Q`` of them that ask,
-``D`` head width.
+Shapes: ``H`` query heads, ``K`` key/value heads, ``T`` tokens of all documents end to end, ``Q`` query rows, ``D`` head
+size.
 
-A packed micro-batch is one row of ``T`` positions. Each document attends to itself alone, so attention is computed
-document by document: the work is the sum of the squared lengths, not the square of their sum, and no mask of
-``T x T`` is ever built. CUDA has one variable-length kernel for it; on the CPU it goes block by block below.
+A packed micro-batch is one row of ``T`` tokens. Each document attends to itself alone, so attention is computed
+document by document: the work is the sum of the squared lengths, not the square of their sum, and no ``T x T`` mask is
+ever built. On CUDA one variable-length kernel does it; on the CPU it runs block by block, below.
 
-What all documents begin with may stand in front of them once, as the row's first ``prefix_length`` positions: it
-attends to itself, and every document to it and to itself.
+A prefix that all documents share may come first, once: it attends to itself, and every document attends to it and to
+itself. ``data/layout.py`` describes who sees what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-ATTENTION_NAME = "babydoctor_packed"
-"""The value of ``config._attn_implementation`` under which transformers finds ``packed_attention``."""
+from babydoctor.data.layout import AttentionLayout, SharedKeys, Span
 
 DENSE_ATTENTION_NAME = "babydoctor_dense"
-"""The same for ``dense_attention``, the vision tower's."""
+"""The value of ``config._attn_implementation`` under which transformers finds ``dense_attention``."""
 
 QUERY_BLOCK = 128
-"""Queries that the CPU treats at once. Keys after the block's last query are skipped, so smaller blocks save work,
-and a block's scores stay in the cache; below 128 the matrix products become too small to run fast."""
+"""Query rows per block on the CPU. Keys after the block's last query are skipped, so smaller blocks save work and keep
+a block's scores in the cache; below 128 the matrix products become too small to run fast."""
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    document_lengths: Sequence[int],
-    query_lengths: Sequence[int] | None = None,
-    prefix_length: int = 0,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
     """Causal attention inside each document, scaled by ``D ** -0.5``.
 
     Args:
         query: ``[Q, H, D]``.
         key, value: ``[T, K, D]``.
-        document_lengths: lengths that sum to ``T - prefix_length``.
-        query_lengths: how many of each document's last positions ask; they sum to ``Q``, and the prefix does not ask.
-            None: all positions ask.
-        prefix_length: first positions that every document sees.
+        layout: which rows see which keys; on the tensors' device.
 
     Returns:
         ``[Q, H, D]``.
@@ -56,50 +46,13 @@ def attend(
     if query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    layout = lay_out(document_lengths, query_lengths, prefix_length)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        output = _varlen_attention(query, key, value, layout)
-        if output is not None:
-            return output
-    output = _BlockAttention.apply(query, key, value, layout)
-    assert isinstance(output, torch.Tensor)
-    return output
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Positions that ask one after the other, and what they see: the prefix, and keys up to their own position."""
-
-    rows: slice
-    shared: int
-    """How many of the row's first positions are seen by all."""
-    keys: slice
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    @property
-    def num_keys(self) -> int:
-        return self.shared + self.keys.stop - self.keys.start
-
-
-def lay_out(
-    document_lengths: Sequence[int], query_lengths: Sequence[int] | None, prefix_length: int
-) -> tuple[Stretch, ...]:
-    """One stretch for each document that asks, the prefix first; arguments as in ``attend``."""
-    stretches = []
-    first_row, first_key = 0, prefix_length
-    if query_lengths is None:
-        query_lengths = document_lengths
-        if prefix_length:
-            stretches.append(Stretch(slice(0, prefix_length), 0, slice(0, prefix_length)))
-            first_row = prefix_length
-    for length, asking in zip(document_lengths, query_lengths, strict=True):
-        rows, keys = slice(first_row, first_row + asking), slice(first_key, first_key + length)
-        stretches.append(Stretch(rows, prefix_length, keys))
-        first_row, first_key = rows.stop, keys.stop
-    return tuple(stretches)
+    if not query.is_cuda:
+        output = _BlockAttention.apply(query, key, value, layout.spans)
+        assert isinstance(output, torch.Tensor)
+        return output
+    if query.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel():
+        return _varlen_attention(query, key, value, layout)
+    return span_attention(query, key, value, layout.spans)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -112,15 +65,15 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: tuple[Stretch, ...]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: tuple[Span, ...]
     ) -> torch.Tensor:
         q, k, v = (_by_head(x) for x in (query, key, value))
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        mask = _causal_strip(max((stretch.num_keys for stretch in layout), default=0), query)
+        mask = _causal_strip(max((span.num_keys for span in spans), default=0), query)
         scale = query.shape[-1] ** -0.5
         keep = any(ctx.needs_input_grad)
         saved = []
-        groups = _equal_blocks(layout)
+        groups = _equal_blocks(spans)
         for (num_rows, num_keys), blocks in groups.items():
             end = mask.shape[1] - QUERY_BLOCK + num_rows
             scores = torch.baddbmm(
@@ -157,15 +110,15 @@ class _BlockAttention(torch.autograd.Function):
         return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1), None
 
 
-def _equal_blocks(layout: Sequence[Stretch]) -> dict[tuple[int, int], list[Stretch]]:
-    """The stretches cut into blocks of at most ``QUERY_BLOCK`` rows, by size (rows, keys up to the last row's own)."""
-    groups: dict[tuple[int, int], list[Stretch]] = {}
-    for stretch in layout:
-        for start in range(0, stretch.num_rows, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, stretch.num_rows)
-            rows = slice(stretch.rows.start + start, stretch.rows.start + stop)
-            keys = slice(stretch.keys.start, stretch.keys.stop - stretch.num_rows + stop)
-            block = Stretch(rows, stretch.shared, keys)
+def _equal_blocks(spans: Sequence[Span]) -> dict[tuple[int, int], list[Span]]:
+    """The spans cut into blocks of at most ``QUERY_BLOCK`` rows, by size (rows, keys up to the last row's own)."""
+    groups: dict[tuple[int, int], list[Span]] = {}
+    for span in spans:
+        for start in range(0, span.num_rows, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, span.num_rows)
+            rows = slice(span.rows.start + start, span.rows.start + stop)
+            keys = slice(span.keys.start, span.keys.stop - span.num_rows + stop)
+            block = Span(rows, span.shared, keys)
             groups.setdefault((block.num_rows, block.num_keys), []).append(block)
     return groups
 
@@ -181,7 +134,7 @@ def _by_head(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).contiguous()
 
 
-def _gather_rows(x: torch.Tensor, blocks: Sequence[Stretch]) -> torch.Tensor:
+def _gather_rows(x: torch.Tensor, blocks: Sequence[Span]) -> torch.Tensor:
     """``[H, Q, D]`` -> ``[H * blocks, rows, D]``."""
     if len(blocks) == 1:
         return x[:, blocks[0].rows]
@@ -189,7 +142,7 @@ def _gather_rows(x: torch.Tensor, blocks: Sequence[Stretch]) -> torch.Tensor:
     return pieces.view(-1, blocks[0].num_rows, x.shape[-1])
 
 
-def _gather_keys(x: torch.Tensor, blocks: Sequence[Stretch]) -> torch.Tensor:
+def _gather_keys(x: torch.Tensor, blocks: Sequence[Span]) -> torch.Tensor:
     """``[H, T, D]`` -> ``[H * blocks, keys, D]``: for each block the prefix and what it sees of its own document."""
     if len(blocks) == 1 and not blocks[0].shared:
         return x[:, blocks[0].keys]
@@ -201,12 +154,12 @@ def _gather_keys(x: torch.Tensor, blocks: Sequence[Stretch]) -> torch.Tensor:
     return torch.cat(pieces, dim=1).view(-1, blocks[0].num_keys, x.shape[-1])
 
 
-def _split(parts: torch.Tensor, blocks: Sequence[Stretch]) -> tuple[torch.Tensor, ...]:
+def _split(parts: torch.Tensor, blocks: Sequence[Span]) -> tuple[torch.Tensor, ...]:
     """``[H * blocks, n, D]`` -> ``[H, n, D]`` for each block."""
     return parts.unflatten(0, (-1, len(blocks))).unbind(1)
 
 
-def _add_keys(total: torch.Tensor, blocks: Sequence[Stretch], parts: torch.Tensor) -> None:
+def _add_keys(total: torch.Tensor, blocks: Sequence[Span], parts: torch.Tensor) -> None:
     """Add ``parts`` ``[H * blocks, keys, D]`` to where ``_gather_keys`` took them from in ``total`` ``[H, T, D]``."""
     shared = blocks[0].shared
     if shared:
@@ -226,87 +179,92 @@ def _causal_strip(longest: int, like: torch.Tensor) -> torch.Tensor:
     return strip
 
 
-def _varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Sequence[Stretch]
-) -> torch.Tensor | None:
-    """One variable-length kernel for all documents, where this torch has it; None otherwise.
+@functools.cache
+def _varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """torch's variable-length attention and the argument that makes it causal; None where torch lacks it.
 
-    Its causal mask is aligned to the last query and the last key, which is what a document's tail needs. The kernel
-    knows no shared keys, so each document gets a copy of the prefix's.
+    Torch 2.10 takes ``is_causal``, later releases a ``window_size``. Both align the last query with the last key.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    if any(stretch.shared for stretch in layout):
-        index = key_index(layout).to(key.device, non_blocking=True)
-        key, value = key.index_select(0, index), value.index_select(0, index)
-    num_rows = [stretch.num_rows for stretch in layout]
-    num_keys = [stretch.num_keys for stretch in layout]
-    query_bounds, key_bounds = (
-        torch.tensor((0, *lengths), dtype=torch.int32, device=query.device).cumsum(0, dtype=torch.int32)
-        for lengths in (num_rows, num_keys)
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" in parameters:
+        return varlen_attn, {"window_size": (-1, 0)}
+    return (varlen_attn, {"is_causal": True}) if "is_causal" in parameters else None
+
+
+@functools.cache
+def _has_varlen_kernel() -> bool:
+    """Whether the variable-length kernel runs here: it needs Ampere or newer."""
+    if _varlen_kernel() is None:
+        return False
+    # Without a GPU only fake tensors get here.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout
+) -> torch.Tensor:
+    """One variable-length kernel for all documents. It knows no shared keys: each document gets a copy of them."""
+    kernel = _varlen_kernel()
+    assert kernel is not None and layout.query_bounds is not None
+    varlen_attn, causal = kernel
+    if layout.shared is not None:
+        key, value = (_CopyPrefix.apply(x, layout.shared) for x in (key, value))
+    output = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        layout.query_bounds,
+        layout.key_bounds,
+        layout.max_rows,
+        layout.max_keys,
+        **causal,
     )
-    causal: Any = {"window_size": (-1, 0)}
-    q, k, v = query.contiguous(), key.contiguous(), value.contiguous()
-    output = varlen_attn(q, k, v, query_bounds, key_bounds, max(num_rows), max(num_keys), **causal)
     assert isinstance(output, torch.Tensor)
     return output
 
 
-def key_index(layout: Sequence[Stretch]) -> torch.Tensor:
-    """int64: the keys that each stretch sees, one stretch after the other."""
-    pieces = []
-    for stretch in layout:
-        pieces += [torch.arange(stretch.shared), torch.arange(stretch.keys.start, stretch.keys.stop)]
-    return torch.cat(pieces)
+class _CopyPrefix(torch.autograd.Function):
+    """``[T, H, D]`` -> ``[L, H, D]``: the keys of each span, the shared prefix copied to every span that sees it.
+
+    The backward pass gathers and sums. ``index_add_``, which autograd would use, is slower and adds in random order,
+    so that a resumed run would round differently.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, shared: SharedKeys) -> torch.Tensor:
+        ctx.shared = shared
+        return x.index_select(0, shared.gather)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        shared: SharedKeys = ctx.shared
+        copies = grad.index_select(0, shared.copies).unflatten(0, (-1, shared.prefix_length))  # [C, prefix, H, D]
+        return torch.cat([copies.sum(0), grad.index_select(0, shared.own)]), None
+
+
+def span_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    """Torch's own kernel, one span after the other: the GPU path without the variable-length kernel."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    outputs = []
+    for span in spans:
+        q = query[span.rows]
+        k, v = (torch.cat([x[: span.shared], x[span.keys]]) if span.shared else x[span.keys] for x in (key, value))
+        mask: Any = causal_lower_right(len(q), len(k))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, rows, D]
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.empty_like(query)
 
 
 def register_attention() -> None:
-    """Make ``packed_attention`` and ``dense_attention`` known to transformers. Calling it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    """Make ``dense_attention`` known to transformers. Calling it again changes nothing."""
+    from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionInterface.register(DENSE_ATTENTION_NAME, dense_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    document_lengths: tuple[int, ...] | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document, in the form that transformers' own LLaMA layers call.
-
-    Args:
-        query: ``[1, H, T, D]``.
-        key, value: ``[1, K, T, D]``.
-        document_lengths: lengths that sum to ``T``. Without it this is transformers' ordinary ``sdpa``, so that
-            ``generate`` and padded batches work on the same model.
-
-    Returns:
-        ``[1, T, H, D]`` and None, as transformers expects.
-    """
-    if document_lengths is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-    assert query.shape[0] == 1 and sum(document_lengths) == query.shape[2], (query.shape, document_lengths)
-    grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped, dropout_p=dropout)
-        for q, k, v in zip(*(x.split(document_lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def dense_attention(
@@ -325,8 +283,10 @@ def dense_attention(
     bfloat16); on CUDA, or with a mask or gradients, it is that kernel.
     """
     if query.is_cuda or attention_mask is not None or torch.is_grad_enabled():
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         kwargs = {"is_causal": False} | kwargs
-        return packed_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     probabilities = torch.softmax(_scaled_bmm(q, k.transpose(1, 2), scale), dim=-1)

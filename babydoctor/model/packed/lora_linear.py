@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from babydoctor.model.language_model import dequantized_weight
-from babydoctor.model.packed.fused_ops import add_masked, masked
+from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 
 ADAPTER = "default"
 """peft's name for the one adapter that is ever injected."""
@@ -40,7 +40,9 @@ class _Layer:
         return dequantized_weight(self.base).to(dtype)
 
 
-def apply_linears(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
+def apply_linears(
+    x: torch.Tensor, modules: Sequence[nn.Module], ops: ElementwiseOps = PLAIN_OPS
+) -> tuple[torch.Tensor, ...]:
     """Each module's output for the same input.
 
     Args:
@@ -63,7 +65,7 @@ def apply_linears(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.
     if not factors and not any(_is_4bit(layer.base) for layer in layers):
         return tuple(linear(x, layer.weight(x.dtype), _bias(layer.base, x)) for layer in layers)
     keep = draw_keep_mask(x.shape, dropout, x.device) if dropout else None
-    return _FrozenLinears.apply(x, keep, tuple(layers), *factors)
+    return _FrozenLinears.apply(x, keep, tuple(layers), ops, *factors)
 
 
 class _FrozenLinears(torch.autograd.Function):
@@ -73,9 +75,14 @@ class _FrozenLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, keep: torch.Tensor | None, layers: tuple[_Layer, ...], *factors: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        keep: torch.Tensor | None,
+        layers: tuple[_Layer, ...],
+        ops: ElementwiseOps,
+        *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        dropped = x if keep is None else masked(x, keep)
+        dropped = x if keep is None else ops.masked(x, keep)
         remaining = list(factors)
         outputs, lows = [], []
         for layer in layers:
@@ -86,7 +93,7 @@ class _FrozenLinears(torch.autograd.Function):
                 output.addmm_(low, up.T, alpha=layer.scale)
                 lows.append(low)
             outputs.append(output)
-        ctx.layers = layers
+        ctx.layers, ctx.ops = layers, ops
         ctx.num_factors = len(factors)
         ctx.save_for_backward(dropped if factors else None, keep, *factors, *lows)
         return tuple(outputs)
@@ -109,8 +116,8 @@ class _FrozenLinears(torch.autograd.Function):
                 if ctx.needs_input_grad[0]:
                     grad_dropped = _accumulate(grad_dropped, grad_low, down)
         if grad_x is not None and grad_dropped is not None:
-            grad_x = grad_x.add_(grad_dropped) if keep is None else add_masked(grad_x, grad_dropped, keep)
-        return grad_x, None, None, *grad_factors
+            grad_x = grad_x.add_(grad_dropped) if keep is None else ctx.ops.add_masked(grad_x, grad_dropped, keep)
+        return grad_x, None, None, None, *grad_factors
 
 
 def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
