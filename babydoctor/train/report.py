@@ -1,11 +1,14 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, wandb, the progress bar and the loss curve."""
+"""What a run reports during training: metrics.jsonl, TensorBoard, wandb, the progress bar and the loss curve."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,17 +19,46 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from babydoctor.config import RunConfig, TrackingConfig
 from babydoctor.data.loader import StepData
 from babydoctor.eval.report import headline_figures
+from babydoctor.files import write_json, write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import write_text
 from babydoctor.schema import UserError
-from babydoctor.train.checkpoint import Cursor
-from babydoctor.train.schedule import is_due
+from babydoctor.train.checkpoint import TrainState
+from babydoctor.train.optimizer import is_due
 
 SPEED_WINDOW = 20
-"""Speeds are means over so many steps."""
+"""Speeds are averaged over this many steps."""
 
 LINE_INTERVAL_S = 10.0
-"""Where the output is no terminal, a line of progress comes at most this often."""
+"""Shortest time between two progress lines when the output is not a terminal."""
+
+WANDB_FILE = "wandb.json"
+"""Holds the run's id at wandb, so that a resumed run continues the same curve."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss per supervised token, gradient norm before clipping, learning rate."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Check that the packages of the configured trackers are installed. Imports none of them.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    needed = {"tracking.tensorboard": tracking.tensorboard, "tracking.wandb_project": bool(tracking.wandb_project)}
+    for key, is_set in needed.items():
+        package = key.removeprefix("tracking.").removesuffix("_project")
+        if is_set and importlib.util.find_spec(package) is None:
+            extra, off = ("wandb", "null") if package == "wandb" else ("train", "false")
+            raise UserError(
+                f"{key}={getattr(tracking, key.removeprefix('tracking.'))} needs the package {package}, which is not "
+                f"installed; run `pip install 'babydoctor[{extra}]'` or set {key}={off}"
+            )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -35,7 +67,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file, none where it is not there; a half-written last line is left out."""
+    """The records of a JSON lines file, none if there is no file. A half-written last line is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -46,16 +78,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes each record to every place that the configuration names. Only rank 0 has one."""
+    """Writes each record to metrics.jsonl and to the configured trackers. Only the main process has one."""
 
     def __init__(self, run: Path, config: RunConfig, *, start: int) -> None:
-        """Keep the records of the steps before ``start`` and drop those that will be made again."""
+        """Keep the records up to step ``start`` and drop those of later steps, which will be trained again."""
         self.run = run
         kept = [record for record in read_metrics(run) if record["step"] <= start]
         write_text(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(run, config.tracking, start)
-        self._wandb = _open_wandb(config)
+        self._wandb = _open_wandb(run, config)
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Write one record; numbers also go to TensorBoard and wandb under ``kind/name``."""
@@ -79,33 +111,39 @@ class Tracker:
 def _open_tensorboard(run: Path, tracking: TrackingConfig, start: int) -> Any:
     if not tracking.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tracking.tensorboard=true needs the package tensorboard; install it with "
-            "`pip install 'babydoctor[train]'` or set tracking.tensorboard=false"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
 
-def _open_wandb(config: RunConfig) -> Any:
+def _open_wandb(run: Path, config: RunConfig) -> Any:
+    """The run at wandb, with its files under ``run``. Its id is written before the run is created."""
     if config.tracking.wandb_project is None:
         return None
+    import wandb
+
+    file = run / WANDB_FILE
+    if not file.is_file():
+        write_json(file, {"id": secrets.token_hex(4), "project": config.tracking.wandb_project})
+    id = json.loads(file.read_text(encoding="utf-8"))["id"]
     try:
-        import wandb
-    except ImportError as error:
+        return wandb.init(
+            project=config.tracking.wandb_project,
+            name=config.name,
+            id=id,
+            resume="allow",
+            dir=str(run),
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.errors.Error as error:
         raise UserError(
-            "tracking.wandb_project is set, but wandb is not installed; install it with "
-            "`pip install 'babydoctor[wandb]'` or set tracking.wandb_project=null"
+            f"tracking.wandb_project={config.tracking.wandb_project!r}: wandb could not start the run ({error}); run "
+            "`wandb login`, set WANDB_MODE=offline, or set tracking.wandb_project=null"
         ) from error
-    return wandb.init(
-        project=config.tracking.wandb_project, name=config.name, config=config.model_dump(), resume="allow"
-    )
 
 
 class StepProgress:
-    """A progress bar with loss, speed and time left; plain lines where the output is no terminal."""
+    """A progress bar with loss, speed and time left; plain lines when the output is not a terminal."""
 
     def __init__(self, name: str, start: int, total: int) -> None:
         self.name, self.total = name, total
@@ -123,7 +161,7 @@ class StepProgress:
                 console=self.console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, figures="")
-        self._start, self._begun, self._last_line = start, time.monotonic(), 0.0
+        self._start, self._started, self._last_line = start, time.monotonic(), 0.0
 
     def __enter__(self) -> StepProgress:
         if self._bar is not None:
@@ -137,13 +175,13 @@ class StepProgress:
             self._bar.stop()
 
     def update(self, step: int, *, loss: float, tokens_per_s: float, samples_per_s: float) -> None:
-        """Show that ``step`` steps are done."""
+        """Show the figures after ``step`` steps."""
         figures = f"loss {loss:.3f}  {samples_per_s:.1f} samples/s  {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self.total:
             self._last_line = time.monotonic()
-            passed = self._last_line - self._begun
+            passed = self._last_line - self._started
             left = passed / max(1, step - self._start) * (self.total - step)
             print(f"{self.name}: step {step}/{self.total}  {figures}  {_clock(left)} left", flush=True)
 
@@ -162,7 +200,7 @@ def _clock(seconds: float) -> str:
 
 
 def plot_loss(run: Path) -> Path | None:
-    """Draw ``loss.png``: training loss (thin: each record, thick: smoothed) and held-out loss over steps."""
+    """Draw ``loss.png``: training loss (thin: each record, thick: smoothed) and held-out loss by step."""
     from matplotlib.figure import Figure
 
     records = read_metrics(run)
@@ -181,7 +219,7 @@ def plot_loss(run: Path) -> Path | None:
     axes.plot(steps, smooth, color="tab:blue", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)", title=run.name)
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=run.name)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
@@ -189,7 +227,7 @@ def plot_loss(run: Path) -> Path | None:
 
 
 class Reporter:
-    """Everything that is said about the run; only the main process's is active, the others' say nothing."""
+    """All output about the run. It is active in the main process and silent in the others."""
 
     def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
         self.run = run
@@ -219,7 +257,7 @@ class Reporter:
             self.tracker.close()
 
     def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
-        """Say what is about to be done."""
+        """Print the size of the run and its plan."""
         if not self.active:
             return
         trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
@@ -228,30 +266,30 @@ class Reporter:
         self.progress.say(plan)
         self._last = time.monotonic()
 
-    def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
-        """Record one finished step; speeds count the time that the step waited for data."""
+    def step(self, state: TrainState, data: StepData, started: float, result: StepResult) -> None:
+        """Record one finished step that began at ``started``. Speeds include the time spent waiting for data."""
         if not self.active:
             return
         now = time.monotonic()
         self._recent.append((now - self._last, data.num_tokens, data.num_samples))
-        waited, self._last = begun - self._last, now
+        waited, self._last = started - self._last, now
         seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
         speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
-        self._list_losses(cursor.step, data)
-        if is_due(self.log_every, cursor.step, self.total):
-            record = {"loss": loss, **values, "samples": cursor.samples, "tokens": data.num_tokens, **speeds}
-            self.tracker.log("train", cursor.step, **record, data_wait_s=max(0.0, waited))
-        self.progress.update(cursor.step, loss=loss, **speeds)
+        self._list_losses(state.step, data)
+        if is_due(self.log_every, state.step, self.total):
+            record = {**asdict(result), "samples": state.samples, "tokens": data.num_tokens, **speeds}
+            self.tracker.log("train", state.step, **record, data_wait_s=max(0.0, waited))
+        self.progress.update(state.step, loss=result.loss, **speeds)
 
-    def held_out(self, cursor: Cursor, loss: float, answers: Sequence[dict[str, str]]) -> None:
-        self.tracker.log("eval", cursor.step, loss=loss, answers=list(answers))
-        self.progress.say(f"step {cursor.step}: held-out loss {loss:.4f}")
+    def held_out(self, state: TrainState, loss: float, answers: Sequence[dict[str, str]]) -> None:
+        self.tracker.log("eval", state.step, loss=loss, answers=list(answers))
+        self.progress.say(f"step {state.step}: held-out loss {loss:.4f}")
         for item in answers:
             question = " ".join(item["question"].split())
             self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
         self._last = time.monotonic()
 
-    def task(self, cursor: Cursor, name: str, result: Mapping[str, Any]) -> None:
+    def task(self, state: TrainState, name: str, result: Mapping[str, Any]) -> None:
         """Record a task's headline figures under each image condition."""
         for condition, scored in result["conditions"].items():
             figures = {figure: scored["figures"][figure] for figure in headline_figures(result)}
@@ -259,18 +297,18 @@ class Reporter:
             intervals = {figure: [entry["low"], entry["high"]] for figure, entry in figures.items()}
             self.tracker.log(
                 f"task/{condition}",
-                cursor.step,
+                state.step,
                 task=name,
                 num_failed=result["num_failed"][condition],
                 **values,
                 intervals=intervals,
             )
             told = ", ".join(f"{figure.replace('_', ' ')} {value:.3f}" for figure, value in values.items())
-            self.progress.say(f"step {cursor.step}: {name}, {condition} image: {told}")
+            self.progress.say(f"step {state.step}: {name}, {condition} image: {told}")
         self._last = time.monotonic()
 
     def conclude(self) -> None:
-        """Draw the loss and say where everything is."""
+        """Draw the loss curve and print where the results are."""
         if not self.active:
             return
         figure = plot_loss(self.run)
@@ -279,7 +317,7 @@ class Reporter:
         print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
 
     def _list_losses(self, step: int, data: StepData) -> None:
-        """List what was cut from samples and which samples were left out."""
+        """List the samples that were cut to length or left out."""
         self._num_cut += len(data.cut)
         self._num_bad += len(data.bad)
         if not (data.cut or data.bad):
