@@ -94,7 +94,7 @@ def find_damage(checkpoint: Path) -> str | None:
     for name, digest in expected.items():
         try:
             if sha256(checkpoint / name) != digest:
-                return f"{name} has another checksum than when it was written"
+                return f"{name} does not match its checksum in {CHECKSUMS}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
@@ -191,13 +191,13 @@ def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, 
         if isinstance(value, torch.Tensor):
             visit_tensor(path, value)
         elif isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{path}/{key}", inner)
+            for key in sorted(value):
+                visit(f"{path}/{key}", value[key])
         else:
             scalars[path] = value
 
-    for index, values in state["state"].items():
-        visit(str(index), values)
+    for index in sorted(state["state"]):  # a loaded state has another order than a new one
+        visit(str(index), state["state"][index])
     return tensors, {"param_groups": state["param_groups"], "scalars": scalars, "shared": shared}
 
 

@@ -100,6 +100,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
         with reporter, stop.wait_for_step():
             reporter.begin(model, len(samples), format_short(plan))
+            if evaluation and first_step:  # make up for an evaluation during which the run was stopped
+                stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
                 result = take_step(model, optimizer, data, state.step, total_steps, config.train, accelerator)
@@ -113,7 +115,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_main and is_saved:
                     save(state)
-                if evaluation and evaluation.is_due(state.step):
+                if evaluation:
                     stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
                 if share_stop(stop, accelerator) and state.step < total_steps:
                     if is_main and not is_saved:

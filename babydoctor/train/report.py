@@ -84,6 +84,7 @@ class Tracker:
         """Keep the records up to step ``start`` and drop those of later steps, which will be trained again."""
         self.run = run
         kept = [record for record in read_metrics(run) if record["step"] <= start]
+        self.recorded = {(record["kind"], record["step"]) for record in kept}
         write_text(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(run, config.tracking, start)
@@ -101,6 +102,7 @@ class Tracker:
             self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
+        """Flush and close all trackers."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -281,7 +283,12 @@ class Reporter:
             self.tracker.log("train", state.step, **record, data_wait_s=max(0.0, waited))
         self.progress.update(state.step, loss=result.loss, **speeds)
 
+    def has(self, kind: str, step: int) -> bool:
+        """True if the run had a record of this kind and step when it was resumed."""
+        return (kind, step) in self.tracker.recorded
+
     def held_out(self, state: TrainState, loss: float, answers: Sequence[dict[str, str]]) -> None:
+        """Record the held-out loss and print the sample answers."""
         self.tracker.log("eval", state.step, loss=loss, answers=list(answers))
         self.progress.say(f"step {state.step}: held-out loss {loss:.4f}")
         for item in answers:
