@@ -121,10 +121,12 @@ def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
         reason = _full_disk_reason(error)
         if reason is None:
             raise
-        existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        # The file that could not be written may lie elsewhere, for example in the folder for temporary files.
+        path = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else directory
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
         raise UserError(
-            f"{what} could not be written to {directory}: {reason} ({free / 1e9:.2f} GB are free); {hint}"
+            f"{what} could not be written to {path}: {reason} ({free / 1e9:.2f} GB are free); {hint}"
         ) from error
 
 
