@@ -183,6 +183,25 @@ def test_a_signal_during_loading_ends_at_once_and_leaves_nothing(long_step: dict
     assert not (tmp_path / "run").exists()
 
 
+def test_a_signal_during_held_out_answers_ends_them_and_a_resume_makes_up_for_them(
+    tiny_settings: dict[str, Any], tiny_rows: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    numbers = {"max_steps": 2, "save_every": 0, "eval_every": 1, "num_sample_answers": 12}
+    settings = with_train(build_settings(tiny_settings, run, "align"), **numbers)
+    settings["data"] = settings["data"] | {"eval_rows": [str(tiny_rows / "rows.json")]}
+    process = start(settings)
+    wait_until(lambda: bool(read_metrics(run)), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 143 and "after step 1 of 2" in err
+    assert [(r["step"], r["kind"]) for r in read_metrics(run)] == [(1, "train")]
+    assert [path.name for path in list_checkpoints(run)] == ["step-1"]
+    train(build_config(settings), resume=True)
+    recorded = [(r["step"], r["kind"]) for r in read_metrics(run)]
+    assert recorded == [(1, "train"), (1, "eval"), (2, "train"), (2, "eval")]
+
+
 # Checkpoints and evaluation, full disks
 
 

@@ -66,7 +66,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 @contextlib.contextmanager
