@@ -15,7 +15,7 @@ from training import DEADLINE_S, wait_until
 from babydoctor.config import build_config, dump_config
 from babydoctor.train.checkpoint import list_checkpoints
 from babydoctor.train.loop import train
-from babydoctor.train.report import read_metrics
+from babydoctor.train.tracking import read_metrics
 
 LONG = {"max_steps": 100_000, "save_every": 0}
 LAUNCH = (

@@ -17,7 +17,8 @@ from babydoctor.conversation import TEMPLATES
 from babydoctor.model.run_dir import read_manifest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MAX_STEPS = 4
+MAX_STEPS = 3
+DEADLINE_S = 600.0
 PEAK_BYTES = 5 * 2**30
 
 pytestmark = pytest.mark.slow
@@ -88,7 +89,7 @@ def write_stage_config(runs: Path, stage: str, base: Path, rows: Path) -> Path:
         f"data.rows={rows / 'rows.json'}",
         f"data.images={rows / 'images'}",
         *("data.eval_rows=[]", "data.num_workers=0", "train.eval_every=0", "train.num_sample_answers=0"),
-        *("train.batch_size=4", f"train.max_steps={MAX_STEPS}", "train.save_every=1"),
+        *("train.batch_size=2", f"train.max_steps={MAX_STEPS}", "train.save_every=1"),
         f"train.keep_checkpoints={MAX_STEPS}",
         "tracking.tensorboard=false",
     ]
@@ -109,7 +110,7 @@ def read_files(checkpoint: Path) -> dict[str, bytes]:
 def test_kill_9_and_resume_are_bit_equal(
     wide_base: Path, tiny_rows: Path, runs: Path, stage: str, tmp_path: Path
 ) -> None:
-    """Killed in the last step, put back to the first checkpoint, resumed: the other checkpoints come out the same."""
+    """Killed in the third step and put back to the first checkpoint: the second checkpoint comes out the same."""
     if stage != "align":
         pytest.importorskip("bitsandbytes")
         if not (runs / {"instruct": "align", "radiology": "instruct"}[stage] / "manifest.json").is_file():
@@ -117,23 +118,23 @@ def test_kill_9_and_resume_are_bit_equal(
     config = write_stage_config(runs, stage, wide_base, tiny_rows)
     checkpoints = runs / stage / "checkpoints"
     process = start_training(config, threads=2)
-    wait_until((checkpoints / "step-3").exists, process)
+    wait_until((checkpoints / "step-2").exists, process, DEADLINE_S)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    killed = {step: read_files(checkpoints / f"step-{step}") for step in (2, 3)}
+    killed = read_files(checkpoints / "step-2")
     for path in checkpoints.iterdir():
         if path.name != "step-1":
             shutil.rmtree(path)
 
     resumed = start_training(config, "--resume", threads=2)
-    out, err = resumed.communicate(timeout=300)
+    wait_until((runs / stage / "manifest.json").exists, resumed, DEADLINE_S)
+    out, err = resumed.communicate()
     assert resumed.returncode == 0, err[-3000:]
     assert "resumed after step 1" in out
-    for step, files in killed.items():
-        again = read_files(checkpoints / f"step-{step}")
-        assert again.keys() == files.keys()
-        assert [name for name in files if again[name] != files[name]] == [], f"step {step}"
+    again = read_files(checkpoints / "step-2")
+    assert again.keys() == killed.keys()
+    assert [name for name in killed if again[name] != killed[name]] == []
     assert read_manifest(runs / stage).lineage[-1].steps == MAX_STEPS
     if stage != "align":
         check_8bit_state(checkpoints / f"step-{MAX_STEPS}")

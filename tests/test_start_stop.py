@@ -18,7 +18,7 @@ from babydoctor.model.run_dir import read_manifest
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import list_checkpoints
 from babydoctor.train.loop import train
-from babydoctor.train.report import read_metrics
+from babydoctor.train.tracking import read_metrics
 
 
 def start(settings: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:

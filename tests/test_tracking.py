@@ -13,7 +13,7 @@ from training import build_settings, unfinish
 from babydoctor.config import TrackingConfig, build_config
 from babydoctor.schema import UserError
 from babydoctor.train.loop import train
-from babydoctor.train.report import check_tracking
+from babydoctor.train.tracking import check_tracking
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

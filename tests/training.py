@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from babydoctor.train.report import read_metrics
+from babydoctor.train.tracking import read_metrics
 
 DEADLINE_S = 180.0
 LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
@@ -60,12 +61,15 @@ def start_training(config: Path, *arguments: str, threads: int = 1, **environmen
     )
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for a condition while ``process`` runs."""
-    deadline = time.monotonic() + DEADLINE_S
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = DEADLINE_S) -> None:
+    """Wait for a condition while ``process`` runs. If it does not become true, the process and its group are killed."""
+    deadline = time.monotonic() + deadline_s
     while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the condition did not become true"
+        if process.poll() is not None or time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise AssertionError(f"not true in {deadline_s} s, exit status {process.returncode}:\n{out}\n{err}")
         time.sleep(0.002)
 
 

@@ -33,9 +33,10 @@ from babydoctor.train.in_training_eval import InTrainingEval
 from babydoctor.train.interrupt import StopSignals
 from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_factor, set_learning_rate
 from babydoctor.train.output import OutputDirectory, is_finished, num_steps
-from babydoctor.train.report import Reporter, StepResult, check_tracking
+from babydoctor.train.report import Reporter, StepResult
 from babydoctor.train.stage import finish_run, prepare_manifest
 from babydoctor.train.step import accumulate_gradients, seed_step
+from babydoctor.train.tracking import check_tracking
 
 logger = logging.getLogger(__name__)
 
