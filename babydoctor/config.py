@@ -200,14 +200,13 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Each setting in which two configurations differ, as ``key: old -> new``."""
-    old_values, new_values = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
-    return [
-        f"{key}: {old_values.get(key)} -> {new_values.get(key)}"
-        for key in sorted(old_values.keys() | new_values.keys())
-        if old_values.get(key) != new_values.get(key)
-    ]
+def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Each key in which two configurations differ, with the old and the new value (None where a section is absent)."""
+    old_values, new_values = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
+    keys = (*old_values, *(key for key in new_values if key not in old_values))
+    return {
+        key: (old_values.get(key), new_values.get(key)) for key in keys if old_values.get(key) != new_values.get(key)
+    }
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from babydoctor.config import build_config, differences, dump_config, load_config
+from babydoctor.config import build_config, changed_settings, dump_config, load_config
 from babydoctor.schema import UserError
 
 VALUES: dict[str, Any] = {
@@ -66,9 +66,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
     config = build_config(VALUES | {"lora": {"r": 4}, "train": {"learning_rate": 2e-5}})
     again = load_config(write(tmp_path, dump_config(config)))
-    assert again == config and differences(config, again) == []
+    assert again == config and changed_settings(config, again) == {}
 
 
-def test_differences_name_the_key() -> None:
+def test_changed_settings_name_the_key() -> None:
     old, new = build_config(VALUES), build_config(VALUES | {"train": {"seed": 7}})
-    assert differences(old, new) == ["train.seed: 42 -> 7"]
+    assert changed_settings(old, new) == {"train.seed": (42, 7)}

@@ -317,3 +317,9 @@ def test_real_rows_of_the_golden_references_parse(golden: Path) -> None:
         image = {"image": "a.png"} if "<image>" in conversations[0]["value"] else {}
         sample = parse_row({"id": str(index), "conversations": conversations} | image, "golden")
         assert len(sample.turns) == len(conversations)
+
+
+def test_the_fingerprint_of_rows_without_ids_does_not_depend_on_their_file() -> None:
+    without_id = {key: value for key, value in row().items() if key != "id"}
+    first, moved = (parse_row(without_id, source) for source in ("/old/rows.json#0", "/new/rows.json#0"))
+    assert first.id != moved.id and fingerprint([first]) == fingerprint([moved])

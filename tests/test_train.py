@@ -14,8 +14,8 @@ from babydoctor.config import build_config
 from babydoctor.model.run_dir import read_manifest
 from babydoctor.schema import UserError
 from babydoctor.train.loop import train
-from babydoctor.train.report import read_metrics
-from babydoctor.train.schedule import learning_rate_factor
+from babydoctor.train.optimizer import learning_rate_factor
+from babydoctor.train.tracking import read_metrics
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from babydoctor.schema import UserError
+from babydoctor.train.interrupt import TrainingStopped
 
 # The groups in the order in which `babydoctor --help` lists them.
 COMMAND_MODULES = ("train", "demo", "data", "plan", "eval", "interop", "serve", "bench")
@@ -31,7 +32,11 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; a ``UserError`` becomes one paragraph on stderr and exit status 2."""
+    """Run the command line.
+
+    Exit status: 2 for a ``UserError``, printed as one paragraph on stderr; 128 + the signal's number if a signal
+    stopped training (130 SIGINT, 143 SIGTERM, 138 SIGUSR1).
+    """
     # It would advise to install a package that downloads kernels; 4-bit layers work without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -39,5 +44,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

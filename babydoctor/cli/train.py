@@ -22,9 +22,13 @@ def train(
     overrides: Annotated[
         Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's")  # noqa: UP045
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in output_dir stopped")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in output_dir")] = False,
 ) -> None:
-    """Train one stage."""
+    """Train one stage.
+
+    Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint at the end of the step and stops with exit status 130, 143 or 138;
+    a second Ctrl-C ends at once. Exit status 2: a mistake that the message explains.
+    """
     from babydoctor.config import load_config
 
     settings = load_config(config, overrides or [])

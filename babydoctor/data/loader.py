@@ -6,6 +6,7 @@ cursor: a resumed run asks for step ``n`` and gets what an uninterrupted run got
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -159,7 +160,17 @@ def iterate_steps(dataset: StepDataset, start: int, total: int, num_workers: int
         sampler=range(start, total),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),  # so that the loader draws nothing from the global generator
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A terminal and Slurm signal all processes of a job. Only the trainer acts, and it needs its workers meanwhile.
+
+    torch ends the workers when the trainer is done or gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -14,7 +14,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,11 +314,12 @@ def _turn_bytes(sample: Sample) -> Iterator[bytes]:
 def fingerprint(samples: Iterable[Sample]) -> str:
     """SHA-256 over ids, text and image references (or embedded bytes) in order, as 64 hex digits.
 
-    Says whether training goes on with the same rows. The files behind the references are not read.
+    Tells whether training continues with the same rows. The files behind the references are not read, and a row
+    without an id counts without one, so rows and images may be moved.
     """
     hasher = hashlib.sha256()
     for sample in samples:
-        hasher.update(_digest(sample))
+        hasher.update(_digest(replace(sample, id="") if sample.id == sample.source else sample))
     return hasher.hexdigest()
 
 

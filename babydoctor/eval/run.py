@@ -25,6 +25,7 @@ from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.leakage import find_leakage, fingerprint_of, read_train_sources
 from babydoctor.eval.score import score_answers, score_baselines, score_confidence, score_gap
 from babydoctor.eval.tasks import Question, Task, TaskConfig, load_task
+from babydoctor.files import write_json, write_text
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -143,8 +144,6 @@ def evaluate(
         "leakage": _leakage(task, task_config, run),
         **score_task(task, answers, config),
     }
-    from babydoctor.model.run_dir import write_json
-
     write_json(out / "metrics.json", _finite(result))
     write_report(out / "report.html", task, result, answers)
     return result
@@ -189,8 +188,6 @@ def _claim(
     predictions: Path | None,
 ) -> dict[str, Any]:
     """Mark ``out`` as this evaluation's; refuse where it holds answers of another one."""
-    from babydoctor.model.run_dir import write_json, write_text
-
     manifest = run / "manifest.json" if run is not None else None
     origin = {
         "task": task.name,

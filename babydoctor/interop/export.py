@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from babydoctor.files import atomic_directory
 from babydoctor.interop.plain import PlainRun, open_plain
-from babydoctor.model.run_dir import atomic_directory
 from babydoctor.schema import UserError
 
 FORMATS = ("hf", "llava", "gguf")

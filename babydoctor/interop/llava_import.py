@@ -28,11 +28,12 @@ import torch
 from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
+from babydoctor.files import atomic_directory
 from babydoctor.imaging.load import ImageMode, ImageSettings
 from babydoctor.interop.shards import ShardWriter, with_progress
 from babydoctor.model.language_model import PEFT_PREFIX, LoraUpdate, build_language_model, load_language_config
 from babydoctor.model.projector import PROJECTOR_KINDS, build_projector
-from babydoctor.model.run_dir import Manifest, atomic_directory, describe_software, write_manifest
+from babydoctor.model.run_dir import Manifest, describe_software, write_manifest
 from babydoctor.model.weights import iterate_weights, load_pickle, local_directory
 from babydoctor.schema import UserError
 

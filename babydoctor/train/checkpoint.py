@@ -1,13 +1,22 @@
-"""Training checkpoints: what is needed to go on exactly where a run stopped.
+"""Training checkpoints: everything a run needs to continue with bit-equal results.
 
-``checkpoints/step-N/`` holds ``trainable.safetensors`` (parameters in training precision),
-``optimizer.safetensors`` with ``state.json`` (its numbers, the step, the data fingerprint). The step is the data
-cursor and seeds the random generators, so neither needs a file of its own. No pickles.
+::
+
+    checkpoints/step-N/
+      trainable.safetensors   the trained parameters in training precision
+      optimizer.safetensors   the optimizer's tensors; a tensor that several parameters share is stored once
+      state.json              the optimizer's numbers, step, samples, data fingerprint
+      checksums.sha256        one line per file above; `sha256sum -c checksums.sha256` reads it
+
+The step number is the position in the data and the seed of the random generators, so neither needs a file. Nothing
+is pickled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,47 +26,122 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from babydoctor.files import atomic_directory, explain_full_disk, remove_leftovers, sha256, write_json, write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import atomic_directory, write_json
 from babydoctor.schema import UserError
+
+logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.sha256"
+_FILES = ("trainable.safetensors", "optimizer.safetensors", "state.json")
+_DAMAGED_SUFFIX = ".damaged"
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Where a run stands: optimiser steps and samples done, over all ranks."""
+class TrainState:
+    """How far a run is: optimizer steps and samples done, over all ranks, and the rows it trains on."""
 
     step: int
     samples: int
     data_fingerprint: str
 
 
-def save_snapshot(run: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer, cursor: Cursor, *, keep: int) -> Path:
-    """Write ``checkpoints/step-N`` atomically, then delete all but the newest ``keep``."""
-    path = run / "checkpoints" / f"step-{cursor.step}"
+def save_checkpoint(
+    run: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
+) -> Path:
+    """Write ``checkpoints/step-N`` atomically, then delete all but the newest ``keep`` checkpoints.
+
+    Raises:
+        UserError: the disk is full. Earlier checkpoints are still there.
+    """
+    path = run / "checkpoints" / f"step-{state.step}"
     tensors, numbers = _split_optimizer_state(optimizer)
-    with atomic_directory(path) as directory:
-        parameters = {name: p.detach().contiguous().cpu() for name, p in model.trainable_parameters().items()}
+    parameters = {name: p.detach().contiguous().cpu() for name, p in model.trainable_parameters().items()}
+    size = sum(tensor.nbytes for tensor in (*parameters.values(), *tensors.values()))
+    what = f"the checkpoint of step {state.step} ({size / 1e9:.2f} GB)"
+    with explain_full_disk(what, run, _full_disk_hint(run)), atomic_directory(path) as directory:
         save_file(parameters, directory / "trainable.safetensors")
         save_file(tensors, directory / "optimizer.safetensors")
-        write_json(directory / "state.json", {**cursor.__dict__, "optimizer": numbers})
-    for old in list_snapshots(run)[:-keep]:
+        write_json(directory / "state.json", {**dataclasses.asdict(state), "optimizer": numbers})
+        write_text(directory / CHECKSUMS, "".join(f"{sha256(directory / name)}  {name}\n" for name in _FILES))
+    for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return path
 
 
-def list_snapshots(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Half-written ones have another name."""
+def _full_disk_hint(run: Path) -> str:
+    saved = list_checkpoints(run)
+    if not saved:
+        return "free some space or choose another output_dir; the run has no checkpoint yet"
+    return f"free some space and continue from {saved[-1]} with --resume"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_snapshot(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer) -> Cursor:
-    """Put a checkpoint's parameters and optimizer state in place.
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, compared with its checksums; None if they are intact."""
+    try:
+        lines = (checkpoint / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    if sorted(expected) != sorted(_FILES):
+        return f"{CHECKSUMS} does not list {', '.join(_FILES)}"
+    for name, digest in expected.items():
+        try:
+            if sha256(checkpoint / name) != digest:
+                return f"{name} does not match its checksum in {CHECKSUMS}"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def find_newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint whose checksums hold; None if the run has no checkpoint.
+
+    Damaged newer ones are renamed to ``step-N.damaged`` and named in a warning, so that the next checkpoints are
+    written and counted without them. Leftovers of half-written checkpoints are deleted.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    remove_leftovers(run / "checkpoints")
+    checkpoints = list_checkpoints(run)
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            for path, why in damaged:
+                _set_aside(path)
+                logger.warning("%s is damaged: %s; training continues from %s instead", path, why, checkpoint.name)
+            return checkpoint
+        damaged.append((checkpoint, damage))
+    if damaged:
+        raise UserError(
+            "every checkpoint of the run is damaged: "
+            + "; ".join(f"{path}: {why}" for path, why in damaged)
+            + f". Restore one from a copy, or delete {run / 'checkpoints'} to train from the start"
+        )
+    return None
+
+
+def _set_aside(checkpoint: Path) -> None:
+    target = checkpoint.with_name(checkpoint.name + _DAMAGED_SUFFIX)
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
+
+
+def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load a checkpoint's parameters and optimizer state into ``model`` and ``optimizer``.
 
     Raises:
         UserError: it was written by a model with other trainable parameters.
     """
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     parameters = model.trainable_parameters()
     saved = load_file(path / "trainable.safetensors")
     if saved.keys() != parameters.keys():
@@ -66,37 +150,62 @@ def load_snapshot(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimize
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    numbers = state.pop("optimizer")
+    numbers = values.pop("optimizer")
     optimizer.load_state_dict(_join_optimizer_state(load_file(path / "optimizer.safetensors"), numbers))
-    return Cursor(**state)
+    return TrainState(**values)
+
+
+def read_state(path: Path) -> TrainState:
+    """How far the run was when a checkpoint was written."""
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    del values["optimizer"]
+    return TrainState(**values)
 
 
 def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by their path (``0/exp_avg``) and the rest as JSON: parameter groups and numbers.
+    """Tensors by their path (``0/exp_avg``) on the CPU, and everything else as JSON.
 
-    bitsandbytes nests its quantised moments one level deeper than torch does.
+    bitsandbytes nests its quantized moments one level deeper than torch does, and all parameters share two
+    quantization maps. A tensor that was met before is not stored again: ``shared`` maps its path to the first one.
     """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
+    shared: dict[str, str] = {}
+    first_path: dict[tuple[Any, ...], str] = {}
+    storages: set[tuple[torch.device, int]] = set()
+
+    def visit_tensor(path: str, value: torch.Tensor) -> None:
+        storage = (value.device, value.untyped_storage().data_ptr())
+        identity = (*storage, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+        if value.numel() and identity in first_path:
+            shared[path] = first_path[identity]
+            return
+        first_path[identity] = path
+        # safetensors takes no two tensors in one storage, not even disjoint views.
+        copy = value.numel() > 0 and storage in storages
+        storages.add(storage)
+        tensors[path] = value.detach().to("cpu", copy=copy).contiguous()
 
     def visit(path: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous()
+            visit_tensor(path, value)
         elif isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{path}/{key}", inner)
+            for key in sorted(value):
+                visit(f"{path}/{key}", value[key])
         else:
             scalars[path] = value
 
-    for index, values in state["state"].items():
-        visit(str(index), values)
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+    for index in sorted(state["state"]):  # a loaded state has another order than a new one
+        visit(str(index), state["state"][index])
+    return tensors, {"param_groups": state["param_groups"], "scalars": scalars, "shared": shared}
 
 
 def _join_optimizer_state(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_split_optimizer_state``; shared tensors are one object again."""
+    shared = {path: tensors[first] for path, first in numbers["shared"].items()}
     state: dict[Any, Any] = {}
-    for path, value in (*tensors.items(), *numbers["scalars"].items()):
+    for path, value in (*tensors.items(), *shared.items(), *numbers["scalars"].items()):
         index, *parents, key = path.split("/")
         place = state.setdefault(int(index), {})
         for parent in parents:

@@ -1,6 +1,8 @@
-"""The optimisers of a stage: torch's AdamW and bitsandbytes' paged 8-bit AdamW."""
+"""The optimizers of a stage (torch's AdamW and bitsandbytes' paged 8-bit AdamW) and the learning rate over a run."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -10,9 +12,9 @@ from babydoctor.model.language_model import import_bitsandbytes
 
 
 def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, the projector with a learning rate of its own where one is set.
+    """AdamW over the trainable parameters. The projector has its own learning rate if the configuration sets one.
 
-    Each group keeps its peak rate in ``initial_lr``; the loop multiplies it by the schedule.
+    Each group keeps its peak rate in ``initial_lr``, which ``set_learning_rate`` multiplies by the schedule.
     """
     projector_rate = config.projector_learning_rate or config.learning_rate
     by_rate: dict[float, list[torch.nn.Parameter]] = {}
@@ -27,7 +29,30 @@ def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optim
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group to ``factor`` times its peak rate; returns the first group's rate."""
+    """Set each group's rate to ``factor`` times its peak rate; returns the first group's rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return optimizer.param_groups[0]["lr"]
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+    """The factor, 0 to 1, on the peak learning rate in the optimizer step ``step``, counted from 0.
+
+    Linear warm-up over ``ceil(warmup_ratio * total_steps)`` steps, then ``cosine`` or ``linear`` to 0, or
+    ``constant``. Equal to the schedules of transformers, which LLaVA uses.
+    """
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if schedule == "linear":
+        return 1.0 - progress
+    assert schedule == "constant", schedule
+    return 1.0
+
+
+def is_due(every: int, step: int, total_steps: int) -> bool:
+    """True every ``every`` steps (never for 0) and on the last step."""
+    return step == total_steps or (every > 0 and step % every == 0)

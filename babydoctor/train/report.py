@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, wandb, the progress bar and the loss curve."""
+"""What a run reports during training: records for the trackers, the progress bar, warnings and the loss curve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,99 +14,33 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from babydoctor.config import RunConfig, TrackingConfig
+from babydoctor.config import RunConfig
 from babydoctor.data.loader import StepData
 from babydoctor.eval.report import headline_figures
+from babydoctor.files import write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import write_text
-from babydoctor.schema import UserError
-from babydoctor.train.checkpoint import Cursor
-from babydoctor.train.schedule import is_due
+from babydoctor.train.checkpoint import TrainState
+from babydoctor.train.optimizer import is_due
+from babydoctor.train.tracking import Tracker, read_json_lines, read_metrics
 
 SPEED_WINDOW = 20
-"""Speeds are means over so many steps."""
+"""Speeds are averaged over this many steps."""
 
 LINE_INTERVAL_S = 10.0
-"""Where the output is no terminal, a line of progress comes at most this often."""
+"""Shortest time between two progress lines when the output is not a terminal."""
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's ``metrics.jsonl``."""
-    return read_json_lines(run / "metrics.jsonl")
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss per supervised token, gradient norm before clipping, learning rate."""
 
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file, none where it is not there; a half-written last line is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-class Tracker:
-    """Writes each record to every place that the configuration names. Only rank 0 has one."""
-
-    def __init__(self, run: Path, config: RunConfig, *, start: int) -> None:
-        """Keep the records of the steps before ``start`` and drop those that will be made again."""
-        self.run = run
-        kept = [record for record in read_metrics(run) if record["step"] <= start]
-        write_text(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(run, config.tracking, start)
-        self._wandb = _open_wandb(config)
-
-    def log(self, kind: str, step: int, **values: Any) -> None:
-        """Write one record; numbers also go to TensorBoard and wandb under ``kind/name``."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _open_tensorboard(run: Path, tracking: TrackingConfig, start: int) -> Any:
-    if not tracking.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tracking.tensorboard=true needs the package tensorboard; install it with "
-            "`pip install 'babydoctor[train]'` or set tracking.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-
-
-def _open_wandb(config: RunConfig) -> Any:
-    if config.tracking.wandb_project is None:
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "tracking.wandb_project is set, but wandb is not installed; install it with "
-            "`pip install 'babydoctor[wandb]'` or set tracking.wandb_project=null"
-        ) from error
-    return wandb.init(
-        project=config.tracking.wandb_project, name=config.name, config=config.model_dump(), resume="allow"
-    )
+    loss: float
+    gradient_norm: float
+    learning_rate: float
 
 
 class StepProgress:
-    """A progress bar with loss, speed and time left; plain lines where the output is no terminal."""
+    """A progress bar with loss, speed and time left; plain lines when the output is not a terminal."""
 
     def __init__(self, name: str, start: int, total: int) -> None:
         self.name, self.total = name, total
@@ -123,7 +58,7 @@ class StepProgress:
                 console=self.console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, figures="")
-        self._start, self._begun, self._last_line = start, time.monotonic(), 0.0
+        self._start, self._started, self._last_line = start, time.monotonic(), 0.0
 
     def __enter__(self) -> StepProgress:
         if self._bar is not None:
@@ -137,13 +72,13 @@ class StepProgress:
             self._bar.stop()
 
     def update(self, step: int, *, loss: float, tokens_per_s: float, samples_per_s: float) -> None:
-        """Show that ``step`` steps are done."""
+        """Show the figures after ``step`` steps."""
         figures = f"loss {loss:.3f}  {samples_per_s:.1f} samples/s  {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self.total:
             self._last_line = time.monotonic()
-            passed = self._last_line - self._begun
+            passed = self._last_line - self._started
             left = passed / max(1, step - self._start) * (self.total - step)
             print(f"{self.name}: step {step}/{self.total}  {figures}  {_clock(left)} left", flush=True)
 
@@ -162,7 +97,7 @@ def _clock(seconds: float) -> str:
 
 
 def plot_loss(run: Path) -> Path | None:
-    """Draw ``loss.png``: training loss (thin: each record, thick: smoothed) and held-out loss over steps."""
+    """Draw ``loss.png``: training loss (thin: each record, thick: smoothed) and held-out loss by step."""
     from matplotlib.figure import Figure
 
     records = read_metrics(run)
@@ -181,7 +116,7 @@ def plot_loss(run: Path) -> Path | None:
     axes.plot(steps, smooth, color="tab:blue", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="optimiser step", ylabel="loss per supervised token (nats)", title=run.name)
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", title=run.name)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=120)
@@ -189,7 +124,7 @@ def plot_loss(run: Path) -> Path | None:
 
 
 class Reporter:
-    """Everything that is said about the run; only the main process's is active, the others' say nothing."""
+    """All output about the run. It is active in the main process and silent in the others."""
 
     def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
         self.run = run
@@ -219,7 +154,7 @@ class Reporter:
             self.tracker.close()
 
     def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
-        """Say what is about to be done."""
+        """Print the size of the run and its plan."""
         if not self.active:
             return
         trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
@@ -228,30 +163,35 @@ class Reporter:
         self.progress.say(plan)
         self._last = time.monotonic()
 
-    def step(self, cursor: Cursor, data: StepData, begun: float, *, loss: float, **values: float) -> None:
-        """Record one finished step; speeds count the time that the step waited for data."""
+    def step(self, state: TrainState, data: StepData, started: float, result: StepResult) -> None:
+        """Record one finished step that began at ``started``. Speeds include the time spent waiting for data."""
         if not self.active:
             return
         now = time.monotonic()
         self._recent.append((now - self._last, data.num_tokens, data.num_samples))
-        waited, self._last = begun - self._last, now
+        waited, self._last = started - self._last, now
         seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
         speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
-        self._list_losses(cursor.step, data)
-        if is_due(self.log_every, cursor.step, self.total):
-            record = {"loss": loss, **values, "samples": cursor.samples, "tokens": data.num_tokens, **speeds}
-            self.tracker.log("train", cursor.step, **record, data_wait_s=max(0.0, waited))
-        self.progress.update(cursor.step, loss=loss, **speeds)
+        self._list_losses(state.step, data)
+        if is_due(self.log_every, state.step, self.total):
+            record = {**asdict(result), "samples": state.samples, "tokens": data.num_tokens, **speeds}
+            self.tracker.log("train", state.step, **record, data_wait_s=max(0.0, waited))
+        self.progress.update(state.step, loss=result.loss, **speeds)
 
-    def held_out(self, cursor: Cursor, loss: float, answers: Sequence[dict[str, str]]) -> None:
-        self.tracker.log("eval", cursor.step, loss=loss, answers=list(answers))
-        self.progress.say(f"step {cursor.step}: held-out loss {loss:.4f}")
+    def has(self, kind: str, step: int) -> bool:
+        """True if the run had a record of this kind and step when it was resumed."""
+        return (kind, step) in self.tracker.recorded
+
+    def held_out(self, state: TrainState, loss: float, answers: Sequence[dict[str, str]]) -> None:
+        """Record the held-out loss and print the sample answers."""
+        self.tracker.log("eval", state.step, loss=loss, answers=list(answers))
+        self.progress.say(f"step {state.step}: held-out loss {loss:.4f}")
         for item in answers:
             question = " ".join(item["question"].split())
             self.progress.say(f"  {question}\n    answer:    {item['answer']}\n    reference: {item['reference']}")
         self._last = time.monotonic()
 
-    def task(self, cursor: Cursor, name: str, result: Mapping[str, Any]) -> None:
+    def task(self, state: TrainState, name: str, result: Mapping[str, Any]) -> None:
         """Record a task's headline figures under each image condition."""
         for condition, scored in result["conditions"].items():
             figures = {figure: scored["figures"][figure] for figure in headline_figures(result)}
@@ -259,18 +199,18 @@ class Reporter:
             intervals = {figure: [entry["low"], entry["high"]] for figure, entry in figures.items()}
             self.tracker.log(
                 f"task/{condition}",
-                cursor.step,
+                state.step,
                 task=name,
                 num_failed=result["num_failed"][condition],
                 **values,
                 intervals=intervals,
             )
             told = ", ".join(f"{figure.replace('_', ' ')} {value:.3f}" for figure, value in values.items())
-            self.progress.say(f"step {cursor.step}: {name}, {condition} image: {told}")
+            self.progress.say(f"step {state.step}: {name}, {condition} image: {told}")
         self._last = time.monotonic()
 
     def conclude(self) -> None:
-        """Draw the loss and say where everything is."""
+        """Draw the loss curve and print where the results are."""
         if not self.active:
             return
         figure = plot_loss(self.run)
@@ -279,7 +219,7 @@ class Reporter:
         print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
 
     def _list_losses(self, step: int, data: StepData) -> None:
-        """List what was cut from samples and which samples were left out."""
+        """List the samples that were cut to length or left out."""
         self._num_cut += len(data.cut)
         self._num_bad += len(data.bad)
         if not (data.cut or data.bad):

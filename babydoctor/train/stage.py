@@ -1,80 +1,35 @@
-"""A stage's run directory: made before training, checked before resuming, finished at the end."""
+"""What a stage's model is made of before training, and what the finished run holds."""
 
 from __future__ import annotations
 
-import logging
+import json
 import shutil
 from pathlib import Path
 
-from babydoctor.config import RunConfig, differences, dump_config, load_config
+from babydoctor.config import RunConfig
+from babydoctor.files import atomic_directory
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.run_dir import (
     Manifest,
     Stage,
-    atomic_directory,
     describe_software,
     read_manifest,
     resolve,
     save_trained,
     write_manifest,
-    write_text,
 )
 from babydoctor.model.weights import local_directory
 from babydoctor.schema import UserError
-from babydoctor.train.checkpoint import list_snapshots
-
-logger = logging.getLogger(__name__)
-
-# Settings that change nothing about what is learnt, so that a run may be resumed with others.
-_FREE_TO_CHANGE = (
-    *("data.num_workers", "tracking.", "eval.", "eval:"),
-    *("train.log_every", "train.save_every", "train.keep_checkpoints"),
-)
-
-
-def prepare_output(config: RunConfig, *, resume: bool) -> Path | None:
-    """Make or check the output directory; return the checkpoint to go on from, if any.
-
-    Raises:
-        UserError: it holds a run and ``resume`` is off, or the run was made with another configuration.
-    """
-    run = Path(config.output_dir)
-    written = run / "config.yaml"
-    if not written.is_file():
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"output_dir={config.output_dir!r} is not empty and holds no run; choose another")
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(written, dump_config(config))
-        return None
-    if not resume:
-        raise UserError(
-            f"output_dir={config.output_dir!r} holds a run already; go on with it by --resume, "
-            "or choose another output_dir, or delete it"
-        )
-    changed = [d for d in differences(load_config(written), config) if not d.startswith(_FREE_TO_CHANGE)]
-    if changed:
-        raise UserError(
-            f"{run} was begun with another configuration and is not resumed, since the result would be neither's:\n  "
-            + "\n  ".join(changed)
-            + f"\nSet these back (the run's own are in {written}) or choose another output_dir."
-        )
-    snapshots = list_snapshots(run)
-    if not snapshots:
-        logger.info("%s has no checkpoint yet; it begins anew", run)
-    return snapshots[-1] if snapshots else None
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a stage ran to its end: the manifest is written last."""
-    return (run / "manifest.json").is_file()
+from babydoctor.train.checkpoint import TrainState
+from babydoctor.train.output import HISTORY
 
 
 def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
-    """What the stage's model is made of, and the projector file it starts from.
+    """Describe the stage's model, and name the projector file that it starts from.
 
-    With ``init_from``, the earlier stage's projector goes on training, and its adapters are merged into the base;
-    they are copied into the output directory, so that a run needs nothing of the one before.
+    With ``init_from``, the earlier stage's projector continues training and its adapters are merged into the base.
+    The adapters are copied into the output directory, so the run does not depend on the earlier one.
 
     Raises:
         UserError: the earlier run does not fit the configuration.
@@ -118,22 +73,36 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
     return manifest, projector_file
 
 
-def finish_run(run: Path, manifest: Manifest, model: BabyDoctor, stage: Stage) -> None:
-    """Write projector, adapter and, last of all, the manifest."""
+def finish_run(run: Path, manifest: Manifest, model: BabyDoctor, state: TrainState) -> None:
+    """Write projector, adapter and, last of all, the manifest that marks the run as finished.
+
+    A run that was finished before and made longer is unfinished while its files are replaced.
+    """
     with atomic_directory(run / ".trained") as directory:
         save_trained(model, directory, manifest.language_model)
+    (run / "manifest.json").unlink(missing_ok=True)
     for path in (run / ".trained").iterdir():
         target = run / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
     (run / ".trained").rmdir()
+    history = json.loads((run / HISTORY).read_text(encoding="utf-8"))
+    stage = Stage.model_validate(
+        {
+            "name": manifest.name,
+            "steps": state.step,
+            "samples": state.samples,
+            "data_fingerprint": state.data_fingerprint,
+            "resumes": history["resumes"],
+        }
+    )
     software = describe_software()
     write_manifest(run, manifest.model_copy(update={"lineage": (*manifest.lineage, stage), **software}))
 
 
 def _absolute(reference: str) -> str:
-    """A local directory by its full path, so that the run works from anywhere; a hub id as it is."""
+    """The full path of a local directory, so that the run works from any folder; a hub id unchanged."""
     return str(Path(reference).resolve()) if Path(reference).is_dir() else reference
 
 
@@ -150,7 +119,7 @@ def _check_agrees(config: RunConfig, language_model: str, vision_tower: str) -> 
 
 
 def _copy_adapters(start: Path, before: Manifest, run: Path) -> tuple[str, ...]:
-    """Copy the earlier run's adapters into ``run/base_adapters`` and name them in the order of merging."""
+    """Copy the earlier run's adapters into ``run/base_adapters`` and return their references in merging order."""
     sources = [(Path(resolve(start, name)), Path(name).name) for name in before.base_adapters]
     if (start / "adapter").is_dir():
         if before.quantization != "none":
