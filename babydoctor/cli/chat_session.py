@@ -13,7 +13,7 @@ from PIL import Image
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data.tokens import encode
 from babydoctor.engine.engine import Engine
-from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput
+from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput, PromptTooLongError
 from babydoctor.engine.settings import build_settings
 from babydoctor.imaging.dicom import read_dicom, render
 from babydoctor.imaging.load import is_dicom, load_image, to_pixels
@@ -71,16 +71,20 @@ class Chat:
         """Yield the answer piece by piece; earlier turns are remembered."""
         turns = self._add_turn(question)
         prompt = self._encode(turns)
-        handle = self.engine.submit(
-            GenerationRequest(
-                input_ids=prompt.input_ids,
-                image_mask=prompt.image_mask,
-                images=self.images,
-                max_new_tokens=self.max_new_tokens,
-                temperature=temperature,
-                stop=(self.template.stop,),
-            )
+        request = GenerationRequest(
+            input_ids=prompt.input_ids,
+            image_mask=prompt.image_mask,
+            images=self.images,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            stop=(self.template.stop,),
         )
+        try:
+            handle = self.engine.submit(request)
+        except PromptTooLongError as error:
+            raise UserError(
+                f"{error}; raise engine.max_context={self.engine.max_context}, or begin a new conversation"
+            ) from None
         for event in handle:
             if isinstance(event, Delta):
                 yield event.text
