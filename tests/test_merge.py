@@ -213,7 +213,7 @@ def test_a_write_error_is_a_sentence_and_the_next_try_continues(runs: dict[str, 
     command = [sys.executable, "-c", program, runs["float32"], tmp_path / "merged"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
-    assert "File too large" in result.stderr and "run the same command again to continue" in result.stderr
+    assert "the file exceeds the size limit" in result.stderr and "run the same command again" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((tmp_path / "merged.partial" / "language_model").glob(".shard-*"))  # no torso fills the disk
     assert not (tmp_path / "merged").exists()

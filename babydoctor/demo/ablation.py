@@ -17,7 +17,7 @@ from babydoctor.eval import plots
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.run import EvalConfig, evaluate
 from babydoctor.eval.tasks import TaskConfig
-from babydoctor.model.run_dir import write_json, write_text
+from babydoctor.files import write_json, write_text
 from babydoctor.schema import UserError
 
 TINY_CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"

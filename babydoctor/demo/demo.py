@@ -132,7 +132,8 @@ def stage_overrides(work: Path, stage: str) -> list[str]:
 def score_stage(work: Path, stage: str) -> None:
     """Score a finished stage and write ``scores/STAGE.json``."""
     from babydoctor.demo.demo_score import score
-    from babydoctor.model.run_dir import load_run, write_json
+    from babydoctor.files import write_json
+    from babydoctor.model.run_dir import load_run
 
     (work / "scores").mkdir(exist_ok=True)
     write_json(work / "scores" / f"{stage}.json", score(load_run(work / stage), work / "phantoms"))

@@ -217,7 +217,7 @@ def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = No
         UserError: ``phantoms`` holds no phantoms.
     """
     from babydoctor.demo.tiny_tower import TowerSettings, load_images, train_tower
-    from babydoctor.model.run_dir import atomic_directory
+    from babydoctor.files import atomic_directory
 
     settings = settings or TinySettings()
     cases = load_cases(phantoms, "train")

@@ -145,7 +145,7 @@ def evaluate(
         "leakage": _leakage(task, task_config, run),
         **score_task(task, answers, config),
     }
-    from babydoctor.model.run_dir import write_json
+    from babydoctor.files import write_json
 
     write_json(out / "metrics.json", _finite(result))
     write_report(out / "report.html", task, result, answers)
@@ -191,7 +191,7 @@ def _claim(
     predictions: Path | None,
 ) -> dict[str, Any]:
     """Mark ``out`` as this evaluation's; refuse where it holds answers of another one."""
-    from babydoctor.model.run_dir import write_json, write_text
+    from babydoctor.files import write_json, write_text
 
     manifest = run / "manifest.json" if run is not None else None
     origin = {

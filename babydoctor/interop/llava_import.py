@@ -28,10 +28,11 @@ import torch
 from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
+from babydoctor.files import atomic_directory
 from babydoctor.imaging.load import ImageMode, ImageSettings
 from babydoctor.model.language_model import build_language_model, load_language_config
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
-from babydoctor.model.run_dir import Manifest, atomic_directory, describe_software, write_manifest
+from babydoctor.model.run_dir import Manifest, describe_software, write_manifest
 from babydoctor.model.vision import PROJECTOR_KINDS, build_projector
 from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory
 from babydoctor.schema import UserError

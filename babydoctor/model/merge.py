@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from babydoctor.data.tokens import load_tokenizer
+from babydoctor.files import LOCK_FILE, DirectoryLock, explain_full_disk, sync, write_json
 from babydoctor.model.language_model import LanguageWeights
 from babydoctor.model.layer_probe import LayerProbe, group_by_layer
-from babydoctor.model.run_dir import Manifest, read_manifest, resolve, sync_tree, write_json, write_manifest
+from babydoctor.model.run_dir import Manifest, read_manifest, resolve, write_manifest
 from babydoctor.model.run_weights import RunWeights
 from babydoctor.model.weights import SHARD_BYTES, ShardWriter, copy_model_files, local_directory, weight_files
 from babydoctor.progress import ByteProgress
@@ -56,24 +56,25 @@ def merge_run(
         shard_bytes: a shard is closed after the decoder layer that reaches this size.
 
     Raises:
-        UserError: ``out`` exists, the disk is full, or the merged model's logits are not the run's.
+        UserError: ``out`` exists, another process merges into it, the disk is full, or the logits differ.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
     manifest = read_manifest(path)
     job = _Merge(path, manifest, out, dtype or manifest.torch_dtype, device, shard_bytes)
+    job.partial.mkdir(parents=True, exist_ok=True)
+    lock = DirectoryLock(job.partial)
+    lock.acquire()
+    hint = f"{job.partial} keeps what is finished. Free some space and run the same command again, or delete it"
     try:
-        before = job.write_language_model()
-        job.write_other_files()
-        report = job.compare(before)
-        job.finish()
-    except (OSError, SafetensorError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{job.partial} could not be written: {cause}. It keeps {job.num_done} of "
-            f"{len(job.groups)} parts of the language model. Free some space there and run the same command again to "
-            "continue, or delete the directory"
-        ) from error
+        with explain_full_disk("the merged model", job.partial, hint):
+            before = job.write_language_model()
+            job.write_other_files()
+            report = job.compare(before)
+            lock.release()
+            job.finish()
+    finally:
+        lock.release()
     return report
 
 
@@ -170,15 +171,18 @@ class _Merge:
         """Give the directory its final name."""
         self._probe_file(self.num_done).unlink()
         (self.partial / _STATE).unlink()
-        sync_tree(self.partial)
+        for file in self.partial.rglob("*"):
+            sync(file)
+        sync(self.partial)
         self.partial.rename(self.out)
+        sync(self.out.parent)
 
     def _open(self, probe: LayerProbe) -> ShardWriter:
         """Begin, or continue where an earlier merge of the same run with the same settings stopped."""
         key = self._key()
         state_file = self.partial / _STATE
-        if not self.partial.exists() or not any(self.partial.iterdir()):
-            self.target.mkdir(parents=True)
+        if not any(file.name != LOCK_FILE for file in self.partial.iterdir()):
+            self.target.mkdir()
             write_json(state_file, {"key": key, "num_done": 0, "shards": []})
         if not state_file.is_file():
             raise UserError(f"{self.partial} exists and is not an unfinished merge; move it or choose another --out")

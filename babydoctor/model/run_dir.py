@@ -17,11 +17,7 @@ Directories are written under a temporary name, flushed to disk and renamed: wha
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
+from babydoctor.files import atomic_directory as atomic_directory  # model/merge.py imports it from here
+from babydoctor.files import write_text
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import load_language_model
@@ -227,53 +225,3 @@ def describe_software() -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"versions": versions, "git_commit": commit}
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that becomes ``path`` when the block ends well, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync_tree(temporary)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def sync_tree(directory: Path) -> None:
-    """Flush a directory and all files below it to disk."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,23 +20,6 @@ from babydoctor.schema import UserError
 
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.json", "*.model"]
 
-SHARD_BYTES = 2 * 2**30
-"""Size at which a written shard is closed. Readers map one shard at a time."""
-
-_MAPPED_BYTES = 2**29
-_HEADER_BYTES = 2**17
-_MAX_TENSORS = 512
-"""A shard is also closed after this many tensors, so that the header (about 150 bytes a tensor) always has room."""
-
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-
 
 def local_directory(path: str | Path) -> Path:
     """The directory itself, or the local copy of a hub repository (downloaded when it is not there yet).
@@ -75,6 +58,24 @@ def weight_files(directory: Path) -> list[Path]:
         if files := sorted(directory.glob(pattern)):
             return files
     raise UserError(f"{directory} holds no model*.safetensors and no pytorch_model*.bin")
+
+
+SHARD_BYTES = 2 * 2**30
+"""Size at which a written shard is closed. Readers map one shard at a time."""
+
+_MAPPED_BYTES = 2**29
+_HEADER_BYTES = 2**17
+_MAX_TENSORS = 512
+"""A shard is also closed after this many tensors, so that the header (about 150 bytes a tensor) always has room."""
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 class WeightReader:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from babydoctor.files import atomic_directory, write_json
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import atomic_directory, write_json
 from babydoctor.schema import UserError
 
 

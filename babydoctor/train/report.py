@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from babydoctor.config import RunConfig, TrackingConfig
 from babydoctor.data.loader import StepData
 from babydoctor.eval.report import headline_figures
+from babydoctor.files import write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import write_text
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import Cursor
 from babydoctor.train.schedule import is_due
