@@ -21,7 +21,8 @@ from babydoctor.data.layout import (
     tail_lengths,
 )
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import add_lora, build_language_model, finish_language_model
+from babydoctor.model.language_model import build_language_model, finish_language_model
+from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.attention import QUERY_BLOCK, _CopyPrefix, attend, span_attention
 from babydoctor.model.packed.fused_ops import PLAIN_OPS
 from babydoctor.model.packed.lora_linear import apply_linears, draw_keep_mask

@@ -12,7 +12,7 @@ import torch
 from test_decoder import build_tiny, loss_and_gradients, packed_inputs
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.language_model import add_lora
+from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.schema import UserError

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,8 +190,10 @@ async def drive(url: str, model: str, num_users: int, questions: list[Question],
 
 
 @contextmanager
-def running_worker(run: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """A worker of its own process on a free port: its URL and process id.
+def running_worker(run: Path, log: Path, engine: Mapping[str, Any] | None = None) -> Iterator[tuple[str, int]]:
+    """Run a worker in its own process on a free port: its URL and process id.
+
+    ``engine``: settings of its engine that replace the defaults.
 
     Raises:
         UserError: it did not become ready.
@@ -203,6 +205,7 @@ def running_worker(run: Path, log: Path) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-c", "from babydoctor.cli.main import main; main()", "worker", str(run)]
     settings = ["worker.controller=null", f"worker.port={port}"]
+    settings += [f"engine.{name}={json.dumps(value)}" for name, value in (engine or {}).items()]
     with log.open("wb") as file:
         process = subprocess.Popen([*command, *settings], stdout=file, stderr=file, env=_without_keys())
     try:
@@ -288,6 +291,7 @@ def run_bench(
     rounds: int = 3,
     engine_only: bool = False,
     nf4: bool = False,
+    engine: Mapping[str, Any] | None = None,
     on_event: Any = lambda text: None,
 ) -> Report:
     """Measure ``rounds`` times for each number of users and keep the fastest round.
@@ -295,6 +299,7 @@ def run_bench(
     Args:
         folder: an empty folder for the model's files.
         nf4: a 4-bit language model; measured, like ``7b``, without HTTP.
+        engine: settings of the engine that replace the defaults.
         on_event: told what is going on.
 
     Raises:
@@ -320,19 +325,20 @@ def run_bench(
     engine_only = engine_only or nf4 or preset == "7b"
     if engine_only:
         from babydoctor.engine.engine import Engine
+        from babydoctor.engine.settings import build_settings
 
-        with Engine(model, tokenizer) as engine:
+        with Engine(model, tokenizer, build_settings(engine or {})) as measured:
             warm_up = prepare(build_questions(2, seed=999), model, tokenizer, 4)
-            drive_engine(engine, warm_up, 2)
+            drive_engine(measured, warm_up, 2)
             for number, questions in batches:
                 on_event(f"{number} users")
-                results.append(drive_engine(engine, prepare(questions, model, tokenizer, max_new_tokens), number))
+                results.append(drive_engine(measured, prepare(questions, model, tokenizer, max_new_tokens), number))
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss_bytes(os.getpid())
     else:
         run = write_run(model, tokenizer, folder, preset)
         del model
         on_event("starting the worker")
-        with running_worker(run, folder / "worker.log") as (url, pid):
+        with running_worker(run, folder / "worker.log", engine) as (url, pid):
             asyncio.run(drive(url, preset, 2, build_questions(2, seed=999), 4))
             for number, questions in batches:
                 on_event(f"{number} users")
@@ -351,11 +357,11 @@ def run_bench(
 def decode_cost(model: BabyDoctor, request: Any) -> DecodeCost:
     """What a step reads, with the keys and values of a request that is half answered."""
     from babydoctor.engine.kv_cache import slot_bytes
-    from babydoctor.engine.settings import kv_dtype, kv_shape
+    from babydoctor.engine.settings import kv_shape, preferred_kv_dtype
 
     language_model = model.language_model
     embedding = language_model.model.embed_tokens.weight
-    dtype = kv_dtype(language_model.dtype, language_model.device)
+    dtype = preferred_kv_dtype(language_model.dtype, language_model.device)
     return DecodeCost(
         weight_bytes=tensor_bytes(language_model) - embedding.numel() * embedding.element_size(),
         position_bytes=slot_bytes(*kv_shape(language_model.config), 1, dtype),

@@ -79,6 +79,11 @@ def paths(
 
 
 def serve(
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.num_threads=8"),
+    ] = None,
+    *,
     preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
     users: Annotated[str, typer.Option(help="numbers of concurrent users, with commas")] = "1,16",
     requests_per_user: Annotated[int, typer.Option(min=1)] = 4,
@@ -94,6 +99,7 @@ def serve(
     from rich.table import Table
 
     from babydoctor.bench.serve import run_bench
+    from babydoctor.engine.settings import parse_overrides
     from babydoctor.schema import UserError
 
     try:
@@ -113,6 +119,7 @@ def serve(
             rounds=rounds,
             engine_only=engine_only,
             nf4=nf4,
+            engine=parse_overrides(overrides or []),
             on_event=status.update,
         )
     heads = ("users", "tok/s", "req/s", "first token p50", "p95 [s]", "per token p50", "p95 [ms]", "decode tok/s")

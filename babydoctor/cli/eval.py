@@ -38,6 +38,10 @@ def run(
     run_directory: Annotated[
         Optional[Path], typer.Argument(metavar="[RUN]", help="run directory; left out with --predictions")  # noqa: UP045
     ] = None,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.num_threads=8"),
+    ] = None,
     *,
     task: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")],
     data: Annotated[str, typer.Option(help="folder or file of the questions, or hub")],
@@ -64,9 +68,10 @@ def run(
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
     ] = None,
 ) -> None:
-    """Ask a run the questions of a task and score its answers; an interrupted evaluation goes on."""
+    """Ask a run the questions of a task and score its answers; an interrupted evaluation continues."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
@@ -90,7 +95,14 @@ def run(
             bar.update(bars[condition], completed=number)
 
         result = evaluate(
-            out, task_config, config, run=run_directory, predictions=predictions, device=device, progress=advance
+            out,
+            task_config,
+            config,
+            run=run_directory,
+            predictions=predictions,
+            device=device,
+            progress=advance,
+            engine=parse_overrides(overrides or []),
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -67,7 +68,7 @@ def merge(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Fold a run's LoRA into plain weights, checked by logits."""
+    """Fold a run's LoRA into plain weights, checked by logits. After an interruption the same command continues."""
     import torch
 
     from babydoctor.model.merge import merge_run
@@ -75,13 +76,21 @@ def merge(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r} is not float32 or bfloat16")
-    report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    try:
+        report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {out}.partial keeps what is finished. The same command continues there.", err=True)
+        raise
     print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")
 
 
 def chat(
     run: Annotated[Path, typer.Argument(help="run directory")],
     question: Annotated[Optional[str], typer.Argument(help="without it, a conversation")] = None,  # noqa: UP045
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.max_context=1024"),
+    ] = None,
     image: Annotated[Optional[Path], typer.Option(help="PNG, JPEG or DICOM")] = None,  # noqa: UP045
     frame: Annotated[int, typer.Option(min=0, help="which frame of a DICOM loop, from 0")] = 0,
     preset: Annotated[Optional[str], typer.Option(help="CT window of a DICOM: lung, bone, ...")] = None,  # noqa: UP045
@@ -90,7 +99,12 @@ def chat(
 ) -> None:
     """Ask a run about an image; the answer streams to the terminal."""
     from babydoctor.cli.chat_session import answer
+    from babydoctor.engine.settings import parse_overrides
 
+    words = list(overrides or [])
+    if question is not None and re.match(r"engine\.\w+=", question):  # a conversation with settings
+        words.insert(0, question)
+        question = None
     answer(
         run,
         image,
@@ -99,4 +113,5 @@ def chat(
         preset=preset,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        engine=parse_overrides(words),
     )

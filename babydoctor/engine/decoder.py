@@ -6,7 +6,7 @@ Shapes: ``R`` decoding rows, ``M`` rows of all kinds, ``D`` model width, ``H`` q
 The rows of a step lie in one matrix, so every weight is read once a step whatever mixture of requests it serves. Only
 attention looks at requests one by one or in runs of neighbouring slots. Of decoding rows it reads keys and values where
 they lie, in float32 on the CPU: bfloat16 takes five times as long for one row and three times for sixteen (measured:
-its products are made for many queries; see ``kv_dtype``). A prompt's chunk has many, and casts once.
+its products are made for many queries; see ``preferred_kv_dtype``). A prompt's chunk has many, and casts once.
 """
 
 from __future__ import annotations

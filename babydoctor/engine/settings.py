@@ -1,10 +1,14 @@
-"""Settings of the engine, and what they come to for a given model on a given machine."""
+"""Settings of the engine, and the KV cache that they give a model on a machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 import torch
+import yaml
 from transformers import LlamaConfig
 
 from babydoctor.engine.kv_cache import KeyValueMemory, slot_bytes
@@ -14,6 +18,8 @@ from babydoctor.schema import UserError
 LONGEST_DEFAULT_CONTEXT = 4096
 """Context without ``max_context``, unless the model's own is shorter: longer ones cost memory that few requests use."""
 
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -22,9 +28,10 @@ class EngineSettings:
     Attributes:
         max_running: requests that are answered at the same time; more wait.
         max_queue: requests that may wait; one more is refused.
-        max_context: positions (image slots, prompt and answer) one request may take.
+        max_context: tokens (image slots, prompt and answer) one request may take.
         kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the free memory on the
             CPU and nine tenths on a GPU, and never more than ``max_running + cached_slots`` slots need.
+        kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_memory``.
         cached_slots: slots that only keep prefixes of finished requests; by default as many as ``max_running``.
         image_cache_bytes: memory for features of images seen before.
         step_tokens: rows of one step, decoding requests and prompt chunks together. Small: running answers stream
@@ -39,6 +46,7 @@ class EngineSettings:
     max_queue: int = 256
     max_context: int | None = None
     kv_budget_bytes: int | None = None
+    kv_dtype: str | None = None
     cached_slots: int | None = None
     image_cache_bytes: int = 256 * 2**20
     step_tokens: int | None = None
@@ -48,6 +56,12 @@ class EngineSettings:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds in _kinds().items():
+            value = getattr(self, name)
+            if type(value) not in kinds:
+                raise UserError(f"engine.{name}={value!r} must be {_NOUNS[kinds[0]]}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise UserError(f"engine.kv_dtype={self.kv_dtype} must be one of {', '.join(KV_DTYPES)}")
         for name in ("max_running", "max_context", "kv_budget_bytes", "step_tokens", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -58,7 +72,7 @@ class EngineSettings:
                 raise UserError(f"engine.{name}={value} must not be negative")
 
     def context(self, config: LlamaConfig) -> int:
-        """Positions of one request.
+        """Tokens of one request.
 
         Raises:
             UserError: ``max_context`` is more than the model was made for.
@@ -67,15 +81,60 @@ class EngineSettings:
         if self.max_context is None:
             return min(longest, LONGEST_DEFAULT_CONTEXT)
         if self.max_context > longest:
-            raise UserError(f"engine.max_context={self.max_context}: the model's positions end at {longest}")
+            raise UserError(f"engine.max_context={self.max_context} exceeds the model's {longest} positions; lower it")
         return self.max_context
 
     def rows_per_step(self, device: torch.device) -> int:
+        """Rows of one step on a device."""
         return self.step_tokens or (1024 if device.type == "cuda" else 256)
 
 
-def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of keys and values: the model's, but float32 on the CPU.
+_NOUNS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a name"}
+
+
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """The types that each setting may have."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(EngineSettings).items()}
+
+
+def build_settings(given: Mapping[str, Any], **defaults: Any) -> EngineSettings:
+    """Settings from what an operator gave, and a command's own defaults for the rest.
+
+    Raises:
+        UserError: a setting does not exist, or its value is of the wrong kind or out of range.
+    """
+    known = [item.name for item in fields(EngineSettings)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            advice = f"did you mean 'engine.{near[0]}'?" if near else f"the engine has {', '.join(sorted(known))}"
+            raise UserError(f"engine.{name} is not a setting of the engine; {advice}")
+    return EngineSettings(**{**defaults, **given})
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read ``engine.key=value`` words of a command line; values are YAML.
+
+    Raises:
+        UserError: a word is something else.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.startswith("engine."):
+            raise UserError(
+                f"{override!r} is not a setting of this command; write engine.key=value, for example "
+                "engine.max_context=1024"
+            )
+        try:
+            given[key.removeprefix("engine.")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not valid YAML ({error})") from None
+    return given
+
+
+def preferred_kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The fastest precision of keys and values: the model's, but float32 on the CPU.
 
     Decoding reads a part of each slot, and torch's batched bfloat16 products on the CPU copy such parts before they
     multiply; its float32 products do not. Measured, that more than pays for the doubled memory.
@@ -84,7 +143,7 @@ def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
-    """Layers, key/value heads and head width."""
+    """Layers, key/value heads and head width of a model's keys and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
@@ -92,33 +151,56 @@ def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
 def build_memory(
     settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device
 ) -> KeyValueMemory:
-    """Allocate the KV memory that the settings allow.
+    """Allocate the KV cache that the settings allow.
+
+    The precision is ``settings.kv_dtype``. By default it is the fastest one if ``max_running`` requests then fit the
+    budget, else the model's. A 7B model's cache takes 1 MiB per token in float32 and half of that in bfloat16.
 
     Raises:
-        UserError: the budget does not hold a single request.
+        UserError: the budget does not hold a single request; the message names what to lower.
     """
-    num_layers, num_kv_heads, head_dim = kv_shape(config)
+    shape = kv_shape(config)
     capacity = settings.context(config)
-    dtype = kv_dtype(dtype, device)
-    one = slot_bytes(num_layers, num_kv_heads, head_dim, capacity, dtype)
     budget = settings.kv_budget_bytes
     if budget is None:
         budget = available_memory_bytes() // 4 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] * 9 // 10
+
+    def fitting_slots(kv_dtype: torch.dtype) -> int:
+        return budget // slot_bytes(*shape, capacity, kv_dtype) - 1  # one slot of the budget is the scratch slot
+
+    if settings.kv_dtype is not None:
+        chosen = KV_DTYPES[settings.kv_dtype]
+    else:
+        chosen = preferred_kv_dtype(dtype, device)
+        if fitting_slots(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
+            chosen = dtype
     cached = settings.max_running if settings.cached_slots is None else settings.cached_slots
-    # One slot of the budget is the scratch slot.
-    num_slots = min(budget // one - 1, settings.max_running + cached)
+    num_slots = min(fitting_slots(chosen), settings.max_running + cached)
     if num_slots < 1:
-        raise UserError(
-            f"engine.kv_budget_bytes={budget} does not hold one request of {capacity} positions; it takes at least "
-            f"{2 * one} (two slots of {one}). Raise it, or lower engine.max_context={capacity}"
-        )
+        raise UserError(_too_small(settings, budget, capacity, slot_bytes(*shape, capacity, chosen), chosen))
     return KeyValueMemory(
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_layers=shape[0],
+        num_kv_heads=shape[1],
+        head_dim=shape[2],
         capacity=capacity,
         num_slots=num_slots,
         max_running=min(settings.max_running, num_slots),
-        dtype=dtype,
+        dtype=chosen,
         device=device,
+    )
+
+
+def _too_small(settings: EngineSettings, budget: int, capacity: int, one: int, dtype: torch.dtype) -> str:
+    """The sentence about a KV cache that does not fit."""
+    name = str(dtype).removeprefix("torch.")
+    need = f"a KV cache for one request of {capacity} tokens takes {2 * one:,} bytes in {name} (two slots of {one:,})"
+    most = budget // (2 * one // capacity)
+    lower = f"lower engine.max_context={capacity} to at most {most}" if most else "lower engine.max_context"
+    if dtype.itemsize > 2:
+        lower += ", set engine.kv_dtype=bfloat16"
+    if settings.kv_budget_bytes is not None:
+        return f"engine.kv_budget_bytes={budget} is too small: {need}. Raise it, or {lower}"
+    return (
+        f"memory is too small: {need}, and {budget:,} bytes of the free memory are meant for it. To fit, {lower}, free "
+        "some memory, or raise engine.kv_budget_bytes"
     )

@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,12 @@ from babydoctor.engine.request import (
     ImageInput,
     TokenLogprob,
 )
-from babydoctor.engine.settings import EngineSettings
+from babydoctor.engine.settings import build_settings
 from babydoctor.eval.calibration import yes_no_confidence
 from babydoctor.eval.conditions import ConditionedImages, pixel_key
 from babydoctor.eval.metrics import parse_yes_no
 from babydoctor.eval.tasks import Question
-from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
+from babydoctor.schema import IMAGE_TOKEN, Example, Turn, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _TOP_LOGPROBS = 10
 _MAX_NEW_TOKENS = {"caption": 160, "vqa": 48}
-LONGEST_ANSWER = max(_MAX_NEW_TOKENS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Prediction:
 class Asker:
     """A model, ready to be asked. Use as a context manager: it owns an engine.
 
-    ``max_context``: positions of prompt and answer, by default the engine's; ``pack`` as in `EngineSettings`.
+    The KV cache is as long as the longest of the questions needs, with its answer.
     """
 
     def __init__(
@@ -73,18 +72,22 @@ class Asker:
         model: BabyDoctor,
         tokenizer: PreTrainedTokenizerBase,
         manifest: Manifest,
+        questions: Sequence[Question],
         config: GenerationConfig | None = None,
-        *,
-        max_context: int | None = None,
-        pack: bool | None = None,
+        engine: Mapping[str, Any] | None = None,
     ) -> None:
+        """``questions``: those that will be asked. ``engine``: settings of the engine that replace the defaults."""
         self.config = config or GenerationConfig()
         self.template = get_template(manifest.template)
         self.image_settings = manifest.image
         self._tokenizer = tokenizer
         self._num_patches = model.num_patches
         size = self.config.batch_size
-        settings = EngineSettings(max_running=size, max_queue=4 * size, max_context=max_context, pack_weights=pack)
+        longest = max(
+            (len(self._encode(question)) + self._max_new_tokens(question) for question in questions), default=1
+        )
+        context = min(longest, model.language_model.config.max_position_embeddings)
+        settings = build_settings(engine or {}, max_running=size, max_queue=4 * size, max_context=context)
         self.engine = Engine(model, tokenizer, settings)
 
     def __enter__(self) -> Asker:
@@ -105,11 +108,16 @@ class Asker:
         while waiting:
             yield self._collect(*waiting.popleft())
 
+    def _encode(self, question: Question) -> Example:
+        text = question.prompt if question.image is None else f"{IMAGE_TOKEN}\n{question.prompt}"
+        return encode(render_prompt([Turn("user", text)], self.template), self._tokenizer, self._num_patches)
+
+    def _max_new_tokens(self, question: Question) -> int:
+        return self.config.max_new_tokens or _MAX_NEW_TOKENS["caption" if question.kind == "caption" else "vqa"]
+
     def _submit(self, question: Question, images: ConditionedImages) -> GenerationHandle | EngineError:
         pixels = images.pixels(question)
-        text = question.prompt if pixels is None else f"{IMAGE_TOKEN}\n{question.prompt}"
-        prompt = encode(render_prompt([Turn("user", text)], self.template), self._tokenizer, self._num_patches)
-        asked = self.config.max_new_tokens or _MAX_NEW_TOKENS["caption" if question.kind == "caption" else "vqa"]
+        prompt = self._encode(question)
         room = self.engine.max_context - len(prompt)
         try:
             return self.engine.submit(
@@ -118,7 +126,7 @@ class Asker:
                     image_mask=prompt.image_mask,
                     images=() if pixels is None else (ImageInput(pixel_key(pixels), pixels),),
                     # A prompt without room for an answer is the engine's to refuse.
-                    max_new_tokens=max(1, min(asked, room)),
+                    max_new_tokens=max(1, min(self._max_new_tokens(question), room)),
                     temperature=self.config.temperature,
                     top_p=self.config.top_p,
                     # By the question and not by its place: a resumed evaluation draws what it would have drawn.

@@ -6,13 +6,12 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.eval.ask import (
-    LONGEST_ANSWER,
     Asker,
     GenerationConfig,
     Prediction,
@@ -60,13 +59,12 @@ def evaluate_task(
     """Ask a model a task and score it, in memory: for training to call at intervals.
 
     Returns what `score_task` does. The model is used as it is, in evaluation mode, which is put back afterwards;
-    no second copy of its weights is made, and keys and values take the room of the run's longest sample.
+    no second copy of its weights is made, and the KV cache is sized for the task's longest question.
     """
     was_training = model.training
     model.eval()
-    room = min(manifest.max_length + LONGEST_ANSWER, model.language_model.config.max_position_embeddings)
     try:
-        with Asker(model, tokenizer, manifest, config.generation, max_context=room, pack=False) as asker:
+        with Asker(model, tokenizer, manifest, task.questions, config.generation, {"pack_weights": False}) as asker:
             predictions = {
                 condition: list(asker.ask(task.questions, _images(task, condition, asker, config)))
                 for condition in _usable(task, config)
@@ -112,11 +110,15 @@ def evaluate(
     predictions: Path | None = None,
     device: str | None = None,
     progress: OnAnswer | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Ask a run, or take a file of predictions, and write ``metrics.json`` and ``report.html`` to ``out``.
 
     Also written: ``questions.jsonl`` and ``predictions-CONDITION.jsonl`` (as they come, so that an interrupted
-    evaluation goes on). Returns what ``metrics.json`` holds.
+    evaluation continues). Returns what ``metrics.json`` holds.
+
+    Args:
+        engine: settings of the engine that replace the defaults; they change speed and memory, not what is asked.
 
     Raises:
         UserError: neither or both of ``run`` and ``predictions`` are given, data are missing, or ``out`` holds
@@ -131,7 +133,7 @@ def evaluate(
     origin = _claim(out, task, task_config, config, run, predictions)
     started = time.monotonic()
     if run is not None:
-        answers = _ask_run(out, task, config, run, device, progress)
+        answers = _ask_run(out, task, config, run, device, progress, engine)
     else:
         assert predictions is not None
         answers = {"right": match_predictions(predictions, task.questions)}
@@ -144,6 +146,7 @@ def evaluate(
         "leakage": _leakage(task, task_config, run),
         **score_task(task, answers, config),
     }
+
     write_json(out / "metrics.json", _finite(result))
     write_report(out / "report.html", task, result, answers)
     return result
@@ -188,6 +191,7 @@ def _claim(
     predictions: Path | None,
 ) -> dict[str, Any]:
     """Mark ``out`` as this evaluation's; refuse where it holds answers of another one."""
+
     manifest = run / "manifest.json" if run is not None else None
     origin = {
         "task": task.name,
@@ -220,14 +224,21 @@ def _question_row(question: Question) -> dict[str, Any]:
 
 
 def _ask_run(
-    out: Path, task: Task, config: EvalConfig, run: Path, device: str | None, progress: OnAnswer | None
+    out: Path,
+    task: Task,
+    config: EvalConfig,
+    run: Path,
+    device: str | None,
+    progress: OnAnswer | None,
+    engine: Mapping[str, Any] | None,
 ) -> dict[str, list[Prediction]]:
     conditions = _usable(task, config)
     files = {condition: out / f"predictions-{condition}.jsonl" for condition in conditions}
     left = {condition: unanswered(files[condition], task.questions) for condition in conditions}
     if any(left.values()):
         loaded = _load(run, device)
-        with Asker(loaded.model, loaded.tokenizer, loaded.manifest, config.generation) as asker:
+        questions = [question for condition in conditions for question in left[condition]]
+        with Asker(loaded.model, loaded.tokenizer, loaded.manifest, questions, config.generation, engine) as asker:
             for condition in conditions:
                 images = _images(task, condition, asker, config)
                 answered = append_predictions(files[condition], asker.ask(left[condition], images))

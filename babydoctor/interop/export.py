@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from babydoctor.files import atomic_directory
+from babydoctor.files import atomic_directory, explain_full_disk
 from babydoctor.interop.plain import PlainRun, open_plain
 from babydoctor.schema import UserError
 
@@ -58,7 +58,8 @@ def export_run(path: Path, out: Path, *, format: str, dtype: str | None = None) 
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
     run = open_plain(path)
-    with atomic_directory(out) as directory:
+    hint = "free some space there, or choose an --out on another disk"
+    with explain_full_disk(f"the {format} export", out.parent, hint), atomic_directory(out) as directory:
         notes = _write(run, directory, format, dtype or run.manifest.dtype)
         (directory / "README.md").write_text(_readme(run, format, notes, out.name))
     return [f"{out}: {run.manifest.name} for {format}", *notes]

@@ -33,15 +33,10 @@ from babydoctor.files import atomic_directory as atomic_directory  # model/merge
 from babydoctor.files import write_text
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import (
-    Quantization,
-    has_lora,
-    load_language_model,
-    load_lora,
-    save_lora,
-)
-from babydoctor.model.projector import build_projector
-from babydoctor.model.vision import load_vision_tower
+from babydoctor.model.language_model import load_language_model
+from babydoctor.model.lora import has_lora, load_lora, save_lora
+from babydoctor.model.nf4 import Quantization
+from babydoctor.model.vision import build_projector, load_vision_tower
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:

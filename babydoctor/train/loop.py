@@ -20,7 +20,7 @@ from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.files import explain_full_disk
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import add_lora
+from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.model.run_dir import Manifest, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
@@ -158,7 +158,7 @@ def take_step(
     learning_rate = set_learning_rate(optimizer, factor)
     seed_step(config.seed, step, accelerator.process_index)
     loss = accumulate_gradients(model, data, accelerator)
-    norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters().values(), config.max_grad_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters().values(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm, learning_rate)

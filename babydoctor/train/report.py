@@ -6,11 +6,12 @@ import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -32,10 +33,13 @@ LINE_INTERVAL_S = 10.0
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss per supervised token, gradient norm before clipping, learning rate."""
+    """One optimizer step: mean loss per supervised token, gradient norm before clipping, learning rate.
 
-    loss: float
-    gradient_norm: float
+    Loss and norm are scalars on the device. Reading them waits for the GPU, so it is done once per ``train.log_every``.
+    """
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
     learning_rate: float
 
 
@@ -142,6 +146,7 @@ class Reporter:
         self._num_cut = sum("tokens_cut" in line for line in kept)
         self._num_bad = sum("left_out" in line for line in kept)
         self._last = time.monotonic()
+        self._last_loss = float("nan")
 
     def __enter__(self) -> Reporter:
         if self.active:
@@ -174,9 +179,11 @@ class Reporter:
         speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
         self._list_losses(state.step, data)
         if is_due(self.log_every, state.step, self.total):
-            record = {**asdict(result), "samples": state.samples, "tokens": data.num_tokens, **speeds}
-            self.tracker.log("train", state.step, **record, data_wait_s=max(0.0, waited))
-        self.progress.update(state.step, loss=result.loss, **speeds)
+            self._last_loss = result.loss.item()
+            record = {"loss": self._last_loss, "gradient_norm": result.gradient_norm.item()}
+            record |= {"learning_rate": result.learning_rate, "samples": state.samples, "tokens": data.num_tokens}
+            self.tracker.log("train", state.step, **record, **speeds, data_wait_s=max(0.0, waited))
+        self.progress.update(state.step, loss=self._last_loss, **speeds)
 
     def has(self, kind: str, step: int) -> bool:
         """True if the run had a record of this kind and step when it was resumed."""
