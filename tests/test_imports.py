@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "babydoctor"
 # From the bottom up; a module imports from its own layer and those below. A name covers a module or a package.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema",),
-    ("conversation", "data.packing", "train.schedule", "imaging.windows"),
+    ("config_file", "conversation", "data.packing", "train.schedule", "imaging.windows"),
     ("config",),
     ("imaging", "data", "model", "bench.measure", "bench.models"),
     ("engine",),
@@ -26,10 +26,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # Free of torch even indirectly through our own modules: they run in processes that must start at once.
 TORCH_FREE = (
-    *("schema", "conversation", "data.packing", "config", "imaging.windows", "imaging.dicom", "imaging.load"),
+    *(
+        "schema",
+        "conversation",
+        "data.packing",
+        "config_file",
+        "config",
+        "imaging.windows",
+        "imaging.dicom",
+        "imaging.load",
+    ),
     *("data.rows", "data.sources", "train.schedule", "eval.metrics", "engine.request", "serve.api.protocol"),
     *("serve.controller.registry", "serve.api.admission", "serve.controller.controller", "serve.page.app"),
-    *("serve.client", "cli.main"),
+    *("serve.client", "cli.main", "config_file"),
 )
 
 HEAVY = {"torch", "transformers", "gradio", "datasets", "deepspeed", "matplotlib", "peft", "bitsandbytes", "fastapi"}
