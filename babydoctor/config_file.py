@@ -152,7 +152,7 @@ def unknown_key(schema: type[BaseModel], key: str) -> str:
         near = _near(key, keys)
     if not near:
         by_last = {name.rpartition(".")[2]: name for name in reversed(keys)}
-        near = [by_last[name] for name in _near(last, list(by_last))]
+        near = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)]
     sentence = f"there is no key {key!r}"
     if near:
         return f"{sentence}; did you mean {' or '.join(repr(name) for name in dict.fromkeys(near))}?"
