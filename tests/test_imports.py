@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("data.sets", "phantom", "demo.tiny_language", "demo.tiny_tower", "demo.tiny_progress", "interop"),
     ("plan",),
-    ("train", "eval", "serve", "bench", "cli.chat_session", "cli.doctor"),
+    ("train", "eval", "serve", "bench", "cli.chat_session"),
     ("demo",),
     ("cli",),
     ("cli.main", "train.__main__"),

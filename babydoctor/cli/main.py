@@ -11,7 +11,7 @@ import typer
 from babydoctor.schema import UserError
 
 # The groups in the order in which `babydoctor --help` lists them.
-COMMAND_MODULES = ("train", "demo", "data", "plan", "eval", "interop", "serve", "bench")
+COMMAND_MODULES = ("doctor", "train", "demo", "data", "config", "plan", "eval", "interop", "serve", "bench")
 
 
 def build_app() -> typer.Typer:
