@@ -1,4 +1,4 @@
-"""The configuration: strict, with messages that name the key, the value and the mend."""
+"""The configuration: strict, with messages that name the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from babydoctor.config import build_config, changed_settings, dump_config, load_config
+from babydoctor.config import apply_override, build_config, changed_settings, dump_config, load_config
 from babydoctor.schema import UserError
+from babydoctor.serve.settings import load_settings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 VALUES: dict[str, Any] = {
     "name": "x",
@@ -72,3 +75,63 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
 def test_changed_settings_name_the_key() -> None:
     old, new = build_config(VALUES), build_config(VALUES | {"train": {"seed": 7}})
     assert changed_settings(old, new) == {"train.seed": (42, 7)}
+
+
+@pytest.mark.parametrize(
+    ("key", "suggested"),
+    [
+        ("eval.image", r"did you mean 'eval\.images'\?"),
+        ("data.image", r"did you mean 'data\.images'\?"),
+        ("train.eval_limits", r"'data\.eval_limit'"),
+        ("eval.eval_every", r"'train\.eval_every'"),
+        ("data.learning_rat", r"'train\.learning_rate'"),
+        ("trian.batch_size", r"'train\.batch_size'"),
+        ("batch_size", r"'train\.batch_size'"),
+        ("lora.rank", "lora has r, alpha, dropout, target_modules"),
+        ("zzz", "babydoctor config"),
+    ],
+)
+def test_a_mistyped_key_suggests_its_own_section_first(key: str, suggested: str) -> None:
+    with pytest.raises(UserError, match=suggested):
+        apply_override({}, f"{key}=1")
+
+
+def test_the_branches_of_a_union_are_one_mistake() -> None:
+    with pytest.raises(UserError, match=r"1 mistake.*\n  train\.micro_batch_tokens: .* or .*'auto', got 'many'"):
+        build_config(VALUES | {"train": {"micro_batch_tokens": "many"}})
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "align.yaml").touch()
+    with pytest.raises(UserError, match=r"is a folder.*align\.yaml"):
+        load_config(tmp_path)
+    for content in (b"\x89PNG\r\n\x1a\n\x00", b"name: \x00"):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(UserError, match="not a text file"):
+            load_config(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\ndata: {rows: [a}\n", r"line 2, column 16"),
+        ("name: x\nname: y\n", r"line 2, column 1,.*'name' is there twice"),
+        ("name: a\n\tx: 1\n", r"line 2, column 1"),
+    ],
+)
+def test_yaml_errors_say_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", "0.0002"])
+def test_training_and_serving_read_the_same_numbers(tmp_path: Path, text: str) -> None:
+    """Also where the schema does not say that a number is expected, as in serving's engine section."""
+    assert load_settings(None, [f"engine.value={text}"]).engine == {"value": 2e-4}
+    assert load_settings(write(tmp_path, f"engine:\n  value: {text}\n")).engine == {"value": 2e-4}
+    assert load_config(CONFIGS / "align.yaml", [f"train.learning_rate={text}"]).train.learning_rate == 2e-4
+
+
+def test_shipped_configs_need_no_correction() -> None:
+    for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("tiny/*.yaml")]:
+        (load_settings if path.name == "serve.yaml" else load_config)(path)

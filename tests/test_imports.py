@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "babydoctor"
 # From the bottom up; a module imports from its own layer and those below. A name covers a module or a package.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("schema", "progress"),
-    ("files", "conversation", "data.packing", "imaging.windows"),
+    ("files", "config_file", "conversation", "data.packing", "imaging.windows"),
     ("config",),
     ("imaging", "data", "model", "bench.measure", "bench.models"),
     ("engine",),
     ("data.sets", "phantom", "demo.tiny_language", "demo.tiny_tower", "demo.tiny_progress", "interop"),
     ("plan",),
-    ("train", "eval", "serve", "bench", "cli.chat_session", "cli.doctor"),
+    ("train", "eval", "serve", "bench", "cli.chat_session"),
     ("demo",),
     ("cli",),
     ("cli.main", "train.__main__"),
@@ -29,7 +29,7 @@ TORCH_FREE = (
     *("schema", "conversation", "data.packing", "config", "imaging.windows", "imaging.dicom", "imaging.load"),
     *("data.rows", "data.sources", "files", "train.interrupt", "eval.metrics", "engine.request", "serve.api.protocol"),
     *("serve.controller.registry", "serve.api.admission", "serve.controller.controller", "serve.page.app"),
-    *("serve.client", "cli.main"),
+    *("serve.client", "cli.main", "config_file"),
 )
 
 HEAVY = {"torch", "transformers", "gradio", "datasets", "deepspeed", "matplotlib", "peft", "bitsandbytes", "fastapi"}

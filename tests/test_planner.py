@@ -1,4 +1,4 @@
-"""Plans: the 7B stages fit an A10, refusals say the mend, and predicted memory is what training takes."""
+"""Plans: the 7B stages fit an A10, refusals say the fix, and predicted memory is what training takes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from babydoctor.bench.models import PRESETS
 from babydoctor.bench.train import measure_peak, prepare
 from babydoctor.config import load_config
 from babydoctor.plan.hardware import find_hardware, this_cpu
@@ -15,10 +16,8 @@ from babydoctor.plan.model import describe_model
 from babydoctor.plan.plan import (
     build_plan,
     check_fits,
-    gradient_bytes,
     micro_batch_work,
-    optimizer_bytes,
-    step_bytes,
+    tensors_by_part,
 )
 from babydoctor.schema import UserError
 
@@ -52,7 +51,7 @@ def test_auto_recomputes_less_where_there_is_room():
     assert small.gradient_checkpointing != "none"
 
 
-def test_refusal_names_the_setting_that_mends_it():
+def test_refusal_names_a_setting_that_fits():
     config, plan = plan_of("instruct", memory_gib=12)
     with pytest.raises(UserError, match=r"model\.quantization=nf4"):
         check_fits(config, plan)
@@ -63,22 +62,45 @@ def test_unknown_gpu_is_named():
         find_hardware("a11")
 
 
+def planned_and_measured(stage: str, preset: str, overrides: tuple[str, ...], batch_size: int) -> tuple[int, int]:
+    """Bytes of tensors at the peak of a training step in one micro-batch: predicted and allocated."""
+    job = prepare(stage, preset, "cpu", hardware=this_cpu(), batch_size=batch_size, num_workers=0, overrides=overrides)
+    measured = measure_peak(job)
+    # Plan for the longer of the two measured steps.
+    steps = [
+        [job.dataset.encoder.encode(job.dataset.samples[i]) for i in job.dataset.sampler.samples_of_step(step)]
+        for step in range(2)
+    ]
+    means = summarize_examples(max(steps, key=lambda examples: sum(map(len, examples))))
+    work = micro_batch_work(means, round(batch_size * means.num_own) + means.num_prefix)
+    parts = tensors_by_part(
+        job.config, job.plan.model, work, job.plan.gradient_checkpointing, accumulates=False, is_cuda=False
+    )
+    return sum(parts.values()), measured
+
+
 @pytest.mark.parametrize("stage", ["align", "instruct", "radiology"])
 def test_predicted_memory_is_within_a_tenth_of_the_allocators(stage):
-    job = prepare(stage, "mini", "cpu", hardware=this_cpu(), batch_size=8, num_workers=0)
-    measured = measure_peak(job)
-    # The larger of the two steps that are measured, so that the lengths are those of the plan.
-    heaviest = max(
-        (
-            [job.dataset.encoder.encode(job.dataset.samples[i]) for i in job.dataset.sampler.samples_of_step(step)]
-            for step in range(2)
-        ),
-        key=lambda examples: sum(map(len, examples)),
+    predicted, measured = planned_and_measured(stage, "mini", (), batch_size=8)
+    assert abs(predicted / measured - 1) < 0.1, (predicted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "instruct", "radiology"])
+def test_predicted_memory_holds_at_the_widths_of_7b(stage, monkeypatch):
+    """The shipped configurations at LLaMA-2-7B's and CLIP-L's widths, with two layers of each."""
+    wide = {
+        "language": PRESETS["7b"]["language"] | {"num_hidden_layers": 2},
+        "vision": PRESETS["7b"]["vision"] | {"num_hidden_layers": 2},
+    }
+    monkeypatch.setitem(PRESETS, "wide", wide)
+    shipped = load_config(CONFIGS / f"{stage}.yaml")
+    overrides = (
+        f"model.quantization={shipped.model.quantization}",
+        f"lora={shipped.lora.model_dump_json() if shipped.lora else 'null'}",
+        f"train.optimizer={shipped.train.optimizer}",
+        f"train.gradient_checkpointing={shipped.train.gradient_checkpointing}",
+        f"train.micro_batch_tokens={shipped.train.micro_batch_tokens}",
     )
-    means = summarize_examples(heaviest)
-    own = round(8 * means.num_own)
-    model = job.plan.model
-    step_parts = step_bytes(model.shape, micro_batch_work(means, own + means.num_prefix), 0, is_cuda=False)
-    predicted = sum(model.weights.values()) + optimizer_bytes(job.config, model.trainable)
-    predicted += sum(step_parts.values()) + gradient_bytes(model, step_parts, accumulates=False)
+    predicted, measured = planned_and_measured(stage, "wide", overrides, batch_size=4)
     assert abs(predicted / measured - 1) < 0.1, (predicted, measured)

@@ -1,4 +1,4 @@
-"""``babydoctor doctor``: what works on this machine and how to mend what doesn't."""
+"""``babydoctor doctor``: what works on this machine, and how to fix what does not."""
 
 from __future__ import annotations
 
@@ -11,26 +11,55 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(doctor)
+
+
+def doctor() -> None:
+    """Check what works on this machine and say how to fix what does not; exit status 1 if something is broken."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    colors = {"ok": "green", "absent": "yellow", "broken": "red"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "state", "found", "fix"):
+        table.add_column(column, overflow="fold")
+    findings = list(examine())
+    for finding in findings:
+        hint = "" if finding.state == "ok" else finding.hint
+        state = f"[{colors[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.name, state, escape(finding.detail), escape(hint))
+    Console().print(table)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``state`` is ``ok``, ``absent`` (optional, not there) or ``broken``."""
+    """The result of one check. ``state`` is ``ok``, ``absent`` (optional and not installed) or ``broken``."""
 
     name: str
     state: str
     detail: str
-    mend: str = ""
+    hint: str = ""
+    """How to fix it."""
+
+
+REINSTALL = "remove .venv and install again with `source scripts/setup.sh train`, or `pip install 'babydoctor[train]'`"
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, one finding after another. Nothing raises."""
+    """Run all checks, one after the other. No check raises: an exception is a finding."""
     for name, check in _CHECKS:
         try:
             yield check()
         except Exception as error:
-            yield Finding(
-                name, "broken", f"{type(error).__name__}: {error}", "reinstall it: bash scripts/test.sh --setup"
-            )
+            yield Finding(name, "broken", f"{type(error).__name__}: {error}", REINSTALL)
 
 
 def _python() -> Finding:
@@ -66,7 +95,10 @@ def _gpu() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding(
-            "GPU", "absent", "no CUDA device: the tiny preset runs, 7B does not", "a driver and a CUDA build of torch"
+            "GPU",
+            "absent",
+            "no CUDA device: the tiny preset runs, 7B does not",
+            "install a driver and a CUDA build of torch",
         )
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     torch.ones(8, device="cuda").sum().item()
@@ -99,7 +131,7 @@ def _bitsandbytes() -> Finding:
         return Finding("bitsandbytes", "broken", str(error), "pip install 'babydoctor[train]'")
     inputs = torch.randn(2, 64)
     assert torch.isfinite(layer(inputs)).all()
-    return Finding("bitsandbytes", "ok", f"{version('bitsandbytes')}, an NF4 layer answers")
+    return Finding("bitsandbytes", "ok", f"{version('bitsandbytes')}, an NF4 layer works")
 
 
 def _optional(package: str, use: str, install: str) -> Callable[[], Finding]:
@@ -108,6 +140,16 @@ def _optional(package: str, use: str, install: str) -> Callable[[], Finding]:
             return Finding(package, "ok", version(package))
         except PackageNotFoundError:
             return Finding(package, "absent", f"only needed for {use}", install)
+
+    return check
+
+
+def _required(package: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        try:
+            return Finding(package, "ok", version(package))
+        except PackageNotFoundError:
+            return Finding(package, "broken", "not installed", f"pip install {package}")
 
     return check
 
@@ -123,9 +165,9 @@ def _hub() -> Finding:
         socket.create_connection(("huggingface.co", 443), timeout=3).close()
     except OSError as error:
         return Finding(
-            "hub", "absent", f"huggingface.co is not reached ({error})", "give local folders instead of hub ids"
+            "hub", "absent", f"huggingface.co cannot be reached ({error})", "give local folders instead of hub ids"
         )
-    return Finding("hub", "ok", "huggingface.co is reached")
+    return Finding("hub", "ok", "huggingface.co can be reached")
 
 
 _CHECKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
@@ -136,13 +178,13 @@ _CHECKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
     ("GPU", _gpu),
     ("bfloat16", _bfloat16),
     ("transformers", _transformers),
-    ("peft", _optional("peft", "", "")),
-    ("accelerate", _optional("accelerate", "", "")),
+    ("peft", _required("peft")),
+    ("accelerate", _required("accelerate")),
     ("bitsandbytes", _bitsandbytes),
     ("datasets", _optional("datasets", "data sets from the hub", "pip install 'babydoctor[train]'")),
     ("tensorboard", _optional("tensorboard", "tracking.tensorboard=true", "pip install 'babydoctor[train]'")),
     ("deepspeed", _optional("deepspeed", "several GPUs with ZeRO", "pip install 'babydoctor[deepspeed]'")),
     ("wandb", _optional("wandb", "tracking.wandb_project", "pip install 'babydoctor[wandb]'")),
-    ("gradio", _optional("gradio", "the page", "pip install babydoctor")),
+    ("gradio", _optional("gradio", "the web UI", "pip install babydoctor")),
     ("hub", _hub),
 )

@@ -18,22 +18,50 @@ def plan(
     overrides: Annotated[
         Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's")  # noqa: UP045
     ] = None,
-    gpu: Annotated[str, typer.Option(help="a10, a100-40, a100-80, l4, 4090, h100, h200 or cpu")] = "a10",
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the matrix peak to plan with")] = 0.5,
+    gpu: Annotated[str, typer.Option(help="a10, a100-40, a100-80, l4, 4090, a6000, l40s, h100, h200 or cpu")] = "a10",
+    utilization: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--utilization", "--mfu", min=0.01, max=1.0, help="share of the matrix peak; default: 0.5, assumed"
+        ),
+    ] = None,
+    options: Annotated[
+        bool, typer.Option("--options", help="compare base precision and recomputation: memory and hours")
+    ] = False,
+    update: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="with --options: write the table between its markers in this Markdown file"),
+    ] = None,
     figure: Annotated[Optional[Path], typer.Option(help="draw the memory as a stacked bar, PNG or SVG")] = None,  # noqa: UP045
 ) -> None:
     """Say what a stage needs before it starts: memory by part, operations, hours; exit status 2 if it cannot fit."""
     from babydoctor.config import load_config
-    from babydoctor.plan.hardware import find_hardware
+    from babydoctor.plan.hardware import ASSUMED_UTILIZATION, find_hardware
     from babydoctor.plan.lengths import find_statistics
     from babydoctor.plan.model import base_models, describe_model
+    from babydoctor.plan.options import cheapest, list_options
     from babydoctor.plan.plan import build_plan, check_fits
-    from babydoctor.plan.report import draw_plan, format_plan
+    from babydoctor.plan.report import draw_plan, format_options, format_plan, update_options
+    from babydoctor.schema import UserError
 
+    if update is not None and not options:
+        raise UserError("--update writes the table of --options; add --options")
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
+    share = utilization or ASSUMED_UTILIZATION
     model = describe_model(settings)
     statistics = find_statistics(settings, base_models(settings)[0], model.shape.num_patches)
-    result = build_plan(settings, hardware, statistics=statistics, model=model, utilization=mfu)
+    if options:
+        found = list_options(settings, hardware, statistics, share)
+        table = format_options(settings.name, hardware.name, found)
+        print(table)
+        best = cheapest(found)
+        if best is not None:
+            print(f"\nfewest hours: {best.overrides}")
+        if update is not None:
+            update_options(update, settings.name, hardware.name, table)
+            print(f"updated: {update}")
+        return
+    result = build_plan(settings, hardware, statistics=statistics, model=model, utilization=share)
     print(format_plan(result))
     if figure is not None:
         draw_plan(result, figure)

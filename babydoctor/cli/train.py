@@ -1,4 +1,4 @@
-"""``babydoctor doctor | train | merge | chat``."""
+"""``babydoctor train | merge | chat``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command()(doctor)
     app.command()(train)
     app.command()(merge)
     app.command()(chat)
@@ -37,27 +36,6 @@ def train(
     from babydoctor.train.loop import train as run_stage
 
     run_stage(settings, resume=resume)
-
-
-def doctor() -> None:
-    """Say what works on this machine and how to mend what doesn't; exit status 1 if something is broken."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from babydoctor.cli.doctor import examine
-
-    signs = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "state", "found", "to mend it"):
-        table.add_column(column, overflow="fold")
-    findings = list(examine())
-    for finding in findings:
-        mend = "" if finding.state == "ok" else finding.mend
-        table.add_row(finding.name, signs[finding.state], escape(finding.detail), escape(mend))
-    Console().print(table)
-    if any(finding.state == "broken" for finding in findings):
-        raise typer.Exit(1)
 
 
 def merge(

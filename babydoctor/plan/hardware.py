@@ -1,4 +1,4 @@
-"""Devices by name: memory, peak speed and bandwidth, for plans and for the ceiling that speeds are held against."""
+"""Devices by name: memory, peak speed and bandwidth."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from dataclasses import dataclass, replace
 
 from babydoctor.schema import UserError
 
-GIB = 2**30
+ASSUMED_UTILIZATION = 0.5
+"""Share of ``flops_per_s`` that a training step is planned with; recomputation counts as work.
+
+An assumption, not a measurement: PaLM reports 57.8% counted this way (Chowdhery et al. 2022, section 4.1). Replace it
+with what ``babydoctor bench train --preset 7b`` measures on a GPU.
+"""
 
 
 @dataclass(frozen=True)
 class Hardware:
     """A device.
 
-    ``memory_bytes`` is what a program can use in all; ``flops_per_s`` the dense bfloat16 matrix peak with float32
-    accumulation; ``bytes_per_s`` the memory bandwidth.
+    Attributes:
+        memory_bytes: what one program can use.
+        flops_per_s: dense bfloat16 matrix peak with float32 accumulation.
+        bytes_per_s: memory bandwidth.
     """
 
     name: str
@@ -25,8 +32,8 @@ class Hardware:
     is_cuda: bool = True
 
 
-# Peaks from NVIDIA's data sheets (A10, A100 40/80 GB SXM, L4, H100 SXM, H200 SXM) and the Ada white paper (4090),
-# always without sparsity. Memory is the total that nvidia-smi reports, below the nominal size where ECC takes a part.
+# Peaks without sparsity, from NVIDIA's data sheets (A10, A100 40/80 GB SXM, L4, L40S, RTX A6000, H100 SXM, H200 SXM)
+# and the Ada white paper (4090). Memory is the total that nvidia-smi reports; where ECC is on, it is below nominal.
 GPUS = {
     name: Hardware(name, round(mib * 2**20), tflops * 1e12, gb_per_s * 1e9)
     for name, mib, tflops, gb_per_s in (
@@ -35,6 +42,8 @@ GPUS = {
         ("a100-80", 81920, 312, 2039),
         ("l4", 23034, 121, 300),
         ("4090", 24564, 165, 1008),
+        ("a6000", 49140, 155, 768),
+        ("l40s", 46068, 362, 864),
         ("h100", 81559, 989, 3350),
         ("h200", 143771, 989, 4800),
     )
@@ -47,7 +56,7 @@ CPU_BYTES_PER_S = 2e10
 
 
 def find_hardware(name: str) -> Hardware:
-    """A GPU of the table, or ``cpu``: this machine.
+    """A GPU of the table, or this machine's CPU for ``cpu``.
 
     Raises:
         UserError: the name is not known.
@@ -61,14 +70,14 @@ def find_hardware(name: str) -> Hardware:
 
 
 def this_cpu() -> Hardware:
-    """This machine's CPU with all of its memory."""
+    """This machine's CPU with all of the machine's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware("cpu", memory, cores * CPU_FLOPS_PER_S_PER_CORE, CPU_BYTES_PER_S, is_cuda=False)
 
 
 def this_device(device: str) -> Hardware:
-    """The device that a run has: the CPU, or the CUDA device with the table's peaks where its name is known."""
+    """The device of a run: the CPU, or the CUDA device, with the table's peaks where its name is known."""
     if not device.startswith("cuda"):
         return this_cpu()
     import torch
@@ -76,6 +85,6 @@ def this_device(device: str) -> Hardware:
     properties = torch.cuda.get_device_properties(torch.device(device))
     words = properties.name.lower().replace("-", " ").split()
     near = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in words]
-    # Of variants with different memory the nearest; an unknown device gets the A10's peaks and its own memory.
+    # Among variants, take the one with the nearest memory. An unknown device gets the A10's peaks and its own memory.
     known = min(near or [GPUS["a10"]], key=lambda gpu: abs(gpu.memory_bytes - properties.total_memory))
     return replace(known, name=properties.name, memory_bytes=properties.total_memory)

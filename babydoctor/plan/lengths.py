@@ -1,4 +1,4 @@
-"""How many positions a sample takes: from the rows where they are there, else what is known of the published sets."""
+"""How many tokens a sample takes: measured where the rows are on this disk, else known from the published sets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from babydoctor.data.packing import common_prefix
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, UserError
 
 MAX_MEASURED = 500
-"""Rows that are tokenised to measure a set; they are spread evenly over it."""
+"""Rows to tokenize, spread evenly over the set."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Means per sample. ``num_tail`` counts the positions from the first supervised one on, ``num_prefix`` those of
-    ``num_tokens`` that all samples begin with."""
+    """Means per sample. ``num_tail`` counts the tokens from the first loss position on. All samples begin with the
+    same ``num_prefix`` of their ``num_tokens``."""
 
     num_samples: int
     num_tokens: float
@@ -30,14 +30,14 @@ class TokenStatistics:
 
     @property
     def num_own(self) -> float:
-        """Positions of a sample behind what all begin with."""
+        """Tokens per sample after the shared prefix."""
         return self.num_tokens - self.num_prefix
 
 
-# Text of the published sets, in tokens of LLaMA-2's vocabulary: what stands around the answer, how much of that is
-# the system prompt, what is supervised, and the tail from the first supervised position on. Rows from the sets' cards.
+# The published sets, in tokens of LLaMA-2's vocabulary: rows, text around the answer, how much of it is the system
+# prompt, supervised tokens, and the tail from the first loss position on. Row counts are from the sets' cards.
 # - roco: 65,422 training rows; the mean of ROCO's 8,180 validation captions is 37.2 tokens (median 31, 95% below 88,
-#   longest 593), measured with LLaMA-2's SentencePiece vocabulary; the question and template take 81.
+#   longest 593), measured with LLaMA-2's SentencePiece vocabulary; the question and template take 80.
 # - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes a row, some 70 of them caption).
 # - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes a row,
 #   some 1,150 of them text, 4 characters a token; three quarters of it answers). 80K is a subset of it.
@@ -49,10 +49,10 @@ _KNOWN_SETS = {
 
 
 def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
-    """What is known of the set that ``data.rows`` names by its folder: ``lcs``, ``instruct`` or ``roco``.
+    """Statistics of the published set that ``data.rows`` names by its folder: ``lcs``, ``instruct`` or ``roco``.
 
     Raises:
-        UserError: the rows are not there and not of a known set.
+        UserError: the folder names none of these sets.
     """
     for name, (rows, around, prefix, supervised, tail, source) in _KNOWN_SETS.items():
         if any(name in path.lower() for path in config.data.rows):
@@ -66,13 +66,13 @@ def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
                 num_prefix=prefix,
             )
     raise UserError(
-        f"data.rows={', '.join(config.data.rows)!r} is not there, and its name tells none of the known sets "
-        f"({', '.join(_KNOWN_SETS)}), so nothing is known of its length; make the rows first (babydoctor data ...)"
+        f"data.rows={', '.join(config.data.rows)!r} does not exist, and its name is none of the known sets "
+        f"({', '.join(_KNOWN_SETS)}), so its length is unknown; write the rows first (babydoctor data ...)"
     )
 
 
 def measure_statistics(samples: Sequence[Sample], encode: Callable[[Sample], Example]) -> TokenStatistics:
-    """Tokenise up to ``MAX_MEASURED`` samples, evenly spread. Samples that cannot be encoded are passed over.
+    """Tokenize up to ``MAX_MEASURED`` samples, evenly spread. Samples that cannot be encoded are skipped.
 
     Raises:
         UserError: not one sample could be encoded.
@@ -85,7 +85,7 @@ def measure_statistics(samples: Sequence[Sample], encode: Callable[[Sample], Exa
         except UserError:
             continue
     if not examples:
-        raise UserError("no sample could be encoded, so nothing can be planned; see `babydoctor data check`")
+        raise UserError("no sample could be encoded, so there is nothing to plan; see `babydoctor data check`")
     statistics = summarize_examples(examples)
     return replace(statistics, num_samples=len(samples), source=f"{len(examples)} of the {len(samples)} rows")
 
@@ -110,7 +110,7 @@ def _tail(example: Example) -> int:
 
 
 def find_statistics(config: RunConfig, language_model: str, num_patches: int) -> TokenStatistics:
-    """From the rows, where they and the tokenizer are on this disk; else from what is known of the set."""
+    """Measured where rows and tokenizer are on this disk, else the published set's."""
     if not all(Path(rows).exists() for rows in config.data.rows) or not Path(language_model).is_dir():
         return known_statistics(config, num_patches)
     from babydoctor.conversation import get_template, render

@@ -1,6 +1,6 @@
-"""What a plan needs to know of a stage's model, counted without loading it.
+"""Sizes and weights of a stage's model, counted without loading it.
 
-The model is built on the meta device, shapes without memory, so that a 7B plan takes seconds and megabytes.
+The model is built on the meta device (shapes without memory), so planning 7B takes seconds and megabytes.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _KNOWN_CLIPS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What the planner needs to know of a model: its sizes and the bytes of its weights by part."""
+    """Sizes of a model and the bytes of its weights by part."""
 
     shape: Architecture
     weights: dict[str, int]
     trainable: int
     """Number of trained parameters."""
     dequantized_bytes: int
-    """Float size of what is stored in 4 bits, written anew in each pass; 0 without quantisation."""
+    """Size in float of the weights stored in 4 bits, which each pass dequantizes; 0 without quantization."""
     note: str = ""
 
 
@@ -66,7 +66,7 @@ def describe_model(config: RunConfig, configs: tuple[Any, Any] | None = None) ->
         configs: transformers' configurations of language model and tower; None: as the stage names them.
 
     Raises:
-        UserError: the base models are neither here nor known by name.
+        UserError: the base models are neither on this disk nor known by name.
     """
     language, vision, note = (*configs, "") if configs else _base_configs(config)
     dtype = getattr(torch, config.model.dtype)
@@ -106,8 +106,8 @@ def describe_model(config: RunConfig, configs: tuple[Any, Any] | None = None) ->
 def nf4_bytes(numel: int, num_layers: int, double: bool) -> int:
     """Bytes of 4-bit weights: half a byte each, and a scale for every block of 64.
 
-    Scales are float32, or with double quantisation one byte each, in blocks of 256 with a float32 scale; then each
-    layer also holds a table of 256 float32 and an offset. Every layer has the 16 float32 of the NF4 code.
+    Scales are float32. With double quantization they take one byte each and one float32 per 256 of them, and each
+    linear also holds a table of 256 float32 and an offset. Every linear has the 16 float32 of the NF4 code.
     """
     blocks = numel / 64
     scales = blocks + blocks / 256 * 4 + num_layers * (256 * 4 + 4) if double else blocks * 4
@@ -121,13 +121,13 @@ def _projector_kind(config: RunConfig) -> str:
 
 
 def _base_configs(config: RunConfig) -> tuple[Any, Any, str]:
-    """Configurations of language model and tower, and a note where something had to be assumed."""
+    """Configurations of language model and tower, and a note where one had to be assumed."""
     language, vision, note = base_models(config)
     return _llama_config(language), _clip_config(vision), note
 
 
 def base_models(config: RunConfig) -> tuple[str, str, str]:
-    """Where language model and tower are, and a note where something had to be assumed."""
+    """Folder or hub id of language model and tower, and a note where one had to be assumed."""
     language, vision, note = config.model.language_model, config.model.vision_tower, ""
     if config.init_from is not None:
         start = Path(config.init_from)
@@ -136,7 +136,7 @@ def base_models(config: RunConfig) -> tuple[str, str, str]:
             language = resolve(start, manifest.language_model)
             vision = resolve(start, manifest.vision_tower)
         elif language is None or vision is None:
-            note = f"init_from={config.init_from} is not there yet: planned for {LLAMA_2_7B} and {CLIP_L_14}"
+            note = f"init_from={config.init_from} does not exist yet: planned for {LLAMA_2_7B} and {CLIP_L_14}"
             language, vision = language or LLAMA_2_7B, vision or CLIP_L_14
     assert language is not None and vision is not None
     return language, vision, note
@@ -169,13 +169,13 @@ def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: i
     lora = config.lora
     return Architecture(
         num_layers=language.num_hidden_layers,
-        width=language.hidden_size,
-        kv_width=language.num_key_value_heads * head_dim,
-        intermediate=language.intermediate_size,
+        hidden_size=language.hidden_size,
+        kv_size=language.num_key_value_heads * head_dim,
+        intermediate_size=language.intermediate_size,
         num_heads=language.num_attention_heads,
-        vocabulary=language.vocab_size,
-        vision_width=vision.hidden_size,
-        vision_intermediate=vision.intermediate_size,
+        vocab_size=language.vocab_size,
+        vision_hidden_size=vision.hidden_size,
+        vision_intermediate_size=vision.intermediate_size,
         vision_layers=vision.num_hidden_layers + 1 + config.model.vision_layer,
         num_patches=num_patches(vision),
         image_size=vision.image_size,

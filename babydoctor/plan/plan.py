@@ -1,38 +1,34 @@
 """Memory and time of a run before it starts: ``babydoctor plan``, and the check at the start of ``babydoctor train``.
 
-``described_model.py`` says what the model is, ``costs.py`` what its tensors and operations cost.
+``model.py`` describes the model, ``lengths.py`` the samples, ``memory.py`` and ``costs.py`` count bytes and operations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from babydoctor.config import RunConfig
 from babydoctor.plan import costs
-from babydoctor.plan.costs import Architecture, Flops, Work
-from babydoctor.plan.hardware import Hardware
+from babydoctor.plan.costs import Flops, Work
+from babydoctor.plan.hardware import ASSUMED_UTILIZATION, Hardware
 from babydoctor.plan.lengths import TokenStatistics
+from babydoctor.plan.memory import ALLOWANCE, CPU_PROCESS_BYTES, CUDA_CONTEXT_BYTES, FRAGMENTATION, peak_moment
 from babydoctor.plan.model import Model, describe_model
 from babydoctor.schema import UserError
 
-DEFAULT_UTILIZATION = 0.5
-"""Share of the matrix peak that a run is planned with; recomputation counts as work."""
-
-CUDA_CONTEXT_BYTES = 800 * 2**20
-"""Allowance for CUDA's context, its libraries' code and cuBLAS's workspaces."""
-
-FRAGMENTATION = 0.04
-"""Allowance for memory that the CUDA allocator holds and cannot use, as a share of all tensors."""
+DEQUANTIZATION_TRAFFIC = 1.25
+"""Bytes moved to dequantize a weight, per byte of its float size: 4 bits are read and 16 written for each element."""
 
 CHECKPOINTING = ("none", "every:4", "every:2", "full")
 """What ``gradient_checkpointing: auto`` chooses from, least recomputation first."""
 
 MICRO_BATCH_UNIT = 256
 AUTO_TARGET_TOKENS = 2048
-"""``auto`` recomputes no more than a micro-batch of so many positions needs: enough for matrix products at speed."""
+"""``auto`` accepts a setting that allows a micro-batch of this many tokens: matrix products of this size run at full
+speed, so a larger micro-batch is not worth recomputing for."""
 AUTO_MAX_TOKENS = 16384
 
 
@@ -51,14 +47,20 @@ class Plan:
     memory: dict[str, int]
     num_steps: int
     flops: Flops
-    """Of one optimiser step."""
+    """Of one optimizer step."""
     samples_per_step: int
     seconds_per_step: float
     utilization: float
 
     @property
     def total_bytes(self) -> int:
+        """All memory of the process on the device, allowances included."""
         return sum(self.memory.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensors alone, which is what ``bench.measure`` measures."""
+        return sum(size for part, size in self.memory.items() if not part.endswith(ALLOWANCE))
 
     @property
     def fits(self) -> bool:
@@ -70,7 +72,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Share of the peak that goes into the model's own mathematics, without recomputation."""
+        """Share of the peak that goes into the model's own operations, without recomputation."""
         return self.flops.model / (self.seconds_per_step * self.hardware.flops_per_s)
 
 
@@ -80,38 +82,30 @@ def build_plan(
     *,
     statistics: TokenStatistics,
     model: Model | None = None,
-    utilization: float = DEFAULT_UTILIZATION,
+    utilization: float = ASSUMED_UTILIZATION,
 ) -> Plan:
-    """Plan one stage; ``auto`` settings are chosen.
+    """Plan one stage and choose its ``auto`` settings.
 
     Args:
-        statistics: positions per sample.
-        model: from ``describe_model``; built anew when None.
+        statistics: tokens per sample.
+        model: from ``describe_model``; None: described here.
+        utilization: share of ``hardware.flops_per_s`` that the run reaches; recomputation counts as work.
     """
     model = model or describe_model(config)
     if not config.train.shares_prefix:
         statistics = replace(statistics, num_prefix=0)
-    checkpointing, largest = config.train.gradient_checkpointing, 0
-    if checkpointing == "auto":
-        for checkpointing in CHECKPOINTING:
-            largest = _largest_micro_batch(config, model, hardware, statistics, checkpointing)
-            if largest >= min(_step_tokens(config, statistics), max(AUTO_TARGET_TOKENS, config.data.max_length)):
-                break
-    else:
-        largest = _largest_micro_batch(config, model, hardware, statistics, checkpointing)
+    checkpointing, largest = choose_checkpointing(config, model, hardware, statistics)
     tokens = config.train.micro_batch_tokens
     if tokens == "auto":
         tokens = largest or config.data.max_length
-    memory = memory_by_part(config, model, hardware, statistics, checkpointing, tokens)
+    every = recompute_every(checkpointing)
     num_micro_batches, per_micro_batch = _spread_step(config, statistics, tokens)
-    flops = costs.count_flops(
-        model.shape, micro_batch_work(statistics, per_micro_batch), recompute_every(checkpointing)
-    )
-    flops = flops.times(num_micro_batches)
+    work = micro_batch_work(statistics, per_micro_batch)
+    flops = costs.count_flops(model.shape, work, every).times(num_micro_batches)
     steps = config.train.max_steps or config.train.epochs * math.ceil(statistics.num_samples / config.train.batch_size)
-    passes = 2 + 1 / max(1, recompute_every(checkpointing)) * bool(recompute_every(checkpointing))
-    # A 4-bit weight is read, written in bfloat16 and read by the product, in every pass over it.
-    moved = num_micro_batches * passes * model.dequantized_bytes * 2.25 + 7 * 4 * model.trainable
+    passes = num_micro_batches * costs.passes_over_weights(every)
+    moved = passes * model.dequantized_bytes * DEQUANTIZATION_TRAFFIC
+    moved += 7 * 4 * model.trainable  # AdamW reads four float32 per parameter and writes three
     return Plan(
         name=config.name,
         hardware=hardware,
@@ -120,13 +114,29 @@ def build_plan(
         gradient_checkpointing=checkpointing,
         micro_batch_tokens=tokens,
         largest_micro_batch=largest,
-        memory=memory,
+        memory=memory_by_part(config, model, hardware, statistics, checkpointing, tokens),
         num_steps=steps,
         flops=flops,
         samples_per_step=config.train.batch_size,
         seconds_per_step=flops.total / (hardware.flops_per_s * utilization) + moved / hardware.bytes_per_s,
         utilization=utilization,
     )
+
+
+def choose_checkpointing(
+    config: RunConfig, model: Model, hardware: Hardware, statistics: TokenStatistics
+) -> tuple[str, int]:
+    """The setting of gradient checkpointing, chosen where it is ``auto``, and the largest micro-batch with it."""
+    setting = config.train.gradient_checkpointing
+    if setting != "auto":
+        return setting, largest_micro_batch(config, model, hardware, statistics, setting)
+    enough = min(_step_tokens(config, statistics), max(AUTO_TARGET_TOKENS, config.data.max_length))
+    largest = 0
+    for setting in CHECKPOINTING:
+        largest = largest_micro_batch(config, model, hardware, statistics, setting)
+        if largest >= enough:
+            break
+    return setting, largest
 
 
 def memory_by_part(
@@ -137,49 +147,41 @@ def memory_by_part(
     checkpointing: str,
     micro_batch_tokens: int,
 ) -> dict[str, int]:
-    """Peak bytes of a training step by part."""
-    largest = max(config.data.max_length, round(1.1 * _step_tokens(config, statistics)))
-    work = micro_batch_work(statistics, min(micro_batch_tokens, largest))
-    memory = dict(model.weights)
-    step = step_bytes(model.shape, work, recompute_every(checkpointing), is_cuda=hardware.is_cuda)
-    memory["gradients"] = gradient_bytes(model, step, accumulates=_step_tokens(config, statistics) > work.num_tokens)
-    memory["optimiser"] = optimizer_bytes(config, model.trainable)
-    memory |= step
+    """Bytes by part at the peak of a training step."""
+    step_tokens = _step_tokens(config, statistics)
+    # A step's samples can be longer than the mean.
+    longest = max(config.data.max_length, round(1.1 * step_tokens))
+    work = micro_batch_work(statistics, min(micro_batch_tokens, longest))
+    memory = tensors_by_part(
+        config, model, work, checkpointing, accumulates=step_tokens > work.num_tokens, is_cuda=hardware.is_cuda
+    )
     if hardware.is_cuda:
-        memory["fragmentation (allowance)"] = round(FRAGMENTATION * sum(memory.values()))
-        memory["CUDA context (allowance)"] = CUDA_CONTEXT_BYTES
+        memory[f"fragmentation {ALLOWANCE}"] = round(FRAGMENTATION * sum(memory.values()))
+        memory[f"CUDA context {ALLOWANCE}"] = CUDA_CONTEXT_BYTES
+    else:
+        memory[f"Python and libraries {ALLOWANCE}"] = CPU_PROCESS_BYTES
     return memory
 
 
-def step_bytes(shape: Architecture, work: Work, every: int, *, is_cuda: bool) -> dict[str, int]:
-    """What forward and backward of one micro-batch add to weights, gradients and optimiser."""
-    kept = costs.shared_activation_bytes(shape, work)
-    largest_recomputed = 0.0
-    for index in range(shape.num_layers):
-        is_last = index == shape.num_layers - 1
-        layer = costs.layer_activation_bytes(shape, work, is_last=is_last, is_cuda=is_cuda)
-        if every and index % every == 0:
-            kept += costs.recomputed_layer_bytes(shape, work)
-            largest_recomputed = max(largest_recomputed, layer)
-        else:
-            kept += layer
-    backward = costs.backward_transient_bytes(shape, work) + largest_recomputed
-    logits = costs.logits_bytes(shape, work, is_cuda=is_cuda)
-    return {"activations": round(kept), "working space": round(max(backward, logits))}
+def tensors_by_part(
+    config: RunConfig, model: Model, work: Work, checkpointing: str, *, accumulates: bool, is_cuda: bool
+) -> dict[str, int]:
+    """Bytes of tensors by part at the peak of a step whose largest micro-batch is ``work``.
 
-
-def gradient_bytes(model: Model, step: dict[str, int], *, accumulates: bool) -> int:
-    """Gradients that lie beside activations and working space, as ``step_bytes`` gives them, at the peak.
-
-    A step of one micro-batch has none when its backward pass begins, and they grow while the activations go; from
-    the second micro-batch on all of them are there.
+    Args:
+        accumulates: True where the step has several micro-batches.
     """
-    gradients = 4 * model.trainable
-    return gradients if accumulates else max(0, gradients - sum(step.values()))
+    peak = peak_moment(model.shape, work, recompute_every(checkpointing), accumulates=accumulates, is_cuda=is_cuda)
+    return model.weights | {
+        "optimizer state": optimizer_bytes(config, model.trainable),
+        "gradients (float32)": round(peak.gradients),
+        "activations": round(peak.activations),
+        "working space": round(peak.working),
+    }
 
 
 def optimizer_bytes(config: RunConfig, trainable: int) -> int:
-    """State of the optimiser: two moments, in float32 or in blocks of 256 bytes with a float32 scale each."""
+    """Two moments per parameter: float32, or 8 bits with a float32 scale per block of 256."""
     return trainable * 8 if config.train.optimizer == "adamw" else round(trainable * 2 * (1 + 4 / 256))
 
 
@@ -191,68 +193,10 @@ def recompute_every(setting: str) -> int:
     return 1 if setting == "full" else int(setting.removeprefix("every:"))
 
 
-def check_fits(config: RunConfig, plan: Plan) -> None:
-    """Refuse a run that cannot fit.
-
-    Raises:
-        UserError: it does not fit; the message names the settings with which it would.
-    """
-    if plan.fits:
-        return
-    gib = 2**30
-    advice = suggest(config, plan)
-    raise UserError(
-        f"{config.name} needs {plan.total_bytes / gib:.1f} GiB and {plan.hardware.name} has "
-        f"{plan.hardware.memory_bytes / gib:.1f} GiB. "
-        + (f"It would fit with: {' '.join(advice)}" if advice else "No setting of this program makes it fit.")
-    )
-
-
-def suggest(config: RunConfig, plan: Plan) -> list[str]:
-    """The fewest ``key=value`` overrides, in order of what they cost, that make the run fit; empty if none do."""
-    candidates: list[tuple[str, RunConfig]] = []
-    taken: list[str] = []
-    for override, change in _savings(config):
-        config = change(config)
-        taken = [*(o for o in taken if o.split("=")[0] != override.split("=")[0]), override]
-        candidates.append((override, config))
-        trial = build_plan(
-            config,
-            plan.hardware,
-            statistics=plan.statistics,
-            model=describe_model(config) if "quantization" in override else replace(plan.model),
-        )
-        if trial.fits:
-            return taken
-        if "quantization" in override:
-            plan = trial
-    return []
-
-
-def _savings(config: RunConfig) -> Iterable[tuple[str, Any]]:
-    def set_in(section: str, **values: Any) -> Any:
-        def change(c: RunConfig) -> RunConfig:
-            part = getattr(c, section)
-            return c.model_copy(update={section: part.model_copy(update=values)})
-
-        return change
-
-    for setting in ("every:4", "every:2", "full"):
-        if config.train.gradient_checkpointing != "full":
-            yield f"train.gradient_checkpointing={setting}", set_in("train", gradient_checkpointing=setting)
-    if config.train.micro_batch_tokens != config.data.max_length:
-        tokens = config.data.max_length
-        yield f"train.micro_batch_tokens={tokens}", set_in("train", micro_batch_tokens=tokens)
-    if config.train.optimizer == "adamw":
-        yield "train.optimizer=paged_adamw_8bit", set_in("train", optimizer="paged_adamw_8bit")
-    if config.model.quantization == "none":
-        yield "model.quantization=nf4", set_in("model", quantization="nf4")
-
-
-def _largest_micro_batch(
+def largest_micro_batch(
     config: RunConfig, model: Model, hardware: Hardware, statistics: TokenStatistics, checkpointing: str
 ) -> int:
-    """The largest micro-batch that fits, in positions; 0 where one sample of data.max_length does not."""
+    """The largest micro-batch that fits, in tokens; 0 where one sample of data.max_length does not."""
 
     def fits(tokens: int) -> bool:
         memory = memory_by_part(config, model, hardware, statistics, checkpointing, tokens)
@@ -270,20 +214,8 @@ def _largest_micro_batch(
     return max(config.data.max_length, low * MICRO_BATCH_UNIT)
 
 
-def _step_tokens(config: RunConfig, statistics: TokenStatistics) -> int:
-    """Positions of one step's samples in a single micro-batch."""
-    return math.ceil(config.train.batch_size * statistics.num_own) + statistics.num_prefix
-
-
-def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> tuple[int, int]:
-    """Number of a step's micro-batches, and the positions of each; the shared prefix stands in every one."""
-    own = _step_tokens(config, statistics) - statistics.num_prefix
-    number = max(1, math.ceil(own / max(1, micro_batch_tokens - statistics.num_prefix)))
-    return number, math.ceil(own / number) + statistics.num_prefix
-
-
 def micro_batch_work(statistics: TokenStatistics, num_tokens: int) -> Work:
-    """What a micro-batch of ``num_tokens`` positions holds on average."""
+    """What a micro-batch of ``num_tokens`` tokens holds on average."""
     documents = (num_tokens - statistics.num_prefix) / statistics.num_own
     return Work(
         num_tokens=num_tokens,
@@ -293,3 +225,64 @@ def micro_batch_work(statistics: TokenStatistics, num_tokens: int) -> Work:
         num_images=documents * statistics.num_images,
         num_prefix=statistics.num_prefix,
     )
+
+
+def check_fits(config: RunConfig, plan: Plan) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        UserError: it does not fit; the message names settings with which it would.
+    """
+    if plan.fits:
+        return
+    gib, advice = 2**30, suggest(config, plan)
+    raise UserError(
+        f"{config.name} needs {plan.total_bytes / gib:.1f} GiB and {plan.hardware.name} has "
+        f"{plan.hardware.memory_bytes / gib:.1f} GiB. "
+        + (f"It would fit with: {' '.join(advice)}" if advice else "No setting of this program makes it fit.")
+    )
+
+
+def suggest(config: RunConfig, plan: Plan) -> list[str]:
+    """The fewest ``key=value`` overrides, cheapest first, that make the run fit; empty if none do."""
+    taken: dict[str, str] = {}
+    model: Model = plan.model
+    for section, key, value in _savings(config):
+        config = with_settings(config, section, **{key: value})
+        taken[key] = f"{section}.{key}={value}"
+        if key == "quantization":
+            model = describe_model(config)
+        if build_plan(config, plan.hardware, statistics=plan.statistics, model=model).fits:
+            return list(taken.values())
+    return []
+
+
+def with_settings(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """The configuration with other values in one section."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
+
+
+def _savings(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
+    """Settings that save memory, in the order of what they cost."""
+    for setting in ("every:4", "every:2", "full"):
+        if config.train.gradient_checkpointing != "full":
+            yield "train", "gradient_checkpointing", setting
+    if config.train.micro_batch_tokens != config.data.max_length:
+        yield "train", "micro_batch_tokens", config.data.max_length
+    if config.train.optimizer == "adamw":
+        yield "train", "optimizer", "paged_adamw_8bit"
+    if config.model.quantization == "none":
+        yield "model", "quantization", "nf4"
+
+
+def _step_tokens(config: RunConfig, statistics: TokenStatistics) -> int:
+    """Tokens of one step's samples in a single micro-batch."""
+    return math.ceil(config.train.batch_size * statistics.num_own) + statistics.num_prefix
+
+
+def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> tuple[int, int]:
+    """Number of a step's micro-batches, and the tokens of each; every one holds the shared prefix."""
+    own = _step_tokens(config, statistics) - statistics.num_prefix
+    number = max(1, math.ceil(own / max(1, micro_batch_tokens - statistics.num_prefix)))
+    return number, math.ceil(own / number) + statistics.num_prefix

@@ -6,7 +6,6 @@ or from a file that only the operator can read.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from babydoctor.config import known_keys
+from babydoctor.config_file import Section, load
 from babydoctor.schema import UserError
 
 KEYS_VARIABLE = "BABYDOCTOR_API_KEYS"
@@ -27,11 +25,7 @@ SECRET_VARIABLE = "BABYDOCTOR_REGISTRATION_SECRET"
 MIN_SECRET_LENGTH = 16
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class Limits(_Section):
+class Limits(Section):
     """What a request may cost. All are checked before the work that they limit."""
 
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="of a request; an image grows by a third in base64")
@@ -46,7 +40,7 @@ class Limits(_Section):
     keep_alive_s: float = Field(3, gt=0, description="longest silence of a stream; LLaVA's clients give up after 10")
 
 
-class RemoteImages(_Section):
+class RemoteImages(Section):
     """Images by URL in OpenAI requests. Off while ``hosts`` is empty."""
 
     hosts: tuple[str, ...] = Field((), description="host names that may be read from, exactly as in the URL")
@@ -54,7 +48,7 @@ class RemoteImages(_Section):
     timeout_s: float = Field(10, gt=0, description="for the whole download, redirects included")
 
 
-class ControllerSettings(_Section):
+class ControllerSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(21001, ge=0, le=65535)
     dispatch: Literal["lottery", "shortest_queue"] = "shortest_queue"
@@ -67,7 +61,7 @@ class ControllerSettings(_Section):
     foreign_template: str = Field("v1", description="template for messages to workers that name none")
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(21002, ge=0, le=65535)
     controller: str | None = Field("http://127.0.0.1:21001", description="null: the worker stands alone")
@@ -80,7 +74,7 @@ class WorkerSettings(_Section):
     retention_dir: str | None = Field(None, description="requests and answers are written there; null: never")
 
 
-class PageSettings(_Section):
+class PageSettings(Section):
     host: str = "127.0.0.1"
     port: int = Field(7860, ge=0, le=65535)
     feedback_file: str | None = Field(
@@ -88,7 +82,7 @@ class PageSettings(_Section):
     )
 
 
-class ServeSettings(_Section):
+class ServeSettings(Section):
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()
     controller: ControllerSettings = ControllerSettings()
@@ -112,40 +106,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Ser
     Raises:
         UserError: the file, a key or a value is wrong; the message names it.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); ours is configs/serve.yaml") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from None
-        if read is not None and not isinstance(read, dict):
-            raise UserError(f"{path} must hold keys and values, not {type(read).__name__}")
-        values = read or {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"{override!r} is not a setting; write key=value, for example limits.max_queue=16")
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(f"{override!r}: {parent!r} is not a section")
-        section[last] = yaml.safe_load(text)
-    try:
-        return ServeSettings.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join([f"{path or 'serving settings'}:", *map(_explain, error.errors())])) from None
-
-
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        return f"  {key}: {item['msg']}, got {item['input']!r}"
-    near = difflib.get_close_matches(key, known_keys(ServeSettings), n=1)
-    return f"  there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return load(ServeSettings, path, overrides)
 
 
 def load_secrets(environment: Mapping[str, str] | None = None) -> Secrets:
