@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from babydoctor.data.loader import StepSampler
 from babydoctor.data.rows import (
     REASONS,
     Problem,
     RowError,
-    StepSampler,
     check_rows,
     fingerprint,
     image_first,

@@ -157,10 +157,10 @@ def check(
         Sample,
         check_rows,
         load_rows,
-        show_progress,
         summarize,
         write_problems,
     )
+    from babydoctor.progress import show_progress
 
     results = list(show_progress(check_rows(load_rows(rows), images), "reading rows"))
     samples = [result for result in results if isinstance(result, Sample)]
@@ -186,7 +186,8 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
     """Decode each image once, on several threads (Pillow decodes outside the interpreter lock)."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from babydoctor.data.rows import Problem, read_image, show_progress
+    from babydoctor.data.rows import Problem, read_image
+    from babydoctor.progress import show_progress
     from babydoctor.schema import UserError
 
     def find_bad(references: list[str | bytes]) -> dict[str | bytes, str]:
@@ -216,8 +217,9 @@ def _find_long_rows(
     samples: Sequence[Sample], tokenizer: str, template: str, max_length: int, num_patches: int
 ) -> list[Problem]:
     from babydoctor.conversation import get_template
-    from babydoctor.data.rows import Problem, show_progress
+    from babydoctor.data.rows import Problem
     from babydoctor.data.tokens import load_tokenizer
+    from babydoctor.progress import show_progress
     from babydoctor.schema import UserError
 
     loaded, chosen = load_tokenizer(tokenizer), get_template(template)

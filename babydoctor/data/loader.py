@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from babydoctor.config import DataConfig, RunConfig
 from babydoctor.conversation import get_template, render
 from babydoctor.data.packing import pack
-from babydoctor.data.rows import StepSampler, read_image
+from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.load import ImageSettings, to_pixels
 from babydoctor.schema import Batch, Example, Sample, UserError
@@ -92,6 +92,30 @@ class Encoder:
     def read(self, image: str | bytes, images_dir: str | None) -> np.ndarray:
         """One image as pixels ``[3, S, S]``. Raises ``UserError`` where it cannot be read."""
         return to_pixels(read_image(image, images_dir), self.image)
+
+
+class StepSampler:
+    """Which samples each optimiser step takes. A pure function of the step, so the cursor is the step's number.
+
+    Each epoch goes through all samples once, in a new order made from ``(seed, epoch)``. The last step of an epoch
+    takes what is left, so that no sample is lost and none comes twice.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        """``batch_size`` counts samples over all ranks and accumulated micro-batches."""
+        assert num_samples > 0 and batch_size > 0, (num_samples, batch_size)
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.steps_per_epoch = -(-num_samples // batch_size)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def samples_of_step(self, step: int) -> list[int]:
+        """Indices of the samples of a step; steps count from 0 and go on through the epochs."""
+        assert step >= 0, step
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            self._epoch = epoch
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
 
 
 class StepDataset(Dataset[StepData]):

@@ -1,4 +1,4 @@
-"""Rows of data -> checked samples, and the order in which training takes them.
+"""Rows of data -> checked samples.
 
 Every row becomes one ``Sample`` or one ``Problem`` with a reason; no row is mended in silence, and none is ever
 replaced by another. Loading checks what is cheap (form, files there); pictures are decoded later, by the workers of
@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from babydoctor.data.sources import EMBEDDED, UnreadableRow, iter_rows, read_embedded
+from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, Role, Sample, Turn, UserError
 
 if TYPE_CHECKING:
@@ -285,17 +284,6 @@ def write_problems(problems: Iterable[Problem], path: Path) -> None:
             file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
 
 
-def show_progress(items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
-    """Pass items through and show how many have come, on a terminal only and gone when done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=description)
-
-
 def _digest(sample: Sample) -> bytes:
     hasher = hashlib.sha256()
     image = sample.image if isinstance(sample.image, bytes) else (sample.image or "").encode("utf-8", "surrogatepass")
@@ -320,27 +308,3 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     for sample in samples:
         hasher.update(_digest(sample))
     return hasher.hexdigest()
-
-
-class StepSampler:
-    """Which samples each optimiser step takes. A pure function of the step, so the cursor is the step's number.
-
-    Each epoch goes through all samples once, in a new order made from ``(seed, epoch)``. The last step of an epoch
-    takes what is left, so that no sample is lost and none comes twice.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
-        """``batch_size`` counts samples over all ranks and accumulated micro-batches."""
-        assert num_samples > 0 and batch_size > 0, (num_samples, batch_size)
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.steps_per_epoch = -(-num_samples // batch_size)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def samples_of_step(self, step: int) -> list[int]:
-        """Indices of the samples of a step; steps count from 0 and go on through the epochs."""
-        assert step >= 0, step
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            self._epoch = epoch
-        return self._order[position * self.batch_size : (position + 1) * self.batch_size].tolist()

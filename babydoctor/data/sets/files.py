@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from babydoctor.data.rows import Problem, Sample, check_rows, show_progress
+from babydoctor.data.rows import Problem, Sample, check_rows
+from babydoctor.progress import show_progress
 from babydoctor.schema import UserError
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from babydoctor.data.rows import show_progress
 from babydoctor.data.sets.files import Prepared, gather_images, prepare_llava_rows, write_left_out, write_rows
 from babydoctor.data.sets.hub import download_hub_snapshot
 from babydoctor.data.sources import iter_rows
+from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 INSTRUCTION = f"The following image is a radiology scan. Deeply analyze and diagnose this image.\n{IMAGE_TOKEN}"
