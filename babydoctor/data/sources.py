@@ -9,14 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from babydoctor.hub import describe, hub_error
 from babydoctor.schema import UserError
 
 EMBEDDED = "embedded://"
 """Reference to an image that is stored in a data set: ``embedded://SOURCE#ROW``."""
+
+SOURCES_FILE = "sources.json"
+"""Beside prepared rows: the published sources that they were made of, each with its version."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(:[\w.\-]+)?")
 _CHUNK_CHARS = 1 << 20
@@ -55,6 +59,41 @@ def iter_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     if not path.exists() and not _split_of(text)[0].exists() and not is_hub_id:
         raise UserError(f"{text}: no such file or directory, nor the id of a data set on the hub (owner/name)")
     yield from _iter_dataset(text)
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """Name -> version of the published sources of the rows in a folder; empty where none is recorded."""
+    path = folder / SOURCES_FILE
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); remove it or make the rows again") from error
+    return {str(name): str(version) for name, version in loaded.items()} if isinstance(loaded, dict) else {}
+
+
+def published_versions(sources: Iterable[str | Path]) -> dict[str, str]:
+    """Where rows were published and in which version (a commit on the hub), for a run's manifest.
+
+    ``sources`` are those of ``iter_rows``. Rows without a record of their origin add nothing.
+    """
+    versions: dict[str, str] = {}
+    for source in sources:
+        path = _split_of(str(source))[0]
+        if path.exists():
+            versions |= read_sources(path if path.is_dir() else path.parent)
+        else:
+            versions |= _hub_commit(str(source))
+    return versions
+
+
+def _hub_commit(source: str) -> dict[str, str]:
+    """The commit that a data set from the hub was loaded at, from the addresses that ``datasets`` keeps."""
+    for address in _open_dataset(source).info.download_checksums or {}:
+        if match := re.match(r"hf://(datasets/[^@]+)@([0-9a-f]{40})/", address):
+            return {match[1]: match[2]}
+    return {}
 
 
 def _first_character(file: Any) -> str:
@@ -139,11 +178,10 @@ def _open_dataset(source: str) -> Any:
         else:  # a directory of parquet or JSON files, or a hub id; splits are told by file names
             loaded = datasets.load_dataset(str(path))
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
-        here = "" if path.exists() else "is not a file here and "
-        raise UserError(
-            f"{source}: {here}cannot be opened as a data set ({type(error).__name__}: {error}). "
-            "Offline, give a file or a directory that is already here"
-        ) from error
+        if not path.exists():
+            hint = "Offline, give a file or a directory that is already here"
+            raise hub_error(error, str(path), kind="dataset", hint=hint) from error
+        raise UserError(f"{source}: cannot be opened as a data set ({describe(error)})") from error
     if isinstance(loaded, dict):
         name = split or ("train" if "train" in loaded else "")
         if name not in loaded:

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
+from babydoctor.hub import model_commit
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import (
@@ -61,6 +62,8 @@ class Stage(BaseModel):
     steps: int
     samples: int
     data_fingerprint: str
+    data_versions: dict[str, str] = {}
+    """Published sources of the rows -> their version, a commit on the hub."""
 
 
 class Manifest(BaseModel):
@@ -90,6 +93,8 @@ class Manifest(BaseModel):
     lineage: tuple[Stage, ...] = ()
     versions: dict[str, str] = {}
     git_commit: str | None = None
+    hub_commits: dict[str, str] = {}
+    """Hub id of the language model and the vision tower -> the commit that was used."""
 
     @property
     def image(self) -> ImageSettings:
@@ -216,6 +221,10 @@ def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, with the hub's commit of each model that came from there."""
+    found = {name: model_commit(name) for name in (manifest.language_model, manifest.vision_tower)}
+    commits = {**manifest.hub_commits, **{name: commit for name, commit in found.items() if commit}}
+    manifest = manifest.model_copy(update={"hub_commits": commits})
     write_text(directory / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from babydoctor.model.weights import local_directory
 from babydoctor.schema import UserError
 
 
@@ -24,7 +25,7 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
     load_vision_config(path)
     try:
         with _no_progress_bar():  # it is there in no time
-            tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
+            tower = CLIPVisionModel.from_pretrained(str(local_directory(path)), dtype=dtype)
     except OSError as error:
         raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
     tower.to(torch.device(device))  # type: ignore[arg-type]
@@ -40,7 +41,7 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
     except (OSError, ValueError) as error:
         raise UserError(f"no vision tower could be read from {str(path)!r}: {error}") from error
     if config.model_type not in ("clip", "clip_vision_model"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.data.sets.files import Prepared, gather_images, prepare_llava_rows, write_left_out, write_rows
-from babydoctor.data.sets.hub import download_hub_snapshot
+from babydoctor.data.sets.hub import copy_sources, download_hub_snapshot
 from babydoctor.data.sources import iter_rows
 from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, UserError
@@ -144,6 +144,7 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
             "(https://github.com/razorx89/roco-dataset): fetch them and name the folder with --source"
         )
     images = find_split(source, split) / "images"
+    copy_sources(folder, out)
     return prepare_llava_rows(
         iter(rows), images, out, name=split, num_expected=NUM_HUB_ROWS[split], copy=copy, share=True
     )
