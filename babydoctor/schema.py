@@ -46,25 +46,29 @@ class Sample:
 
     ``image`` is a path relative to the image folder, ``embedded://SOURCE#ROW`` for an image that stays in its data
     set until it is read, the encoded bytes of an image, or None for a text-only row. ``source`` says where the row
-    stands (``file.json#12``), for messages.
+    is (``file.json#12``), for messages. ``system`` replaces the template's system prompt (None: it does not).
     """
 
     id: str
     turns: tuple[Turn, ...]
     image: str | bytes | None = field(default=None, repr=False)
     source: str = ""
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of prompt text. ``supervised`` text is what the model learns to write.
+    """A span of prompt text. ``supervised`` text is what the model learns to write.
 
     An image is a segment of its own whose text is exactly ``IMAGE_TOKEN`` and whose ``is_image`` is true.
+    ``control`` marks text of the template: there ``</s>`` and other special tokens of the tokenizer are control
+    tokens. In all other text, which people wrote, they are plain characters.
     """
 
     text: str
     supervised: bool = False
     is_image: bool = False
+    control: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -240,7 +240,9 @@ def _encode(sample: Sample, template: Template, tokenizer: Any, num_patches: int
     from babydoctor.data.tokens import encode
 
     images = () if sample.image is None else (sample.image,)
-    return encode(render(sample.turns, template), tokenizer, num_patches, id=sample.id, images=images)
+    return encode(
+        render(sample.turns, template, system=sample.system), tokenizer, num_patches, id=sample.id, images=images
+    )
 
 
 def preview(
@@ -288,7 +290,7 @@ def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
     example = _encode(sample, template, tokenizer, num_patches=1)
     input_ids = example.input_ids.copy()
     input_ids[example.image_mask] = IMAGE_TOKEN_INDEX
-    prompt = prompt_text(render(sample.turns, template))
+    prompt = prompt_text(render(sample.turns, template, system=sample.system))
     fields = {"prompt": prompt, "input_ids": input_ids.tolist(), "labels": example.labels.tolist()}
     return json.dumps(fields, ensure_ascii=False)
 

@@ -66,7 +66,7 @@ class Encoder:
         """
         try:
             example = encode(
-                render(sample.turns, self.template),
+                render(sample.turns, self.template, system=sample.system),
                 self.tokenizer,
                 self.num_patches,
                 max_length=self.max_length,
