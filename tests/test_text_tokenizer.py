@@ -138,7 +138,15 @@ def test_which_golden_rows_hold_control_tokens_in_peoples_text(golden: Path) -> 
 def test_text_without_control_tokens_is_encoded_as_by_the_tokenizer_itself(golden: Path) -> None:
     tokenizer = load_tokenizer(golden / "base")
     for template in TEMPLATES.values():
-        for text in ("What is this?", " leading", "trailing ", "two  blanks", "\n\nlines\n", "肺 é", "[INST] a [/INST]"):
+        for text in (
+            "What is this?",
+            " leading",
+            "trailing ",
+            "two  blanks",
+            "\n\nlines\n",
+            "肺 é",
+            "[INST] a [/INST]",
+        ):
             turns = [Turn("user", text), Turn("assistant", text)]
             segments = render(turns, template)
             whole = tokenizer("".join(s.text for s in segments), add_special_tokens=False)["input_ids"]
