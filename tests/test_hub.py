@@ -259,4 +259,4 @@ tracking: {{tensorboard: false}}
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["hub_commits"] == {f"owner/{repo.name[6:]}": repo.commit for repo in hub.repos}
-    assert manifest["lineage"][0]["data_versions"] == {"datasets/owner/set": "f" * 40}
+    assert manifest["data_versions"] == {"datasets/owner/set": "f" * 40}

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from babydoctor.config import RunConfig
 from babydoctor.data.loader import Encoder, StepDataset, iterate_steps
 from babydoctor.data.rows import fingerprint, load_dataset_rows
-from babydoctor.data.sources import published_versions
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.model.babydoctor import BabyDoctor
@@ -128,7 +127,6 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
                 steps=cursor.step,
                 samples=cursor.samples,
                 data_fingerprint=cursor.data_fingerprint,
-                data_versions=published_versions(config.data.rows),
             )
             finish_run(run, manifest, model, stage)
     reporter.conclude()
