@@ -88,6 +88,17 @@ def hub_error(error: BaseException, repo: str, *, kind: Kind = "model", file: st
     return UserError(f"{text}. {hint}" if hint else text)
 
 
+def data_set_error(error: BaseException, repo: str, *, hint: str) -> UserError:
+    """Like ``hub_error``, for errors of the ``datasets`` library, which drops their causes: the hub is asked again."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().auth_check(repo, repo_type="dataset")
+    except Exception as refused:  # as in model_directory
+        return hub_error(refused, repo, kind="dataset", hint=hint)
+    return hub_error(error, repo, kind="dataset", hint=hint)
+
+
 def _reason(causes: list[BaseException], repo: str, kind: Kind, file: str) -> str:
     from huggingface_hub import constants, errors
 
@@ -153,4 +164,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)

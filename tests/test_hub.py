@@ -238,6 +238,24 @@ def test_models_that_cannot_be_had_are_named(hub: Hub, tmp_path: Path) -> None:
     )
 
 
+def test_a_model_whose_download_breaks_off_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.add("models", "owner/model", {"config.json": b"{}", "model.safetensors": bytes(5000)})
+    hub.cut_after["model.safetensors"] = 0
+    message = run_python(hub, tmp_path / "home", MODEL_CODE % "True").stdout.strip()
+    assert message.startswith("owner/model: the download failed (") and message.endswith("run this again")
+
+
+def test_rows_on_the_hub_that_cannot_be_had_are_named(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    arguments = ("data", "check", "owner/set", "--bad", str(tmp_path / "bad.jsonl"))
+    assert "owner/set: the hub has no data set of this name" in one_sentence(run(hub, home, *arguments))
+    hub.add("datasets", "owner/set", {"train.json": b"[]"}, gated=True)
+    assert "owner/set: this data set is gated; ask for access at" in one_sentence(run(hub, home, *arguments))
+    environment_offline = environment(hub, home) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*BABYDOCTOR, *arguments], env=environment_offline, capture_output=True, text=True)
+    assert "owner/set: not in the local cache, and HF_HUB_OFFLINE=1" in one_sentence(done)
+
+
 def test_a_run_records_the_commits_of_its_models(hub: Hub, tiny_base: Path, tiny_rows: Path, tmp_path: Path) -> None:
     for name in ("llama", "clip"):
         hub.add("models", f"owner/{name}", {path.name: path.read_bytes() for path in (tiny_base / name).iterdir()})

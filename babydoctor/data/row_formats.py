@@ -27,7 +27,7 @@ METADATA = frozenset(
         *("id", "idx", "uid", "qid", "pair_id", "question_id", "meta", "metadata"),
         *("model", "source", "data_source", "dataset", "dataset_name", "split", "license", "licence", "url"),
         *("domain", "modality", "body_part", "lang", "language", "category", "type", "width", "height"),
-        *("question_type", "answer_type", "phrase_type", "image_organ", "content_type"),
+        *("question_type", "answer_type", "phrase_type", "image_organ", "organ", "image_modality", "content_type"),
         *("created", "date", "timestamp"),
     )
 )
@@ -136,7 +136,7 @@ def _images_of_row(row: Mapping[str, Any]) -> list[str | bytes]:
     if image is not None and not isinstance(image, (str, bytes)):
         raise RowError("image_path", f"image is a {type(image).__name__}")
     if _is_empty(images):
-        return [] if image is None else [image]
+        return [] if image is None else [image]  # an empty name is a mistake that the image folder reports
     listed = [_image(value, "images") for value in (images if isinstance(images, list) else [images])]
     if image is not None and listed != [image]:
         raise RowError("several_images", "the row has image and images")

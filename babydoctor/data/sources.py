@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from babydoctor.hub import describe, hub_error
+from babydoctor.hub import data_set_error, describe
 from babydoctor.schema import UserError
 
 EMBEDDED = "embedded://"
@@ -204,7 +204,7 @@ def _open_dataset(source: str) -> Any:
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
         if not path.exists():
             hint = "Offline, give a file or a directory that is already here"
-            raise hub_error(error, str(path), kind="dataset", hint=hint) from error
+            raise data_set_error(error, str(path), hint=hint) from error
         raise UserError(f"{source}: cannot be opened as a data set ({describe(error)})") from error
     if isinstance(loaded, dict):
         name = split or ("train" if "train" in loaded else "")

@@ -89,27 +89,32 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/blobs/([^/]+)/([0-9a-f]{64})", path):
             content = next(c for r in self.hub.repos for c in r.files.values() if _sha256(c) == match[2])
             self._send_file(match[1], content, {}, head=head)
-        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+        elif match := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/[^/]+)?)?", path
+        ):
             self._answer_api(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._answer_file("datasets" if match[1] else "models", match[2], match[3], head=head)
         else:
             self._send(404, b"", {})
 
-    def _find(self, kind: str, name: str) -> Repo | None:
-        """The repository, or None after an error as the hub sends it."""
+    def _find(self, kind: str, name: str, *, content: bool) -> Repo | None:
+        """The repository, or None after an error as the hub sends it. What a gated one holds may be listed."""
         repo = next((repo for repo in self.hub.repos if (repo.kind, repo.name) == (kind, name)), None)
         if repo is None:  # the hub does not tell strangers whether a private repository exists
             self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
-        elif repo.gated:
+        elif repo.gated and content:
             message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
             self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": message})
             return None
         return repo
 
     def _answer_api(self, kind: str, name: str, part: str | None) -> None:
-        repo = self._find(kind, name)
+        repo = self._find(kind, name, content=part == "auth-check")
         if repo is None:
+            return
+        if part == "auth-check":
+            self._send(200, b"", {})
             return
         if part == "tree":
             entries: list[dict[str, Any]] = []
@@ -128,7 +133,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _answer_file(self, kind: str, name: str, file: str, *, head: bool) -> None:
-        repo = self._find(kind, name)
+        repo = self._find(kind, name, content=True)
         if repo is None:
             return
         headers = {"X-Repo-Commit": repo.commit}
