@@ -87,7 +87,7 @@ def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) ->
     command = [*BABYDOCTOR, "data", "lcs", "--download", "--out", str(out)]
     process = subprocess.Popen(command, env=environment(hub, tmp_path / "home"), stderr=subprocess.PIPE)
     partial = out / "download" / "images.zip.partial"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (partial.is_file() and partial.stat().st_size == half):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)

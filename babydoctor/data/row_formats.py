@@ -43,6 +43,8 @@ _SPEAKERS: dict[str, dict[str, Role | None]] = {
 """Key of a turn that names the speaker -> its values; None is the system prompt."""
 
 _TEXT_KEYS = {"from": "value", "role": "content"}
+_TURN_KEYS = {speaker: {speaker, text} for speaker, text in _TEXT_KEYS.items()}
+_ROW_KEYS = _READ_KEYS | METADATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def read_row(row: Mapping[str, Any]) -> RowContent:
         RowError: without source and id, for the caller to add.
     """
     key, items = _conversation(row)
-    _check_keys(row, "", _READ_KEYS | METADATA)
+    _check_keys(row, "", _ROW_KEYS)
     turns: list[Turn] = []
     system = _text(row["system"], "system") if not _is_empty(row.get("system")) else None
     images = _images_of_row(row)
@@ -104,7 +106,7 @@ def _read_turn(item: Any, where: str, images: list[str | bytes]) -> tuple[Role |
     speaker, value = item[speaker_key], item.get(text_key)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS[speaker_key]:
         raise RowError("bad_turn", f"{where}: {speaker_key} is {str(speaker)[:40]!r}")
-    _check_keys(item, f"{where}.", {speaker_key, text_key})
+    _check_keys(item, f"{where}.", _TURN_KEYS[speaker_key])
     if isinstance(value, list) and speaker_key == "role":
         value = "\n".join(_read_part(part, f"{where}.content[{i}]", images) for i, part in enumerate(value))
     return _SPEAKERS[speaker_key][speaker], _text(value, f"{where}.{text_key}")
@@ -170,6 +172,8 @@ def _text(value: Any, where: str) -> str:
 
 def _check_keys(item: Mapping[str, Any], prefix: str, known: frozenset[str] | set[str]) -> None:
     """Refuse keys whose values would be dropped. Empty values say nothing: tables fill them in for missing ones."""
+    if type(item) is dict and item.keys() <= known:
+        return
     if isinstance(item, RepeatedKey):
         raise RowError("repeated_key", f"{prefix}{item.key}")
     for key, value in item.items():
