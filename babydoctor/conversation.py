@@ -162,7 +162,7 @@ def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> 
             continue
         if index:
             segments += _fill(template.next_opening)
-        elif system:
+        elif system and "{system}" in template.opening:
             segments += _fill(template.opening, "{system}", system)
         else:
             segments += _fill(template.opening_without_system)
@@ -174,13 +174,13 @@ def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> 
 
 def _fill(pattern: str, field: str = "", text: str = "", *, supervised: bool = False) -> list[Segment]:
     """The template's own text as control segments, with people's ``text`` in place of ``field`` as a plain one."""
-    before, found, after = pattern.partition(field) if field else (pattern, "", "")
+    before, _, after = pattern.partition(field) if field else (pattern, "", "")
     parts = (
         Segment(before, supervised, control=True),
         Segment(text, supervised),
         Segment(after, supervised, control=True),
     )
-    return [part for part in parts if part.text and (found or part.control)]
+    return [part for part in parts if part.text]
 
 
 def _check_order(turns: Sequence[Turn], last: str) -> None:

@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 """Label of a position that is not supervised (torch's cross-entropy default)."""
 
 IMAGE_TOKEN = "<image>"
-"""Where an image stands in text: in rows of data, in prompts and on the wire."""
+"""The place of an image in text: in rows of data, in prompts and in requests."""
 
 IMAGE_TOKEN_INDEX = -200
 """The image as one id in ``data preview --json``, as the original LLaVA code writes it."""
@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance of a conversation. An image stands in ``text`` as ``IMAGE_TOKEN``."""
+    """One utterance of a conversation. An image in ``text`` is ``IMAGE_TOKEN``."""
 
     role: Role
     text: str
@@ -101,9 +101,9 @@ class Batch:
     """One micro-batch: whole documents laid end to end, all arrays of shape ``[T]``.
 
     ``targets`` are the labels already shifted by one inside each document: position ``t`` predicts
-    ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` positions, where there
-    are any, are the beginning of every document and stand here once; ``document_lengths`` are those of what follows
-    in each, and sum to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
+    ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` tokens are the
+    beginning of every document, stored once; ``document_lengths`` are the lengths of the rest of each document and sum
+    to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
     ``image_mask`` marks ``N * patches`` positions.
     """
 

@@ -1,7 +1,7 @@
-"""Samples -> the micro-batches of each optimiser step, prepared ahead in worker processes.
+"""Samples -> the micro-batches of each optimizer step, prepared ahead in worker processes.
 
-What a step holds is a function of the configuration and the step number alone. So the step number is the data
-cursor: a resumed run asks for step ``n`` and gets what an uninterrupted run got.
+The content of a step depends on the configuration and the step number only. So the step number is the data cursor: a
+resumed run asks for step ``n`` and gets what an uninterrupted run got.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one rank does in one optimiser step.
+    """The work of one rank in one optimizer step.
 
     ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks; a prefix that
     samples share counts in each of them.
@@ -59,7 +59,7 @@ class Encoder:
         self.max_length = data.max_length
 
     def encode(self, sample: Sample) -> Example:
-        """Render and tokenise one sample.
+        """Render and tokenize one sample.
 
         Raises:
             UserError: the sample cannot be rendered, cut to length or supervised.
@@ -95,10 +95,10 @@ class Encoder:
 
 
 class StepSampler:
-    """Which samples each optimiser step takes. A pure function of the step, so the cursor is the step's number.
+    """The samples of each optimizer step, as a pure function of the step number.
 
     Each epoch goes through all samples once, in a new order made from ``(seed, epoch)``. The last step of an epoch
-    takes what is left, so that no sample is lost and none comes twice.
+    takes the rest, so no sample is lost and none is repeated.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
@@ -119,7 +119,7 @@ class StepSampler:
 
 
 class StepDataset(Dataset[StepData]):
-    """Indexed by optimiser step."""
+    """Indexed by optimizer step."""
 
     def __init__(
         self,

@@ -240,7 +240,7 @@ def _iter_dataset(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _image_column(table: Any, source: str, start: int) -> list[str | None]:
-    """One reference a row: a file name as it stands, an embedded image by its row, None for text only."""
+    """One reference a row: a file name unchanged, an embedded image by its row, None for text only."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

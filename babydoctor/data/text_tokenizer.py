@@ -1,6 +1,6 @@
 """A tokenizer that keeps control tokens and people's text apart.
 
-Tokenizers turn the characters ``</s>`` into the end-of-sequence token wherever they stand. In a user's question or a
+Tokenizers turn the characters ``</s>`` into the end-of-sequence token wherever they occur. In a user's question or a
 reference answer they are just characters: read as a token they would end the answer or begin a turn that nobody
 took. Encoding the parts separately would avoid that, but gives other ids where the parts meet. So the text is
 encoded as a whole, by a copy of the tokenizer whose control tokens have secret names: only the template's text is

@@ -61,7 +61,7 @@ def encode(
     """Encode one conversation; each image takes ``num_patches`` positions, so the length is final.
 
     Args:
-        max_length: longest example in positions. What is over it is cut from the text, see ``truncate``.
+        max_length: longest example in positions. The rest is cut from the text, see ``truncate``.
 
     Raises:
         UserError: more or fewer images than image segments, or the images alone do not fit.

@@ -40,7 +40,7 @@ PROJECTOR_PREFIX = "model.mm_projector."
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 _LLAVA_KEYS = ("mm_", "tune_", "freeze_", "unfreeze_", "use_mm_", "image_", "tokenizer_", "_name_or_path", "auto_map")
-"""Keys of a LLaVA ``config.json`` that are not the language model's, by their beginnings."""
+"""Keys of a LLaVA ``config.json`` that are not the language model's, by their prefixes."""
 
 Layout = Literal["projector", "lora", "merged"]
 

@@ -233,8 +233,10 @@ def adopt_base(start: Path, reference: str, run: Path) -> str:
         The full path of the base, or the reference of one that is not in ``start``.
     """
     source = Path(resolve(start, reference))
+    if not source.is_dir():
+        return str(source.resolve()) if reference.startswith("./") else reference
     if not reference.startswith("./"):
-        return str(source.resolve()) if source.is_dir() else reference
+        return str(source.resolve())
     target = run / reference[2:]
     if not target.is_dir():
         try:

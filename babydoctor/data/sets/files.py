@@ -56,10 +56,8 @@ def replace_when_done(path: Path) -> Iterator[IO[str]]:
     """Open a text file that gets its name only when it is whole. Raises ``UserError`` where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with (
-        naming_a_full_disk(path),
-        partial.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):  # JSON spells it so, too
+    errors = "backslashreplace"  # how JSON spells lone surrogates, too
+    with naming_a_full_disk(path), partial.open("w", encoding="utf-8", errors=errors) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
