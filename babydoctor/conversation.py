@@ -1,15 +1,15 @@
 """Conversation templates: turns -> text segments, each marked supervised or not. Pure.
 
-Which text the model learns to write is decided here, once. Nothing later looks for the answer again.
+Which text the model learns to write is decided here, once. Nothing later searches for the answer again.
 
-The templates reproduce those of the original LLaVA code (release 1.2, ``llava/conversation.py``) to the
-character, so that checkpoints trained there answer as they did.
+The templates equal those of the original LLaVA code (release 1.2, ``llava/conversation.py``) to the character, so
+that checkpoints trained there give the same answers here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from babydoctor.schema import IMAGE_TOKEN, Segment, Turn, UserError
 
@@ -37,7 +37,10 @@ class Template:
     """A conversation as text: ``opening(system) user reply_cue reply | next_opening user reply_cue reply | ...``.
 
     Only ``reply`` is supervised: it holds the answer and the marker that ends it, so that the model learns to
-    stop. The begin-of-sequence token is not part of the text; ``tokens.encode`` puts it in front.
+    stop. The begin-of-sequence token is not part of the text; ``tokens.encode`` adds it at the front.
+
+    The template's own text may hold control tokens (``</s>``). What people wrote (system prompt, questions, answers)
+    is kept in separate segments, in which the same characters are plain text.
     """
 
     name: str
@@ -90,14 +93,24 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def split_images(text: str) -> tuple[Segment, ...]:
-    """Split text at each ``IMAGE_TOKEN`` into unsupervised text and image segments; empty text is left out."""
+def is_template_marker(text: str) -> bool:
+    """True for text such as ``[INST]`` that separates turns in one of the templates."""
+    fields = ("opening", "opening_without_system", "next_opening", "reply_cue", "reply", "stop")
+    return bool(text.strip()) and any(text in getattr(t, field) for t in TEMPLATES.values() for field in fields)
+
+
+def split_images(text: str, *, control: bool = True) -> tuple[Segment, ...]:
+    """Split text at each ``IMAGE_TOKEN`` into unsupervised text and image segments; empty text is left out.
+
+    Args:
+        control: True for a rendered prompt, whose ``</s>`` are control tokens; False for text that people wrote.
+    """
     segments: list[Segment] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
         if index:
             segments.append(Segment(IMAGE_TOKEN, is_image=True))
         if piece:
-            segments.append(Segment(piece))
+            segments.append(Segment(piece, control=control))
     return tuple(segments)
 
 
@@ -108,9 +121,15 @@ def render(turns: Sequence[Turn], template: Template, *, system: str | None = No
         system: replaces the template's system prompt; an empty string leaves it out.
 
     Raises:
-        UserError: the turns are not in that order, or ``plain`` is asked to hold more than one exchange.
+        UserError: the turns are not in that order, ``plain`` is asked to hold more than one exchange, or the template
+            has no place for ``system``.
     """
     _check_order(turns, last="assistant")
+    if system and "{system}" not in template.opening:
+        raise UserError(
+            f"the template {template.name!r} has no system prompt, but this conversation brings its own: "
+            f"{system[:60]!r}; use {'llava_llama_2'!r}, or leave it out"
+        )
     if not template.keeps_user_text and len(turns) != 2:
         raise UserError(
             f"the template {template.name!r} holds one user turn and one reply, but the conversation has "
@@ -126,8 +145,7 @@ def render_prompt(turns: Sequence[Turn], template: Template, *, system: str | No
         UserError: the turns do not alternate or do not end with the user.
     """
     _check_order(turns, last="user")
-    segments = _segments(turns, template, system)
-    return tuple(Segment(s.text, is_image=s.is_image) for s in segments)
+    return tuple(replace(segment, supervised=False) for segment in _segments(turns, template, system))
 
 
 def prompt_text(segments: Sequence[Segment]) -> str:
@@ -137,17 +155,32 @@ def prompt_text(segments: Sequence[Segment]) -> str:
 
 def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> list[Segment]:
     system = template.system if system is None else system
-    opening = template.opening.replace("{system}", system) if system else template.opening_without_system
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
-        if turn.role == "user":
-            before = opening if index == 0 else template.next_opening
-            text = turn.text if template.keeps_user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-            segments += split_images(before + text + template.reply_cue)
+        if turn.role == "assistant":
+            segments += _fill(template.reply, "{answer}", turn.text, supervised=True)
+            continue
+        if index:
+            segments += _fill(template.next_opening)
+        elif system and "{system}" in template.opening:
+            segments += _fill(template.opening, "{system}", system)
         else:
-            # replace, not format: answers hold braces.
-            segments.append(Segment(template.reply.replace("{answer}", turn.text), supervised=True))
+            segments += _fill(template.opening_without_system)
+        text = turn.text if template.keeps_user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
+        segments += split_images(text, control=False)
+        segments += _fill(template.reply_cue)
     return segments
+
+
+def _fill(pattern: str, field: str = "", text: str = "", *, supervised: bool = False) -> list[Segment]:
+    """The template's own text as control segments, with people's ``text`` in place of ``field`` as a plain one."""
+    before, _, after = pattern.partition(field) if field else (pattern, "", "")
+    parts = (
+        Segment(before, supervised, control=True),
+        Segment(text, supervised),
+        Segment(after, supervised, control=True),
+    )
+    return [part for part in parts if part.text]
 
 
 def _check_order(turns: Sequence[Turn], last: str) -> None:

@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 """Label of a position that is not supervised (torch's cross-entropy default)."""
 
 IMAGE_TOKEN = "<image>"
-"""Where an image stands in text: in rows of data, in prompts and on the wire."""
+"""The place of an image in text: in rows of data, in prompts and in requests."""
 
 IMAGE_TOKEN_INDEX = -200
 """The image as one id in ``data preview --json``, as the original LLaVA code writes it."""
@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance of a conversation. An image stands in ``text`` as ``IMAGE_TOKEN``."""
+    """One utterance of a conversation. An image in ``text`` is ``IMAGE_TOKEN``."""
 
     role: Role
     text: str
@@ -46,25 +46,29 @@ class Sample:
 
     ``image`` is a path relative to the image folder, ``embedded://SOURCE#ROW`` for an image that stays in its data
     set until it is read, the encoded bytes of an image, or None for a text-only row. ``source`` says where the row
-    stands (``file.json#12``), for messages.
+    is (``file.json#12``), for messages. ``system`` replaces the template's system prompt (None: it does not).
     """
 
     id: str
     turns: tuple[Turn, ...]
     image: str | bytes | None = field(default=None, repr=False)
     source: str = ""
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of prompt text. ``supervised`` text is what the model learns to write.
+    """A span of prompt text. ``supervised`` text is what the model learns to write.
 
     An image is a segment of its own whose text is exactly ``IMAGE_TOKEN`` and whose ``is_image`` is true.
+    ``control`` marks text of the template: there ``</s>`` and other special tokens of the tokenizer are control
+    tokens. In all other text, which people wrote, they are plain characters.
     """
 
     text: str
     supervised: bool = False
     is_image: bool = False
+    control: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,9 +101,9 @@ class Batch:
     """One micro-batch: whole documents laid end to end, all arrays of shape ``[T]``.
 
     ``targets`` are the labels already shifted by one inside each document: position ``t`` predicts
-    ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` positions, where there
-    are any, are the beginning of every document and stand here once; ``document_lengths`` are those of what follows
-    in each, and sum to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
+    ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` tokens are the
+    beginning of every document, stored once; ``document_lengths`` are the lengths of the rest of each document and sum
+    to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
     ``image_mask`` marks ``N * patches`` positions.
     """
 

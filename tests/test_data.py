@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from babydoctor.data.loader import StepSampler
+from babydoctor.data.problems import REASONS, Problem, RowError
 from babydoctor.data.rows import (
-    REASONS,
-    Problem,
-    RowError,
-    StepSampler,
     check_rows,
     fingerprint,
     image_first,
@@ -80,7 +78,10 @@ BAD = {
         {"id": "1", "conversations": ["a", "b"]},
         row(answer="half \ud800 pair"),
     ],
-    "system_turn": [{"id": "1", "conversations": [{"from": "system", "value": "be kind"}, *turns("a", "b")]}],
+    "system_turn": [
+        {"id": "1", "conversations": [*turns("a", "b"), {"from": "system", "value": "be kind"}, *turns("a", "b")]},
+        {"id": "1", "system": "x", "conversations": [{"from": "system", "value": "y"}, *turns("a", "b")]},
+    ],
     "turn_order": [
         {"id": "1", "conversations": turns("a")},
         {"id": "1", "conversations": turns("a", "b", "c")},
@@ -210,7 +211,7 @@ def test_json_lists_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
         ('[{"id": "1"}', "cut off"),
         ("", "cut off"),
         ('[{"id": "1"} {"id": "2"}]', "found '{' where ',' belongs"),
-        ('[{"id": "1"}, {"id": nope}, {"id": "a long enough text after it"}]', "row 1 .*mend the row"),
+        ('[{"id": "1"}, {"id": nope}, {"id": "a long enough text after it"}]', "row 1 .*fix the row"),
         ("[" * 100_000, "nested too deeply|cut off"),
     ],
 )

@@ -124,7 +124,7 @@ def test_the_hub_set_when_its_files_are_there(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="2 rows, published are 8,174"):
         prepare_roco_from_hub(source, "validation", tmp_path / "out")
     monkeypatch.setitem(roco.NUM_HUB_ROWS, "validation", 2)
-    with pytest.raises(UserError, match="pictures come from the ROCO project"):
+    with pytest.raises(UserError, match="images come from the ROCO project"):
         prepare_roco_from_hub(None, "validation", tmp_path / "out")
     made = prepare_roco_from_hub(tmp_path / "roco", "validation", tmp_path / "out")
     assert read(made.rows) == rows[:1] and made.left_out == {"image_missing": 1}

@@ -60,7 +60,7 @@ def test_official_objects_become_rows_that_keep_their_types(tmp_path: Path) -> N
     }
     assert [row["id"] for row in rows] == ["vqa-rad-0", "vqa-rad-4"]
     [row] = json.loads(test.rows.read_text())
-    assert row["conversations"][1]["value"] == "4" and test.notes == ("1 of its 1 pictures are also in train",)
+    assert row["conversations"][1]["value"] == "4" and test.notes == ("1 of its 1 images are also in train",)
     assert train.left_out == {"no_image": 1, "no_answer": 1}
     assert all(isinstance(result, Sample) for result in check_rows(load_rows(train.rows), train.images))
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from babydoctor.cli.main import build_app
 from babydoctor.conversation import get_template, render
+from babydoctor.data.loader import StepSampler
 from babydoctor.data.packing import common_prefix, pack
-from babydoctor.data.rows import StepSampler, parse_row
+from babydoctor.data.rows import parse_row
 from babydoctor.data.sets.roco import build_row, read_captions
 from babydoctor.data.tokens import encode, load_tokenizer
 

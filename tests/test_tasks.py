@@ -178,6 +178,25 @@ def test_llava_rows_ask_every_turn(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_other_trainers_are_asked_or_refused_by_name(tmp_path: Path) -> None:
+    _image(tmp_path / "images" / "a.jpg")
+    messages = [{"role": "user", "content": "<image>\nIs it CT?"}, {"role": "assistant", "content": "No"}]
+    row = {"id": "x", "images": ["a.jpg"], "messages": messages}
+    _json(tmp_path / "rows.json", [row])
+    [question] = load_task(TaskConfig("rows", str(tmp_path / "rows.json"))).questions
+    assert (question.prompt, question.image, question.kind) == ("Is it CT?", tmp_path / "images" / "a.jpg", "closed")
+    for bad, named in (
+        (row | {"video": "a.mp4"}, "video"),
+        (row | {"images": ["a.jpg", "b.jpg"]}, "more than one image"),
+        (row | {"system": "Be brief."}, "system prompt"),
+        (row | {"messages": messages[:1]}, "turns do not go"),
+        ([row], "not a LLaVA row"),
+    ):
+        _json(tmp_path / "rows.json", [row, bad])
+        with pytest.raises(UserError, match=rf"rows\.json#1: .*{named}"):
+            load_task(TaskConfig("rows", str(tmp_path / "rows.json")))
+
+
 def test_phantoms_count_in_terms_and_in_lay_words(tmp_path: Path) -> None:
     from babydoctor.phantom.write import write_phantoms
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from babydoctor.conversation import Template
-    from babydoctor.data.rows import ImageFolder, Problem
+    from babydoctor.data.problems import Problem
+    from babydoctor.data.rows import ImageFolder
     from babydoctor.data.sets.files import Prepared
     from babydoctor.schema import Example, Sample
 
@@ -152,15 +153,10 @@ def check(
     num_patches: NumPatches = 256,
 ) -> None:
     """Read every row and decode every image. Lists what is bad; exit status 1 if anything is."""
-    from babydoctor.data.rows import (
-        ImageFolder,
-        Sample,
-        check_rows,
-        load_rows,
-        show_progress,
-        summarize,
-        write_problems,
-    )
+    from babydoctor.data.problems import summarize, write_problems
+    from babydoctor.data.rows import ImageFolder, check_rows, load_rows
+    from babydoctor.progress import show_progress
+    from babydoctor.schema import Sample
 
     results = list(show_progress(check_rows(load_rows(rows), images), "reading rows"))
     samples = [result for result in results if isinstance(result, Sample)]
@@ -186,7 +182,9 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
     """Decode each image once, on several threads (Pillow decodes outside the interpreter lock)."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from babydoctor.data.rows import Problem, read_image, show_progress
+    from babydoctor.data.problems import Problem
+    from babydoctor.data.rows import read_image
+    from babydoctor.progress import show_progress
     from babydoctor.schema import UserError
 
     def find_bad(references: list[str | bytes]) -> dict[str | bytes, str]:
@@ -216,8 +214,9 @@ def _find_long_rows(
     samples: Sequence[Sample], tokenizer: str, template: str, max_length: int, num_patches: int
 ) -> list[Problem]:
     from babydoctor.conversation import get_template
-    from babydoctor.data.rows import Problem, show_progress
+    from babydoctor.data.problems import Problem
     from babydoctor.data.tokens import load_tokenizer
+    from babydoctor.progress import show_progress
     from babydoctor.schema import UserError
 
     loaded, chosen = load_tokenizer(tokenizer), get_template(template)
@@ -238,7 +237,9 @@ def _encode(sample: Sample, template: Template, tokenizer: Any, num_patches: int
     from babydoctor.data.tokens import encode
 
     images = () if sample.image is None else (sample.image,)
-    return encode(render(sample.turns, template), tokenizer, num_patches, id=sample.id, images=images)
+    return encode(
+        render(sample.turns, template, system=sample.system), tokenizer, num_patches, id=sample.id, images=images
+    )
 
 
 def preview(
@@ -286,7 +287,7 @@ def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
     example = _encode(sample, template, tokenizer, num_patches=1)
     input_ids = example.input_ids.copy()
     input_ids[example.image_mask] = IMAGE_TOKEN_INDEX
-    prompt = prompt_text(render(sample.turns, template))
+    prompt = prompt_text(render(sample.turns, template, system=sample.system))
     fields = {"prompt": prompt, "input_ids": input_ids.tolist(), "labels": example.labels.tolist()}
     return json.dumps(fields, ensure_ascii=False)
 

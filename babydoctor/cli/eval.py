@@ -69,13 +69,13 @@ def run(
     ] = None,
 ) -> None:
     """Ask a run the questions of a task and score its answers; an interrupted evaluation continues."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
     from babydoctor.eval.tasks import TaskConfig
+    from babydoctor.progress import progress_bars
 
     task_config = TaskConfig(task, data, images, split, language, prompt, max_questions, tuple(train or ()))
     config = EvalConfig(
@@ -85,8 +85,7 @@ def run(
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    with progress_bars() as bar:
         bars: dict[str, Any] = {}
 
         def advance(condition: str, number: int, total: int) -> None:

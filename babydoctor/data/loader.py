@@ -1,7 +1,7 @@
-"""Samples -> the micro-batches of each optimiser step, prepared ahead in worker processes.
+"""Samples -> the micro-batches of each optimizer step, prepared ahead in worker processes.
 
-What a step holds is a function of the configuration and the step number alone. So the step number is the data
-cursor: a resumed run asks for step ``n`` and gets what an uninterrupted run got.
+The content of a step depends on the configuration and the step number only. So the step number is the data cursor: a
+resumed run asks for step ``n`` and gets what an uninterrupted run got.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from babydoctor.config import DataConfig, RunConfig
 from babydoctor.conversation import get_template, render
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import pack
-from babydoctor.data.rows import StepSampler, read_image
+from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.load import ImageSettings, to_pixels
 from babydoctor.schema import Batch, Example, Sample, UserError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one rank does in one optimiser step.
+    """The work of one rank in one optimizer step.
 
     ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks; a prefix that
     samples share counts in each of them.
@@ -63,14 +63,14 @@ class Encoder:
         self.max_length = data.max_length
 
     def encode(self, sample: Sample) -> Example:
-        """Render and tokenise one sample.
+        """Render and tokenize one sample.
 
         Raises:
             UserError: the sample cannot be rendered, cut to length or supervised.
         """
         try:
             example = encode(
-                render(sample.turns, self.template),
+                render(sample.turns, self.template, system=sample.system),
                 self.tokenizer,
                 self.num_patches,
                 max_length=self.max_length,
@@ -98,8 +98,32 @@ class Encoder:
         return to_pixels(read_image(image, images_dir), self.image)
 
 
+class StepSampler:
+    """The samples of each optimizer step, as a pure function of the step number.
+
+    Each epoch goes through all samples once, in a new order made from ``(seed, epoch)``. The last step of an epoch
+    takes the rest, so no sample is lost and none is repeated.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        """``batch_size`` counts samples over all ranks and accumulated micro-batches."""
+        assert num_samples > 0 and batch_size > 0, (num_samples, batch_size)
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.steps_per_epoch = -(-num_samples // batch_size)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def samples_of_step(self, step: int) -> list[int]:
+        """Indices of the samples of a step; steps count from 0 and go on through the epochs."""
+        assert step >= 0, step
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            self._epoch = epoch
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size].tolist()
+
+
 class StepDataset(Dataset[StepData]):
-    """Indexed by optimiser step."""
+    """Indexed by optimizer step."""
 
     def __init__(
         self,

@@ -1,13 +1,12 @@
 """Examples -> micro-batches of bounded size with document boundaries. Pure.
 
-One optimiser step takes a fixed number of samples. They are laid into as few micro-batches of at most
-``max_tokens`` positions as they fit in, and the positions are spread evenly over these. A micro-batch holds whole
-documents end to end and no padding. The loss is normalised over the whole step, so how the samples are spread
-changes speed and memory, never the gradient.
+One optimizer step takes a fixed number of samples. They are packed into as few micro-batches of at most
+``max_tokens`` tokens as possible, with the tokens spread evenly. A micro-batch holds whole documents end to end,
+without padding. The loss is normalized over the whole step, so packing changes speed and memory, never the gradient.
 
-What all samples of a step begin with (the system prompt) stands in each micro-batch once, and every document attends
-to it: attention is causal, so its hidden states are the same for all of them. Only a LoRA's dropout is then drawn once
-for that stretch and not for each document.
+The prefix that all samples of a step share (the system prompt) is in each micro-batch once, and every document attends
+to it. Attention is causal, so the hidden states of the prefix are the same for all documents. The only difference:
+LoRA dropout is drawn once for the prefix, not for each document.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import numpy as np
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
 
 MIN_PREFIX = 16
-"""A common beginning shorter than this is not worth attending to across documents."""
+"""Prefixes shorter than this are not shared; it would not pay."""
 
 
 def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, shared: int = 0) -> list[list[int]]:
-    """Spread documents over bins of at most ``max_tokens`` positions each.
+    """Spread documents over bins of at most ``max_tokens`` tokens each.
 
-    The first ``shared`` positions of all documents are the same and stand in a bin once.
+    The first ``shared`` tokens of all documents are the same and count once in a bin.
 
-    Longest documents first, each into the emptiest bin (LPT scheduling), with as few bins as that allows. The
+    The longest documents come first, each into the emptiest bin (LPT scheduling), with as few bins as that allows. The
     number of bins is a multiple of ``num_ranks``; some are empty when there are fewer documents than ranks.
 
     Returns:
@@ -64,14 +63,14 @@ def _spread(lengths: Sequence[int], max_tokens: int, num_bins: int) -> list[list
 
 
 def pack(examples: Sequence[Example], max_tokens: int, num_ranks: int = 1, *, share_prefix: bool = True) -> list[Batch]:
-    """Pack the examples of one optimiser step into micro-batches; rank ``r`` takes ``batches[r::num_ranks]``."""
+    """Pack the examples of one optimizer step into micro-batches; rank ``r`` takes ``batches[r::num_ranks]``."""
     prefix = common_prefix(examples) if share_prefix else 0
     bins = plan_bins([len(example) for example in examples], max_tokens, num_ranks, shared=prefix)
     return [build_batch([examples[index] for index in members], prefix) for members in bins]
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """How many positions all examples begin with that are text and predict no target; 0 where sharing does not pay."""
+    """Length of the prefix of text that all examples share and that predicts no target; 0 if it is too short."""
     if len(examples) < 2:
         return 0
     length = min(_sharable(example) for example in examples)
@@ -82,11 +81,11 @@ def common_prefix(examples: Sequence[Example]) -> int:
 
 
 def _sharable(example: Example) -> int:
-    """Positions before the first image and before the first that predicts a target; the last one never counts."""
-    barred = example.image_mask.copy()
-    barred[:-1] |= example.labels[1:] != IGNORE_INDEX
-    barred[-1] = True
-    return int(barred.argmax())
+    """Number of tokens before the first image and the first token that predicts a target, the last one excluded."""
+    excluded = example.image_mask.copy()
+    excluded[:-1] |= example.labels[1:] != IGNORE_INDEX
+    excluded[-1] = True
+    return int(excluded.argmax())
 
 
 def build_batch(examples: Sequence[Example], prefix_length: int = 0) -> Batch:

@@ -1,7 +1,7 @@
-"""Segments -> token ids, labels and image mask. The only place that tokenises.
+"""Segments -> token ids, labels and image mask. The only place that tokenizes.
 
-Text between two images is tokenised whole: tokenising it piece by piece gives other ids at the seams with
-SentencePiece vocabularies. A token is supervised when its last character lies in a supervised segment.
+Text between two images is tokenized as a whole: piece by piece, SentencePiece vocabularies give other ids where the
+pieces meet. A token is supervised when its last character is in a supervised segment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from babydoctor.data.text_tokenizer import encode_text
+from babydoctor.hub import describe, model_directory
 from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
 
 if TYPE_CHECKING:
@@ -32,12 +34,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    directory = model_directory(path, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no tokenizer could be loaded from {str(path)!r}: {error}\n"
-            "Give a directory with tokenizer.json or tokenizer.model, or a hub id that you can reach."
+            f"no tokenizer could be loaded from {str(path)!r} ({describe(error)}); give a directory with "
+            "tokenizer.json or tokenizer.model, or the id of a model on the hub"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {str(path)!r} gives no character offsets; convert it to tokenizer.json")
@@ -58,7 +61,7 @@ def encode(
     """Encode one conversation; each image takes ``num_patches`` positions, so the length is final.
 
     Args:
-        max_length: longest example in positions. What is over it is cut from the text, see ``truncate``.
+        max_length: longest example in positions. The rest is cut from the text, see ``truncate``.
 
     Raises:
         UserError: more or fewer images than image segments, or the images alone do not fit.
@@ -75,9 +78,9 @@ def encode(
             supervised += [False] * num_patches
             is_image += [True] * num_patches
             continue
-        run_ids, run_supervised = _encode_text(run, tokenizer)
+        run_ids, owner = encode_text(run, tokenizer)
         ids += run_ids
-        supervised += run_supervised
+        supervised += [run[index].supervised for index in owner]
         is_image += [False] * len(run_ids)
     input_ids = np.array(ids, dtype=np.int32)
     labels = np.where(np.array(supervised, dtype=bool), input_ids, np.int32(IGNORE_INDEX)).astype(np.int32)
@@ -126,7 +129,7 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def _text_runs(segments: Sequence[Segment]) -> list[list[Segment] | None]:
-    """Group neighbouring text segments; None stands for an image."""
+    """Group adjacent text segments; None stands for an image."""
     runs: list[list[Segment] | None] = []
     for segment in segments:
         if segment.is_image:
@@ -136,14 +139,3 @@ def _text_runs(segments: Sequence[Segment]) -> list[list[Segment] | None]:
         else:
             runs.append([segment])
     return runs
-
-
-def _encode_text(run: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Tokenise a run of text as one string and mark each token by the segment of its last character."""
-    text = "".join(segment.text for segment in run)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = np.cumsum([len(segment.text) for segment in run])
-    # A token that covers no character (the space SentencePiece puts in front) counts as its next character.
-    last_char = [max(start, end - 1) for start, end in encoded["offset_mapping"]]
-    owner = np.minimum(np.searchsorted(ends, last_char, side="right"), len(run) - 1)
-    return list(encoded["input_ids"]), [run[index].supervised for index in owner]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from babydoctor.eval.tasks import Question, Task, TaskConfig, closed_or_open
+from babydoctor.hub import data_set_error
 from babydoctor.schema import UserError
 
 
@@ -42,12 +43,12 @@ def load_from_hub(config: TaskConfig) -> Task:
         raise UserError("--data hub needs the package datasets: `pip install babydoctor[train]`") from error
     try:
         rows = load_dataset(hub_set.repository, split=config.split or hub_set.split)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds when it is offline
-        raise UserError(
-            f"--data hub: {hub_set.repository} is neither in the local cache nor can the hub be reached "
-            f"({type(error).__name__}). Fetch it where there is a network (`hf download {hub_set.repository} "
-            "--repo-type dataset`), or give a local folder with --data"
-        ) from error
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        hint = (
+            f"Or fetch it where there is a network (`hf download {hub_set.repository} --repo-type dataset`), "
+            "or give a local folder with --data"
+        )
+        raise data_set_error(error, hub_set.repository, hint=hint) from error
     rows = rows.cast_column("image", Image(decode=False))
     questions = tuple(_question(number, row, hub_set) for number, row in enumerate(rows))
     return Task(config.task, questions, (hub_set.note,) if hub_set.note else ())

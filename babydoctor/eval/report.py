@@ -274,7 +274,10 @@ def _gallery(task: Task, predictions: Sequence[Prediction]) -> str:
 def _provenance(result: Mapping[str, Any]) -> str:
     run = result["run"]
     stages = run["manifest"]["lineage"] if run else []
-    lineage = " → ".join(f"{stage['name']} ({stage['steps']} steps, {stage['samples']} samples)" for stage in stages)
+    lineage = " → ".join(
+        f"{stage['name']} ({stage['steps']} steps, {stage['samples']} samples)" if stage["steps"] else stage["name"]
+        for stage in stages
+    )
     rows = {
         "command": f"<code>{html.escape(result['command'])}</code>",
         "run": html.escape(run["path"]) if run else "predictions from a file",

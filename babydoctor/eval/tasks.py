@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from babydoctor.data.problems import REASONS, RowError
+from babydoctor.data.row_formats import RowContent, read_row
+from babydoctor.data.sources import EMBEDDED, iter_rows, read_embedded
 from babydoctor.eval.metrics import NO, YES, normalize
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
@@ -173,29 +176,46 @@ def load_llava_rows(config: TaskConfig) -> Task:
     caption) and, for plots, ``question_type``, ``image_organ`` and ``modality``.
     """
     path = Path(config.data)
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: holds a {type(rows).__name__}; LLaVA JSON is a list of rows")
     images = Path(config.images) if config.images else path.parent / "images"
     questions: list[Question] = []
-    for number, row in enumerate(rows):
-        try:
-            turns = row["conversations"]
-            pairs = [
-                (str(human["value"]).replace(IMAGE_TOKEN, "").strip(), str(answer["value"]).strip())
-                for human, answer in zip(turns[::2], turns[1::2], strict=False)
-            ]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}#{number}: not a LLaVA row (needs conversations of from and value)") from error
-        name = row.get("image")
+    for number, (where, row) in enumerate(iter_rows(path)):
+        content, pairs = _read_llava_row(row, where)
+        name = content.image
+        image = _locate_image(name, images)
         groups = {group: normalize_group(str(row[key])) for key, group in _GROUP_KEYS.items() if row.get(key)}
         for turn, (prompt, answer) in enumerate(pairs):
             references = (answer,)
             kind = _row_kind(row.get("answer_type"), references)
             identity = str(row.get("id", number)) + (f"-{turn}" if len(pairs) > 1 else "")
-            image = images / name if name else None
-            questions.append(Question(identity, image, str(name or identity), prompt, references, kind, groups))
+            key = name if isinstance(name, str) else identity
+            questions.append(Question(identity, image, key, prompt, references, kind, groups))
     return Task("rows", tuple(questions))
+
+
+def _read_llava_row(row: Any, where: str) -> tuple[RowContent, list[tuple[str, str]]]:
+    """A row with its questions and answers. Raises ``UserError`` naming the row and what is wrong with it."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a LLaVA row (needs conversations of from and value)")
+    try:
+        content = read_row(row)
+    except RowError as error:
+        raise UserError(f"{where}: {REASONS[error.problem.reason]} ({error.problem.detail})") from error
+    turns = content.turns
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise UserError(f"{where}: {REASONS['turn_order']} ({', '.join(turn.role for turn in turns[:8])})")
+    if content.system is not None:
+        raise UserError(f"{where}: has a system prompt of its own, which evaluation does not ask with; remove it")
+    texts = [turn.text.strip() for turn in turns]
+    return content, [
+        (question.replace(IMAGE_TOKEN, "").strip(), answer)
+        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    ]
+
+
+def _locate_image(name: str | bytes | None, folder: Path) -> Path | bytes | None:
+    if not isinstance(name, str):
+        return name
+    return read_embedded(name) if name.startswith(EMBEDDED) else folder / name
 
 
 def _row_kind(answer_type: object, references: tuple[str, ...]) -> Kind:

@@ -1,6 +1,6 @@
 """``babydoctor import``: a checkpoint of the original LLaVA code becomes a run directory.
 
-The four layouts in which such checkpoints are published:
+Such checkpoints are published in four layouts:
 
 ====================  =====================================================  ==============================
 layout                files                                                  becomes
@@ -12,8 +12,7 @@ merged, tower inside  ``model*.safetensors`` with ``model.vision_tower.*``   pro
 merged, no tower      ``pytorch_model*.bin`` or ``model*.safetensors``       projector, ``language_model/``
 ====================  =====================================================  ==============================
 
-Source: LLaVA release 1.2, ``llava/model/builder.py`` (what is read from where) and ``llava/train/train.py`` (what is
-written).
+Source: LLaVA release 1.2, ``llava/model/builder.py`` (reading) and ``llava/train/train.py`` (writing).
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
 from babydoctor.files import atomic_directory
+from babydoctor.hub import model_commit
 from babydoctor.imaging.load import ImageMode, ImageSettings
 from babydoctor.model.language_model import build_language_model, load_language_config
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
-from babydoctor.model.run_dir import Manifest, describe_software, write_manifest
+from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest
 from babydoctor.model.vision import PROJECTOR_KINDS, build_projector
 from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory
 from babydoctor.schema import UserError
@@ -41,14 +41,14 @@ PROJECTOR_PREFIX = "model.mm_projector."
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 _LLAVA_KEYS = ("mm_", "tune_", "freeze_", "unfreeze_", "use_mm_", "image_", "tokenizer_", "_name_or_path", "auto_map")
-"""Keys of a LLaVA ``config.json`` that are not the language model's, by their beginnings."""
+"""Keys of a LLaVA ``config.json`` that are not the language model's, by their prefixes."""
 
 Layout = Literal["projector", "lora", "merged"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of the original code: where it is, which layout, what its configuration says."""
+    """A checkpoint of the original code: its directory, layout and configuration, and the models it builds on."""
 
     directory: Path
     layout: Layout
@@ -74,18 +74,18 @@ def import_llava(
     template: str = "llava_llama_2",
     image_mode: ImageMode | None = None,
 ) -> Manifest:
-    """Write a run directory from a LLaVA checkpoint; weights pass through one at a time.
+    """Write a run directory from a LLaVA checkpoint, with one weight in memory at a time.
 
     Args:
         source: a directory or hub id.
         base: the language model of a projector or LoRA; None: what its configuration names.
         vision_tower: None: what the configuration names.
-        template: the conversation template that it was trained with; the original keeps no record of it.
+        template: the conversation template that it was trained with; LLaVA checkpoints do not record it.
         image_mode: None: ``image_aspect_ratio`` of the configuration.
 
     Raises:
         UserError: something is missing, of another architecture, or has no place in our model. ``out`` is then
-            left as it was.
+            not created.
     """
     get_template(template)
     if out.exists():
@@ -113,6 +113,8 @@ def import_llava(
             image_std=image.std,
             max_length=int(checkpoint.config.get("tokenizer_model_max_length") or 2048),
             dtype="float32" if checkpoint.config.get("torch_dtype") == "float32" else "bfloat16",
+            lineage=(Stage(name=f"imported from {source}", steps=0, samples=0, data_fingerprint=""),),
+            hub_commits={str(source): commit} if (commit := model_commit(str(source))) else {},
             **describe_software(),
         )
         write_manifest(directory, manifest)
@@ -120,10 +122,10 @@ def import_llava(
 
 
 def open_source(source: str | Path, base: str | None, vision_tower: str | None) -> Source:
-    """Recognise the layout of a checkpoint and find what it stands on.
+    """Recognize the layout of a checkpoint and find its language model and vision tower.
 
     Raises:
-        UserError: it is no LLaVA checkpoint, or one that this model cannot be.
+        UserError: it is no LLaVA checkpoint, or of an architecture that is not supported.
     """
     directory = local_directory(source)
     path = directory / "config.json"
@@ -137,7 +139,7 @@ def open_source(source: str | Path, base: str | None, vision_tower: str | None) 
     else:
         named = base or config.get("_name_or_path") or _adapter_base(directory)
         if not named:
-            raise UserError(f"{path} does not say which language model it stands on; give it with --base")
+            raise UserError(f"{path} does not name its language model; give it with --base")
         language_model = _locate(named, None if base else directory, "--base")
     tower = vision_tower or config.get("mm_vision_tower")
     if not tower:
@@ -161,7 +163,7 @@ def _layout(directory: Path) -> Layout:
 
 
 def _check_architecture(config: dict[str, Any], path: Path) -> None:
-    """Refuse what would load and then answer wrongly."""
+    """Refuse checkpoints that would load but give wrong answers."""
     kind = config.get("model_type")
     if "text_config" in config:
         raise UserError(
@@ -195,7 +197,7 @@ def _adapter_base(directory: Path) -> str | None:
 
 
 def _locate(named: str, relative_to: Path | None, option: str) -> str:
-    """An absolute directory, or the hub id as it is; a path in a configuration is relative to its folder."""
+    """The full path of a directory, or a hub id unchanged; a path in a configuration is relative to its folder."""
     for path in (relative_to / named if relative_to else Path(named), Path(named)):
         if path.is_dir():
             return str(path.resolve())
@@ -213,7 +215,7 @@ def _tower_width(directory: Path) -> int:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What was read besides files that were written: references for the manifest, and the projector's weights."""
+    """The parts that are not written to files yet: references for the manifest, and the projector's weights."""
 
     projector: dict[str, torch.Tensor]
     text_width: int
@@ -222,7 +224,7 @@ class _Parts:
 
 
 def _import_trained_part(checkpoint: Source, out: Path) -> _Parts:
-    """Projector only, or LoRA and projector: the language model stays where it is."""
+    """Read a projector, or a LoRA and a projector. The language model stays where it is."""
     is_lora = checkpoint.layout == "lora"
     path = checkpoint.directory / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
     if not path.is_file():
@@ -263,7 +265,7 @@ def _copy_adapter(checkpoint: Source, out: Path) -> None:
 
 
 def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Parts:
-    """A whole model in one folder: language model, projector and perhaps the tower."""
+    """Copy a whole model in one folder: language model, projector and, where it is there, the tower."""
     source = checkpoint.directory
     language_directory = out / "language_model"
     language_directory.mkdir()

@@ -27,7 +27,7 @@ def load_language_config(path: str | Path) -> LlamaConfig:
         UserError: it is not there, or of another architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(str(local_directory(path)))
+        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
     except (OSError, ValueError) as error:
         raise UserError(f"no language model could be read from {str(path)!r}: {error}") from error
     if not isinstance(config, LlamaConfig):

@@ -8,7 +8,7 @@
       projector.safetensors
       adapter/                 the stage's LoRA in peft's format (absent where it trained none)
       base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
-      language_model/ vision_tower/   only after `babydoctor merge`: plain weights
+      language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
 Directories are written under a temporary name, flushed to disk and renamed: what has its final name is whole.
@@ -17,6 +17,7 @@ Directories are written under a temporary name, flushed to disk and renamed: wha
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import atomic_directory as atomic_directory  # model/merge.py imports it from here
 from babydoctor.files import write_text
+from babydoctor.hub import model_commit
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import load_language_model
@@ -41,6 +43,8 @@ from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -83,6 +87,10 @@ class Manifest(BaseModel):
     lineage: tuple[Stage, ...] = ()
     versions: dict[str, str] = {}
     git_commit: str | None = None
+    hub_commits: dict[str, str] = {}
+    """Hub id of the language model and the vision tower -> the commit that was used."""
+    data_versions: dict[str, str] = {}
+    """Published sources of the rows of all stages -> their version, a commit on the hub."""
 
     @property
     def image(self) -> ImageSettings:
@@ -208,7 +216,46 @@ def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
         save_lora(model.language_model, directory / "adapter", base)
 
 
+def adopt_base(start: Path, reference: str, run: Path) -> str:
+    """Make a base that is part of the run ``start`` (``./language_model``) part of ``run`` too, by hard links.
+
+    They take no space, and ``run`` stays whole when ``start`` is moved or deleted. Where the file system cannot link,
+    the base stays in ``start``.
+
+    Returns:
+        The full path of the base, or the reference of one that is not in ``start``.
+    """
+    source = Path(resolve(start, reference))
+    if not source.is_dir():
+        return str(source.resolve()) if reference.startswith("./") else reference
+    if not reference.startswith("./"):
+        return str(source.resolve())
+    target = run / reference[2:]
+    if not target.is_dir():
+        try:
+            with atomic_directory(target) as directory:
+                for file in source.iterdir():
+                    (directory / file.name).hardlink_to(file.resolve())
+        except OSError as error:
+            logger.warning("%s stays in %s, which must not be moved: %s", source.name, start.resolve(), error)
+            return str(source.resolve())
+    return str(target.resolve())
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``.
+
+    Bases inside the run become relative to it, so that the run can be moved. The hub's commit is noted for each model
+    that came from there.
+    """
+    bases = {name: getattr(manifest, name) for name in ("language_model", "vision_tower")}
+    found = {base: model_commit(base) for base in bases.values()}
+    commits = {**manifest.hub_commits, **{base: commit for base, commit in found.items() if commit}}
+    root = directory.resolve()
+    relative = {
+        name: f"./{Path(base).relative_to(root)}" for name, base in bases.items() if Path(base).is_relative_to(root)
+    }
+    manifest = manifest.model_copy(update={**relative, "hub_commits": commits})
     write_text(directory / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
 
 

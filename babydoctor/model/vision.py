@@ -72,7 +72,7 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
     except (OSError, ValueError) as error:
         raise UserError(f"no vision tower could be read from {str(path)!r}: {error}") from error
     if config.model_type not in ("clip", "clip_vision_model"):

@@ -15,31 +15,14 @@ from typing import IO, Any
 
 import torch
 
+from babydoctor.hub import model_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
-_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.json", "*.model"]
 
-
-def local_directory(path: str | Path) -> Path:
-    """The directory itself, or the local copy of a hub repository (downloaded when it is not there yet).
-
-    Raises:
-        UserError: it is neither a directory nor a hub id that can be reached.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{str(path)!r} is not a directory here, and the hub could not be asked for it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Give a directory, or log in with "
-            "`hf auth login` where the model is gated, or unset HF_HUB_OFFLINE."
-        ) from error
+def local_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """The directory itself, or the local copy of a model on the hub; see ``hub.model_directory``."""
+    return model_directory(path, weights=weights)
 
 
 def weight_files(directory: Path) -> list[Path]:

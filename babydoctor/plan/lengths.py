@@ -121,7 +121,7 @@ def find_statistics(config: RunConfig, language_model: str, num_patches: int) ->
 
     def encode_sample(sample: Sample) -> Example:
         images = () if sample.image is None else (sample.image,)
-        segments = render(sample.turns, template)
+        segments = render(sample.turns, template, system=sample.system)
         return encode(segments, tokenizer, num_patches, max_length=config.data.max_length, id=sample.id, images=images)
 
     samples = []

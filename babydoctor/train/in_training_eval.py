@@ -95,7 +95,7 @@ class HeldOut:
         if sample.image is not None:
             picture = read_image(sample.image, self.images_dir)
             pixels = torch.from_numpy(to_pixels(picture, self.encoder.image))[None]
-        prompt = render_prompt(sample.turns[:1], self.encoder.template)
+        prompt = render_prompt(sample.turns[:1], self.encoder.template, system=sample.system)
         dtype = model.language_model.dtype
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             (answer,) = generate(model, self.encoder.tokenizer, [prompt], pixels, max_new_tokens=48)

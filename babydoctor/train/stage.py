@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 from babydoctor.config import RunConfig
+from babydoctor.data.sources import published_versions
 from babydoctor.files import atomic_directory
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.run_dir import (
     Manifest,
     Stage,
+    adopt_base,
     describe_software,
     read_manifest,
     resolve,
@@ -41,6 +43,7 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
         language_model, vision_tower = _absolute(model.language_model), _absolute(model.vision_tower)
         base_adapters: tuple[str, ...] = ()
         lineage: tuple[Stage, ...] = ()
+        data_versions: dict[str, str] = {}
         projector, projector_file, vision_layer = model.projector, None, model.vision_layer
     else:
         start = Path(config.init_from)
@@ -48,8 +51,11 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
         language_model = _absolute(resolve(start, before.language_model))
         vision_tower = _absolute(resolve(start, before.vision_tower))
         _check_agrees(config, language_model, vision_tower)
+        language_model = adopt_base(start, before.language_model, run)
+        vision_tower = adopt_base(start, before.vision_tower, run)
         base_adapters = _copy_adapters(start, before, run)
         lineage, projector, vision_layer = before.lineage, before.projector, before.vision_layer
+        data_versions = before.data_versions
         projector_file = start / "projector.safetensors"
     image = ImageSettings.from_processor_dir(local_directory(vision_tower), config.data.image_mode)
     manifest = Manifest(
@@ -69,6 +75,7 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
         double_quantization=model.double_quantization,
         base_adapters=base_adapters,
         lineage=lineage,
+        data_versions={**data_versions, **published_versions(config.data.rows)},
     )
     return manifest, projector_file
 

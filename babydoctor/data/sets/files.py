@@ -1,4 +1,4 @@
-"""What the makers of data sets share: writing rows, placing images, unpacking archives, and their report."""
+"""What all data sets share: writing rows, placing images, unpacking archives, and the report of what was made."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from babydoctor.data.rows import Problem, Sample, check_rows, show_progress
+from babydoctor.data.rows import Problem, Sample, check_rows
+from babydoctor.hub import disk_full_error, is_disk_full
+from babydoctor.progress import show_progress
 from babydoctor.schema import UserError
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What one split became.
+    """The result for one split.
 
-    ``num_read`` rows were in the source, where ``num_expected`` are published (None: no number is); ``num_rows`` of
-    them were good and written, with ``num_images`` different images.
+    The source held ``num_read`` rows; ``num_expected`` are published (None: unknown). ``num_rows`` of them were good
+    and were written, with ``num_images`` different images.
     """
 
     rows: Path
@@ -39,11 +41,23 @@ class Prepared:
 
 
 @contextmanager
+def naming_a_full_disk(place: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the error of a full disk into a ``UserError`` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full_error(place, needed) from error
+        raise
+
+
+@contextmanager
 def replace_when_done(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that takes its name only when it is whole."""
+    """Open a text file that gets its name only when it is whole. Raises ``UserError`` where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON spells it so, too
+    errors = "backslashreplace"  # how JSON spells lone surrogates, too
+    with naming_a_full_disk(path), partial.open("w", encoding="utf-8", errors=errors) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -72,7 +86,7 @@ def write_left_out(path: Path, left_out: Iterable[dict[str, Any]]) -> Counter[st
 
 
 def link_folder(source: Path, out: Path) -> Path:
-    """Make ``out/images`` one link to the folder that the images are in: at no cost, also across file systems.
+    """Make ``out/images`` a symbolic link to the folder of the images. It costs nothing, across file systems too.
 
     Raises ``UserError`` where ``out/images`` is something else already.
     """
@@ -88,10 +102,10 @@ def link_folder(source: Path, out: Path) -> Path:
 
 
 def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) -> Path:
-    """Bring the named images into ``out/images``, that several sources may share.
+    """Bring the named images into ``out/images``, which several sources may share.
 
-    As hard links, which take no space, or as copies with ``copy`` and where the file system cannot link. Files
-    already there with the same size are kept, so an interrupted run goes on.
+    They become hard links, which take no space, or copies with ``copy`` and where the file system cannot link.
+    Files already there with the same size are kept, so an interrupted run goes on.
     """
     target = out / "images"
     if target.resolve() == source.resolve():
@@ -107,7 +121,8 @@ def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) 
         partial = place.with_name(place.name + ".partial")
         partial.unlink(missing_ok=True)
         if copy or not _hard_link(original, partial):
-            shutil.copyfile(original, partial)
+            with naming_a_full_disk(target):
+                shutil.copyfile(original, partial)
         partial.replace(place)
     return target
 
@@ -123,9 +138,9 @@ def _hard_link(original: Path, place: Path) -> bool:
 def keep_good_rows(
     rows: Iterable[tuple[str, Any]], images: Path, bad: list[Problem], seen: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of LLaVA's format that are good and whose image is there, as they stand.
+    """Pass through the rows that are good and whose image is there.
 
-    Adds what is left out to ``bad`` and the images of what is kept to ``seen``.
+    Adds the others to ``bad`` and the images of the good ones to ``seen``.
     """
     raw, to_check = itertools.tee(rows)
     for (_, row), result in show_progress(zip(raw, check_rows(to_check, images), strict=True), "reading rows"):
@@ -179,19 +194,25 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     root = folder.resolve()
     try:
         with zipfile.ZipFile(archive) as packed:
-            missing = []
-            for member in packed.infolist():
-                place = (root / member.filename).resolve()
-                if not place.is_relative_to(root):
-                    raise UserError(f"{archive}: its member {member.filename!r} would land outside {folder}")
-                if not member.is_dir() and not (place.is_file() and place.stat().st_size == member.file_size):
-                    missing.append(member)
+            missing = _missing_members(packed, archive, root)
             needed, free = sum(member.file_size for member in missing), shutil.disk_usage(folder).free
             if needed > free:
-                raise UserError(
-                    f"{archive}: unpacked takes {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free"
-                )
-            for member in show_progress(missing, f"unpacking {archive.name}", total=len(missing)):
-                packed.extract(member, folder)
+                raise disk_full_error(folder, needed)
+            with naming_a_full_disk(folder):
+                for member in show_progress(missing, f"unpacking {archive.name}", total=len(missing)):
+                    packed.extract(member, folder)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{archive}: is damaged ({error}); remove it and download it again") from error
+        raise UserError(f"{archive}: is damaged or cut off ({error}); remove it and download it again") from error
+    except (NotImplementedError, RuntimeError) as error:  # an unknown compression; a password
+        raise UserError(f"{archive}: cannot be unpacked here ({error}); unpack it by hand into {folder}") from error
+
+
+def _missing_members(packed: zipfile.ZipFile, archive: Path, root: Path) -> list[zipfile.ZipInfo]:
+    missing = []
+    for member in packed.infolist():
+        place = (root / member.filename).resolve()
+        if not place.is_relative_to(root):
+            raise UserError(f"{archive}: its member {member.filename!r} would land outside {root}")
+        if not member.is_dir() and not (place.is_file() and place.stat().st_size == member.file_size):
+            missing.append(member)
+    return missing

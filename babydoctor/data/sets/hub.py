@@ -1,108 +1,259 @@
-"""Downloads that go on where they were cut off, and a message that helps where there is no network."""
+"""Downloads of data sets. A download that was cut off goes on where it stopped; errors say what to do.
+
+The hub's client throws away what it has of a file when the connection breaks or the process ends, which is a day's
+work for a 27 GB archive. So the client only tells where a file is, and ``download_url`` fetches it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from babydoctor.data.sources import SOURCES_FILE, read_sources
+from babydoctor.hub import describe, disk_full_error, hub_error, is_disk_full
+from babydoctor.progress import progress_bars
 from babydoctor.schema import UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+NUM_TRIES = 5
+"""Give up after so many tries in a row that brought less than ``_MIN_GAIN`` bytes each."""
+
+_MIN_GAIN = 1 << 20
+_RETRY_WAIT_S = 1.0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def download_hub_file(repo: str, file: str, folder: Path) -> Path:
-    """Download one file of a data set on the Hugging Face hub into ``folder``; one that is there is not asked for."""
+    """Download one file of a data set on the hub into ``folder``. A file that is there is kept.
+
+    Raises:
+        UserError: it could not be downloaded; the message says why and how to go on.
+    """
     target = folder / file
     if target.is_file():
         return target
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
+    url = hf_hub_url(repo, file, repo_type="dataset")
+    hint = f"By hand: download {url} elsewhere, put it at {target}, and run this again"
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", local_dir=folder))
-    except Exception as error:  # offline mode, network, missing repository, disk full: each has classes of its own
-        raise UserError(
-            f"{repo}/{file} could not be downloaded ({_first_line(error)}). By hand: get it from "
-            f"https://huggingface.co/datasets/{repo}/resolve/main/{file} on a machine with a network, put it at "
-            f"{target}, and run this again"
-        ) from error
+        metadata = get_hf_file_metadata(url)
+    except Exception as error:  # offline mode, network, missing or gated repository: each has its own class
+        raise hub_error(error, repo, kind="dataset", file=file, hint=hint) from error
+    is_hub = urlsplit(metadata.location).netloc == urlsplit(constants.ENDPOINT).netloc
+    download_url(
+        metadata.location,
+        target,
+        headers=build_hf_headers() if is_hub else None,  # the token is for the hub, not for its storage
+        size=metadata.size,
+        version=metadata.etag,
+    )
+    if metadata.commit_hash:
+        record_source(folder, f"datasets/{repo}", metadata.commit_hash)
+    return target
 
 
 def download_hub_snapshot(repo: str, folder: Path) -> Path:
-    """Download a whole data set repository into ``folder``; a folder with files in it is taken as it is."""
+    """Download a whole (small) data set repository into ``folder``. A folder with rows in it is taken as it is."""
     done = folder / ".complete"
     if folder.is_dir() and (done.exists() or any(folder.glob("**/*.parquet")) or any(folder.glob("**/*.json"))):
-        partly = (folder / ".cache").exists() and not done.exists()
-        if not partly:
+        is_partial = (folder / ".cache").exists() and not done.exists()
+        if not is_partial:
             return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    hint = (
+        f"By hand: download the files of {constants.ENDPOINT}/datasets/{repo}/tree/main elsewhere, put them into "
+        f"{folder}, and run this again"
+    )
     try:
-        snapshot_download(repo, repo_type="dataset", local_dir=folder)
+        commit = HfApi().dataset_info(repo).sha
+        snapshot_download(repo, repo_type="dataset", local_dir=folder, revision=commit)
     except Exception as error:  # as above
-        raise UserError(
-            f"{repo} could not be downloaded ({_first_line(error)}). By hand: get the files of "
-            f"https://huggingface.co/datasets/{repo}/tree/main on a machine with a network, put them into "
-            f"{folder}, and run this again"
-        ) from error
+        raise hub_error(error, repo, kind="dataset", hint=hint) from error
+    if commit:
+        record_source(folder, f"datasets/{repo}", commit)
     done.touch()
     return folder
 
 
-def download_url(url: str, target: Path) -> Path:
-    """Download a plain URL, going on where an earlier try was cut off (HTTP range); a file that is there is kept."""
+def record_source(folder: Path, name: str, version: str) -> None:
+    """Note in ``folder/sources.json`` which version of a published source its files are from."""
+    path = folder / SOURCES_FILE
+    path.write_text(json.dumps({**read_sources(folder), name: version}, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_sources(source: Path, out: Path) -> None:
+    """Carry ``sources.json`` from the downloaded files to the rows that were made of them."""
+    for name, version in read_sources(source).items():
+        record_source(out, name, version)
+
+
+def download_url(
+    url: str,
+    target: Path,
+    *,
+    headers: dict[str, str] | None = None,
+    size: int | None = None,
+    version: str | None = None,
+) -> Path:
+    """Download ``url`` to ``target``, going on from ``target.partial`` if an earlier try left one (HTTP range).
+
+    A file that is there is kept. A connection that breaks is taken up again at once.
+
+    Args:
+        size: the expected number of bytes; None: what the server announces.
+        version: the file's ETag. A partial file of another version is discarded. One of 64 hex digits is the
+            SHA-256 of the content, which is then checked. None: the server's own ETag, by ``If-Range``.
+
+    Raises:
+        UserError: the network, the server or the disk did not allow it; what has arrived is kept.
+    """
     if target.is_file():
         return target
     import httpx
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    start = partial.stat().st_size if partial.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    by_hand = f"By hand: download it elsewhere, put it at {target}, and run this again"
     try:
-        with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as response:
-            if response.status_code == 416:  # nothing is left: the earlier try had all of it
-                partial.replace(target)
-                return target
-            response.raise_for_status()
-            if response.status_code != 206:  # this server does not continue files
-                start = 0
-            _write_response(response, partial, start, target.name)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _Partial(target, version)
+        _fetch(url, partial, headers or {}, size)
+        if version and _SHA256.fullmatch(version):
+            _check_content(partial.path, version, url)
+        partial.finish()
+    except httpx.HTTPStatusError as error:
         raise UserError(
-            f"{url} could not be downloaded ({_first_line(error)}). By hand: download it on a machine with a network, "
-            f"put it at {target}, and run this again"
+            f"{url}: the server answered {error.response.status_code}; try again later. {by_hand}"
         ) from error
-    partial.replace(target)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(
+            f"{url}: the download failed ({describe(error)}); run this again, it goes on. {by_hand}"
+        ) from error
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full_error(target) from error
+        raise UserError(f"{target}: could not be written ({describe(error)})") from error
     return target
 
 
-def _write_response(response: object, partial: Path, start: int, name: str) -> None:
-    import httpx
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+class _Partial:
+    """A file on its way: ``NAME.partial`` holds its first bytes, ``NAME.partial.version`` says of which version."""
 
-    assert isinstance(response, httpx.Response)
-    length = response.headers.get("Content-Length")
-    total = start + int(length) if length else None
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    def __init__(self, target: Path, version: str | None) -> None:
+        self.target = target
+        self.path = target.with_name(target.name + ".partial")
+        self._version_path = target.with_name(target.name + ".partial.version")
+        self.version = self._version_path.read_text(encoding="utf-8") if self._version_path.is_file() else None
+        if version is not None and version != self.version:
+            self.restart(version)
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def restart(self, version: str | None) -> None:
+        """Discard what is there and note the version that comes instead."""
+        if self.path.is_file():
+            self.path.unlink()
+        self.version = version
+        if version is None:
+            self._version_path.unlink(missing_ok=True)
+        else:
+            self._version_path.write_text(version, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self.path.replace(self.target)
+        self._version_path.unlink(missing_ok=True)
+
+
+def _fetch(url: str, partial: _Partial, headers: dict[str, str], size: int | None) -> None:
+    """Append to ``partial`` until it is whole, taking the connection up again when it breaks."""
+    import httpx
+
+    tries = 0
+    while size is None or partial.size < size:
+        before = partial.size
+        try:
+            _fetch_once(url, partial, headers, size)
+            return
+        except httpx.TransportError as error:
+            tries = 0 if partial.size - before >= _MIN_GAIN else tries + 1
+            if tries >= NUM_TRIES or not (partial.size or before):
+                raise
+            logger.warning("%s: %s after %s bytes; going on", url, describe(error), f"{partial.size:,}")
+            time.sleep(_RETRY_WAIT_S)
+    if partial.size != size:
+        partial.restart(None)
+        raise UserError(f"{url}: more than the published {size:,} bytes arrived; they were removed, run this again")
+
+
+def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int | None) -> None:
+    import httpx
+
+    start = partial.size
+    asked = {"Accept-Encoding": "identity", **headers}
+    if start:
+        asked["Range"] = f"bytes={start}-"
+        if size is None and partial.version:  # no version from the hub: the server decides whether it is the same
+            asked["If-Range"] = partial.version
+    with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=60) as response:
+        if response.status_code == 416 and size is None:  # the earlier try had all of it
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if whole in ("", "*", str(start)):
+                return
+            partial.restart(None)
+            raise httpx.RemoteProtocolError(f"the server has {whole} bytes where {start:,} are here")
+        response.raise_for_status()
+        if start and response.status_code != 206:  # this server cannot continue, or the file has changed
+            start = 0
+        if size is None and not start:
+            etag = response.headers.get("ETag", "")
+            partial.restart(etag if etag and not etag.startswith("W/") else None)
+        length = response.headers.get("Content-Length")
+        total = size if size is not None else start + int(length) if length else None
+        if total is not None and total - start > shutil.disk_usage(partial.path.parent).free:
+            raise disk_full_error(partial.target, total - start)
+        _append(response, partial, start, total)
+
+
+def _append(response: httpx.Response, partial: _Partial, start: int, total: int | None) -> None:
+    import httpx
+
     written = start
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        partial.open("ab" if start else "wb") as file,
-    ):
-        task = progress.add_task(name, total=total, completed=start)
-        for chunk in response.iter_raw():  # in the sizes that arrive: what is held back is lost when it is cut off
+    with progress_bars(in_bytes=True) as progress, partial.path.open("ab" if start else "wb", buffering=0) as file:
+        task = progress.add_task(partial.target.name, total=total, completed=start)
+        for chunk in response.iter_raw():  # unbuffered: what is held back is lost when the process ends
             file.write(chunk)
             written += len(chunk)
             progress.update(task, completed=written)
-    if total is not None and written != total:
-        raise OSError(f"cut off after {written:,} of {total:,} bytes")
+    if total is not None and written < total:
+        raise httpx.RemoteProtocolError(f"cut off after {written:,} of {total:,} bytes")
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _check_content(path: Path, sha256: str, url: str) -> None:
+    """Compare a downloaded file with its published SHA-256; one that differs is removed."""
+    hasher = hashlib.sha256()
+    with progress_bars(in_bytes=True) as progress, path.open("rb") as file:
+        task = progress.add_task(f"checking {path.stem}", total=path.stat().st_size)
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+            progress.advance(task, len(chunk))
+    if hasher.hexdigest() != sha256:
+        path.unlink()
+        raise UserError(
+            f"{url}: what arrived is damaged (its SHA-256 begins with {hasher.hexdigest()[:12]}, published is "
+            f"{sha256[:12]}); it was removed, run this again"
+        )

@@ -1,7 +1,7 @@
-"""LLaVA-Instruct-80K, the instruction set: 80,000 conversations that GPT-4 wrote about COCO pictures.
+"""LLaVA-Instruct-80K, the instruction set: 80,000 conversations that GPT-4 wrote about COCO images.
 
-Liu et al., "Visual Instruction Tuning" (2023). Rows lie on the hub at liuhaotian/LLaVA-Instruct-150K, the pictures
-are COCO's train2017.
+Liu et al., "Visual Instruction Tuning" (2023). The rows are on the hub at
+liuhaotian/LLaVA-Instruct-150K; the images are COCO's train2017.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from babydoctor.data.sets.files import Prepared, prepare_llava_rows, unpack_zip
-from babydoctor.data.sets.hub import download_hub_file, download_url
+from babydoctor.data.sets.hub import copy_sources, download_hub_file, download_url
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import UserError
 
@@ -29,7 +29,7 @@ def download_instruct(folder: Path) -> Path:
 
 
 def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> Prepared:
-    """Write ``out/train.json`` and ``out/images`` from what lies in ``source``.
+    """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``llava_instruct_80k.json`` and COCO's ``train2017.zip`` or the folder ``train2017`` (also under
     ``coco/``). An archive is unpacked beside itself, once.
@@ -44,4 +44,5 @@ def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> Prepared
     folders = [folder for folder in (source / "train2017", source / "coco" / "train2017") if folder.is_dir()]
     if not folders:
         raise UserError(f"{source}: holds neither {IMAGES_ARCHIVE} nor train2017/; download COCO from {IMAGES_URL}")
+    copy_sources(source, out)
     return prepare_llava_rows(iter_rows(rows), folders[0], out, name="train", copy=copy, num_expected=NUM_ROWS)

@@ -1,8 +1,8 @@
-"""roco-instruct: radiology pictures of open-access articles with their captions, as instruction rows.
+"""roco-instruct: radiology images of open-access articles with their captions, as instruction rows.
 
 Made from the files of the ROCO project (Pelka et al., 2018), or read from the hub set photonmz/roco-instruct-65k,
-which holds the same rows without pictures. ROCO's pictures carry their articles' licences: this writes recipes, and
-nothing of ROCO is shipped with the code.
+which holds the same rows without images. ROCO's images have the licenses of their articles, so no data of ROCO
+is shipped with the code.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from babydoctor.data.rows import show_progress
 from babydoctor.data.sets.files import Prepared, gather_images, prepare_llava_rows, write_left_out, write_rows
-from babydoctor.data.sets.hub import download_hub_snapshot
+from babydoctor.data.sets.hub import copy_sources, download_hub_snapshot
 from babydoctor.data.sources import iter_rows
+from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 INSTRUCTION = f"The following image is a radiology scan. Deeply analyze and diagnose this image.\n{IMAGE_TOKEN}"
 SPLITS = ("train", "validation", "test")
 NUM_CAPTIONS = {"train": 65_448, "validation": 8_180, "test": 8_179}
-"""Radiology rows in ROCO's captions.txt; some of their pictures cannot be downloaded any more."""
+"""Radiology rows in ROCO's captions.txt; some of their images cannot be downloaded any more."""
 
 HUB_REPO = "photonmz/roco-instruct-65k"
 NUM_HUB_ROWS = {"train": 65_422, "validation": 8_174, "test": 8_176}
@@ -58,7 +58,7 @@ def read_articles(folder: Path) -> dict[str, str]:
     """Digits after ROCO_ -> PMC id of the article, from ``licences.txt``."""
     path = folder / "licences.txt"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it tells which article a picture is from, --disjoint-from needs it")
+        raise UserError(f"{path}: no such file; it tells which article a image is from, --disjoint-from needs it")
     articles = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -92,7 +92,7 @@ def prepare_roco(
     folder = find_split(source, split)
     images = folder / "images"
     if not images.is_dir():
-        raise UserError(f"{images}: no such directory; ROCO's own fetch script downloads the pictures into it")
+        raise UserError(f"{images}: no such directory; ROCO's own fetch script downloads the images into it")
     others = {article for other in disjoint_from for article in read_articles(find_split(other, None)).values()}
     articles = read_articles(folder) if others else {}
     present = {path.name for path in images.iterdir() if path.suffix.lower() == ".jpg"}
@@ -125,10 +125,10 @@ def prepare_roco(
 
 
 def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: bool = False) -> Prepared:
-    """Write ``out/{split}.json`` from the hub set. The hub has no pictures: ``source`` is ROCO's folder with them.
+    """Write ``out/{split}.json`` from the hub set. The hub has no images: ``source`` is ROCO's folder with them.
 
     The downloaded files stay in ``out/roco-instruct-65k``; files put there by hand are used instead.
-    Raises ``UserError`` where it cannot be downloaded, has another number of rows than published, or no pictures.
+    Raises ``UserError`` where it cannot be downloaded, has another number of rows than published, or no images.
     """
     _check_split(split)
     folder = download_hub_snapshot(HUB_REPO, out / "roco-instruct-65k")
@@ -140,10 +140,11 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
         )
     if source is None:
         raise UserError(
-            f"the rows of {HUB_REPO} are in {folder}; their pictures come from the ROCO project "
+            f"the rows of {HUB_REPO} are in {folder}; their images come from the ROCO project "
             "(https://github.com/razorx89/roco-dataset): fetch them and name the folder with --source"
         )
     images = find_split(source, split) / "images"
+    copy_sources(folder, out)
     return prepare_llava_rows(
         iter(rows), images, out, name=split, num_expected=NUM_HUB_ROWS[split], copy=copy, share=True
     )

@@ -1,7 +1,7 @@
-"""VQA-RAD: clinicians' questions and answers about 314 radiology pictures (CC0), as instruction rows.
+"""VQA-RAD: clinicians' questions and answers about 314 radiology images (CC0), as instruction rows.
 
 Lau et al., "A dataset of clinically generated visual questions and answers about radiology images", Scientific Data
-2018; https://osf.io/89kps. Nearly every picture of its test split is also in train: see ``--hold-out-images``.
+2018; https://osf.io/89kps. Nearly every image of its test split is also in train: see ``--hold-out-images``.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def read_questions(source: Path) -> list[dict[str, Any]]:
 
 
 def find_images(source: Path, name: str) -> Path:
-    """The folder of the pictures, told by one picture's name."""
+    """The folder of the images, found by the name of one image."""
     folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
     for folder in folders:
         if (folder / name).is_file():
             return folder
-    raise UserError(f"{source}: the pictures are not here ({name} is in none of {len(folders)} folders looked at)")
+    raise UserError(f"{source}: the images are not here ({name} is in none of {len(folders)} folders looked at)")
 
 
 def build_row(question: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def prepare_vqa_rad(
 ) -> list[Prepared]:
     """Write ``out/train.json`` and, where its rows are there, ``out/test.json`` (``phrase_type`` begins with "test").
 
-    ``hold_out_images`` takes that share of the training pictures with all their questions into ``out/held_out.json``,
-    so that no picture is on both sides.
+    ``hold_out_images`` moves this share of the training images, with all their questions, to ``out/held_out.json``.
+    No image is then in both.
     """
     if not 0 <= hold_out_images < 1:
         raise UserError(f"hold-out-images {hold_out_images}: must be at least 0 and below 1")
@@ -101,7 +101,7 @@ def prepare_vqa_rad(
         if rows:
             expected = None if hold_out_images and name != "test" else NUM_QUESTIONS[name]
             prepared.append(_write_split(name, rows, splits["train"], target, out, expected))
-    # What was left out belongs to no split in particular, so it is told once, with the first.
+    # What was left out belongs to no split in particular, so it is reported once, with the first.
     first = prepared[0]
     prepared[0] = Prepared(**{**vars(first), "left_out": counts, "left_out_list": list_path})
     return prepared
@@ -117,7 +117,7 @@ def _write_split(
 ) -> Prepared:
     names = {row["image"] for row in rows}
     shared = names & {row["image"] for row in train}
-    note = f"{len(shared)} of its {len(names)} pictures are also in train" if name != "train" else ""
+    note = f"{len(shared)} of its {len(names)} images are also in train" if name != "train" else ""
     return Prepared(
         rows=out / f"{name}.json",
         images=images,
