@@ -292,6 +292,7 @@ def run_bench(
     engine_only: bool = False,
     nf4: bool = False,
     engine: Mapping[str, Any] | None = None,
+    device: str = "cpu",
     on_event: Any = lambda text: None,
 ) -> Report:
     """Measure ``rounds`` times for each number of users and keep the fastest round.
@@ -307,9 +308,8 @@ def run_bench(
     """
     import torch
 
-    if preset == "7b" and not torch.cuda.is_available():
-        raise UserError("preset=7b needs a CUDA GPU with 16 GB or more; preset=mini runs on any machine")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if preset == "7b" and not device.startswith("cuda"):
+        raise UserError("--preset 7b needs a CUDA GPU with 16 GB or more; --preset mini runs on any machine")
     on_event(f"building {preset} with random weights")
     batches = [
         (number, build_questions(max(number * requests_per_user, 8), seed=17 * round_ + number))

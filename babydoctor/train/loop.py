@@ -35,7 +35,7 @@ from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_fa
 from babydoctor.train.output import OutputDirectory, is_finished, num_steps
 from babydoctor.train.report import Reporter, StepResult
 from babydoctor.train.stage import finish_run, prepare_manifest
-from babydoctor.train.step import accumulate_gradients, seed_step
+from babydoctor.train.step import accumulate_gradients, explain_out_of_memory, seed_step
 from babydoctor.train.tracking import check_tracking
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     is_main, device = accelerator.is_main_process, accelerator.device
     full_disk = explain_full_disk("the run", run, "free some space and run the command again with --resume")
     output = OutputDirectory(config, resume=resume, is_main=is_main)
-    with StopSignals() as stop, full_disk, output:
+    with StopSignals() as stop, full_disk, explain_out_of_memory(config), output:
         with accelerator.main_process_first():
             output.find_checkpoint()
             manifest, projector_file = prepare_manifest(config)
