@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
-from babydoctor.imaging.load import ImageMode, ImageSettings
+from babydoctor.imaging.preprocess import ImageMode, ImageSettings
 from babydoctor.interop.shards import ShardWriter, with_progress
 from babydoctor.model.language_model import PEFT_PREFIX, LoraUpdate, build_language_model, load_language_config
 from babydoctor.model.projector import PROJECTOR_KINDS, build_projector

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import (
     Quantization,

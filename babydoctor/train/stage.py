@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from babydoctor.config import RunConfig, differences, dump_config, load_config
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.run_dir import (
     Manifest,

@@ -22,7 +22,8 @@ from babydoctor.engine.request import (
     PromptTooLongError,
     QueueFullError,
 )
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.protocol import (
