@@ -1,8 +1,8 @@
 """DICOM -> RGB, in the standard's order (PS3.3 C.11, PS3.4 N.2): modality LUT, VOI LUT or window, presentation LUT.
 
 ``dicom_file`` parses, ``dicom_header`` decides how pixels are stored, ``dicom_pixels`` decodes a frame,
-``dicom_values``, ``dicom_lut`` and ``dicom_color`` read what the steps below need. Free of torch; pydicom is imported where it is used, because that
-takes a third of a second.
+``dicom_values`` and ``dicom_lut`` read what the steps below need. Free of torch; pydicom is imported where it is used,
+because that takes a third of a second.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_color import supplemental_colors, to_color
 from babydoctor.imaging.dicom_file import is_dicom, parse_file
 from babydoctor.imaging.dicom_header import read_layout
 from babydoctor.imaging.dicom_image import IDENTIFYING_TAGS, DicomImage, harmless_facts, identifying_tags
-from babydoctor.imaging.dicom_lut import LookupTable, read_table, unit_values
+from babydoctor.imaging.dicom_lut import LookupTable, read_table, supplemental_colors, to_color, unit_values
 from babydoctor.imaging.dicom_pixels import decode_frame
 from babydoctor.imaging.dicom_safety import reading_values
 from babydoctor.imaging.dicom_values import (

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from babydoctor.imaging.containers import picture_format
-from babydoctor.imaging.dicom import read_dicom, render
-from babydoctor.imaging.dicom_file import is_dicom
+from babydoctor.imaging.dicom import DicomImage, is_dicom, read_dicom, render
 from babydoctor.imaging.limits import MAX_PIXELS, ImageError
-from babydoctor.imaging.pictures import decode_picture
+from babydoctor.imaging.pictures import Picture, decode_picture, open_picture
 
-__all__ = ["MAX_PIXELS", "is_dicom", "load_image", "read_source"]
+__all__ = ["ImageHeader", "decode", "is_dicom", "load_image", "log_warnings", "read_header", "read_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +30,46 @@ def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
             checked before anything is decoded.
     """
     name, data = read_source(source, name)
-    image = decode_bytes(data, name, max_pixels)
+    image = decode(read_header(data, name, max_pixels), max_pixels)
     log_warnings(image, name)
     return image
 
 
-def decode_bytes(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """``load_image`` without the file and without logging."""
+@dataclass(frozen=True)
+class ImageHeader:
+    """What is known before decoding. ``bytes_per_pixel`` estimates the memory that decoding holds at its peak."""
+
+    width: int
+    height: int
+    bytes_per_pixel: int
+    content: DicomImage | Picture = field(repr=False)
+
+    @property
+    def num_pixels(self) -> int:
+        return self.width * self.height
+
+
+def read_header(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Size and memory need of an image, from its header alone.
+
+    Raises:
+        ImageError: it is no image, its header is damaged, or it is too large.
+    """
     if not data:
         raise ImageError(f"{name}: the image is empty (0 bytes)", "image_damaged")
-    if is_dicom(data):
-        return render(read_dicom(data, name=name, max_pixels=max_pixels), max_pixels=max_pixels)
-    return decode_picture(data, name, max_pixels)
+    if not is_dicom(data):
+        picture = open_picture(data, name, max_pixels)
+        return ImageHeader(*picture.image.size, 48 if picture.is_wide else 20, picture)
+    dicom = read_dicom(data, name=name, max_pixels=max_pixels)
+    per_sample = {1: 12, 8: 12, 16: 20, 32: 56, 64: 72}[dicom.layout.bits_allocated]
+    return ImageHeader(dicom.columns, dicom.rows, per_sample * (2 if dicom.layout.samples == 3 else 1), dicom)
+
+
+def decode(header: ImageHeader, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB picture that belongs to a header. Raises ``ImageError`` where it cannot be decoded."""
+    if isinstance(header.content, Picture):
+        return decode_picture(header.content)
+    return render(header.content, max_pixels=max_pixels)
 
 
 def log_warnings(image: Image.Image, name: str) -> None:
@@ -64,8 +91,3 @@ def read_source(source: str | Path | bytes, name: str = "") -> tuple[str, bytes]
         raise ImageError(
             f"{name}: cannot be read ({error.strerror}); check that this user may read it", "image_unreadable"
         ) from error
-
-
-def has_picture_magic(data: bytes) -> bool:
-    """Whether the content begins like a picture file that is read here."""
-    return picture_format(data) is not None

@@ -10,6 +10,7 @@ import io
 import struct
 import sys
 import zlib
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -31,11 +32,46 @@ _UPRIGHT = {
 _BI_RLE4 = 2
 
 
-def decode_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture file. The format is told by content; of an animation the first picture is taken.
+@dataclass(frozen=True)
+class Picture:
+    """A picture file whose header is read and whose pixels are not decoded yet. It can be decoded once."""
+
+    name: str
+    container: Container = field(repr=False)
+    image: Image.Image = field(repr=False)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether samples have more than 8 bits."""
+        if self.image.mode.startswith(("I", "F")) or self.container.bit_depth > 8:
+            return True
+        return _wide_color_rawmode(self.image) is not None
+
+
+def decode_picture(picture: Picture) -> Image.Image:
+    """Decode a picture file; of an animation the first picture.
 
     Raises:
-        ImageError: it is no picture, is damaged, cannot be decoded correctly, or has more than ``max_pixels`` pixels.
+        ImageError: it is damaged or cannot be decoded correctly.
+    """
+    name, container, image = picture.name, picture.container, picture.image
+    try:
+        image = _to_rgb(image, container, name)
+    except MemoryError as error:
+        raise ImageError(f"{name}: decoding needs more memory than allowed", "image_decode_failed") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        text = f"{name}: the {container.format} image cannot be decoded ({_short(error)})"
+        raise ImageError(text, "image_damaged") from error
+    return image.transpose(_UPRIGHT[container.orientation]) if container.orientation in _UPRIGHT else image
+
+
+def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Read the header of a picture file. The format is told by content.
+
+    Raises:
+        ImageError: it is no picture, its header is damaged, or it has more than ``max_pixels`` pixels.
     """
     format = picture_format(data)
     if format is None:
@@ -46,18 +82,10 @@ def decode_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Imag
         image = _open(container)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode safely ({error})", "image_too_large") from error
-    except Exception as error:  # Pillow's header parsers raise nearly anything on damaged files
+    except Exception as error:  # so do its header parsers
         raise ImageError(f"{name}: the {format} header cannot be read ({_short(error)})", "image_damaged") from error
     check_size(image.width, image.height, name, max_pixels)
-    try:
-        image = _to_rgb(image, container, name)
-    except MemoryError as error:
-        raise ImageError(f"{name}: decoding needs more memory than allowed", "image_decode_failed") from error
-    except ImageError:
-        raise
-    except Exception as error:  # the same holds for its decoders
-        raise ImageError(f"{name}: the {format} image cannot be decoded ({_short(error)})", "image_damaged") from error
-    return image.transpose(_UPRIGHT[container.orientation]) if container.orientation in _UPRIGHT else image
+    return Picture(name, container, image)
 
 
 def _check_variant(container: Container, name: str) -> None:
