@@ -189,7 +189,7 @@ class ImageFolder:
 
 def read_image(reference: str | bytes, images: str | Path | ImageFolder | None) -> Image.Image:
     """The picture that a sample names, as RGB. Raises ``UserError`` where it is missing, outside or damaged."""
-    from babydoctor.imaging.load import load_image
+    from babydoctor.imaging.isolation import load_image
 
     if isinstance(reference, bytes):
         return load_image(reference)

@@ -57,7 +57,7 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
         try:
             data = Path(source).read_bytes()
         except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error.strerror})", "image_unreadable") from error
+            raise ImageError(f"{name}: cannot be read ({error.strerror})", "image_missing") from error
     with reading_values(name):
         file = parse_file(data, name, max_pixels)
         layout, assumed = read_layout(file, name, max_pixels)
@@ -100,7 +100,7 @@ def _render(dicom: DicomImage, frame: int, chosen: Window | None, max_pixels: in
     warnings = list(dicom.warnings)
     if not dicom.is_grey and chosen is not None:
         raise ImageError(
-            f"{dicom.name}: a color image ({dicom.photometric}) has no window; leave it out", "image_bad_view"
+            f"{dicom.name}: a color image ({dicom.photometric}) has no window; leave it out", "invalid_input"
         )
     values, cells = decode_frame(dicom, frame, warnings)
     if dicom.is_grey:
@@ -118,21 +118,21 @@ def _render(dicom: DicomImage, frame: int, chosen: Window | None, max_pixels: in
 def _chosen_window(dicom: DicomImage, center: float | None, width: float | None, preset: str | None) -> Window | None:
     if preset is not None:
         if preset not in CT_PRESETS:
-            raise ImageError(f"window preset {preset!r}: must be one of {', '.join(CT_PRESETS)}", "image_bad_view")
+            raise ImageError(f"window preset {preset!r}: must be one of {', '.join(CT_PRESETS)}", "invalid_input")
         if dicom.modality != "CT":
             raise ImageError(
-                f"{dicom.name}: preset {preset!r} is for CT, this is {dicom.modality or 'unknown'}", "image_bad_view"
+                f"{dicom.name}: preset {preset!r} is for CT, this is {dicom.modality or 'unknown'}", "invalid_input"
             )
         if center is not None or width is not None:
-            raise ImageError(f"give either the preset {preset!r} or a center and a width, not both", "image_bad_view")
+            raise ImageError(f"give either the preset {preset!r} or a center and a width, not both", "invalid_input")
         return CT_PRESETS[preset]
     if (center is None) != (width is None):
-        raise ImageError(f"window center {center} and width {width}: give both or neither", "image_bad_view")
+        raise ImageError(f"window center {center} and width {width}: give both or neither", "invalid_input")
     if center is None or width is None:
         return None
     if not (np.isfinite(center) and np.isfinite(width) and width > 0):
         raise ImageError(
-            f"window center {center} and width {width}: the width must be above 0, usually at least 1", "image_bad_view"
+            f"window center {center} and width {width}: the width must be above 0, usually at least 1", "invalid_input"
         )
     return Window(float(center), float(width), "chosen")
 

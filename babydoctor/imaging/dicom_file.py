@@ -72,7 +72,7 @@ def parse_file(data: bytes, name: str, max_pixels: int) -> DicomFile:
     if data[128:132] != b"DICM":
         start = _start_of_elements(data)
         if start is None:
-            raise ImageError(f"{name}: holds no image (no DICOM object); give a DICOM file", "dicom_no_image")
+            raise ImageError(f"{name}: holds no image (no DICOM object); give a DICOM file", "dicom_without_image")
         data = data[start:]
     meta_syntax, meta_end = _walk_meta(data)
     if meta_syntax == "1.2.840.10008.1.2.1.99":
@@ -85,7 +85,7 @@ def parse_file(data: bytes, name: str, max_pixels: int) -> DicomFile:
     keyword = _pixel_keyword(dataset)
     if keyword is None:
         kind = str(dataset.get("Modality") or "") or "no DICOM object"
-        raise ImageError(f"{name}: holds no image ({kind}); give a DICOM file with pixel data", "dicom_no_image")
+        raise ImageError(f"{name}: holds no image ({kind}); give a DICOM file with pixel data", "dicom_without_image")
     syntax, is_big_endian = _transfer_syntax(dataset, keyword, name, warnings)
     is_encapsulated = syntax not in (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN, "1.2.840.10008.1.2.1.99")
     return DicomFile(dataset, syntax, is_encapsulated, is_big_endian, tuple(warnings))
@@ -123,7 +123,7 @@ def _close_sequence(data: bytes, name: str) -> bytes | None:
     while data[position : position + 4] == _ITEM:
         position += 8 + int.from_bytes(data[position + 4 : position + 8], "little")
     if position > len(data):
-        raise ImageError(f"{name}: the compressed pixel data is cut off", "dicom_damaged")
+        raise ImageError(f"{name}: the compressed pixel data is cut off", "dicom_unreadable")
     return data[:position] + _DELIMITER + b"\0\0\0\0" if not data[position:].strip(b"\0") else None
 
 
@@ -147,7 +147,7 @@ def _transfer_syntax(dataset: Any, keyword: str, name: str, warnings: list[str])
     if stated and uid.is_encapsulated:
         raise ImageError(
             f"{name}: the transfer syntax is {describe_uid(stated)}, but the pixel data is not compressed that way",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     guessed = _syntax_of_codestream(data) if looks_encapsulated else written
     if guessed is None:

@@ -121,7 +121,7 @@ def _check_decoder(file: DicomFile, name: str) -> None:
         raise ImageError(
             f"{name}: cannot be decoded, a decoder is missing for {describe_uid(file.transfer_syntax)}: "
             f"{_DECODER_HINT}",
-            "dicom_no_decoder",
+            "dicom_without_decoder",
         )
 
 
@@ -132,7 +132,7 @@ def _size(dataset: Any, first: bytes, name: str, warnings: list[str]) -> tuple[i
         columns, rows = inside
         warnings.append(f"Rows or Columns is missing; the compressed picture has {columns} x {rows} pixels")
     if rows < 1 or columns < 1:
-        raise ImageError(f"{name}: the DICOM header gives no size (Rows {rows}, Columns {columns})", "dicom_damaged")
+        raise ImageError(f"{name}: the DICOM header gives no size (Rows {rows}, Columns {columns})", "dicom_unreadable")
     return rows, columns
 
 
@@ -154,7 +154,9 @@ def _color(dataset: Any, name: str, warnings: list[str], *, is_float: bool) -> t
         samples = _SAMPLES[photometric]
         warnings.append(f"SamplesPerPixel is missing; read as {samples}")
     if samples != _SAMPLES[photometric]:
-        raise ImageError(f"{name}: {photometric} with {samples} samples per pixel contradicts itself", "dicom_damaged")
+        raise ImageError(
+            f"{name}: {photometric} with {samples} samples per pixel contradicts itself", "dicom_unreadable"
+        )
     return photometric, samples
 
 
@@ -169,13 +171,13 @@ def _missing_photometric(dataset: Any, samples: int | None, name: str, warnings:
             raise ImageError(
                 f"{name}: PhotometricInterpretation is missing, and for {text(dataset, 'Modality') or 'this modality'} "
                 "low values may be dark or bright",
-                "dicom_damaged",
+                "dicom_unreadable",
             )
         warnings.append(f"PhotometricInterpretation is missing; read as {photometric}")
         return photometric
     raise ImageError(
         f"{name}: PhotometricInterpretation is missing with {samples} samples per pixel; its colors are unknown",
-        "dicom_damaged",
+        "dicom_unreadable",
     )
 
 
@@ -184,7 +186,7 @@ def _stated_frames(dataset: Any, name: str, warnings: list[str]) -> int:
         return 1
     frames = integer(dataset, "NumberOfFrames")
     if frames is None:
-        raise ImageError(f"{name}: NumberOfFrames is no whole number", "dicom_damaged")
+        raise ImageError(f"{name}: NumberOfFrames is no whole number", "dicom_unreadable")
     if frames < 1:
         warnings.append(f"NumberOfFrames is {frames}; read as 1")
         return 1
@@ -198,7 +200,7 @@ def _bits(dataset: Any, num_samples: int, size: int | None, name: str, warnings:
     if allocated is None:
         allocated = _bits_from_size(num_samples, size) or (-(-stored // 8) * 8 if stored else None)
         if allocated is None:
-            raise ImageError(f"{name}: BitsAllocated and BitsStored are missing", "dicom_damaged")
+            raise ImageError(f"{name}: BitsAllocated and BitsStored are missing", "dicom_unreadable")
         warnings.append(f"BitsAllocated is missing; read as {allocated}")
     if allocated not in (1, 8, 16, 32):
         raise ImageError(
@@ -208,7 +210,7 @@ def _bits(dataset: Any, num_samples: int, size: int | None, name: str, warnings:
         stored = high_bit + 1 if high_bit is not None and 0 <= high_bit < allocated else allocated
         warnings.append(f"BitsStored is missing; read as {stored}")
     if not 1 <= stored <= allocated:
-        raise ImageError(f"{name}: BitsStored is {stored} of {allocated} bits allocated", "dicom_damaged")
+        raise ImageError(f"{name}: BitsStored is {stored} of {allocated} bits allocated", "dicom_unreadable")
     if high_bit is None or not stored - 1 <= high_bit < allocated:
         stated = "missing" if high_bit is None else f"{high_bit} with {stored} bits stored"
         warnings.append(f"HighBit is {stated}; read as {stored - 1}")
@@ -229,7 +231,7 @@ def _sign(dataset: Any, stored: int, samples: int, name: str, warnings: list[str
     if sign in (0, 1):
         return sign == 1
     if sign is not None:
-        raise ImageError(f"{name}: PixelRepresentation is {sign}; must be 0 or 1", "dicom_damaged")
+        raise ImageError(f"{name}: PixelRepresentation is {sign}; must be 0 or 1", "dicom_unreadable")
     if stored <= 8 or samples == 3:
         warnings.append("PixelRepresentation is missing; read as unsigned")
         return False
@@ -253,7 +255,7 @@ def _fit_to_data(layout: PixelLayout, data: bytes, name: str, warnings: list[str
     if available < 1:
         raise ImageError(
             f"{name}: the pixel data is cut off: {len(data):,} bytes, one frame needs {-(-layout.frame_bits // 8):,}",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     if available < layout.num_frames:
         warnings.append(f"the header says {layout.num_frames} frames, the file holds {available}")

@@ -46,7 +46,7 @@ def read_table(
     """
     descriptor = numbers(item, f"{prefix}Descriptor")
     if len(descriptor) != 3 or not np.isfinite(descriptor).all():
-        raise ImageError(f"{name}: {prefix}Descriptor must hold three numbers, not {descriptor}", "dicom_damaged")
+        raise ImageError(f"{name}: {prefix}Descriptor must hold three numbers, not {descriptor}", "dicom_unreadable")
     count = int(descriptor[0]) % 65536 or _MAX_ENTRIES
     first = int(descriptor[1])
     if can_be_negative and first >= 32768:
@@ -60,9 +60,9 @@ def read_table(
     else:
         entries = _entries(item, f"{prefix}Data", count, bits, is_big_endian)[:count]
     if entries.size == 0:
-        raise ImageError(f"{name}: {prefix}Data is missing or empty", "dicom_damaged")
+        raise ImageError(f"{name}: {prefix}Data is missing or empty", "dicom_unreadable")
     if entries.size < count:
-        raise ImageError(f"{name}: {prefix}Data holds {entries.size} of {count} entries", "dicom_damaged")
+        raise ImageError(f"{name}: {prefix}Data holds {entries.size} of {count} entries", "dicom_unreadable")
     return LookupTable(first, entries, bits)
 
 
@@ -113,7 +113,7 @@ def _expand(words: list[int], out: list[int], name: str, depth: int, limit: int 
             _expand(words[offset:], out, name, depth=1, limit=length)
             position += 4
         else:
-            raise ImageError(f"{name}: the segmented palette is damaged at word {position}", "dicom_damaged")
+            raise ImageError(f"{name}: the segmented palette is damaged at word {position}", "dicom_unreadable")
         done += 1
 
 
@@ -133,7 +133,7 @@ def to_color(dicom: DicomImage, values: np.ndarray, warnings: list[str]) -> np.n
     if layout.photometric == "PALETTE COLOR":
         return _read_palette(dicom, warnings).look_up(values)
     if values.ndim != 3 or values.shape[2] != 3:
-        raise ImageError(f"{dicom.name}: decodes to {values.shape}, not to three colors", "dicom_damaged")
+        raise ImageError(f"{dicom.name}: decodes to {values.shape}, not to three colors", "dicom_unreadable")
     if layout.bits_stored != 8:
         values = (values.astype(np.float32) * np.float32(255 / (2.0**layout.bits_stored - 1))).round().clip(0, 255)
     return np.ascontiguousarray(values.astype(np.uint8))
@@ -173,7 +173,7 @@ def _read_palette(dicom: DicomImage, warnings: list[str]) -> LookupTable:
             )
         )
     if len({(table.first, len(table.entries)) for table in tables}) != 1:
-        raise ImageError(f"{dicom.name}: the three palettes differ in length or first value", "dicom_damaged")
+        raise ImageError(f"{dicom.name}: the three palettes differ in length or first value", "dicom_unreadable")
     entries = np.stack([table.entries for table in tables], axis=-1)  # [n, 3]
     bits = tables[0].bits if 1 <= tables[0].bits <= 16 else 16
     largest = int(entries.max())

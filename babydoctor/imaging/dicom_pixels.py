@@ -28,7 +28,7 @@ def decode_frame(dicom: DicomImage, frame: int, warnings: list[str]) -> tuple[np
     layout = dicom.layout
     if not 0 <= frame < layout.num_frames:
         raise ImageError(
-            f"{dicom.name}: frame {frame} does not exist; it has frames 0 to {layout.num_frames - 1}", "image_bad_view"
+            f"{dicom.name}: frame {frame} does not exist; it has frames 0 to {layout.num_frames - 1}", "invalid_input"
         )
     data = bytes(dicom.dataset[layout.keyword].value)
     if layout.is_float:
@@ -91,7 +91,7 @@ def _rle_cells(layout: PixelLayout, encoded: bytes, name: str) -> np.ndarray:
     if num_segments != width * layout.samples or width < 1:
         raise ImageError(
             f"{name}: the RLE data has {num_segments} segments, the header needs {width * layout.samples}",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     ends = [*header[2 : num_segments + 1], len(encoded)]
     cells = np.zeros((layout.samples, count, width), np.uint8)
@@ -99,7 +99,7 @@ def _rle_cells(layout: PixelLayout, encoded: bytes, name: str) -> np.ndarray:
         try:
             plane = Image.frombytes("L", (count, 1), encoded[start:end], "packbits", "L")
         except ValueError as error:
-            raise ImageError(f"{name}: RLE segment {segment} is damaged ({error})", "dicom_damaged") from error
+            raise ImageError(f"{name}: RLE segment {segment} is damaged ({error})", "dicom_unreadable") from error
         cells[segment // width, :, width - 1 - segment % width] = np.asarray(plane)[0]
     return cells.view(f"<u{width}")[..., 0].T.ravel()  # color by pixel
 
@@ -120,7 +120,7 @@ def _stored_values(layout: PixelLayout, cells: np.ndarray, name: str, warnings: 
     if layout.is_signed is None and bool((cells >> shift & top).any()):
         raise ImageError(
             f"{name}: PixelRepresentation is missing, and the values differ when read as signed and as unsigned",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     signed = bool(layout.is_signed)
     if bits == layout.bits_allocated:
@@ -143,7 +143,7 @@ def _codec_values(dicom: DicomImage, data: bytes, frame: int, warnings: list[str
         raise ImageError(
             f"{dicom.name}: frame {frame} is {header[0]} x {header[1]} inside, the DICOM header says "
             f"{layout.columns} x {layout.rows}",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     options: dict[str, Any] = {
         "rows": layout.rows,
@@ -169,17 +169,17 @@ def _codec_values(dicom: DicomImage, data: bytes, frame: int, warnings: list[str
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         text = " ".join(str(error).split())
-        raise ImageError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]})", "image_damaged") from error
+        raise ImageError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]})", "image_unreadable") from error
     if values.shape[:2] != (layout.rows, layout.columns):
         raise ImageError(
             f"{dicom.name}: decodes to {values.shape}, the header says {layout.rows} x {layout.columns}",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     precision = header[2] if header is not None else layout.bits_stored
     if layout.is_signed is None and bool((values >> (precision - 1) & 1).any()):
         raise ImageError(
             f"{dicom.name}: PixelRepresentation is missing, and the values differ when read as signed and as unsigned",
-            "dicom_damaged",
+            "dicom_unreadable",
         )
     shift = layout.high_bit + 1 - layout.bits_stored
     return values >> shift if shift and precision > layout.bits_stored else values

@@ -29,7 +29,7 @@ def reading_values(name: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise ImageError(
-            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})", "dicom_damaged"
+            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})", "dicom_unreadable"
         ) from error
 
 
@@ -43,7 +43,7 @@ def check_deflated(deflated: bytes, name: str, max_pixels: int) -> None:
             size += len(inflater.decompress(rest, 1 << 24))
             rest = inflater.unconsumed_tail
     except zlib.error as error:
-        raise ImageError(f"{name}: the deflated DICOM file is damaged ({error})", "dicom_damaged") from error
+        raise ImageError(f"{name}: the deflated DICOM file is damaged ({error})", "dicom_unreadable") from error
     if size > limit:
         raise ImageError(
             f"{name}: inflates to more than {limit:,} bytes; too large to decode safely", "image_too_large"

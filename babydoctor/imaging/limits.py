@@ -17,18 +17,16 @@ ORDINARY_PIXELS = 4_000_000
 """Pictures up to this size get ``DecodeLimits.seconds``; larger ones get more in proportion."""
 
 ERROR_CODES: dict[str, str] = {
-    "image_missing": "there is no such file",
-    "image_unreadable": "the file cannot be read from disk, for example for lack of permission",
-    "image_not_recognized": "the content is no image format that is read here",
-    "image_damaged": "the decoder refused the content",
-    "image_unsupported": "a format variant that cannot be decoded correctly here",
-    "image_too_large": "more pixels or more memory than the limit",
-    "image_strip": "no pixels, or a very thin strip",
-    "image_bad_view": "a frame, window or preset that this image does not have",
-    "dicom_no_image": "a DICOM object without pixel data",
-    "dicom_damaged": "a damaged or contradictory DICOM header",
-    "dicom_unsupported": "a compression, color space or pixel format that is not read",
-    "dicom_no_decoder": "the package that decodes this compression is not installed",
+    "invalid_input": "a frame, window or preset that this image does not have",
+    "image_missing": "the file does not exist or may not be read",
+    "image_empty": "0 bytes",
+    "image_unreadable": "no image format that is read here, or damaged",
+    "image_too_large": "more pixels than the limit",
+    "image_bad_shape": "no pixels, or a very thin strip",
+    "dicom_unreadable": "a damaged or contradictory DICOM file",
+    "dicom_unsupported": "a compression, color space or pixel format of DICOM that is not read",
+    "dicom_without_image": "a DICOM object without pixel data",
+    "dicom_without_decoder": "the package that decodes this compression is not installed",
     "image_decode_failed": "the decoding process died or needed too much memory",
     "image_decode_timeout": "decoding took longer than the limit",
 }
@@ -72,7 +70,7 @@ class DecodeLimits:
 def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raise ``ImageError`` for a picture that is too large, too thin or without pixels."""
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: has no pixels ({width} x {height})", "image_strip")
+        raise ImageError(f"{name}: has no pixels ({width} x {height})", "image_bad_shape")
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: {width} x {height} = {width * height:,} pixels; the limit is {max_pixels:,}. Scale it down first",
@@ -81,5 +79,5 @@ def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
             f"{name}: {width} x {height} is a strip; the longer edge may be {MAX_ASPECT} times the shorter",
-            "image_strip",
+            "image_bad_shape",
         )

@@ -56,7 +56,7 @@ def read_header(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ImageHe
         ImageError: it is no image, its header is damaged, or it is too large.
     """
     if not data:
-        raise ImageError(f"{name}: the image is empty (0 bytes)", "image_damaged")
+        raise ImageError(f"{name}: the image is empty (0 bytes)", "image_empty")
     if not is_dicom(data):
         picture = open_picture(data, name, max_pixels)
         return ImageHeader(*picture.image.size, 48 if picture.is_wide else 20, picture)
@@ -89,5 +89,5 @@ def read_source(source: str | Path | bytes, name: str = "") -> tuple[str, bytes]
         raise ImageError(f"{name}: no such image file", "image_missing") from None
     except OSError as error:
         raise ImageError(
-            f"{name}: cannot be read ({error.strerror}); check that this user may read it", "image_unreadable"
+            f"{name}: cannot be read ({error.strerror}); check that this user may read it", "image_missing"
         ) from error

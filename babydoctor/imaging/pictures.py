@@ -63,7 +63,7 @@ def decode_picture(picture: Picture) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         text = f"{name}: the {container.format} image cannot be decoded ({_short(error)})"
-        raise ImageError(text, "image_damaged") from error
+        raise ImageError(text, "image_unreadable") from error
     return image.transpose(_UPRIGHT[container.orientation]) if container.orientation in _UPRIGHT else image
 
 
@@ -75,7 +75,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pictur
     """
     format = picture_format(data)
     if format is None:
-        raise ImageError(f"{name}: not a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF image", "image_not_recognized")
+        raise ImageError(f"{name}: not a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF image", "image_unreadable")
     container = clean(data, format)
     _check_variant(container, name)
     try:
@@ -83,7 +83,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pictur
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode safely ({error})", "image_too_large") from error
     except Exception as error:  # so do its header parsers
-        raise ImageError(f"{name}: the {format} header cannot be read ({_short(error)})", "image_damaged") from error
+        raise ImageError(f"{name}: the {format} header cannot be read ({_short(error)})", "image_unreadable") from error
     check_size(image.width, image.height, name, max_pixels)
     return Picture(name, container, image)
 
@@ -95,7 +95,7 @@ def _check_variant(container: Container, name: str) -> None:
         if compression == _BI_RLE4:
             raise ImageError(
                 f"{name}: a BMP with 4-bit run-length compression (RLE4) is not supported; save it as PNG",
-                "image_unsupported",
+                "image_unreadable",
             )
 
 
@@ -121,7 +121,7 @@ def _to_rgb(image: Image.Image, container: Container, name: str) -> Image.Image:
         pairs = np.asarray(image).astype(np.uint16)  # [h, w, 4]
         return _window_samples(pairs[..., 0] * 256 + pairs[..., 1], pairs[..., 2] * 256 + pairs[..., 3])
     if container.is_planar_wide:
-        raise ImageError(f"{name}: a TIFF with separate planes of 16-bit samples is not supported", "image_unsupported")
+        raise ImageError(f"{name}: a TIFF with separate planes of 16-bit samples is not supported", "image_unreadable")
     if (rawmode := _wide_color_rawmode(image)) is not None:
         return _wide_color(image, container, rawmode)
     image.load()
