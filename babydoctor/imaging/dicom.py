@@ -19,6 +19,7 @@ from babydoctor.imaging.dicom_lut import LookupTable, read_table, supplemental_c
 from babydoctor.imaging.dicom_pixels import decode_frame
 from babydoctor.imaging.dicom_safety import reading_values
 from babydoctor.imaging.dicom_values import (
+    code,
     items,
     padding_range,
     pixel_shape,
@@ -65,7 +66,7 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
         return DicomImage(
             name=name,
             layout=layout,
-            modality=text(file.dataset, "Modality"),
+            modality=code(file.dataset, "Modality"),
             pixel_spacing=pixel_spacing(file.dataset, 0),
             windows=windows(file.dataset, 0, warnings),
             warnings=tuple(dict.fromkeys(warnings)),
@@ -82,6 +83,7 @@ def render(
     preset: str | None = None,
     *,
     max_pixels: int = MAX_PIXELS,
+    square_pixels: bool = True,
 ) -> Image.Image:
     """One frame as an RGB picture; where pixels are not square, it is stretched so that they are.
 
@@ -93,10 +95,17 @@ def render(
         ImageError: the frame, window or preset does not exist, or the pixels cannot be decoded.
     """
     with reading_values(dicom.name):
-        return _render(dicom, frame, _chosen_window(dicom, center, width, preset), max_pixels)
+        image, warnings = _render(dicom, frame, _chosen_window(dicom, center, width, preset))
+        explanation = image.info["window"]
+        if square_pixels:
+            image = _square_pixels(dicom, frame, image, warnings, max_pixels)
+        image.info["window"] = explanation
+        image.info["warnings"] = tuple(dict.fromkeys(warnings))
+        return image
 
 
-def _render(dicom: DicomImage, frame: int, chosen: Window | None, max_pixels: int) -> Image.Image:
+def _render(dicom: DicomImage, frame: int, chosen: Window | None) -> tuple[Image.Image, list[str]]:
+    """One frame, a pixel for each of the file's, and what was doubtful about it."""
     warnings = list(dicom.warnings)
     if not dicom.is_grey and chosen is not None:
         raise ImageError(
@@ -109,10 +118,8 @@ def _render(dicom: DicomImage, frame: int, chosen: Window | None, max_pixels: in
         image = supplemental_colors(dicom, image, values, warnings)
     else:
         image, explanation = Image.fromarray(to_color(dicom, values, warnings)), "color, as stored"
-    image = _square_pixels(dicom, frame, image, warnings, max_pixels)
     image.info["window"] = explanation
-    image.info["warnings"] = tuple(dict.fromkeys(warnings))
-    return image
+    return image, warnings
 
 
 def _chosen_window(dicom: DicomImage, center: float | None, width: float | None, preset: str | None) -> Window | None:
@@ -234,7 +241,7 @@ def _voi(
                 table = _table(dicom, lut, can_be_negative=bool(values.size and np.nanmin(values) < 0))
                 unit = unit_values(table)
                 shown = LookupTable(table.first, unit, table.bits).look_up(values)
-                return shown, f"VOI LUT {text(lut, 'LUTExplanation')}".strip()
+                return shown, f"VOI LUT {text(lut, 'LUTExplanation')[:64]}".strip()
         bits = dicom.layout.bits_stored
         if is_identity and bits <= 8 and not dicom.layout.is_signed and not dicom.layout.is_float:
             top = 2.0**bits - 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from babydoctor.imaging.containers import picture_format
 from babydoctor.imaging.dicom_safety import check_deflated
+from babydoctor.imaging.dicom_values import code
 from babydoctor.imaging.limits import ImageError
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -84,7 +85,7 @@ def parse_file(data: bytes, name: str, max_pixels: int) -> DicomFile:
         warnings.append("the end mark of the pixel data is missing; all frames found are shown")
     keyword = _pixel_keyword(dataset)
     if keyword is None:
-        kind = str(dataset.get("Modality") or "") or "no DICOM object"
+        kind = code(dataset, "Modality") or "no DICOM object"
         raise ImageError(f"{name}: holds no image ({kind}); give a DICOM file with pixel data", "dicom_without_image")
     syntax, is_big_endian = _transfer_syntax(dataset, keyword, name, warnings)
     is_encapsulated = syntax not in (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN, "1.2.840.10008.1.2.1.99")
@@ -163,6 +164,9 @@ def _transfer_syntax(dataset: Any, keyword: str, name: str, warnings: list[str])
 def describe_uid(uid: str) -> str:
     """Name and UID, or the UID alone for private ones."""
     from pydicom.uid import UID
+
+    if not re.fullmatch(r"[0-9.]{1,64}", uid):
+        return "a value that is no UID"
 
     known = UID(uid).name
     return f"{known} ({uid})" if known != uid else uid

@@ -11,7 +11,7 @@ from typing import Any
 
 from babydoctor.imaging.dicom_file import PIXEL_KEYWORDS, DicomFile, describe_uid, fragments
 from babydoctor.imaging.dicom_safety import codestream_size
-from babydoctor.imaging.dicom_values import integer, text
+from babydoctor.imaging.dicom_values import code, integer, text
 from babydoctor.imaging.limits import ImageError, check_size
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -139,17 +139,16 @@ def _size(dataset: Any, first: bytes, name: str, warnings: list[str]) -> tuple[i
 def _color(dataset: Any, name: str, warnings: list[str], *, is_float: bool) -> tuple[str, int]:
     """(photometric interpretation, samples per pixel)."""
     stated, samples = text(dataset, "PhotometricInterpretation"), integer(dataset, "SamplesPerPixel")
+    shown = code(dataset, "PhotometricInterpretation") or "an unreadable value"
     if not stated:
         photometric = _missing_photometric(dataset, samples, name, warnings, is_float=is_float)
     else:
         by_letters = {re.sub(r"[ _]", "", known): known for known in _SAMPLES}
         photometric = by_letters.get(re.sub(r"[\s_]", "", stated.upper()), "")
         if not photometric:
-            raise ImageError(
-                f"{name}: the photometric interpretation {stated[:24]!r} is not supported", "dicom_unsupported"
-            )
+            raise ImageError(f"{name}: the photometric interpretation {shown!r} is not supported", "dicom_unsupported")
         if photometric != stated:
-            warnings.append(f"PhotometricInterpretation is written {stated[:24]!r}; read as {photometric}")
+            warnings.append(f"PhotometricInterpretation is written {shown!r}; read as {photometric}")
     if samples is None:
         samples = _SAMPLES[photometric]
         warnings.append(f"SamplesPerPixel is missing; read as {samples}")
@@ -169,7 +168,7 @@ def _missing_photometric(dataset: Any, samples: int | None, name: str, warnings:
             photometric = "MONOCHROME2"
         else:
             raise ImageError(
-                f"{name}: PhotometricInterpretation is missing, and for {text(dataset, 'Modality') or 'this modality'} "
+                f"{name}: PhotometricInterpretation is missing, and for {code(dataset, 'Modality') or 'this modality'} "
                 "low values may be dark or bright",
                 "dicom_unreadable",
             )

@@ -7,10 +7,14 @@ over the top level (PS3.3 C.7.6.16). An element without a usable value counts as
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from babydoctor.imaging.windows import Window, WindowFunction
+
+_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files have
+_MAX_LABEL = 64
 
 MAX_SPACING_RATIO = 40
 """Vertical over horizontal pixel spacing, or the other way round; more is taken for a mistake in the header."""
@@ -68,6 +72,12 @@ def text(item: Any, keyword: str) -> str:
     return str(value).strip("\0 ")
 
 
+def code(item: Any, keyword: str) -> str:
+    """An element's text where it has the form of a code string, else empty: free text may name a person."""
+    value = text(item, keyword)
+    return value if _CODE_STRING.fullmatch(value) else ""
+
+
 def items(item: Any, keyword: str) -> list[Any]:
     """The items of a sequence; empty where it is absent or damaged."""
     try:
@@ -121,10 +131,12 @@ def _windows_of(item: Any, warnings: list[str]) -> tuple[Window, ...]:
     if stated in ("LINEAR_EXACT", "SIGMOID"):
         function = stated  # type: ignore[assignment]
     elif stated != "LINEAR" and centers:
-        warnings.append(f"the VOI LUT function {stated[:16]!r} is unknown; read as LINEAR")
+        warnings.append("the VOI LUT function is unknown; read as LINEAR")
     found = []
     for index, (center, width) in enumerate(zip(centers, widths, strict=False)):
-        label = labels[index] if index < len(labels) else f"window {index + 1} of {len(centers)} in the file"
+        label = (
+            labels[index][:_MAX_LABEL] if index < len(labels) else f"window {index + 1} of {len(centers)} in the file"
+        )
         if math.isfinite(center) and math.isfinite(width) and width > 0:
             found.append(Window(center, width, label, function))
         else:

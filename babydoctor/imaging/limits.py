@@ -64,7 +64,7 @@ class DecodeLimits:
 
     def memory_for(self, num_pixels: int, bytes_per_pixel: int) -> int:
         """Address space for a picture of ``num_pixels`` whose decoding holds ``bytes_per_pixel`` at its peak."""
-        return max(self.memory_bytes, num_pixels * bytes_per_pixel + 128 * 2**20)
+        return self.memory_bytes + max(0, num_pixels - ORDINARY_PIXELS) * bytes_per_pixel
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:

@@ -67,6 +67,10 @@ class DecodeProcess:
                     f"the decoding process did not start ({reason or error})", "image_decode_failed"
                 ) from None
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def decode(
         self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits, memory: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
