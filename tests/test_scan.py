@@ -49,6 +49,14 @@ def test_values_far_below_one_can_be_windowed(slope: str) -> None:
     assert scan.view().png != before
 
 
+def test_a_header_of_millions_of_elements_is_refused_in_time() -> None:
+    whole = dicom(RAMP)
+    many = whole[:132] + whole[132:] + (b"\x11\x70\x01\x00UN\0\0" + b"\0" * 4) * 2_500_000
+    with pytest.raises(PageError) as caught:
+        open_scan(many)
+    assert caught.value.code in ("image_decode_timeout", "image_decode_failed", "bad_dicom")
+
+
 def test_errors_of_the_decoding_process_keep_their_code_over_http() -> None:
     for code, status, shown in (
         ("image_decode_timeout", 422, "image_decode_timeout"),

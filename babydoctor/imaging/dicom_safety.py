@@ -35,7 +35,7 @@ def reading_values(name: str) -> Iterator[None]:
 
 def check_deflated(deflated: bytes, name: str, max_pixels: int) -> None:
     """Raise ``ImageError`` for a deflated data set (PS3.5 A.5) that is a bomb: parsing it inflates it as a whole."""
-    limit = 16 * max_pixels
+    limit = min(16 * max_pixels, 2**28)
     try:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         size, rest = 0, deflated

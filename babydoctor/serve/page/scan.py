@@ -170,12 +170,12 @@ def open_scan(data: bytes) -> Scan:
 
 def _open_dicom(data: bytes) -> Scan:
     try:
+        # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
+        load_image(data, name=_FILE_NAME)
         dicom = read_dicom(data, name=_FILE_NAME)
-        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+        return Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
     except ImageError as error:
         raise dicom_error(error) from None
-    scan.view()  # so that a file whose pixels cannot be decoded is refused here
-    return scan
 
 
 def picture_error(error: ImageError, looks_like_image: bool) -> PageError:
