@@ -29,9 +29,23 @@ LIMITS = DecodeLimits(max_pixels=4_000_000, seconds=0.5)
 # One file for each transfer syntax, color space and odd header that pydicom brings.
 DICOM_FILES = (
     *("CT_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless", "image_dfl"),
-    *("MR_small_jpeg_ls_lossless", "JPGExtended", "JPEG-LL", "JPEG2000", "SC_rgb_jpeg_gdcm", "SC_rgb_small_odd"),
+    *(
+        "MR_small_jpeg_ls_lossless",
+        "JPGExtended",
+        "SC_rgb_jpeg_dcmtk",
+        "JPEG2000",
+        "SC_rgb_jpeg_gdcm",
+        "SC_rgb_small_odd",
+    ),
     *("examples_palette", "examples_ybr_color", "examples_jpeg2k", "SC_ybr_full_422_uncompressed", "rtdose"),
-    *("SC_rgb_rle_16bit", "mlut_18", "vlut_04", "liver_1frame", "SC_rgb_jls_lossy_line", "HTJ2KLossless_08_RGB"),
+    *(
+        "SC_rgb_rle_16bit",
+        "JPEGLSNearLossless_16",
+        "rtdose_rle",
+        "liver_1frame",
+        "SC_rgb_jls_lossy_line",
+        "examples_overlay",
+    ),
 )
 
 
@@ -55,7 +69,8 @@ def seeds() -> dict[str, bytes]:
     found["float TIFF"] = tiff(wide[..., 0] / np.float32(7), 0)
     found["made DICOM"] = dicom(wide[..., 0], BitsStored=12, HighBit=15, WindowCenter="9", WindowWidth="900")
     for name in DICOM_FILES:
-        if path := get_testdata_file(f"{name}.dcm", download=False):
+        path = get_testdata_file(f"{name}.dcm", download=False)
+        if path:
             found[name] = Path(str(path)).read_bytes()
     return found
 
