@@ -15,7 +15,8 @@ import torch
 from test_interop_gguf import regret
 
 from babydoctor.demo.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN

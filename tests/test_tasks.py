@@ -15,7 +15,7 @@ from babydoctor.eval.conditions import ConditionedImages, check_conditions, shuf
 from babydoctor.eval.formats import with_optional_parts
 from babydoctor.eval.leakage import find_leakage
 from babydoctor.eval.tasks import Question, Task, TaskConfig, load_task
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.schema import UserError
 
 

@@ -265,7 +265,8 @@ def prepare(questions: list[Question], model: BabyDoctor, tokenizer: Any, max_ne
     from babydoctor.conversation import split_images
     from babydoctor.data.tokens import encode
     from babydoctor.engine.request import GenerationRequest, ImageInput
-    from babydoctor.imaging.load import ImageSettings, load_image, to_pixels
+    from babydoctor.imaging.load import load_image
+    from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 
     settings = ImageSettings(IMAGE_SIZE, "pad", (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
     requests = []

@@ -21,7 +21,7 @@ from babydoctor.bench.models import PRESETS, build_random_model
 from babydoctor.config import RunConfig, apply_override, build_config
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.lora import add_lora
 from babydoctor.model.nf4 import Quantization

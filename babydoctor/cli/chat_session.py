@@ -16,7 +16,8 @@ from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput, PromptTooLongError
 from babydoctor.engine.settings import build_settings
 from babydoctor.imaging.dicom import read_dicom, render
-from babydoctor.imaging.load import is_dicom, load_image, to_pixels
+from babydoctor.imaging.load import is_dicom, load_image, log_warnings
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN, Example, Turn, UserError
 
@@ -112,9 +113,11 @@ def open_picture(path: Path, frame: int = 0, preset: str | None = None) -> Image
     if not path.is_file():
         raise UserError(f"{path}: no such image file")
     data = path.read_bytes()
-    if not is_dicom(data, path.name):
+    if not is_dicom(data):
         raise UserError(f"{path} is no DICOM file; --frame and --preset are for DICOM")
-    return render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+    image = render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+    log_warnings(image, str(path))
+    return image
 
 
 def answer(

@@ -106,7 +106,8 @@ class Answerer:
     def _generate(self, requests: Sequence[tuple[str, str | None]], max_new_tokens: int) -> list[str]:
         import torch
 
-        from babydoctor.imaging.load import load_image, to_pixels
+        from babydoctor.imaging.load import load_image
+        from babydoctor.imaging.preprocess import to_pixels
         from babydoctor.model.generate import generate
 
         template = get_template(TEMPLATE)

@@ -32,6 +32,8 @@ class Limits(Section):
     max_held_bytes: int = Field(2**30, gt=0, description="of all open requests together; more get 429")
     body_timeout_s: float = Field(30, gt=0, description="to send the whole body")
     max_pixels: int = Field(50_000_000, gt=0, description="of an image; checked in its header, before decoding")
+    decode_seconds: float = Field(2, gt=0, description="of CPU to decode an image of 4 megapixels; larger get more")
+    decode_memory_bytes: int = Field(512 * 2**20, gt=0, description="to decode an image of 4 megapixels, likewise")
     max_images: int = Field(1, ge=1, description="of a request; the stages train on one")
     max_prompt_chars: int = Field(65_536, gt=0, description="of a prompt, in characters")
     max_queue: int = Field(64, ge=0, description="requests of a worker that wait for a slot; more get 429")

@@ -16,7 +16,7 @@ from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
 from babydoctor.eval.run import EvalConfig, evaluate_task
 from babydoctor.eval.tasks import TaskConfig, load_task
-from babydoctor.imaging.load import to_pixels
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.generate import generate
 from babydoctor.model.run_dir import Manifest

@@ -29,6 +29,8 @@ SENTENCES: dict[str, str] = {
     "internal": "The server failed at this question. Please ask again; if it fails again, tell the person who runs it.",
     "image_too_large": _TOO_LARGE,
     "body_too_large": _TOO_LARGE,
+    "image_decode_failed": "The server could not read this image: its decoder failed. Please export it again.",
+    "image_decode_timeout": "The image takes too long to read; it may be damaged. Please export it again.",
     "bad_image": "The server could not read this image. Please load it again.",
     "prompt_too_long": _TOO_LONG,
     OVERFLOW: _TOO_LONG,
@@ -52,6 +54,7 @@ SENTENCES: dict[str, str] = {
     "not_an_image": "This file is neither an image (PNG, JPEG, TIFF, WebP, BMP, GIF) nor a readable DICOM file.",
     "bad_dicom": "This is a DICOM file, but its image cannot be read: it is damaged or of an unusual kind.",
     "dicom_without_image": "This DICOM file holds no image: it may be a report, a plan or a DICOMDIR.",
+    "dicom_unsupported": "This DICOM file cannot be shown: {detail}. Export it uncompressed or as a PNG.",
     "dicom_without_decoder": "This server cannot read the compression of this DICOM file. Export it uncompressed.",
     "damaged_image": "The image file is damaged or cut off. Please export it again.",
     "too_many_pixels": "The image has too many pixels for this page. Please load a smaller version of it.",
@@ -65,9 +68,11 @@ SENTENCES: dict[str, str] = {
 class PageError(Exception):
     """Something that the page tells its user. ``code`` is a key of ``SENTENCES``, or an unknown one of a server."""
 
-    def __init__(self, code: str, *, retry_after_s: float | None = None, limit_mb: int | None = None) -> None:
+    def __init__(
+        self, code: str, *, retry_after_s: float | None = None, limit_mb: int | None = None, detail: str = ""
+    ) -> None:
         super().__init__(code)
         self.code = code
         when = "in a few moments" if not retry_after_s else f"in about {retry_after_s:.0f} seconds"
         general = "The server could not answer this request. Please try again; if it fails again, tell who runs it."
-        self.sentence = SENTENCES.get(code, general).format(when=f" {when}", limit_mb=limit_mb)
+        self.sentence = SENTENCES.get(code, general).format(when=f" {when}", limit_mb=limit_mb, detail=detail)

@@ -84,7 +84,7 @@ class ImageHandlers(Handlers):
         session = self._with_scan(request)
         assert session.scan is not None
         session.scan.preset = None
-        session.scan.center, session.scan.width = float(center), max(1.0, float(width))
+        session.scan.center, session.scan.width = float(center), max(float(width), 1e-12)
         return self._show_scan(session, moves_sliders=False) | {self.ui.preset: gr.Dropdown(value=None)}
 
     def _with_scan(self, request: gr.Request) -> Session:
@@ -111,7 +111,12 @@ class ImageHandlers(Handlers):
         if scan.has_window:
             at = scan.window_range()
             changes |= {
-                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
-                self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
+                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=_short(at.center)),
+                self.ui.width: gr.Slider(minimum=at.narrowest, maximum=at.widest, step=at.step, value=_short(at.width)),
             }
         return changes
+
+
+def _short(value: float) -> float:
+    """Six digits are enough for a slider, whatever the unit."""
+    return float(f"{value:.6g}")

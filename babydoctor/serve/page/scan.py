@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, read_dicom, render
-from babydoctor.imaging.load import is_dicom, load_image
+from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
+from babydoctor.imaging.isolation import load_image, render
+from babydoctor.imaging.limits import ImageError
 from babydoctor.imaging.windows import CT_PRESETS
-from babydoctor.schema import UserError
 from babydoctor.serve.page.errors import PageError
 
 MAX_VIEW_EDGE = 1536
@@ -26,6 +26,18 @@ MAX_VIEW_EDGE = 1536
 
 FILE_WINDOW = "as stored in the file"
 """Name of the choice that shows the file's own window."""
+
+_FILE_NAME = "the file"
+
+_PAGE_CODES = {
+    "image_too_large": "too_many_pixels",
+    "image_bad_shape": "odd_shape",
+    "dicom_without_image": "dicom_without_image",
+    "dicom_without_decoder": "dicom_without_decoder",
+    "image_decode_failed": "image_decode_failed",
+    "image_decode_timeout": "image_decode_timeout",
+}
+"""Codes of ``ImageError`` and the page's own."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _WINDOW = re.compile(r"centre (\S+), width (\S+)")
@@ -58,7 +70,12 @@ class WindowRange:
     @property
     def step(self) -> float:
         """Whole numbers where the values are large, else a 200th of the range."""
-        return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-6)
+        return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-12)
+
+    @property
+    def narrowest(self) -> float:
+        """The smallest width that the slider gives."""
+        return min(1.0, self.step)
 
 
 @dataclass
@@ -99,9 +116,10 @@ class Scan:
             return _to_view(self.picture, "")
         try:
             image = render(self.dicom, self.frame, self.center, self.width, self.preset)
-        except UserError as error:
+        except ImageError as error:
             raise dicom_error(error) from None
         window = str(image.info.get("window", ""))
+        window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
         return _to_view(image, frame + window)
 
@@ -117,15 +135,17 @@ class Scan:
         if self.facts.get("modality") == "CT":
             return WindowRange(center, width, min(-1024.0, center), max(3071.0, center), max(4096.0, width))
         own_center, own_width = self._own_window()
-        reach = max(2 * own_width, 1.0)
-        low, high = math.floor(own_center - reach), math.ceil(own_center + reach)
-        return WindowRange(center, width, min(low, center), max(high, center), max(math.ceil(4 * own_width), width))
+        reach, widest = 2 * own_width, 4 * own_width
+        low, high = own_center - reach, own_center + reach
+        if high - low >= 50:
+            low, high, widest = math.floor(low), math.ceil(high), math.ceil(widest)
+        return WindowRange(center, width, min(low, center), max(high, center), max(widest, width))
 
     def _own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
         if found:  # a file with a VOI LUT has none
-            return float(found[1]), max(1.0, float(found[2]))
+            return float(found[1]), float(found[2])
         bits = int(self.dicom.dataset.get("BitsStored") or 12)
         return 2.0 ** (bits - 1), 2.0**bits
 
@@ -139,49 +159,37 @@ def open_scan(data: bytes) -> Scan:
     if not data:
         raise PageError("empty_file")
     looks_like_image = data.startswith(_IMAGE_MAGIC)
-    if is_dicom(data) or not looks_like_image:
-        try:
-            return _open_dicom(data)
-        except PageError:
-            if is_dicom(data):
-                raise
+    if is_dicom(data):
+        return _open_dicom(data)
     try:
         picture = load_image(data)
-    except UserError as error:
+    except ImageError as error:
         raise picture_error(error, looks_like_image) from None
     return Scan(None, picture, {"rows": picture.height, "columns": picture.width})
 
 
 def _open_dicom(data: bytes) -> Scan:
     try:
-        dicom = read_dicom(data, name="the file")
-        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
-    except UserError as error:
+        # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
+        load_image(data, name=_FILE_NAME)
+        dicom = read_dicom(data, name=_FILE_NAME)
+        return Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+    except ImageError as error:
         raise dicom_error(error) from None
-    scan.view()  # so that a file whose pixels cannot be decoded is refused here
-    return scan
 
 
-def picture_error(error: UserError, looks_like_image: bool) -> PageError:
+def picture_error(error: ImageError, looks_like_image: bool) -> PageError:
     """Which sentence belongs to what ``load_image`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "strip" in text:
-        return PageError("odd_shape")
+    if error.code in _PAGE_CODES:
+        return PageError(_PAGE_CODES[error.code])
     return PageError("damaged_image" if looks_like_image else "not_an_image")
 
 
-def dicom_error(error: UserError) -> PageError:
+def dicom_error(error: ImageError) -> PageError:
     """Which sentence belongs to what ``read_dicom`` or ``render`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "holds no image" in text:
-        return PageError("dicom_without_image")
-    if "decoder is missing" in text:
-        return PageError("dicom_without_decoder")
-    return PageError("odd_shape" if "strip" in text else "bad_dicom")
+    if error.code == "dicom_unsupported":  # these reasons hold no text of the file but coded values
+        return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{_FILE_NAME}: "))
+    return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
 
 
 def _to_view(image: Image.Image, caption: str) -> View:

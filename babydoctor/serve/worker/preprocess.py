@@ -22,8 +22,9 @@ from babydoctor.engine.request import (
     PromptTooLongError,
     QueueFullError,
 )
-from babydoctor.imaging.load import load_image, to_pixels
-from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
+from babydoctor.imaging.isolation import load_pixels
+from babydoctor.imaging.limits import DecodeLimits, ImageError
+from babydoctor.schema import IGNORE_INDEX, Example, Segment
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.protocol import (
     MAX_NEW_TOKENS,
@@ -112,16 +113,9 @@ class Preparer:
         pixels = self._pixels.get(key)
         if pixels is None:
             try:
-                pixels = to_pixels(load_image(data, max_pixels=self._limits.max_pixels), settings)
-            except UserError as error:
-                text = str(error)
-                too_large = "limit is" in text or "too large" in text
-                raise ApiError(
-                    413 if too_large else 422,
-                    "image_too_large" if too_large else "bad_image",
-                    text,
-                    param=f"images[{index}]",
-                ) from None
+                pixels = load_pixels(data, settings, limits=decode_limits(self._limits))
+            except ImageError as error:
+                raise image_error(error, index) from None
             self._pixels[key] = pixels
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
@@ -152,6 +146,20 @@ class Preparer:
         edge = math.isqrt(self._num_patches)
         assert edge * edge == self._num_patches, self._num_patches
         return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, looked, request.answer)}
+
+
+def decode_limits(limits: Limits) -> DecodeLimits:
+    """What decoding one image of a request may cost."""
+    return DecodeLimits(
+        max_pixels=limits.max_pixels, seconds=limits.decode_seconds, memory_bytes=limits.decode_memory_bytes
+    )
+
+
+def image_error(error: ImageError, index: int) -> ApiError:
+    """The API's error for an image that cannot be decoded."""
+    own = ("image_too_large", "image_decode_failed", "image_decode_timeout")
+    code = error.code if error.code in own else "bad_image"
+    return ApiError(413 if code == "image_too_large" else 422, code, str(error), param=f"images[{index}]")
 
 
 def api_error(error: EngineError) -> ApiError:

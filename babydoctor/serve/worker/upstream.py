@@ -17,7 +17,8 @@ from typing import Any
 
 import httpx
 
-from babydoctor.imaging.load import load_image
+from babydoctor.imaging.isolation import load_image
+from babydoctor.imaging.limits import ImageError
 from babydoctor.schema import IMAGE_TOKEN, UserError
 from babydoctor.serve.api.admission import check_request, decode_image
 from babydoctor.serve.api.protocol import (
@@ -34,6 +35,7 @@ from babydoctor.serve.api.streaming import Answer
 from babydoctor.serve.prompt_turns import prompt_to_turns
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.backend import SingleModelBackend
+from babydoctor.serve.worker.preprocess import decode_limits, image_error
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
@@ -184,9 +186,9 @@ class UpstreamWorker(SingleModelBackend):
     def _image_url(self, data: bytes, index: int) -> str:
         """A data URL; what only we can read (DICOM, TIFF, 16 bits) becomes a PNG."""
         try:
-            image = load_image(data, max_pixels=self.settings.limits.max_pixels)
-        except UserError as error:
-            raise ApiError(422, "bad_image", str(error), param=f"images[{index}]") from None
+            image = load_image(data, limits=decode_limits(self.settings.limits))
+        except ImageError as error:
+            raise image_error(error, index) from None
         if data[:2] == b"\xff\xd8":
             return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
         buffer = io.BytesIO()
