@@ -13,7 +13,7 @@ from pydicom.examples import get_path
 from serving import Server, free_port, png, start, start_controller, start_worker, stop_all, tiny_run, wait_ready
 from serving import wait_until as wait
 
-from babydoctor.serve.page.errors import SENTENCES
+from babydoctor.serve.page.texts import SENTENCES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect

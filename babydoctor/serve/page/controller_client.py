@@ -1,4 +1,4 @@
-"""The page as a client of the controller: which models there are, a streamed answer, attention. No Gradio."""
+"""The web UI as a client of the controller: list of models, a streamed answer, attention. No Gradio."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import httpx
 from babydoctor.conversation import Template, get_template, prompt_text, render_prompt
 from babydoctor.schema import Turn, UserError
 from babydoctor.serve.api.protocol import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, OVERFLOW, Chunk, StreamDecoder
-from babydoctor.serve.page.errors import PageError
 from babydoctor.serve.page.session import Exchange
+from babydoctor.serve.page.texts import PageError
 
 TIMEOUT = httpx.Timeout(60, connect=5)
 
 POLL_S = 0.05
-"""How often a running answer looks whether it should stop, and the shortest time between two updates of the page."""
+"""How often a running answer checks whether it should stop, and the shortest time between two updates."""
 
 _CODES = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
 
@@ -56,8 +56,16 @@ class ControllerClient:
         """How the model makes a picture square: ``pad`` or ``square``."""
         return str((await self._post("/model_details", {"model": model})).get("image_mode", "pad"))
 
+    async def shows_attention(self, model: str) -> bool:
+        """True where the model's worker can tell where it looked. Workers for other servers cannot."""
+        try:
+            details = await self._post("/model_details", {"model": model})
+        except PageError:
+            return False
+        return int(details.get("image_tokens") or 0) > 0
+
     async def attention(self, exchange: Exchange) -> dict[str, Any]:
-        """Attention of each piece of an answer to the image's patches, see ``protocol.AttentionReply``."""
+        """Attention of each piece of an answer to the image patches, see ``protocol.AttentionReply``."""
         body = {
             "model": exchange.model,
             "prompt": exchange.prompt,
@@ -72,7 +80,7 @@ class ControllerClient:
         Leaving the iteration, or ``exchange.stop_requested``, closes the connection, and that stops the model.
 
         Raises:
-            PageError: it was refused or broke off; ``exchange.answer`` keeps what had come.
+            PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
         """
         template = await self.template(exchange.model)
         exchange.prompt = prompt_text(render_prompt(turns, template))
@@ -108,7 +116,7 @@ class ControllerClient:
 
 
 async def _read(response: httpx.Response, exchange: Exchange) -> AsyncIterator[None]:
-    """Read chunks until the end or until the user stops it; merges what comes faster than the page is updated."""
+    """Read chunks until the end or until the user stops it; yields at most every ``POLL_S`` seconds."""
     decoder = StreamDecoder()
     stream = response.aiter_bytes()
     coming: asyncio.Future[bytes] | None = None
@@ -123,7 +131,7 @@ async def _read(response: httpx.Response, exchange: Exchange) -> AsyncIterator[N
                 continue
             data, coming = coming.result(), None
             if not data:
-                # An original worker says no finish reason; a stream that ends without an error is whole.
+                # LLaVA's own workers send no finish reason; a stream that ends without an error is complete.
                 exchange.ended = exchange.ended or "stop"
                 return
             try:

@@ -1,0 +1,219 @@
+"""Layout of the web UI: the components, their labels and the order in which the keyboard reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
+from babydoctor.serve.page import html as show
+from babydoctor.serve.page.examples import ExampleCase
+from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
+from babydoctor.serve.page.scan import FILE_WINDOW
+from babydoctor.serve.page.session import KEEP_MIN
+from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS
+from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
+
+REFRESH_S = 5
+"""How often an open tab asks which models are running."""
+
+BUTTONS = "buttons(element, trigger)"
+
+FOLLOW_S = 0.25
+"""How often an open tab asks for the answer that is being written."""
+
+class OpenSlider(gr.Slider):
+    """A slider whose number box takes any value.
+
+    Gradio's own refuses a typed value beyond the ends with an error that the user does not see. Handlers check it.
+    """
+
+    def preprocess(self, payload: float | None) -> float | None:  # type: ignore[override]
+        return payload
+
+    def get_block_name(self) -> str:
+        return "slider"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class OpenDropdown(gr.Dropdown):
+    """A dropdown whose value may be missing from the choices: a model that stopped stays chosen."""
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+
+    def get_block_name(self) -> str:
+        return "dropdown"
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+def script(call: str, arguments: str = "") -> str:
+    """JavaScript that calls a function of ``static/page.js``.
+
+    Args:
+        call: for example ``dropZone(element, trigger)``.
+        arguments: parameter names, to get a function for Gradio's ``js=``; empty: a statement for ``js_on_load``.
+    """
+    load = f"import(new URL('page/static/page.js', document.baseURI)).then((page) => page.{call})"
+    return f"({arguments}) => {load}" if arguments else load
+
+def build_theme() -> Any:
+    """System fonts; text contrast of at least 4.5:1 in light and dark."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        spacing_size=gr.themes.sizes.spacing_md,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "Liberation Mono", "monospace"],
+    ).set(
+        body_background_fill="#f4f6f8",
+        body_background_fill_dark="#0d1318",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#161e25",
+        block_border_color="#d9e0e6",
+        block_border_color_dark="#2a353e",
+        block_label_text_color="#334155",
+        block_label_text_color_dark="#cbd5e1",
+        block_title_text_weight="600",
+        button_primary_background_fill="#0f766e",
+        button_primary_background_fill_hover="#115e59",
+        button_primary_background_fill_dark="#0f766e",
+        button_primary_background_fill_hover_dark="#14857b",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        button_secondary_border_color="#c3ccd5",
+        button_secondary_border_color_dark="#3a4752",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#10171d",
+        input_border_color="#b6c2cc",
+        input_border_color_dark="#3a4752",
+        slider_color="#0f766e",
+        slider_color_dark="#2dd4bf",
+        background_fill_primary_dark="#161e25",
+        background_fill_secondary_dark="#10171d",
+        body_text_color_subdued="#52606d",
+        body_text_color_subdued_dark="#9fb0be",
+    )
+
+class Layout:
+    """The components, by name. Made inside ``gr.Blocks``; ``events.WebUI`` connects them with handlers.
+
+    Args:
+        examples: the example cases.
+        takes_feedback: False hides the feedback form.
+    """
+
+    def __init__(self, examples: Sequence[ExampleCase], takes_feedback: bool) -> None:
+        # Kept in the browser's local storage; neither value is a secret.
+        self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
+        self.preferences = gr.BrowserState(None, storage_key="babydoctor-settings", secret="not a secret")
+        self.tab = gr.Textbox(visible=False)
+        self.timer = gr.Timer(REFRESH_S)
+        self.follow = gr.Timer(FOLLOW_S, active=False)
+        _html(show.banner(), "bd-banner")
+        with gr.Row(elem_id="bd-header"):
+            _html(show.title(), "bd-title")
+            self.model = OpenDropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
+            self.theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
+        self.model_status = _html("", "bd-model-status")
+        self._build_gate()
+        with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
+            with gr.Column(scale=5, min_width=340):
+                self._build_image(examples)
+            with gr.Column(scale=6, min_width=340):
+                self._build_chat()
+                self._build_look_and_settings()
+                self._build_feedback(takes_feedback)
+
+    def _build_gate(self) -> None:
+        with gr.Column(elem_id="bd-gate", visible=True) as self.gate:
+            gr.Markdown(GATE_TEXT.format(keep_min=KEEP_MIN))
+            self.agree = gr.Checkbox(False, label="I have read this and will use BabyDoctor for research only")
+            self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
+
+    def _build_image(self, examples: Sequence[ExampleCase]) -> None:
+        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES), "bd-drop", "dropZone(element, trigger)")
+        self.image_status = _html("", "bd-image-status")
+        self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
+        self.viewer = _html(show.viewer(None), "bd-viewer")
+        with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
+            self.preset = OpenDropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
+            with gr.Row():
+                self.center = OpenSlider(
+                    -1024, 3071, 40, step=1, label="Level", elem_id="bd-center", min_width=150, buttons=[]
+                )
+                self.width = OpenSlider(
+                    1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150, buttons=[]
+                )
+        self.frame = OpenSlider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame", buttons=[])
+        self.facts = _html("", "bd-facts")
+
+    def _build_chat(self) -> None:
+        self.chat = _html(show.chat(None), "bd-chat", "chat(element)")
+        self.status = _html("", "bd-status")
+        self.starters = _html(show.chips(QUESTIONS), "bd-starters", BUTTONS)
+        with gr.Row(elem_id="bd-ask"):
+            self.question = gr.Textbox(
+                label="Question",
+                placeholder="Ask about the image; Enter sends",
+                lines=1,
+                max_lines=6,
+                max_length=8000,
+                scale=5,
+                min_width=200,
+                elem_id="bd-question",
+            )
+            self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
+            self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
+        with gr.Row():
+            self.again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="bd-again")
+            self.clear = gr.Button("Clear chat", size="sm", min_width=96, elem_id="bd-clear")
+            self.export = gr.Button("Export session", size="sm", min_width=110, elem_id="bd-export")
+        self.exported = gr.Textbox(visible=False)
+
+    def _build_look_and_settings(self) -> None:
+        with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel", visible=False) as self.look_panel:
+            self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
+            self.overlay = _html("", "bd-overlay")
+            self.words = _html("", "bd-words", BUTTONS)
+            gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
+        with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
+            self.temperature = OpenSlider(
+                0, 2, 0, step=0.05, label="Temperature", info="0: the most likely words, the same answer every time"
+            )
+            self.top_p = OpenSlider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
+            self.max_tokens = OpenSlider(
+                16, MAX_NEW_TOKENS, 256, step=16, label="Longest answer, in tokens", info="about ¾ of a word each"
+            )
+
+    def _build_feedback(self, takes_feedback: bool) -> None:
+        with gr.Accordion("Feedback on the last answer", open=False, elem_id="bd-feedback", visible=takes_feedback):
+            self.verdict = gr.Radio(
+                [(text, key) for key, text in VERDICTS.items()], label="How was the answer?", elem_id="bd-verdict"
+            )
+            self.errors = gr.CheckboxGroup(
+                [(text, kind) for kind, text in ERROR_KINDS.items()], label="What was wrong?", elem_id="bd-errors"
+            )
+            self.comment = gr.Textbox(
+                label="Comment", lines=2, max_length=4000, info="no names, please", elem_id="bd-comment"
+            )
+            self.consent = gr.Checkbox(
+                False, label="Save my feedback with this question and answer on the server", elem_id="bd-consent"
+            )
+            self.with_image = gr.Checkbox(False, label="Save the image, too", elem_id="bd-with-image")
+            self.save = gr.Button("Save feedback", size="sm", elem_id="bd-save")
+            self.saved = _html("", "bd-saved")
+
+def _html(value: str, elem_id: str, call: str = "") -> gr.HTML:
+    """A piece of HTML; ``call`` sets it up in the browser, see ``script``."""
+    on_load = script(call) if call else None
+    return gr.HTML(value, js_on_load=on_load, elem_id=elem_id, apply_default_css=False, min_width=200)
