@@ -5,7 +5,7 @@ Nothing that a server or a library wrote is shown: it may quote a file, and it s
 
 from __future__ import annotations
 
-from babydoctor.serve.api.protocol import OVERFLOW
+from babydoctor.serve.api.errors import OVERFLOW
 
 _TOO_LONG = "The conversation has become too long for the model. Press “Clear chat” and ask again."
 _TOO_LARGE = (
