@@ -156,5 +156,6 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
     if not roles or roles != expected or roles[-1] != last:
         raise UserError(
             f"a conversation alternates between user and assistant, begins with the user and ends with the {last}; "
-            f"this one has {roles or 'no turns'}"
+            f"this one has {roles or 'no turns'}",
+            code="conversation_order",
         )

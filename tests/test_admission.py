@@ -18,7 +18,8 @@ from babydoctor.serve.api.admission import (
     check_request,
     decode_image,
 )
-from babydoctor.serve.api.protocol import ApiError, GenerateRequest
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.settings import (
     Limits,
     Secrets,

@@ -38,7 +38,7 @@ from serving import (
 from babydoctor.conversation import TEMPLATES, get_template, prompt_text, render_prompt
 from babydoctor.interop.export import export_run
 from babydoctor.schema import Turn, UserError
-from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.prompt_turns import prompt_to_turns
 
 QUESTION = PROMPT.removeprefix("[INST] <image>\n").removesuffix(" [/INST]")

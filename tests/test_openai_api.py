@@ -14,8 +14,9 @@ import pytest
 from serving import PROMPT, data_url, generation, llava_answer, png, tiny_worker
 
 from babydoctor.conversation import LLAVA_SYSTEM, get_template
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.openai import ChatRequest, CompletionWriter, to_generate
-from babydoctor.serve.api.protocol import ApiError, Chunk, GenerateRequest
+from babydoctor.serve.api.protocol import Chunk, GenerateRequest
 from babydoctor.serve.api.remote_image import fetch_image, is_public
 from babydoctor.serve.client import AskError, Client
 from babydoctor.serve.settings import RemoteImages

@@ -7,8 +7,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import (
-    ApiError,
     Chunk,
     GenerateRequest,
     RegisterRequest,
@@ -106,6 +106,6 @@ def test_the_originals_registration_is_read():
 
 
 def test_one_error_body_serves_all_clients():
-    body = ApiError(429, "queue_full", "Busy.", retry_after_s=3).body()
+    body = ApiError("queue_full", "Busy.", retry_after_s=3).body()
     assert body["error"]["type"] == "rate_limit_error" and body["error"]["code"] == "queue_full"
     assert body["text"] == "Busy." and body["error_code"] == 1

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from babydoctor.serve.api.protocol import ApiError, Chunk, TokenLogprob
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import Chunk, TokenLogprob
 from babydoctor.serve.api.streaming import Answer, EndOfAnswer
 
 
@@ -34,7 +35,7 @@ def test_silence_is_none_and_errors_are_chunks():
     async def run() -> None:
         answer = Answer(nothing)
         assert await answer.next(0.01) is None
-        asyncio.get_running_loop().call_later(0.01, answer.fail, ApiError(503, "worker_lost", "Lost.", error_code=3))
+        asyncio.get_running_loop().call_later(0.01, answer.fail, ApiError("worker_lost", "Lost."))
         chunk = await answer.next(5)
         assert chunk is not None and (chunk.text, chunk.error_code, chunk.code) == ("Lost.", 3, "worker_lost")
 

@@ -22,7 +22,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from babydoctor.serve.api.protocol import ERROR_NONE, StreamDecoder
+from babydoctor.serve.api.errors import ERROR_NONE
+from babydoctor.serve.api.protocol import StreamDecoder
 
 NUM_IMAGES = 32
 

@@ -31,13 +31,13 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; a ``UserError`` becomes one paragraph on stderr and exit status 2."""
+    """Run the command line; a ``UserError`` becomes one paragraph on stderr and its exit status."""
     # It would advise to install a package that downloads kernels; 4-bit layers work without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         build_app()()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -86,7 +86,7 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
         try:
             data = Path(source).read_bytes()
         except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{name}: cannot be read ({error.strerror})", code="image_missing") from error
     check_deflated(data, name, max_pixels)
     with reading_values(name):
         return _parse(pydicom.dcmread(io.BytesIO(data), force=True), name, max_pixels)
@@ -97,12 +97,16 @@ def _parse(dataset: Any, name: str, max_pixels: int) -> DicomImage:
     num_frames = int(dataset.get("NumberOfFrames") or 1)
     if not any(key in dataset for key in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         kind = str(dataset.get("Modality") or "") or "no DICOM object"
-        raise UserError(f"{name}: holds no image ({kind}); give a DICOM file with pixel data")
+        raise UserError(
+            f"{name}: holds no image ({kind}); give a DICOM file with pixel data", code="dicom_without_image"
+        )
     if not rows or not columns:
-        raise UserError(f"{name}: the DICOM header gives no size (Rows {rows}, Columns {columns})")
+        raise UserError(
+            f"{name}: the DICOM header gives no size (Rows {rows}, Columns {columns})", code="dicom_unreadable"
+        )
     check_size(columns, rows, name, max_pixels)
     if num_frames < 1:
-        raise UserError(f"{name}: NumberOfFrames is {num_frames}")
+        raise UserError(f"{name}: NumberOfFrames is {num_frames}", code="dicom_unreadable")
     return DicomImage(
         name=name,
         num_frames=num_frames,
@@ -227,10 +231,16 @@ def _decode_frame(dicom: DicomImage, frame: int) -> np.ndarray:
         values = pixel_array(dicom.dataset, index=frame)
     except Exception as error:  # decoders raise nearly anything on damaged files
         text = " ".join(str(error).split())
-        mend = f". A decoder is missing: {_DECODER_HINT}" if "missing dependencies" in text else ""
-        raise UserError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]}){mend}") from error
+        message = f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]})"
+        if _lacks_decoder(dicom):
+            hint = f"{message}. A decoder is missing: {_DECODER_HINT}"
+            raise UserError(hint, code="dicom_without_decoder") from error
+        raise UserError(message, code="dicom_unreadable") from error
     if values.shape[:2] != (dicom.rows, dicom.columns):
-        raise UserError(f"{dicom.name}: decodes to {values.shape}, the header says {dicom.rows} x {dicom.columns}")
+        raise UserError(
+            f"{dicom.name}: decodes to {values.shape}, the header says {dicom.rows} x {dicom.columns}",
+            code="dicom_unreadable",
+        )
     return values
 
 
@@ -246,8 +256,19 @@ def _check_codestream(dicom: DicomImage, frame: int) -> None:
     if size is not None and size != (dicom.columns, dicom.rows):
         raise UserError(
             f"{dicom.name}: frame {frame} is {size[0]} x {size[1]} inside, the DICOM header says "
-            f"{dicom.columns} x {dicom.rows}"
+            f"{dicom.columns} x {dicom.rows}",
+            code="dicom_unreadable",
         )
+
+
+def _lacks_decoder(dicom: DicomImage) -> bool:
+    """True where no installed package decodes the file's transfer syntax."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        return not get_decoder(dicom.dataset.file_meta.TransferSyntaxUID).is_available
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def _to_grey(dicom: DicomImage, stored: np.ndarray, frame: int, chosen: Window | None) -> tuple[np.ndarray, str]:
@@ -327,7 +348,9 @@ def _to_color(dicom: DicomImage, values: np.ndarray) -> np.ndarray:
         values = apply_color_lut(values, dicom.dataset)
         bits = values.dtype.itemsize * 8
     if values.ndim != 3 or values.shape[2] < 3:
-        raise UserError(f"{dicom.name}: photometric interpretation {dicom.photometric!r} is not supported")
+        raise UserError(
+            f"{dicom.name}: photometric interpretation {dicom.photometric!r} is not supported", code="dicom_unreadable"
+        )
     if bits > 8:
         values = (values.astype(np.float64) / (2.0**bits - 1) * 255).round()
     return np.ascontiguousarray(values[..., :3].astype(np.uint8))

@@ -26,7 +26,8 @@ def reading_values(name: str) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})"
+            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})",
+            code="dicom_unreadable",
         ) from error
 
 
@@ -42,9 +43,11 @@ def check_deflated(data: bytes, name: str, max_pixels: int) -> None:
             size += len(inflater.decompress(rest, 1 << 24))
             rest = inflater.unconsumed_tail
     except zlib.error as error:
-        raise UserError(f"{name}: the deflated DICOM file is damaged ({error})") from error
+        raise UserError(f"{name}: the deflated DICOM file is damaged ({error})", code="dicom_unreadable") from error
     if size > limit:
-        raise UserError(f"{name}: inflates to more than {limit:,} bytes; too large to decode safely")
+        raise UserError(
+            f"{name}: inflates to more than {limit:,} bytes; too large to decode safely", code="image_too_large"
+        )
 
 
 def codestream_size(data: bytes) -> tuple[int, int] | None:

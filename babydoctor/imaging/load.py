@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from babydoctor.schema import UserError
 
@@ -138,11 +138,11 @@ def load_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         try:
             data = Path(source).read_bytes()
         except FileNotFoundError:
-            raise UserError(f"{name}: no such image file") from None
+            raise UserError(f"{name}: no such image file", code="image_missing") from None
         except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{name}: cannot be read ({error.strerror})", code="image_missing") from error
     if not data:
-        raise UserError(f"{name}: the image is empty (0 bytes)")
+        raise UserError(f"{name}: the image is empty (0 bytes)", code="image_empty")
     if is_dicom(data, name if not isinstance(source, bytes) else ""):
         from babydoctor.imaging.dicom import read_dicom, render  # imports this module, and pydicom is slow to load
 
@@ -154,33 +154,42 @@ def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{name}: too large to decode safely ({error})") from error
+        raise UserError(f"{name}: too large to decode safely ({error})", code="image_too_large") from error
     except Exception as error:  # Pillow's header parsers raise nearly anything on damaged files
-        raise UserError(f"{name}: not a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF image ({_short(error)})") from error
+        raise UserError(
+            f"{name}: not a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF image ({_short(error)})", code="image_unreadable"
+        ) from error
     check_size(image.width, image.height, name, max_pixels)
     try:
         image.load()
         return _to_rgb(image)
     except Exception as error:  # the same holds for its decoders
-        raise UserError(f"{name}: the {image.format} image is damaged or cut off ({_short(error)})") from error
+        raise UserError(
+            f"{name}: the {image.format} image is damaged or cut off ({_short(error)})", code="image_unreadable"
+        ) from error
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raise ``UserError`` for a picture too large, too thin or without pixels."""
     if width < 1 or height < 1:
-        raise UserError(f"{name}: has no pixels ({width} x {height})")
+        raise UserError(f"{name}: has no pixels ({width} x {height})", code="image_unreadable")
     if width * height > max_pixels:
         raise UserError(
-            f"{name}: {width} x {height} = {width * height:,} pixels; the limit is {max_pixels:,}. Scale it down first"
+            f"{name}: {width} x {height} = {width * height:,} pixels; the limit is {max_pixels:,}. Scale it down first",
+            code="image_too_large",
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(f"{name}: {width} x {height} is a strip; the longer edge may be {MAX_ASPECT} times the shorter")
+        raise UserError(
+            f"{name}: {width} x {height} is a strip; the longer edge may be {MAX_ASPECT} times the shorter",
+            code="image_bad_shape",
+        )
 
 
 def _short(error: Exception) -> str:
     """The first line of a library's message, without the memory address that Pillow likes to print."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return type(error).__name__ if not text or "BytesIO" in text else text
+    if isinstance(error, UnidentifiedImageError) or not str(error):
+        return type(error).__name__
+    return str(error).splitlines()[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,13 +10,17 @@ import httpx
 
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
-from babydoctor.serve.api.protocol import ERROR_NONE, Chunk, StreamDecoder
+from babydoctor.serve.api.errors import ERROR_NONE
+from babydoctor.serve.api.protocol import Chunk, StreamDecoder
 
 TIMEOUT = httpx.Timeout(30, connect=5)
 
 
 class AskError(UserError):
-    """The server's answer was an error; the message is the server's."""
+    """The server answered with an error; the message is the server's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="server_refused")
 
 
 class Client:

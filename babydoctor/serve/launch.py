@@ -124,7 +124,10 @@ class Launched:
                 if child.exit_status is None:
                     continue
                 if not child.name.startswith("worker") or child.num_restarts >= MAX_RESTARTS:
-                    raise UserError(f"{child.name} ended with status {child.exit_status}; everything is stopped")
+                    raise UserError(
+                        f"{child.name} ended with status {child.exit_status}; everything is stopped",
+                        code="part_stopped",
+                    )
                 child.num_restarts += 1
                 on_event(f"{child.name} ended with status {child.exit_status}; it is started again")
                 time.sleep(0.5 * 2 ** (child.num_restarts - 1))
@@ -299,6 +302,9 @@ def _answers(client: httpx.Client, url: str) -> bool:
 def _check_alive(served: Launched, deadline: float) -> None:
     for child in served.children:
         if child.exit_status is not None:
-            raise UserError(f"{child.name} ended with status {child.exit_status} before it was ready; see above why")
+            raise UserError(
+                f"{child.name} ended with status {child.exit_status} before it was ready; see above why",
+                code="part_stopped",
+            )
     if time.monotonic() > deadline:
-        raise UserError("the parts were not ready in time; `--verbose` shows what they do")
+        raise UserError("the parts were not ready in time; `--verbose` shows what they do", code="part_stopped")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from babydoctor.conversation import Template
 from babydoctor.schema import Turn
-from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.api.errors import ApiError
 
 
 def prompt_to_turns(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:
@@ -53,7 +53,6 @@ def _split_opening(prompt: str, template: Template) -> tuple[str | None, str]:
 
 def _refusal(template: Template) -> ApiError:
     return ApiError(
-        422,
         "bad_prompt",
         f"The prompt is not a conversation in the template {template.name!r}, so it cannot be told as messages.",
         param="prompt",

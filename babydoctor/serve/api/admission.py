@@ -14,7 +14,8 @@ import re
 from collections.abc import Sequence
 
 from babydoctor.schema import IMAGE_TOKEN
-from babydoctor.serve.api.protocol import ApiError, GenerateRequest
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.settings import Limits
 
 MAX_JSON_DEPTH = 32
@@ -81,7 +82,6 @@ class Places:
         """
         if self.taken >= self.capacity:
             raise ApiError(
-                429,
                 "queue_full",
                 f"The model is busy: {self.num_slots} requests run and {self.max_queue} wait. Please try again soon.",
                 retry_after_s=self.retry_after_s(),
@@ -107,13 +107,13 @@ def decode_image(text: str, index: int) -> bytes:
     param = f"images[{index}]"
     text = re.sub(r"\s+", "", text)
     if text.startswith("data:"):
-        raise ApiError(422, "bad_base64", f"{param} is a data URL; send the base64 after its comma alone.", param=param)
+        raise ApiError("bad_base64", f"{param} is a data URL; send the base64 after its comma alone.", param=param)
     if not text or not _BASE64.fullmatch(text):
-        raise ApiError(422, "bad_base64", f"{param} is not base64.", param=param)
+        raise ApiError("bad_base64", f"{param} is not base64.", param=param)
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ApiError(422, "bad_base64", f"{param} is not base64: {error}.", param=param) from None
+        raise ApiError("bad_base64", f"{param} is not base64: {error}.", param=param) from None
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
@@ -124,7 +124,6 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     """
     if len(request.prompt) > limits.max_prompt_chars:
         raise ApiError(
-            422,
             "prompt_too_long",
             f"The prompt has {len(request.prompt)} characters; the limit is {limits.max_prompt_chars}.",
             param="prompt",
@@ -141,14 +140,12 @@ def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> Non
     num_places = prompt.count(IMAGE_TOKEN)
     if len(images) != num_places:
         raise ApiError(
-            422,
             "wrong_image_count",
             f"The prompt has {num_places} place(s) for an image ({IMAGE_TOKEN}), but {len(images)} image(s) came.",
             param="images",
         )
     if len(images) > limits.max_images:
         raise ApiError(
-            422,
             "too_many_images",
             f"{len(images)} images came; this server takes {limits.max_images} a conversation.",
             param="images",
@@ -174,6 +171,6 @@ def check_json_shape(body: bytes) -> None:
         elif mark in b"]}":
             depth -= 1
         if depth > MAX_JSON_DEPTH:
-            raise ApiError(422, "json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
+            raise ApiError("json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
         if num_marks > MAX_JSON_MARKS:
-            raise ApiError(422, "json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")
+            raise ApiError("json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")

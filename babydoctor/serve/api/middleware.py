@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape
-from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.api.errors import ApiCode, ApiError
 from babydoctor.serve.logs import REQUEST_ID, log, new_request_id
 from babydoctor.serve.metrics import HttpMetrics
 from babydoctor.serve.settings import Limits
@@ -78,7 +78,7 @@ class Gate:
                 and scope["path"] not in self.open_paths
                 and not self.keys.accepts(bearer_key(scope["headers"]))
             ):
-                raise ApiError(401, "bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
+                raise ApiError("bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._read_body(receive)
                 held = len(body)
@@ -109,24 +109,24 @@ class Gate:
                 if size > limit:
                     break
                 raise ApiError(
-                    408, "body_timeout", f"The body did not arrive within {self.limits.body_timeout_s:g} s."
+                    "body_timeout", f"The body did not arrive within {self.limits.body_timeout_s:g} s."
                 ) from None
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "client_left", "The connection ended before the body did.")
+                raise ApiError("client_left", "The connection ended before the body did.")
             chunk = message.get("body", b"")
             size += len(chunk)
             more = message.get("more_body", False)
             if size <= limit:
                 parts.append(chunk)
                 if self._held_bytes + size > self.limits.max_held_bytes:
-                    raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+                    raise ApiError("queue_full", "The server is busy. Please try again soon.")
             else:
                 # Nothing is kept any more, but reading on lets the client finish sending and see the answer.
                 parts.clear()
                 if size > 4 * limit:
                     break
         if size > limit:
-            raise ApiError(413, "body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
+            raise ApiError("body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
         body = b"".join(parts)
         check_json_shape(body)
         return body
@@ -152,6 +152,9 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers)
 
 
+_HTTP_CODES: dict[int, ApiCode] = {404: "not_found", 405: "method_not_allowed"}
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Every error leaves as ``ApiError.body()``; none quotes what the client sent."""
 
@@ -167,14 +170,14 @@ def add_error_handlers(app: FastAPI) -> None:
             for item in error.errors()[:5]
         ]
         first = error.errors()[0]["loc"][1:] if error.errors() else ()
-        return error_response(ApiError(422, "bad_request", "; ".join(faults), param=".".join(map(str, first)) or None))
+        return error_response(ApiError("bad_request", "; ".join(faults), param=".".join(map(str, first)) or None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        response = error_response(ApiError(error.status_code, "http_error", str(error.detail)))
+        response = error_response(ApiError(_HTTP_CODES.get(error.status_code, "http_error"), str(error.detail)))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return error_response(ApiError(500, "internal", "The server failed at this request; its log says where."))
+        return error_response(ApiError("internal", "The server failed at this request; its log says where."))

@@ -18,16 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from babydoctor.conversation import Template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
-from babydoctor.serve.api.protocol import (
-    ERROR_NONE,
-    MAX_NEW_TOKENS,
-    ApiError,
-    Body,
-    Chunk,
-    GenerateRequest,
-    Text,
-    TokenLogprob,
-)
+from babydoctor.serve.api.errors import ERROR_NONE, ApiError
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, Body, Chunk, GenerateRequest, Text, TokenLogprob
 from babydoctor.serve.api.streaming import error_of
 
 FetchImage = Callable[[str], Awaitable[bytes]]
@@ -121,7 +113,7 @@ def _refuse_unsupported(request: ChatRequest) -> None:
     for param, given in unsupported.items():
         if given:
             reason = "needs logprobs: true" if param == "top_logprobs" else "is not supported by this server"
-            raise ApiError(422, "unsupported", f"{param} {reason}; leave it out.", param=param)
+            raise ApiError("unsupported", f"{param} {reason}; leave it out.", param=param)
 
 
 async def to_generate(request: ChatRequest, template: Template, fetch: FetchImage) -> GenerateRequest:
@@ -137,7 +129,6 @@ async def to_generate(request: ChatRequest, template: Template, fetch: FetchImag
     system, turns, urls = _to_turns(request.messages)
     if len(urls) > 1:
         raise ApiError(
-            422,
             "too_many_images",
             f"The conversation has {len(urls)} images; this model reads one a conversation. Start a new conversation "
             "for the other image.",
@@ -147,10 +138,10 @@ async def to_generate(request: ChatRequest, template: Template, fetch: FetchImag
     try:
         prompt = prompt_text(render_prompt(turns, template, system=system))
     except UserError as error:
-        raise ApiError(422, "bad_messages", f"{error}.", param="messages") from None
+        raise ApiError("bad_messages", f"{error}.", param="messages") from None
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > 16:
-        raise ApiError(422, "bad_request", f"stop has {len(stops)} strings; at most 16 are allowed.", param="stop")
+        raise ApiError("bad_request", f"stop has {len(stops)} strings; at most 16 are allowed.", param="stop")
     max_new_tokens = request.max_completion_tokens or request.max_tokens or MAX_NEW_TOKENS
     return GenerateRequest(
         model=request.model,
@@ -175,11 +166,11 @@ def _to_turns(messages: list[Message]) -> tuple[str | None, list[Turn], list[str
         if message.role in ("system", "developer"):
             if images or turns:
                 fault = "holds an image" if images else "comes after a user's message"
-                raise ApiError(422, "bad_messages", f"A system message {fault}.", param="messages")
+                raise ApiError("bad_messages", f"A system message {fault}.", param="messages")
             systems.append(text)
             continue
         if images and message.role == "assistant":
-            raise ApiError(422, "bad_messages", "An assistant's message holds an image.", param="messages")
+            raise ApiError("bad_messages", "An assistant's message holds an image.", param="messages")
         # The stages train with the image in front of the text, on a line of its own.
         text = f"{IMAGE_TOKEN}\n" * len(images) + text
         urls += images
@@ -198,7 +189,6 @@ def _content(message: Message) -> tuple[str, list[str]]:
     text = "\n".join(texts)
     if IMAGE_TOKEN in text:
         raise ApiError(
-            422,
             "bad_messages",
             f"A message holds {IMAGE_TOKEN!r}, which stands for an image in prompts.",
             param="messages",
@@ -211,7 +201,7 @@ async def _to_base64(url: str, fetch: FetchImage) -> str:
         return base64.b64encode(await fetch(url)).decode()
     head, comma, data = url.partition(",")
     if not comma:
-        raise ApiError(422, "bad_data_url", "The image's data URL has no comma before its data.", param="messages")
+        raise ApiError("bad_data_url", "The image's data URL has no comma before its data.", param="messages")
     if head.lower().endswith(";base64"):
         return data
     return base64.b64encode(unquote_to_bytes(data)).decode()

@@ -13,19 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-ERROR_NONE = 0
-ERROR_WORKER = 1
-"""The worker could not answer: a bad request, or it failed."""
-ERROR_NO_WORKER = 2
-"""No worker serves that model."""
-ERROR_UNREACHABLE = 3
-"""The worker was lost and no other could go on."""
+from babydoctor.serve.api.errors import ERROR_NONE, ApiError
 
 OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
 """Sent with ``ERROR_NONE`` when the prompt leaves no room for an answer, word for word as the original does."""
-
-OVERFLOW = "context_length_exceeded"
-"""Machine name of that case; an error everywhere but on LLaVA's stream."""
 
 GREEDY_TEMPERATURE = 0.001
 """At or below this temperature decoding is greedy."""
@@ -38,59 +29,6 @@ DELIMITER = b"\0"
 
 MAX_CHUNK_BYTES = 16 * 2**20
 """A longer chunk from a worker is a broken worker."""
-
-
-class ApiError(Exception):
-    """An error that a client gets to read.
-
-    Args:
-        status: HTTP status, where no stream has begun yet.
-        code: short machine name (``queue_full``, ``image_too_large``, ...).
-        message: one or two sentences for people. Holds nothing of another request and no address.
-        error_code: the number on the LLaVA wire.
-        param: the field that is wrong.
-        retry_after_s: when to come back; sent as ``Retry-After``.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        error_code: int = ERROR_WORKER,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.error_code = error_code
-        self.param = param
-        self.retry_after_s = retry_after_s
-
-    @property
-    def type(self) -> str:
-        """The kind, in OpenAI's words."""
-        named = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-
-    def body(self) -> dict[str, Any]:
-        """JSON that all kinds of clients can read: OpenAI's ``error`` object, and LLaVA's ``text``/``error_code``."""
-        error = {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
-        return {"error": error, "text": self.message, "error_code": self.error_code}
-
-
-def overflow_error() -> ApiError:
-    """The prompt leaves no room for an answer. On LLaVA's wire it is a notice, not an error."""
-    return ApiError(
-        422,
-        OVERFLOW,
-        "The conversation is too long for the model. Start a new one.",
-        error_code=ERROR_NONE,
-        param="prompt",
-    )
 
 
 def check_text(text: str) -> str:

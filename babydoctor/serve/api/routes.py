@@ -12,14 +12,10 @@ from starlette.responses import Response
 
 from babydoctor.conversation import Template
 from babydoctor.serve.api.docs import add_docs
+from babydoctor.serve.api.errors import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, OVERFLOW, ApiError
 from babydoctor.serve.api.openai import DONE, ChatRequest, CompletionWriter, ModelCard, ModelList, to_generate
 from babydoctor.serve.api.protocol import (
-    ERROR_NO_WORKER,
-    ERROR_NONE,
-    ERROR_UNREACHABLE,
-    OVERFLOW,
     OVERFLOW_NOTICE,
-    ApiError,
     AttentionReply,
     AttentionRequest,
     Chunk,
@@ -131,7 +127,7 @@ def _add_operator_routes(app: FastAPI, backend: Backend) -> None:
     async def readyz() -> dict[str, str]:
         """A request could be answered now; 503 with the reason where not."""
         if (reason := backend.unready()) is not None:
-            raise ApiError(503, "not_ready", reason)
+            raise ApiError("not_ready", reason)
         return {"status": "ready"}
 
     @app.get(
@@ -244,7 +240,7 @@ def _add_openai_routes(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models/{model}", tags=["OpenAI"], responses=errors(401, 404, 422))
     async def model(model: str) -> ModelCard:
         if model not in backend.model_names():
-            raise ApiError(404, "model_not_found", "This server does not serve that model.", param="model")
+            raise ApiError("model_not_found", "This server does not serve that model.", param="model")
         return ModelCard(id=model)
 
     @app.post(

@@ -16,7 +16,8 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from babydoctor.serve.api.protocol import ERROR_NONE, ApiError, Chunk
+from babydoctor.serve.api.errors import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, ApiCode, ApiError, known_code
+from babydoctor.serve.api.protocol import Chunk
 from babydoctor.serve.logs import log
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class AnswerResponse(Response, ABC):
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             return Chunk.of_error(
-                ApiError(504, "deadline", "The answer took longer than this server allows and was stopped.")
+                ApiError("deadline", "The answer took longer than this server allows and was stopped.")
             )
         wait_s = min(self._tick_s, left_s)
         if not self._opening.done():
@@ -263,7 +264,8 @@ class CollectedAnswer(AnswerResponse):
                 if chunk is None:
                     continue
                 if chunk.error_code != ERROR_NONE:
-                    return await self._send(send, status_of(chunk), error_of(chunk).body())
+                    error = error_of(chunk)
+                    return await self._send(send, error.status, error.body())
                 whole.put(chunk)
         except EndOfAnswer:
             whole.finish()
@@ -284,10 +286,10 @@ async def _nothing() -> None:
     pass
 
 
-def status_of(chunk: Chunk) -> int:
-    """The HTTP status of an error that came as a chunk."""
-    return {"deadline": 504, "no_worker": 503, "worker_lost": 503, "draining": 503}.get(chunk.code or "", 500)
+_CODE_OF_NUMBER: dict[int, ApiCode] = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
 
 
 def error_of(chunk: Chunk) -> ApiError:
-    return ApiError(status_of(chunk), chunk.code or "worker_failed", chunk.text, error_code=chunk.error_code)
+    """The error that a chunk carries. The original's workers send a number only."""
+    code = known_code(chunk.code, _CODE_OF_NUMBER.get(chunk.error_code, "worker_failed"))
+    return ApiError(code, chunk.text)

@@ -22,9 +22,9 @@ from babydoctor import __version__
 from babydoctor.conversation import Template, get_template
 from babydoctor.schema import UserError
 from babydoctor.serve.api.admission import Keys, bearer_key, check_request
+from babydoctor.serve.api.errors import ApiCode, ApiError, code_of_status, known_code
 from babydoctor.serve.api.middleware import Gate, add_error_handlers
 from babydoctor.serve.api.protocol import (
-    ApiError,
     AttentionRequest,
     CountTokenRequest,
     FleetStatus,
@@ -91,7 +91,7 @@ class Controller:
         try:
             return get_template(name)
         except UserError:
-            raise ApiError(500, "worker_failed", "The model's template is not known to this controller.") from None
+            raise ApiError("worker_failed", "The model's template is not known to this controller.") from None
 
     def unready(self) -> str | None:
         if self.draining:
@@ -100,10 +100,10 @@ class Controller:
 
     async def open(self, request: GenerateRequest) -> Answer:
         if self.draining:
-            raise ApiError(503, "draining", "The server is shutting down.", retry_after_s=5)
+            raise ApiError("draining", "The server is shutting down.")
         check_request(request, self.settings.limits)
         if self._num_open >= self.settings.limits.max_open:
-            raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+            raise ApiError("queue_full", "The server is busy. Please try again soon.")
         self._num_open += 1
         try:
             answer = await Relay(self.fleet, request).open()
@@ -144,7 +144,7 @@ class Controller:
         try:
             url = check_worker_url(worker_name)
         except UserError as error:
-            raise ApiError(422, "bad_worker_name", f"{error}.", param="worker_name") from None
+            raise ApiError("bad_worker_name", f"{error}.", param="worker_name") from None
         if url in self._trusted:
             return url
         if self._secret is None:
@@ -152,7 +152,7 @@ class Controller:
         else:
             allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
         if not allowed:
-            raise ApiError(403, "bad_secret", "Registering a worker needs the registration secret of this controller.")
+            raise ApiError("bad_secret", "Registering a worker needs the registration secret of this controller.")
         return url
 
     async def register(self, url: str, body: RegisterRequest) -> None:
@@ -161,7 +161,7 @@ class Controller:
             status = await self._fetch_status(url)
             if status is None:
                 raise ApiError(
-                    422, "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
+                    "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
                 )
         record = self.registry.register(url, status, body.check_heart_beat, time.monotonic())
         self.fleet.seen_models.update(status.model_names)
@@ -263,17 +263,16 @@ class Controller:
             if response_failed := not record.failed:
                 self._probe_soon(record)
             log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=response_failed)
-            raise ApiError(503, "worker_lost", "The worker did not answer. Please try again soon.") from None
+            raise ApiError("worker_lost", "The worker did not answer. Please try again soon.") from None
         finally:
             self.registry.end(record)
         if response.status_code == 200 and isinstance(data, dict):
             return data
         error = data.get("error") if isinstance(data, dict) else None
         if not isinstance(error, dict) or response.status_code in (401, 403):
-            raise ApiError(
-                404 if response.status_code == 404 else 500, "unsupported", "The model's worker cannot answer this."
-            )
-        raise ApiError(response.status_code, str(error.get("code")), str(error.get("message")))
+            code: ApiCode = "unsupported" if response.status_code == 404 else code_of_status(response.status_code)
+            raise ApiError(code, "The model's worker cannot answer this.")
+        raise ApiError(known_code(error.get("code")), str(error.get("message")))
 
 
 def _is_from_this_machine(request: Request) -> bool:

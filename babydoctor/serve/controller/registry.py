@@ -62,9 +62,12 @@ def check_worker_url(url: str) -> str:
         port_is_valid, parts = False, urlsplit("")
     plain = not (parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid or not plain:
-        raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002")
+        raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002", code="address_invalid")
     if parts.hostname in ("0.0.0.0", "::"):
-        raise UserError(f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine")
+        raise UserError(
+            f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine",
+            code="address_invalid",
+        )
     return url.rstrip("/")
 
 

@@ -16,18 +16,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from babydoctor.serve.api.protocol import (
-    ERROR_NO_WORKER,
-    ERROR_NONE,
-    ERROR_UNREACHABLE,
-    MAX_NEW_TOKENS,
-    OVERFLOW,
-    ApiError,
-    Chunk,
-    GenerateRequest,
-    StreamDecoder,
-    overflow_error,
-)
+from babydoctor.serve.api.errors import ERROR_NONE, OVERFLOW, ApiError, code_of_status, known_code, overflow_error
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, Chunk, GenerateRequest, StreamDecoder
 from babydoctor.serve.api.routes import ERROR_HEADER
 from babydoctor.serve.api.streaming import Answer
 from babydoctor.serve.controller.registry import Registry, WorkerRecord
@@ -65,16 +55,11 @@ class Fleet:
         """The error for a model that nobody serves now."""
         if model in self.seen_models:
             return ApiError(
-                503,
                 "no_worker",
                 "No worker for this model is up at the moment. Please try again soon.",
-                error_code=ERROR_NO_WORKER,
                 param="model",
-                retry_after_s=5,
             )
-        return ApiError(
-            404, "model_not_found", "No worker serves that model.", error_code=ERROR_NO_WORKER, param="model"
-        )
+        return ApiError("model_not_found", "No worker serves that model.", param="model")
 
 
 def _close_late(sending: asyncio.Future[httpx.Response]) -> None:
@@ -121,11 +106,8 @@ class Relay:
                     raise busy
                 if lost:
                     raise ApiError(
-                        503,
                         "worker_lost",
                         "The worker for this model cannot be reached. Please try again soon.",
-                        error_code=ERROR_UNREACHABLE,
-                        retry_after_s=5,
                     )
                 raise fleet.no_worker(self._request.model)
             self._tried.append(record)
@@ -209,20 +191,18 @@ class Relay:
             await response.aclose()
         data = data if isinstance(data, dict) else {}
         error = data["error"] if isinstance(data.get("error"), dict) else {}
-        code = response.headers.get(ERROR_HEADER) or error.get("code") or "worker_failed"
         status = response.status_code
+        code = known_code(response.headers.get(ERROR_HEADER) or error.get("code"), code_of_status(status))
         if code == OVERFLOW:
             raise overflow_error()
-        if status == 200:
-            status = 503
         if status in (401, 403):
-            # That is between controller and worker; to the client it is a broken server.
+            # This is between controller and worker; to the client it is a broken server.
             log(logger, logging.ERROR, "worker refuses the controller's secret")
-            raise ApiError(500, "worker_failed", "The worker refuses this controller; its operator has to mend that.")
+            message = "The worker refuses this controller: both need the same registration secret."
+            raise ApiError("worker_refused", message)
         message = str(error.get("message") or data.get("text") or "The worker failed at this request.")
         retry_after = response.headers.get("retry-after", "")
         raise ApiError(
-            status,
             code,
             message,
             param=error.get("param"),
@@ -259,7 +239,7 @@ class Relay:
                 return
             except Exception:
                 logger.exception("relay failed")
-                self._answer.fail(ApiError(500, "internal", "The server failed at this request."))
+                self._answer.fail(ApiError("internal", "The server failed at this request."))
                 return
             finally:
                 self._fleet.registry.end(record)
@@ -282,10 +262,8 @@ class Relay:
             except ApiError as error:
                 if time.monotonic() > deadline or error.status not in (404, 429, 503):
                     raise ApiError(
-                        503,
                         "worker_lost",
                         "The worker was lost in the middle of the answer, and no other could go on. Please ask again.",
-                        error_code=ERROR_UNREACHABLE,
                     ) from error
             await asyncio.sleep(0.25)
             self._tried = [record for record in self._tried if record.failed]

@@ -12,7 +12,8 @@ import httpx
 
 from babydoctor.conversation import Template, get_template, prompt_text, render_prompt
 from babydoctor.schema import Turn, UserError
-from babydoctor.serve.api.protocol import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, OVERFLOW, Chunk, StreamDecoder
+from babydoctor.serve.api.errors import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, OVERFLOW
+from babydoctor.serve.api.protocol import Chunk, StreamDecoder
 from babydoctor.serve.page.session import Exchange
 from babydoctor.serve.page.texts import PageError
 

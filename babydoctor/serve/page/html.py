@@ -110,7 +110,7 @@ def _message(exchange: Exchange) -> dict[str, Any]:
         "note": texts.ENDINGS.get(exchange.ended, ""),
         "thumbnail": exchange.view.thumbnail,
         "source": exchange.source,
-        "copy": answer if exchange.ended else "",
+        "copy_text": answer if exchange.ended else "",
     }
 
 

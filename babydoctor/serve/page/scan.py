@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from babydoctor.errors import UserErrorCode
 from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, read_dicom, render
 from babydoctor.imaging.load import is_dicom, load_image
 from babydoctor.imaging.windows import CT_PRESETS
@@ -39,7 +40,7 @@ MAX_WINDOW = 1e6
 """Largest level and width that may be typed, in the units of the frame's values."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-_WINDOW = re.compile(r"centre (\S+), width (\S+)")
+_WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
 
 
 @dataclass(frozen=True)
@@ -197,26 +198,23 @@ def _open_dicom(data: bytes) -> Scan:
     return scan
 
 
+_PAGE_CODES: dict[UserErrorCode, str] = {
+    "image_too_large": "too_many_pixels",
+    "image_bad_shape": "odd_shape",
+    "dicom_without_image": "dicom_without_image",
+    "dicom_without_decoder": "dicom_without_decoder",
+}
+
+
 def picture_error(error: UserError, looks_like_image: bool) -> PageError:
-    """Which sentence belongs to what ``load_image`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "strip" in text:
-        return PageError("odd_shape")
-    return PageError("damaged_image" if looks_like_image else "not_an_image")
+    """The web UI's error for one of ``load_image``."""
+    code = _PAGE_CODES.get(error.code)
+    return PageError(code or ("damaged_image" if looks_like_image else "not_an_image"))
 
 
 def dicom_error(error: UserError) -> PageError:
-    """Which sentence belongs to what ``read_dicom`` or ``render`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "holds no image" in text:
-        return PageError("dicom_without_image")
-    if "decoder is missing" in text:
-        return PageError("dicom_without_decoder")
-    return PageError("odd_shape" if "strip" in text else "bad_dicom")
+    """The web UI's error for one of ``read_dicom`` or ``render``."""
+    return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
 
 
 def _to_view(image: Image.Image, caption: str) -> View:

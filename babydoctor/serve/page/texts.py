@@ -6,7 +6,7 @@ a file, and it is written for programmers.
 
 from __future__ import annotations
 
-from babydoctor.serve.api.protocol import OVERFLOW
+from babydoctor.serve.api.errors import OVERFLOW
 
 RESEARCH_NOTICE = (
     "Research use only. BabyDoctor is not a medical device. It makes mistakes that sound certain; never use its "
@@ -70,7 +70,7 @@ _NO_MODEL_RUNS = "No model is running at the moment. Please try again soon, or t
 _GENERAL = "The server could not answer this request. Please try again; if it fails again, tell the person who runs it."
 
 SENTENCES: dict[str, str] = {
-    # Codes of the controller and its workers, see serve/api/protocol.py.
+    # Codes of the controller and its workers, see serve/api/errors.py.
     "queue_full": "The model is busy with other people's questions. Please try again{when}.",
     "draining": "The server is about to restart. Please try again in a minute.",
     "no_worker": _NO_MODEL_RUNS,
@@ -87,7 +87,7 @@ SENTENCES: dict[str, str] = {
     OVERFLOW: _TOO_LONG,
     "deadline": "The answer took longer than this server allows and was stopped. Please ask for a shorter answer.",
     "bad_key": "The web UI may not use the server: its access key is wrong. Tell the person who runs it.",
-    "not_supported": "This model cannot show where it looked.",
+    "unsupported": "This model cannot show where it looked.",
     # Codes of the web UI itself.
     "no_controller": "The server with the models cannot be reached. Tell the person who runs it.",
     "silent": "The server has stopped answering. Please try again soon.",

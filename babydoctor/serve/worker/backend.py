@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from babydoctor.conversation import Template, get_template
 from babydoctor.serve.api.admission import Places
-from babydoctor.serve.api.protocol import ERROR_NO_WORKER, ApiError, WorkerStatus
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import WorkerStatus
 from babydoctor.serve.metrics import WorkerMetrics
 from babydoctor.serve.settings import ServeSettings
 
@@ -45,13 +46,11 @@ class SingleModelBackend:
 
     def _check_model(self, model: str) -> None:
         if model not in ("", self.name):
-            raise ApiError(
-                404, "model_not_found", "This worker serves another model.", error_code=ERROR_NO_WORKER, param="model"
-            )
+            raise ApiError("model_not_found", "This worker serves another model.", param="model")
 
     def _check_not_draining(self) -> None:
         if self.draining:
-            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+            raise ApiError("draining", "The worker is shutting down.")
 
     async def _nothing(self) -> None:
         pass

@@ -25,13 +25,8 @@ from babydoctor.engine.request import (
 from babydoctor.imaging.load import load_image, to_pixels
 from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
 from babydoctor.serve.api.admission import decode_image
-from babydoctor.serve.api.protocol import (
-    MAX_NEW_TOKENS,
-    ApiError,
-    AttentionRequest,
-    GenerateRequest,
-    overflow_error,
-)
+from babydoctor.serve.api.errors import ApiError, code_of_user_error, overflow_error
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, AttentionRequest, GenerateRequest
 from babydoctor.serve.logs import REQUEST_ID
 from babydoctor.serve.settings import Limits
 from babydoctor.serve.worker.resume import ResumedText, drops_first_space, label_rows
@@ -79,7 +74,7 @@ class Preparer:
         example = self.encode(request.prompt)
         resume_ids = tuple(request.resume_ids or ())
         if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
-            raise ApiError(422, "bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+            raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
         max_new_tokens = min(request.max_new_tokens, MAX_NEW_TOKENS, self._engine.max_context - len(example))
         if max_new_tokens < 1:
             raise overflow_error()
@@ -114,14 +109,7 @@ class Preparer:
             try:
                 pixels = to_pixels(load_image(data, max_pixels=self._limits.max_pixels), settings)
             except UserError as error:
-                text = str(error)
-                too_large = "limit is" in text or "too large" in text
-                raise ApiError(
-                    413 if too_large else 422,
-                    "image_too_large" if too_large else "bad_image",
-                    text,
-                    param=f"images[{index}]",
-                ) from None
+                raise ApiError(code_of_user_error(error), str(error), param=f"images[{index}]") from None
             self._pixels[key] = pixels
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
@@ -148,7 +136,7 @@ class Preparer:
         except EngineError as error:
             raise api_error(error) from None
         except (TimeoutError, concurrent.futures.TimeoutError):  # one class from Python 3.11 on
-            raise ApiError(504, "deadline", "The model was too busy to look again.") from None
+            raise ApiError("deadline", "The model was too busy to look again.") from None
         edge = math.isqrt(self._num_patches)
         assert edge * edge == self._num_patches, self._num_patches
         return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, looked, request.answer)}
@@ -159,9 +147,9 @@ def api_error(error: EngineError) -> ApiError:
     if isinstance(error, PromptTooLongError):
         return overflow_error()
     if isinstance(error, QueueFullError):
-        return ApiError(429, "queue_full", "The model is busy. Please try again soon.", retry_after_s=5)
+        return ApiError("queue_full", "The model is busy. Please try again soon.")
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+        return ApiError("draining", "The worker is shutting down.")
     if isinstance(error, InvalidRequestError):
-        return ApiError(422, "bad_request", "The request contradicts itself.")
-    return ApiError(500, "worker_failed", "The model failed at this request; the others go on.")
+        return ApiError("bad_request", "The request contradicts itself.")
+    return ApiError("worker_failed", "The model failed at this request; the others go on.")

@@ -20,9 +20,9 @@ import httpx
 from babydoctor.imaging.load import load_image
 from babydoctor.schema import IMAGE_TOKEN, UserError
 from babydoctor.serve.api.admission import check_request, decode_image
+from babydoctor.serve.api.errors import ApiError, code_of_user_error
 from babydoctor.serve.api.protocol import (
     MAX_NEW_TOKENS,
-    ApiError,
     AttentionRequest,
     Chunk,
     CountTokenRequest,
@@ -88,7 +88,7 @@ class UpstreamWorker(SingleModelBackend):
         self._check_model(request.model)
         self._check_not_draining()
         if request.resume_ids:
-            raise ApiError(422, "bad_resume_ids", "This worker cannot continue another's answer.", param="resume_ids")
+            raise ApiError("bad_resume_ids", "This worker cannot continue another's answer.", param="resume_ids")
         check_request(request, self.settings.limits)
         self.places.take()
         received_s = time.monotonic()
@@ -112,10 +112,10 @@ class UpstreamWorker(SingleModelBackend):
         return job.answer
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]:
-        raise ApiError(422, "not_supported", "This worker's model is on a server that does not show its attention.")
+        raise ApiError("unsupported", "This worker's model is on a server that does not show its attention.")
 
     async def count_tokens(self, request: CountTokenRequest) -> int:
-        raise ApiError(422, "not_supported", "This worker's model is on a server that does not count tokens.")
+        raise ApiError("unsupported", "This worker's model is on a server that does not count tokens.")
 
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
@@ -135,7 +135,7 @@ class UpstreamWorker(SingleModelBackend):
         while self._jobs and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for job in list(self._jobs):
-            job.answer.fail(ApiError(503, "draining", "The worker is shutting down."))
+            job.answer.fail(ApiError("draining", "The worker is shutting down."))
             await self._stop(job)
 
     def close(self) -> None:
@@ -186,7 +186,7 @@ class UpstreamWorker(SingleModelBackend):
         try:
             image = load_image(data, max_pixels=self.settings.limits.max_pixels)
         except UserError as error:
-            raise ApiError(422, "bad_image", str(error), param=f"images[{index}]") from None
+            raise ApiError(code_of_user_error(error), str(error), param=f"images[{index}]") from None
         if data[:2] == b"\xff\xd8":
             return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
         buffer = io.BytesIO()
@@ -205,7 +205,7 @@ class UpstreamWorker(SingleModelBackend):
             if not job.expired:
                 raise
             reason = "deadline"
-            self._fail(job, ApiError(504, "deadline", "The answer took longer than this server allows."))
+            self._fail(job, ApiError("deadline", "The answer took longer than this server allows."))
         except ApiError as error:
             reason = "error"
             self._fail(job, error)
@@ -338,9 +338,7 @@ def _logprob(item: dict[str, Any]) -> TokenLogprob:
 
 
 def _lost(message: str | None) -> ApiError:
-    return ApiError(
-        503, "upstream_lost", message or "The server behind this worker cannot be reached.", retry_after_s=5
-    )
+    return ApiError("upstream_lost", message or "The server behind this worker cannot be reached.", retry_after_s=5)
 
 
 def _api_error(status: int, body: bytes, headers: httpx.Headers) -> ApiError:
@@ -348,7 +346,6 @@ def _api_error(status: int, body: bytes, headers: httpx.Headers) -> ApiError:
     if status == 429:
         wait = headers.get("retry-after", "")
         return ApiError(
-            429,
             "queue_full",
             "The model is busy. Please try again soon.",
             retry_after_s=int(wait) if wait.isdigit() else 5,
@@ -359,7 +356,7 @@ def _api_error(status: int, body: bytes, headers: httpx.Headers) -> ApiError:
             message = str((parsed.get("error") or parsed).get("message") or parsed.get("detail") or "")
         except (ValueError, AttributeError):
             message = ""
-        return ApiError(422, "upstream_refused", f"The server behind this worker refused: {message[:500] or status}")
+        return ApiError("upstream_refused", f"The server behind this worker refused: {message[:500] or status}")
     if status in (401, 403):
-        return ApiError(500, "upstream_key", "The server behind this worker does not take its key.")
-    return ApiError(500, "worker_failed", "The server behind this worker failed at this request.")
+        return ApiError("upstream_key", "The server behind this worker does not take its key.")
+    return ApiError("worker_failed", "The server behind this worker failed at this request.")

@@ -26,9 +26,9 @@ from babydoctor.engine.request import Delta, EngineError, Event, Finished, Finis
 from babydoctor.engine.request import Usage as EngineUsage
 from babydoctor.schema import UserError
 from babydoctor.serve.api.admission import Keys, check_image_count, check_request
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.middleware import Gate, add_error_handlers
 from babydoctor.serve.api.protocol import (
-    ApiError,
     AttentionRequest,
     Chunk,
     CountTokenRequest,
@@ -104,9 +104,9 @@ class Worker(SingleModelBackend):
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
         if len(request.images) != 1:
-            raise ApiError(422, "wrong_image_count", "There must be one image to look at.", param="images")
+            raise ApiError("wrong_image_count", "There must be one image to look at.", param="images")
         if len(request.prompt) > self.settings.limits.max_prompt_chars:
-            raise ApiError(422, "prompt_too_long", "The prompt is too long.", param="prompt")
+            raise ApiError("prompt_too_long", "The prompt is too long.", param="prompt")
         self._check_not_draining()
         self.places.take()
         started_s = time.monotonic()
@@ -119,7 +119,7 @@ class Worker(SingleModelBackend):
     async def count_tokens(self, request: CountTokenRequest) -> int:
         self._check_model(request.model)
         if len(request.prompt) > self.settings.limits.max_prompt_chars:
-            raise ApiError(422, "prompt_too_long", "The prompt is too long to be counted.", param="prompt")
+            raise ApiError("prompt_too_long", "The prompt is too long to be counted.", param="prompt")
         return len(await self._in_thread(self._preparer.encode, request.prompt))
 
     async def model_details(self, model: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Worker(SingleModelBackend):
         while self.places.taken and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for job in list(self.jobs):
-            job.answer.fail(ApiError(503, "draining", "The worker is shutting down."))
+            job.answer.fail(ApiError("draining", "The worker is shutting down."))
             if job.handle is not None:
                 job.handle.cancel()
         if self.jobs:
@@ -230,7 +230,7 @@ class Worker(SingleModelBackend):
         if reason in ("stop", "length"):
             self._end(job, reason)
         elif reason == "deadline":
-            job.answer.fail(ApiError(504, "deadline", "The answer took longer than this server allows."))
+            job.answer.fail(ApiError("deadline", "The answer took longer than this server allows."))
         elif reason == "error" and finished.error is not None:
             log(logger, logging.ERROR, "request failed", code=finished.error.code)
             job.answer.fail(api_error(finished.error))
