@@ -15,14 +15,22 @@ from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.handlers import Changes, Handlers
 from babydoctor.serve.page.image_handlers import ImageHandlers
-from babydoctor.serve.page.layout import Layout, OpenDropdown, script
+from babydoctor.serve.page.layout import Layout, script
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
 
 # Nothing goes through Gradio's queue: its stream to the browser breaks with the connection, and a running answer with
 # it. Answers are written by tasks of the server, and a timer in the tab asks for them.
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+#
+# Nothing goes through Gradio's own checks of values either: it refuses a number beyond a slider's ends, or a model that
+# is no longer in the list, with an error that the user does not see. Handlers check what they get.
+PRIVATE: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "queue": False,
+    "preprocess": False,
+}
 LATEST: dict[str, Any] = PRIVATE | {"trigger_mode": "always_last"}
 ONCE: dict[str, Any] = PRIVATE | {"trigger_mode": "once"}
 
@@ -190,7 +198,7 @@ class TabHandlers(Handlers):
         except PageError as error:
             # The list stays as it is; what was chosen stays chosen.
             return {
-                self.ui.model: OpenDropdown(choices=[model] if model else [], value=model, visible=True),
+                self.ui.model: gr.Dropdown(choices=[model] if model else [], value=model, visible=True),
                 self.ui.model_status: self.sentence(error),
             }
         choices: list[Any] = [*running]
@@ -207,7 +215,7 @@ class TabHandlers(Handlers):
         chosen = model or (running[0] if running else None)
         shows_attention = chosen in running and await self.client.shows_attention(str(chosen))
         return {
-            self.ui.model: OpenDropdown(choices=choices, value=chosen, visible=True),
+            self.ui.model: gr.Dropdown(choices=choices, value=chosen, visible=True),
             self.ui.model_status: told,
             self.ui.look_panel: gr.Accordion(visible=shows_attention),
         }

@@ -11,7 +11,7 @@ from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.handlers import Changes, Handlers, told
-from babydoctor.serve.page.layout import Layout, OpenDropdown, OpenSlider
+from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
@@ -67,7 +67,7 @@ class ImageHandlers(Handlers):
         wanted = 1 if frame is None else int(min(max(frame, 1), scan.num_frames))
         scan.frame = wanted - 1
         changes = self._show_view(session, scan)
-        return changes if wanted == frame else changes | {self.ui.frame: OpenSlider(value=wanted)}
+        return changes if wanted == frame else changes | {self.ui.frame: gr.Slider(value=wanted)}
 
     @told
     def on_preset(self, preset: str | None, request: gr.Request) -> Changes:
@@ -84,9 +84,9 @@ class ImageHandlers(Handlers):
         scan.set_window(center, width)
         at = scan.window_range()
         return self._show_view(session, scan) | {
-            self.ui.preset: OpenDropdown(value=None),
-            self.ui.center: OpenSlider(minimum=at.low, maximum=at.high),
-            self.ui.width: OpenSlider(maximum=at.widest),
+            self.ui.preset: gr.Dropdown(value=None),
+            self.ui.center: gr.Slider(minimum=at.low, maximum=at.high),
+            self.ui.width: gr.Slider(maximum=at.widest),
         }
 
     def show_scan(self, session: Session) -> Changes:
@@ -97,16 +97,16 @@ class ImageHandlers(Handlers):
         changes = self._show_view(session, scan) | {
             self.ui.facts: show.facts(scan),
             self.ui.window_group: gr.Group(visible=scan.has_window),
-            self.ui.preset: OpenDropdown(choices=scan.presets, value=_choice(scan)),
-            self.ui.frame: OpenSlider(
+            self.ui.preset: gr.Dropdown(choices=scan.presets, value=_choice(scan)),
+            self.ui.frame: gr.Slider(
                 maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
             ),
         }
         if scan.has_window:
             at = scan.window_range()
             changes |= {
-                self.ui.center: OpenSlider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
-                self.ui.width: OpenSlider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
+                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
+                self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
             }
         return changes
 

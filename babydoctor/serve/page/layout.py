@@ -25,29 +25,6 @@ FOLLOW_S = 0.25
 """How often an open tab asks for the answer that is being written."""
 
 
-class OpenSlider(gr.Slider):
-    """A slider whose number box takes any value.
-
-    Gradio's own refuses a typed value beyond the ends with an error that the user does not see. Handlers check it.
-    """
-
-    def preprocess(self, payload: float | None) -> float | None:  # type: ignore[override]
-        return payload
-
-    def get_block_name(self) -> str:
-        return "slider"
-
-
-class OpenDropdown(gr.Dropdown):
-    """A dropdown whose value may be missing from the choices: a model that stopped stays chosen."""
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
-
-    def get_block_name(self) -> str:
-        return "dropdown"
-
-
 def script(call: str, arguments: str = "") -> str:
     """JavaScript that calls a function of ``static/page.js``.
 
@@ -117,7 +94,7 @@ class Layout:
         _html(show.banner(), "bd-banner")
         with gr.Row(elem_id="bd-header"):
             _html(show.title(), "bd-title")
-            self.model = OpenDropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
+            self.model = gr.Dropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
             self.theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
         self.model_status = _html("", "bd-model-status")
         self._build_gate()
@@ -141,15 +118,15 @@ class Layout:
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
         self.viewer = _html(show.viewer(None), "bd-viewer")
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
-            self.preset = OpenDropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
+            self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
             with gr.Row():
-                self.center = OpenSlider(
+                self.center = gr.Slider(
                     -1024, 3071, 40, step=1, label="Level", elem_id="bd-center", min_width=150, buttons=[]
                 )
-                self.width = OpenSlider(
+                self.width = gr.Slider(
                     1, 4096, 400, step=1, label="Width", elem_id="bd-width", min_width=150, buttons=[]
                 )
-        self.frame = OpenSlider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame", buttons=[])
+        self.frame = gr.Slider(1, 2, 1, step=1, label="Frame", visible=False, elem_id="bd-frame", buttons=[])
         self.facts = _html("", "bd-facts")
 
     def _build_chat(self) -> None:
@@ -182,11 +159,11 @@ class Layout:
             self.words = _html("", "bd-words", BUTTONS)
             gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
         with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
-            self.temperature = OpenSlider(
+            self.temperature = gr.Slider(
                 0, 2, 0, step=0.05, label="Temperature", info="0: the most likely words, the same answer every time"
             )
-            self.top_p = OpenSlider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
-            self.max_tokens = OpenSlider(
+            self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
+            self.max_tokens = gr.Slider(
                 16, MAX_NEW_TOKENS, 256, step=16, label="Longest answer, in tokens", info="about ¾ of a word each"
             )
 
