@@ -105,8 +105,9 @@ class WebUI:
         ui.gallery.select(self.images.on_example, None, loaded, **PRIVATE)
         ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST)
         ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST)
-        for slider in (ui.center, ui.width):
-            slider.input(self.images.on_window, [ui.center, ui.width], self._image, **LATEST)
+        # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
+        moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
+        gr.on(moved, self.images.on_window, [ui.center, ui.width], self._image, **LATEST)
 
     def _connect_chat(self) -> None:
         ui, talk = self.ui, self.talk
@@ -168,7 +169,7 @@ class TabHandlers(Handlers):
     async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
         """The user has read the notice."""
         if not agreed:
-            return {}
+            return {self.ui.gate: gr.skip()}
         try:
             session = self.sessions.get(request.session_hash)
         except PageError as error:
@@ -179,8 +180,10 @@ class TabHandlers(Handlers):
         """Refresh the list of models. A chosen model that is not running stays chosen, and the user is told."""
         try:
             session = self.sessions.get(request.session_hash)
-        except PageError:
-            return {}
+        except PageError as error:
+            return {self.ui.model_status: self.sentence(error)}
+        if not session.has_accepted:
+            return {self.ui.model: gr.skip()}
         return await self._models(session, model)
 
     def on_unload(self, request: gr.Request) -> None:

@@ -73,12 +73,13 @@ def as_page_error(error: Exception) -> PageError:
 
 
 def told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
-    """Clear the group's status line, or show the error of the handler there."""
+    """Show the error of a handler in the group's status line; a handler that changed something clears the line."""
 
     @functools.wraps(handler)
     def call(self: Handlers, *args: Any) -> Changes:
         try:
-            return {self.status: ""} | handler(self, *args)
+            changes = handler(self, *args)
+            return {self.status: ""} | changes if changes else {self.status: gr.skip()}
         except Exception as error:
             return {self.status: self.sentence(error)}
 
@@ -91,7 +92,8 @@ def told_async(handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(handler)
     async def call(self: Handlers, *args: Any) -> Changes:
         try:
-            return {self.status: ""} | await handler(self, *args)
+            changes = await handler(self, *args)
+            return {self.status: ""} | changes if changes else {self.status: gr.skip()}
         except Exception as error:
             return {self.status: self.sentence(error)}
 

@@ -17,6 +17,9 @@ from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES, Uploads
 
+ROUNDING = 1e-3
+"""Level and width are shown rounded to this."""
+
 
 class ImageHandlers(Handlers):
     """Handlers of the image.
@@ -67,6 +70,8 @@ class ImageHandlers(Handlers):
         wanted = 1 if frame is None else int(min(max(frame, 1), scan.num_frames))
         scan.frame = wanted - 1
         changes = self._show_view(session, scan)
+        if scan.has_window:  # each frame may bring a window of its own
+            changes |= self._window_sliders(scan)
         return changes if wanted == frame else changes | {self.ui.frame: gr.Slider(value=wanted)}
 
     @told
@@ -81,7 +86,15 @@ class ImageHandlers(Handlers):
     def on_window(self, center: float | None, width: float | None, request: gr.Request) -> Changes:
         """Level or width was moved or typed. The sliders grow where a typed value lies beyond them."""
         session, scan = self._with_scan(request)
-        scan.set_window(center, width)
+        if center is None or width is None:  # a box is empty while its user types
+            return {}
+        at = scan.window_range()
+        if abs(center - at.center) < ROUNDING and abs(width - at.width) < ROUNDING:  # a box was left as it was
+            return {}
+        try:
+            scan.set_window(center, width)
+        except PageError as error:
+            return self._window_sliders(scan) | {self.status: self.sentence(error)}
         at = scan.window_range()
         return self._show_view(session, scan) | {
             self.ui.preset: gr.Dropdown(value=None),
@@ -102,13 +115,14 @@ class ImageHandlers(Handlers):
                 maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
             ),
         }
-        if scan.has_window:
-            at = scan.window_range()
-            changes |= {
-                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
-                self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
-            }
-        return changes
+        return changes | self._window_sliders(scan) if scan.has_window else changes
+
+    def _window_sliders(self, scan: Scan) -> Changes:
+        at = scan.window_range()
+        return {
+            self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
+            self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
+        }
 
     def _load(self, session: Session, scan: Scan) -> Changes:
         session.load(scan)

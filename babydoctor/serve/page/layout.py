@@ -136,7 +136,7 @@ class Layout:
         with gr.Row(elem_id="bd-ask"):
             self.question = gr.Textbox(
                 label="Question",
-                placeholder="Ask about the image; Enter sends",
+                placeholder="Ask about the image",
                 lines=1,
                 max_lines=6,
                 max_length=8000,

@@ -111,13 +111,13 @@ class Scan:
     def presets(self) -> list[str]:
         return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
 
-    def set_window(self, center: float | None, width: float | None) -> None:
-        """Take a level and a width that the user chose, within the sliders or beyond them.
+    def set_window(self, center: float, width: float) -> None:
+        """Take a level and a width that the user chose, within the sliders or beyond them. Widths below 1 become 1.
 
         Raises:
-            PageError: one of them is missing, not finite or out of ``MAX_WINDOW``, or the width is not above 0.
+            PageError: one of them is not finite or beyond ``MAX_WINDOW``, or the width is negative.
         """
-        if center is None or width is None or not (abs(center) <= MAX_WINDOW and 0 < width <= MAX_WINDOW):
+        if not (abs(center) <= MAX_WINDOW and 0 <= width <= MAX_WINDOW):
             raise PageError("bad_window")
         self.preset = None
         self.center, self.width = float(center), max(1.0, float(width))

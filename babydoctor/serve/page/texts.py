@@ -110,7 +110,7 @@ SENTENCES: dict[str, str] = {
     "damaged_image": "The image file is damaged or cut off. Please export it again.",
     "too_many_pixels": "The image has too many pixels. Please load a smaller version of it.",
     "odd_shape": "The image is a very thin strip, which the model cannot use. Please load another one.",
-    "bad_window": "Level and width must be numbers, and the width more than 0. The image is shown as before.",
+    "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
     "no_consent": "Nothing was saved: tick the box that allows it first.",
     "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
     "not_saved": "The feedback could not be saved on the server. Tell the person who runs it.",

@@ -16,8 +16,23 @@ const write = (storage, key, value) => {
 const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 
+// A number box that is left empty gets its number back. Gradio would put the end of the slider there.
+const keepNumbers = () => {
+  const isNumber = (element) => element.matches?.('input[type=number]');
+  const before = new WeakMap();
+  document.addEventListener('focus', ({target}) => {
+    if (isNumber(target)) before.set(target, target.value);
+  }, true);
+  document.addEventListener('blur', ({target}) => {
+    if (!isNumber(target) || target.value !== '' || !before.get(target)) return;
+    target.value = before.get(target);
+    target.dispatchEvent(new Event('input', {bubbles: true}));
+  }, true);
+};
+
 // Called on load: applies the stored theme and tells the server which tab this is.
 export const restore = (passed, preferences) => {
+  keepNumbers();
   const theme = read(localStorage, THEME_KEY);
   if (theme) document.body.classList.toggle('dark', theme === 'dark');
   const stored = read(sessionStorage, TAB_KEY);
