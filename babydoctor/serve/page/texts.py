@@ -67,6 +67,7 @@ _LOST = (
     "Please ask again; if it happens again, tell the person who runs this server."
 )
 _NO_MODEL_RUNS = "No model is running at the moment. Please try again soon, or tell the person who runs this server."
+_SET_UP = "The server with the models is not set up correctly. Tell the person who runs it."
 _GENERAL = "The server could not answer this request. Please try again; if it fails again, tell the person who runs it."
 
 SENTENCES: dict[str, str] = {
@@ -78,6 +79,10 @@ SENTENCES: dict[str, str] = {
     "model_not_found": "The chosen model is not running any more. Please choose another one from the list above.",
     "worker_lost": _LOST,
     "worker_unreachable": _LOST,
+    "upstream_lost": _LOST,
+    "upstream_refused": "The model refused this question. Please word it differently, or ask for a shorter answer.",
+    "upstream_key": _SET_UP,
+    "worker_refused": _SET_UP,
     "worker_failed": "The model failed at this question. Your image is fine; please ask again or word it differently.",
     "internal": "The server failed at this question. Please ask again; if it fails again, tell the person who runs it.",
     "image_too_large": _TOO_LARGE,
