@@ -80,7 +80,7 @@ def controller(overrides: Overrides = None, config: Config = None) -> None:
     """Run the controller alone."""
     settings, secrets = _begin("controller", config, overrides)
 
-    from babydoctor.serve.controller.controller import build_controller_app
+    from babydoctor.serve.controller.app import build_controller_app
     from babydoctor.serve.server import bind, run_server
 
     sock = bind("controller", settings.controller.host, settings.controller.port)
@@ -113,7 +113,7 @@ def worker(
     settings, secrets = _begin("worker", config, overrides)
 
     from babydoctor.serve.server import bind, reachable_url, run_server
-    from babydoctor.serve.worker.worker import build_worker_app, load_worker
+    from babydoctor.serve.worker.app import build_worker_app, load_worker
 
     backend: Any
     if engine == "openai":
