@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import PROMPT, data_url, generation, llava_answer, png, tiny_worker
+from serving import PROMPT, generation, llava_answer, png, tiny_worker
+from serving import user_message as user
 
 from babydoctor.conversation import LLAVA_SYSTEM, get_template
 from babydoctor.serve.api.errors import ApiError
@@ -33,11 +34,6 @@ def convert(messages: list[dict], **fields) -> GenerateRequest:
     request = ChatRequest.model_validate({"model": "tiny", "messages": messages} | fields)
     (generate,) = asyncio.run(to_generate(request, TEMPLATE, no_fetch))
     return generate
-
-
-def user(text: str, *images: bytes) -> dict:
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    return {"role": "user", "content": [{"type": "text", "text": text}, *parts]}
 
 
 # Messages become the prompt that the stages trained on.
