@@ -15,6 +15,7 @@ UserErrorCode = Literal[
     "dicom_without_image",
     "dicom_without_decoder",
     "conversation_order",
+    "prompt_format",
     "address_invalid",
     "server_refused",
     "server_unreachable",

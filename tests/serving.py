@@ -130,6 +130,11 @@ def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{bare_base64(data)}"
 
 
+def user_message(text: str, *images: bytes) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *parts]}
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

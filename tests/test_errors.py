@@ -184,3 +184,10 @@ def test_other_servers_codes_become_ours():
 def test_exit_statuses():
     assert {UserError("x", code=code).exit_status for code in USER_ERROR_CODES} == {2, 3, 4}
     assert UserError("x").exit_status == 2
+
+
+def test_the_serving_guide_lists_every_code_as_it_is():
+    guide = (PACKAGE / "serve" / "README.md").read_text(encoding="utf-8")
+    table = guide.partition("<!-- error codes -->\n")[2].partition("<!-- end of error codes -->")[0]
+    rows = [f"| `{code}` | {kind.status} | {kind.error_code} | {kind.meaning} |" for code, kind in ERROR_KINDS.items()]
+    assert table.splitlines()[2:] == rows

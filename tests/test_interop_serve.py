@@ -35,11 +35,9 @@ from serving import (
     wait_until,
 )
 
-from babydoctor.conversation import TEMPLATES, get_template, prompt_text, render_prompt
+from babydoctor.conversation import TEMPLATES, get_template, parse_prompt, prompt_text, render_prompt
 from babydoctor.interop.export import export_run
 from babydoctor.schema import Turn, UserError
-from babydoctor.serve.api.errors import ApiError
-from babydoctor.serve.prompt_turns import prompt_to_turns
 
 QUESTION = PROMPT.removeprefix("[INST] <image>\n").removesuffix(" [/INST]")
 
@@ -255,6 +253,6 @@ def test_prompts_are_read_back_into_turns(name: str) -> None:
     for system in (None, "Be brief.", ""):
         for count in (1, 3):
             prompt = prompt_text(render_prompt(turns[:count], template, system=system))
-            assert prompt_to_turns(prompt, template) == (system, turns[:count])
-    with pytest.raises(ApiError, match="not a conversation"):
-        prompt_to_turns("What is this?", template)
+            assert parse_prompt(prompt, template) == (system, turns[:count])
+    with pytest.raises(UserError, match="not a conversation"):
+        parse_prompt("What is this?", template)

@@ -97,7 +97,7 @@ def test_serve_answers_revives_and_leaves_nothing(tmp_path: Path):
         assert requests.post(f"{url}/register_worker", json=body, timeout=5).status_code == 403
 
         os.kill(parts[-1], signal.SIGKILL)
-        wait_until(lambda: "it is started again" in log.read_text(), 10, "the notice")
+        wait_until(lambda: "restarting it" in log.read_text(), 10, "the notice")
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert not any(map(is_alive, parts))

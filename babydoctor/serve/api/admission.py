@@ -1,6 +1,6 @@
-"""What is checked before work is done: keys, places in the queue, the shape of images. No torch.
+"""Checks before any work is done: keys, request slots, the form of images and JSON. No torch.
 
-Everything here answers in microseconds, so that a server under load can still say no.
+Everything here takes microseconds, so that a server under load can still refuse.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
     return ""
 
 
-class Places:
-    """Places of one worker: those that run and those that wait. One more is refused at once.
+class RequestSlots:
+    """Request slots of one worker: those that run and those that wait. One more is refused at once.
 
     Args:
         num_slots: requests that run at the same time.
@@ -75,10 +75,10 @@ class Places:
         return self.num_slots + self.max_queue
 
     def take(self) -> None:
-        """Take a place; the caller gives it back with ``give_back``, whatever happens.
+        """Take a slot; the caller returns it with ``free``, whatever happens.
 
         Raises:
-            ApiError: 429 with the time after which a place is likely.
+            ApiError: 429 with the time after which a slot is likely to be free.
         """
         if self.taken >= self.capacity:
             raise ApiError(
@@ -88,26 +88,28 @@ class Places:
             )
         self.taken += 1
 
-    def give_back(self, duration_s: float) -> None:
+    def free(self, duration_s: float) -> None:
         assert self.taken > 0, self.taken
         self.taken -= 1
         self._mean_s += 0.1 * (duration_s - self._mean_s)
 
     def retry_after_s(self) -> int:
-        """Seconds until half of the queue is likely to have moved on, from 1 to 60."""
+        """Seconds until half of the queue is likely to be answered, from 1 to 60."""
         return min(60, max(1, math.ceil(self._mean_s * (1 + self.max_queue / (2 * self.num_slots)))))
 
 
 def decode_image(text: str, index: int) -> bytes:
-    """Bare base64 (line breaks allowed) -> bytes.
+    """Base64 (line breaks allowed), bare or as a data URL -> bytes.
 
     Raises:
-        ApiError: 422, it is not base64.
+        ApiError: it is not base64.
     """
     param = f"images[{index}]"
     text = re.sub(r"\s+", "", text)
-    if text.startswith("data:"):
-        raise ApiError("bad_base64", f"{param} is a data URL; send the base64 after its comma alone.", param=param)
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ApiError("bad_data_url", f"{param} is a data URL without base64 data.", param=param)
     if not text or not _BASE64.fullmatch(text):
         raise ApiError("bad_base64", f"{param} is not base64.", param=param)
     try:

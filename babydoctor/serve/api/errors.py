@@ -138,6 +138,7 @@ CODE_OF_USER_ERROR: Mapping[UserErrorCode, ApiCode] = {
     "dicom_without_image": "bad_image",
     "dicom_without_decoder": "bad_image",
     "conversation_order": "bad_messages",
+    "prompt_format": "bad_prompt",
     "address_invalid": "bad_worker_name",
 }
 """Codes of ``UserError`` that a request can cause; see ``code_of_user_error``."""

@@ -1,6 +1,6 @@
-"""The controller: knows the workers, passes requests on to them, speaks every wire that they speak.
+"""The controller's backend: keeps the registry of workers and passes requests on to them.
 
-Nothing here waits for a worker in a way that others would feel: every call is asynchronous and bounded in time.
+Every call to a worker is asynchronous and bounded in time, so that one slow worker delays no other request.
 """
 
 from __future__ import annotations
@@ -10,44 +10,36 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.requests import Request
 
-from babydoctor import __version__
 from babydoctor.conversation import Template, get_template
 from babydoctor.schema import UserError
-from babydoctor.serve.api.admission import Keys, bearer_key, check_request
+from babydoctor.serve.api.admission import bearer_key, check_request
 from babydoctor.serve.api.errors import ApiCode, ApiError, code_of_status, known_code
-from babydoctor.serve.api.middleware import Gate, add_error_handlers
 from babydoctor.serve.api.protocol import (
     AttentionRequest,
     CountTokenRequest,
     FleetStatus,
     GenerateRequest,
-    HeartBeat,
     ModelRequest,
     RegisterRequest,
     WorkerStatus,
 )
-from babydoctor.serve.api.routes import BODY_ERRORS, OPEN_PATHS, WORK_ERRORS, add_common_routes, errors
 from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.controller.fleet import Fleet
 from babydoctor.serve.controller.registry import Registry, WorkerRecord, check_worker_url
-from babydoctor.serve.controller.relay import Fleet, Relay
-from babydoctor.serve.logs import REQUEST_ID, log
+from babydoctor.serve.controller.relay import Relay
+from babydoctor.serve.logs import log
 from babydoctor.serve.metrics import ControllerMetrics
 from babydoctor.serve.settings import Secrets, ServeSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 3.0
-
-WORKER_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
-"""Called by workers, which show the registration secret instead of a client's key."""
 
 
 class Controller:
@@ -64,7 +56,7 @@ class Controller:
         self._num_open = 0
         self.draining = False
         timeout = httpx.Timeout(own.worker_silence_s, connect=own.connect_timeout_s)
-        # Connections are given up before uvicorn, on the other side, would (5 s). Proxies from the environment are
+        # Idle connections expire before uvicorn on the other side closes them (5 s). Proxies from the environment are
         # not used: patients' images go to the worker and nowhere else.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
         self.fleet = Fleet(
@@ -148,7 +140,7 @@ class Controller:
         if url in self._trusted:
             return url
         if self._secret is None:
-            allowed = _is_from_this_machine(request)
+            allowed = is_from_this_machine(request)
         else:
             allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
         if not allowed:
@@ -169,19 +161,19 @@ class Controller:
 
     def heart_beat(self, url: str, queue_length: int) -> WorkerRecord | None:
         record = self.registry.report(url, queue_length, time.monotonic())
-        # The original's workers register before they listen, so the first probe comes with the first heartbeat.
+        # The original's workers register before they listen, so the first probe waits for the first heartbeat.
         if record is not None and (record.failed or not record.proven):
             self._probe_soon(record)
         return record
 
     async def refresh(self) -> None:
-        """Ask every worker how it is. Those in rotation stay there meanwhile; several calls share one round."""
+        """Ask every worker for its status. Those in rotation stay there meanwhile; concurrent calls share one round."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.ensure_future(self._probe_all())
         await asyncio.shield(self._refresh)
 
     async def watch(self) -> None:
-        """Drop silent workers and try failed ones again, for ever."""
+        """Drop silent workers and probe failed ones again, forever."""
         while True:
             await asyncio.sleep(min(1.0, self.settings.controller.heart_beat_expiry_s / 4))
             for record in self.registry.expire(time.monotonic()):
@@ -191,7 +183,7 @@ class Controller:
                     self._probe_soon(record)
 
     async def drain(self) -> None:
-        """Take nothing new and let what is open finish."""
+        """Take nothing new and let open requests finish."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
         while self._num_open and time.monotonic() < deadline:
@@ -248,15 +240,14 @@ class Controller:
             return None
 
     async def _ask(self, model: str, path: str, body: BaseModel) -> dict[str, Any]:
-        """Pass a small question on to a worker and its answer back."""
+        """Pass a small request on to a worker and its reply back."""
         record = self._worker_for(model)
         self.registry.begin(record)
         try:
             response = await self.fleet.client.post(
                 record.url + path,
                 content=body.model_dump_json(),
-                headers=self.fleet.headers
-                | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""},
+                headers=self.fleet.call_headers(),
             )
             data = json.loads(response.content)
         except (httpx.TransportError, ValueError):
@@ -275,105 +266,9 @@ class Controller:
         raise ApiError(known_code(error.get("code")), str(error.get("message")))
 
 
-def _is_from_this_machine(request: Request) -> bool:
-    """Whether a caller is a program here, and not a stranger behind a proxy or a page in somebody's browser."""
+def is_from_this_machine(request: Request) -> bool:
+    """Whether the caller is a program on this machine, not behind a proxy and not a web page in a browser."""
     headers = request.headers
     is_forwarded = any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin"))
     is_local = request.client is not None and is_loopback(request.client.host)
     return is_local and not is_forwarded and is_loopback(request.url.hostname or "")
-
-
-def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
-    """The controller as an ASGI application."""
-    controller = Controller(settings, secrets)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(controller.watch())
-        yield
-        watching.cancel()
-        await controller.close()
-
-    app = FastAPI(
-        title="BabyDoctor controller",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        description="LLaVA's controller wire, FastChat's additions and OpenAI's chat completions. Research use only.",
-        lifespan=lifespan,
-    )
-    app.state.backend = controller
-    app.state.drain = controller.drain
-    add_error_handlers(app)
-    _add_controller_routes(app, controller)
-    add_common_routes(app, controller)
-    keys = (*secrets.api_keys, *([secrets.registration] if secrets.registration else ())) if secrets.api_keys else ()
-    app.add_middleware(
-        Gate,
-        keys=Keys(keys),
-        open_paths=(*OPEN_PATHS, *WORKER_PATHS),
-        limits=settings.limits,
-        metrics=controller.metrics,
-    )
-    return app
-
-
-def _add_controller_routes(app: FastAPI, controller: Controller) -> None:
-    @app.post("/register_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def register_worker(body: RegisterRequest, request: Request) -> None:
-        """Take a worker in. Needs the registration secret; without one set, only from this machine."""
-        await controller.register(controller.check_registrant(request, body.worker_name), body)
-
-    @app.post("/receive_heart_beat", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
-        """A worker is alive. `exist` false: register again; `reachable` false: nobody reaches it at its address."""
-        url = controller.check_registrant(request, body.worker_name)
-        record = controller.heart_beat(url, body.queue_length)
-        return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
-
-    @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def unregister_worker(body: HeartBeat, request: Request) -> None:
-        """A worker takes nothing new any more; what runs on it goes on."""
-        record = controller.registry.records.get(controller.check_registrant(request, body.worker_name))
-        if record is not None:
-            record.status = record.status.model_copy(update={"draining": True})
-            log(logger, logging.INFO, "worker drains", worker=record.worker_id)
-
-    @app.post("/refresh_all_workers", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def refresh_all_workers() -> None:
-        """Ask every worker how it is."""
-        await controller.refresh()
-
-    @app.post("/list_models", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def list_models() -> dict[str, list[str]]:
-        """The models that can be asked now."""
-        return {"models": controller.model_names()}
-
-    @app.post("/get_worker_address", tags=["LLaVA"], responses=errors(*BODY_ERRORS))
-    async def get_worker_address(body: ModelRequest) -> dict[str, str]:
-        """The address of a worker for a model; empty where there is none."""
-        record = controller.registry.pick(body.model, time.monotonic())
-        if record is None:
-            return {"address": ""}
-        controller.registry.hand_out(record)
-        return {"address": record.url}
-
-    @app.post("/worker_get_status", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def worker_get_status() -> FleetStatus:
-        """All workers taken together, so that a controller can register with another one."""
-        return controller.status()
-
-    @app.get("/workers", tags=["operators"], responses=errors(*(401, *WORK_ERRORS)))
-    async def workers() -> list[dict[str, Any]]:
-        """Each worker with the id under which the log names it."""
-        return [
-            {
-                "id": record.worker_id,
-                "address": record.url,
-                "models": record.status.model_names,
-                "load": record.load,
-                "failed": record.failed,
-                "draining": record.status.draining,
-            }
-            for record in controller.registry.records.values()
-        ]
