@@ -28,7 +28,7 @@ from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.feedback import build_row, export_session, save_row
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.page.scan import AUTO_WINDOW, FILE_WINDOW, describe, open_scan
-from babydoctor.serve.page.session import KEEP_MIN, Exchange, Sampling, Session, Sessions
+from babydoctor.serve.page.session import KEEP_MIN, AnswerSettings, Exchange, Session, Sessions
 from babydoctor.serve.page.texts import SENTENCES, PageError
 from babydoctor.serve.page.uploads import MAX_WAITING_BYTES, Uploads
 
@@ -65,7 +65,7 @@ def answered(answer: str = "A chest radiograph.", question: str = "What is it?")
     session = Session(has_accepted=True, scan=open_scan(png()))
     assert session.scan is not None
     session.view = session.scan.view()
-    exchange = Exchange(question, "tiny", Sampling(0, 1, 64), session.view, answer=answer, ended="stop")
+    exchange = Exchange(question, "tiny", AnswerSettings(0, 1, 64), session.view, answer=answer, ended="stop")
     session.exchanges.append(exchange)
     return session
 
@@ -240,7 +240,7 @@ def test_the_export_is_one_document_that_a_program_reads_too():
 def test_the_image_stands_in_the_first_turn_and_failed_turns_are_left_out():
     session = answered()
     assert session.view is not None
-    session.exchanges.append(Exchange("lost", "tiny", Sampling(0, 1, 64), session.view, ended="error"))
+    session.exchanges.append(Exchange("lost", "tiny", AnswerSettings(0, 1, 64), session.view, ended="error"))
     turns = session.turns("And now?")
     assert [turn.role for turn in turns] == ["user", "assistant", "user"]
     assert turns[0].text == "<image>\nWhat is it?" and turns[-1].text == "And now?"
@@ -319,7 +319,9 @@ def test_an_answer_names_its_image_frame_window_and_model():
     session.load(scan)
     scan.frame, session.view = 15, scan.view()
     session.exchanges.append(
-        Exchange("Why?", "tiny", Sampling(0, 1, 64), scan.view(), session.image_name, answer="So.", ended="length")
+        Exchange(
+            "Why?", "tiny", AnswerSettings(0, 1, 64), scan.view(), session.image_name, answer="So.", ended="length"
+        )
     )
     page = show.chat(session)
     assert "Image 1: US" in page and "frame 16 of 30" in page and "model tiny" in page

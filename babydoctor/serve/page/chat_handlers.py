@@ -12,10 +12,10 @@ from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.feedback import VERDICTS, build_row, export_session, save_row
-from babydoctor.serve.page.handlers import Changes, Handlers, as_page_error, told, told_async
+from babydoctor.serve.page.handlers import Changes, Handlers, as_page_error, shows_errors, shows_errors_async
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
-from babydoctor.serve.page.session import Exchange, Sampling, Session, Sessions
+from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
 from babydoctor.serve.page.texts import PageError
 
 Number = float | None
@@ -29,7 +29,7 @@ class ConversationHandlers(Handlers):
     calls ``on_follow`` while an answer is being written.
     """
 
-    @told_async
+    @shows_errors_async
     async def on_ask(
         self, question: str, model: str, temperature: Number, top_p: Number, max_tokens: Number, request: gr.Request
     ) -> Changes:
@@ -38,7 +38,7 @@ class ConversationHandlers(Handlers):
         exchange = self._check(session, question, model, _sampling(temperature, top_p, max_tokens))
         return self._start(session, exchange) | {self.ui.question: ""}
 
-    @told_async
+    @shows_errors_async
     async def on_again(
         self, model: str, temperature: Number, top_p: Number, max_tokens: Number, request: gr.Request
     ) -> Changes:
@@ -80,7 +80,7 @@ class ConversationHandlers(Handlers):
             return {self.ui.status: self.sentence(error)}
         return {self.ui.stop: gr.Button(visible=False)}
 
-    @told
+    @shows_errors
     def on_clear(self, request: gr.Request) -> Changes:
         """Begin a new conversation about the same image."""
         session = self.sessions.accepted(request.session_hash)
@@ -91,7 +91,7 @@ class ConversationHandlers(Handlers):
         """One of the ready-made questions was chosen."""
         return str((event._data or {}).get("question", ""))
 
-    def _check(self, session: Session, question: str, model: str, sampling: Sampling) -> Exchange:
+    def _check(self, session: Session, question: str, model: str, sampling: AnswerSettings) -> Exchange:
         question = (question or "").strip()
         if session.view is None:
             raise PageError("no_image")
@@ -117,9 +117,9 @@ class ConversationHandlers(Handlers):
                     if session.is_abandoned:
                         exchange.stop_requested = True
             except Exception as error:
-                told_error = as_page_error(error)
+                shown = as_page_error(error)
                 if exchange in session.exchanges:
-                    session.problem, session.problem_retry_s = told_error.code, told_error.retry_after_s
+                    session.problem, session.problem_retry_s = shown.code, shown.retry_after_s
                 exchange.ended = "error"
             finally:
                 exchange.ended = exchange.ended or "stopped"
@@ -139,7 +139,7 @@ class AnswerHandlers(Handlers):
         super().__init__(ui, sessions, client)
         self.feedback_file = feedback_file
 
-    @told
+    @shows_errors
     def on_export(self, request: gr.Request) -> Changes:
         """The session as a file. The browser saves it; nothing is written on the server."""
         session = self.sessions.accepted(request.session_hash)
@@ -148,7 +148,7 @@ class AnswerHandlers(Handlers):
         except PageError as error:
             return {self.ui.exported: "", self.ui.status: self.sentence(error)}
 
-    @told_async
+    @shows_errors_async
     async def on_look(self, request: gr.Request) -> Changes:
         """Fetch the attention of the last answer and show it for the whole answer."""
         session = self.sessions.accepted(request.session_hash)
@@ -165,7 +165,7 @@ class AnswerHandlers(Handlers):
         buttons = show.word_buttons([word for word, _ in session.words])
         return {self.ui.words: buttons, self.ui.overlay: self._overlay(session, exchange, 0)}
 
-    @told
+    @shows_errors
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Another word of the answer was chosen."""
         session = self.sessions.accepted(request.session_hash)
@@ -180,7 +180,7 @@ class AnswerHandlers(Handlers):
         weights = place_on_image(grid, view.width, view.height, session.image_mode)
         return show.overlay(view, to_data_url(weights), word)
 
-    @told
+    @shows_errors
     def on_save(
         self,
         verdict: str | None,
@@ -221,9 +221,9 @@ class AnswerHandlers(Handlers):
         }
 
 
-def _sampling(temperature: Number, top_p: Number, max_tokens: Number) -> Sampling:
+def _sampling(temperature: Number, top_p: Number, max_tokens: Number) -> AnswerSettings:
     """The settings within their limits; an empty box counts as its default."""
-    return Sampling(
+    return AnswerSettings(
         temperature=min(max(temperature if temperature is not None else 0.0, 0.0), 2.0),
         top_p=min(max(top_p if top_p is not None else 1.0, 0.05), 1.0),
         max_new_tokens=int(min(max(max_tokens if max_tokens is not None else 256, 16), MAX_NEW_TOKENS)),

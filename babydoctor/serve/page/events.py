@@ -205,21 +205,21 @@ class TabHandlers(Handlers):
                 self.ui.model_status: self.sentence(error),
             }
         choices: list[Any] = [*running]
-        told = ""
+        note = ""
         if model and model not in running:
             choices = [(f"{model} (not running)", model), *choices]
             session.missing_model = model
-            told = show.status(texts.model_gone(model), "warning")
+            note = show.status(texts.model_gone(model), "warning")
         elif model and model == session.missing_model:
             session.missing_model = ""
-            told = show.status(texts.model_back(model), "info")
+            note = show.status(texts.model_back(model), "info")
         elif not running:
-            told = self.sentence(PageError("no_worker"))
+            note = self.sentence(PageError("no_worker"))
         chosen = model or (running[0] if running else None)
         shows_attention = chosen in running and await self.client.shows_attention(str(chosen))
         return {
             self.ui.model: gr.Dropdown(choices=choices, value=chosen, visible=True),
-            self.ui.model_status: told,
+            self.ui.model_status: note,
             self.ui.look_panel: gr.Accordion(visible=shows_attention),
         }
 

@@ -72,7 +72,7 @@ def as_page_error(error: Exception) -> PageError:
     return PageError("internal")
 
 
-def told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
+def shows_errors(handler: Callable[..., Changes]) -> Callable[..., Changes]:
     """Show the error of a handler in the group's status line; a handler that changed something clears the line."""
 
     @functools.wraps(handler)
@@ -86,8 +86,8 @@ def told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
     return call
 
 
-def told_async(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """``told`` for a coroutine."""
+def shows_errors_async(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """``shows_errors`` for a coroutine."""
 
     @functools.wraps(handler)
     async def call(self: Handlers, *args: Any) -> Changes:

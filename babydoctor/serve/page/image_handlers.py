@@ -10,7 +10,7 @@ import gradio as gr
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import ExampleCase
-from babydoctor.serve.page.handlers import Changes, Handlers, told
+from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
@@ -45,7 +45,7 @@ class ImageHandlers(Handlers):
     def status(self) -> Any:
         return self.ui.image_status
 
-    @told
+    @shows_errors
     def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
         """A file has arrived, or its upload failed."""
         session = self.sessions.accepted(request.session_hash)
@@ -54,7 +54,7 @@ class ImageHandlers(Handlers):
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
         return self._load(session, open_scan(self.uploads.take(str(values["token"]))))
 
-    @told
+    @shows_errors
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
         """An example was chosen."""
         session = self.sessions.accepted(request.session_hash)
@@ -63,7 +63,7 @@ class ImageHandlers(Handlers):
         scan.title, scan.truth = example.title, example.truth
         return self._load(session, scan) | {self.ui.question: example.question}
 
-    @told
+    @shows_errors
     def on_frame(self, frame: float | None, request: gr.Request) -> Changes:
         """Another frame of a multi-frame file."""
         session, scan = self._with_scan(request)
@@ -74,7 +74,7 @@ class ImageHandlers(Handlers):
             changes |= self._window_sliders(scan)
         return changes if wanted == frame else changes | {self.ui.frame: gr.Slider(value=wanted)}
 
-    @told
+    @shows_errors
     def on_preset(self, preset: str | None, request: gr.Request) -> Changes:
         """The file's own window, or one of the presets for CT."""
         session, scan = self._with_scan(request)
@@ -82,7 +82,7 @@ class ImageHandlers(Handlers):
         scan.preset = preset if preset in scan.presets and preset != scan.own_window else None
         return self.show_scan(session)
 
-    @told
+    @shows_errors
     def on_window(self, center: float | None, width: float | None, request: gr.Request) -> Changes:
         """Level or width was moved or typed. The sliders grow where a typed value lies beyond them."""
         session, scan = self._with_scan(request)

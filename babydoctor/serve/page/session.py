@@ -32,7 +32,7 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSettings:
     """Settings of one answer."""
 
     temperature: float
@@ -46,7 +46,7 @@ class Exchange:
 
     question: str
     model: str
-    sampling: Sampling
+    sampling: AnswerSettings
     view: View
     image_name: str = ""
     prompt: str = ""
