@@ -28,7 +28,7 @@ from helpers.web_ui import (
     window,
 )
 from pydicom.examples import get_path
-from serving import png, wait_ready, wait_until
+from serving import png, wait_until
 
 from babydoctor.serve.page.texts import SENTENCES
 
@@ -143,8 +143,7 @@ def test_errors_are_sentences(tab, parts: Parts):
     expect(status).to_contain_text("model")
     expect(tab.get_by_label("Question", exact=True)).to_have_value("Are you there?")
     assert "Traceback" not in tab.content()
-    parts.worker = wait_ready(parts.start_worker())
-    wait_until(lambda: parts.models() == ["tiny"], 20, "the worker's return")
+    parts.restart_worker()
     shorten(tab)
     ask(tab, "Are you there?")
     assert wait_for_answer(tab)
@@ -161,7 +160,7 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     tab.get_by_role("button", name="Stop", exact=True).click()
     wait_for_answer(tab)
     expect(tab.locator("#bd-chat .bot").last).to_contain_text("Stopped by you.")
-    wait_until(lambda: parts.queue_length() == 0, 10, "the worker's rest")
+    wait_until(lambda: parts.queue_length() == 0, 60, "the worker's rest")
     tab.get_by_role("spinbutton", name="Longest answer").fill("16")
     tab.get_by_role("spinbutton", name="Longest answer").press("Enter")
     tab.get_by_role("button", name="Regenerate").click()
@@ -172,7 +171,7 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     expect(tab.locator("#bd-chat .user")).to_have_count(0)
 
     # Both slots taken by others, whose greedy answers are long.
-    wait_until(lambda: parts.queue_length() == 0, 10, "the worker's rest")
+    wait_until(lambda: parts.queue_length() == 0, 60, "the worker's rest")
     body = {"model": "tiny", "prompt": "x", "max_new_tokens": 1024, "temperature": 0}
     others = [
         requests.post(f"{parts.controller.url}/worker_generate_stream", json=body, stream=True, timeout=10)

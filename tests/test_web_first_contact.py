@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.web_ui import (
+    START_S,
     Parts,
     ScriptedServer,
     answers,
@@ -31,7 +32,7 @@ from helpers.web_ui import (
     window,
 )
 from pydicom.examples import get_path
-from serving import stop_all, wait_ready, wait_until
+from serving import stop_all, wait_until
 
 from babydoctor.serve.page.texts import SENTENCES, model_back, model_gone
 
@@ -121,7 +122,7 @@ def test_a_model_that_dies_is_not_replaced_in_silence(tab: Any, parts: Parts, sc
     expect(question_box(tab)).to_have_value("Are you there?")
     expect(tab.locator("#bd-look-panel")).to_be_hidden()
     assert scripted.num_requests == before
-    parts.worker = wait_ready(parts.start_worker())
+    parts.restart_worker()
     expect(tab.locator("#bd-model-status")).to_contain_text(model_back("tiny"))
     expect(tab.get_by_label("Model")).to_have_value("tiny")
 
@@ -186,18 +187,18 @@ def test_scrolling_up_while_an_answer_streams_stays_there(tab: Any, scripted: Sc
     load_example(tab)
     ask(tab, "Tell me everything.")
     expect(answers(tab).last).to_contain_text("line 39")
-    wait_until(lambda: below_end(tab) < 5, 10, "the chat's end in view")
+    wait_until(lambda: below_end(tab) < 5, 60, "the chat's end in view")
     tab.locator("#bd-chat").hover()
     tab.mouse.wheel(0, -100_000)
-    wait_until(lambda: scroll_top(tab) == 0, 10, "the chat's top in view")
+    wait_until(lambda: scroll_top(tab) == 0, 60, "the chat's top in view")
     scripted.num_allowed = 70
     expect(answers(tab).last).to_contain_text("line 69")
     assert scroll_top(tab) == 0
     tab.mouse.wheel(0, 100_000)
-    wait_until(lambda: below_end(tab) < 5, 10, "the chat's end in view")
+    wait_until(lambda: below_end(tab) < 5, 60, "the chat's end in view")
     scripted.num_allowed = 90
     expect(answers(tab).last).to_contain_text("line 89")
-    wait_until(lambda: below_end(tab) < 5, 10, "the chat's end in view")
+    wait_until(lambda: below_end(tab) < 5, 60, "the chat's end in view")
 
 
 def test_an_upload_shows_its_progress(tab: Any):
@@ -208,7 +209,7 @@ def test_an_upload_shows_its_progress(tab: Any):
     load(tab, png_of_bytes(900_000))
     bar = tab.get_by_role("progressbar", name="Upload")
     expect(bar).to_be_visible()
-    wait_until(lambda: 0 < bar.evaluate("bar => bar.value") < 1, 10, "part of the upload")
+    wait_until(lambda: 0 < bar.evaluate("bar => bar.value") < 1, 60, "part of the upload")
     expect(tab.locator("#bd-drop")).to_contain_text("Uploading:")
     expect(tab.locator("#bd-viewer img")).to_be_visible()
     expect(bar).to_be_hidden()
@@ -278,7 +279,7 @@ def _check(tab: Any, image: str) -> None:
     expect(answers(tab).first).to_have_text("The first answer.")
     expect(tab.get_by_label("Model")).to_have_value("scripted")
     expect(question_box(tab)).to_have_value("A draft")
-    wait_until(lambda: tab.evaluate("document.body.classList.contains('dark')"), 10, "the dark theme")
+    wait_until(lambda: tab.evaluate("document.body.classList.contains('dark')"), 60, "the dark theme")
     tab.get_by_role("button", name="Settings").click()
     expect(tab.get_by_role("spinbutton", name="Temperature")).to_have_value("0.4")
 
@@ -305,7 +306,7 @@ def test_15_seconds_without_a_network_lose_nothing(browser: Any, parts: Parts, s
         expect(tab.get_by_text("Connection to the server was lost")).to_be_visible()
         before = scripted.num_finished
         scripted.num_allowed = 2
-        wait_until(lambda: scripted.num_finished > before, 20, "the end of the answer")
+        wait_until(lambda: scripted.num_finished > before, 60, "the end of the answer")
         tab.wait_for_timeout(OFFLINE_MS)
         tab.context.set_offline(False)
         expect(answers(tab).last).to_have_text("The second answer.")
@@ -321,7 +322,7 @@ def test_a_restart_of_the_server_is_said(browser: Any, parts: Parts, scripted: S
         load_example(tab)
         stop_all([parts.page])
         parts.page = parts.start_page()
-        wait_until(parts.page_answers, 60, "the web UI")
+        wait_until(parts.page_answers, START_S, "the web UI")
         expect(tab.locator("#bd-status")).to_contain_text(SENTENCES["session_gone"])
         expect(tab.get_by_label("Model")).to_have_value("scripted")
         load_example(tab)

@@ -40,7 +40,9 @@ FLAGS = [
     "--no-first-run",
 ]
 PATIENT = "Zzyzx^Quentin"
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
+START_S = 240
+"""On a busy machine a process may take minutes to load torch."""
 
 
 class Parts:
@@ -53,12 +55,19 @@ class Parts:
         self.worker = self.start_worker()
         self._port = free_port()
         self.page = self.start_page()
-        wait_ready(self.controller)
-        wait_until(self.page_answers, 60, "the web UI")
+        wait_ready(self.controller, START_S)
+        wait_until(self.page_answers, START_S, "the web UI")
+        wait_until(lambda: self.models() == ["tiny"], START_S, "the model")
 
     def start_worker(self) -> Server:
         settings = (f"worker.controller={self.controller.url}", "worker.heart_beat_s=1", "limits.max_queue=0")
         return start_worker(tiny_run(), self.folder / "worker.log", *settings, "engine.max_running=2")
+
+    def restart_worker(self) -> None:
+        """Start a worker in place of one that was killed, and wait until it can be asked."""
+        self.worker = self.start_worker()
+        wait_ready(self.worker, START_S)
+        wait_until(lambda: "tiny" in self.models(), START_S, "the model's return")
 
     def start_page(self) -> Server:
         arguments = ["web", f"page.port={self._port}", f"page.feedback_file={self.feedback}"]
@@ -91,7 +100,7 @@ class ScriptedServer:
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        wait_until(lambda: self._server.started, 20, "the scripted server")
+        wait_until(lambda: self._server.started, START_S, "the scripted server")
 
     def say(self, *pieces: str, allow: int | None = None) -> None:
         """What the next answer is, and how many pieces of it come before ``allow`` is raised."""
@@ -133,7 +142,7 @@ def scripted(parts: Parts) -> Iterator[ScriptedServer]:
     arguments = ["worker", "--engine", "openai", "--url", server.url, f"worker.port={port}"]
     settings = [f"worker.controller={parts.controller.url}", "worker.heart_beat_s=1"]
     worker = start([*arguments, *settings], f"http://127.0.0.1:{port}", parts.folder / "scripted.log")
-    wait_until(lambda: parts.models() == ["scripted", "tiny"], 60, "both models")
+    wait_until(lambda: parts.models() == ["scripted", "tiny"], START_S, "both models")
     yield server
     stop_all([worker])
     server.close()
