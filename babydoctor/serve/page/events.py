@@ -13,7 +13,7 @@ from babydoctor.serve.page import texts
 from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHandlers
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import build_examples
-from babydoctor.serve.page.handlers import Changes, Handlers
+from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
 from babydoctor.serve.page.image_handlers import ImageHandlers
 from babydoctor.serve.page.layout import Layout, script
 from babydoctor.serve.page.session import Session, Sessions
@@ -149,6 +149,11 @@ class TabHandlers(Handlers):
         self.images = images
         self.talk = talk
 
+    @property
+    def status(self) -> Any:
+        return self.ui.model_status
+
+    @shows_errors_async
     async def on_load(self, passed: bool, preferences: Any, tab: str, request: gr.Request) -> Changes:
         """A tab was opened or reloaded. A reload shows everything that the session holds."""
         values = _tab_values(tab)
@@ -166,25 +171,18 @@ class TabHandlers(Handlers):
             changes[self.ui.status] = show.status(texts.SENTENCES["session_gone"], "warning")
         return changes
 
+    @shows_errors_async
     async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
         """The user has read the notice."""
         if not agreed:
-            return {self.ui.gate: gr.skip()}
-        try:
-            session = self.sessions.get(request.session_hash)
-        except PageError as error:
-            return {self.ui.model_status: self.sentence(error)}
-        return await self._open(session, None) | {self.ui.passed: True}
+            return {}
+        return await self._open(self.sessions.get(request.session_hash), None) | {self.ui.passed: True}
 
+    @shows_errors_async
     async def on_tick(self, model: str | None, request: gr.Request) -> Changes:
         """Refresh the list of models. A chosen model that is not running stays chosen, and the user is told."""
-        try:
-            session = self.sessions.get(request.session_hash)
-        except PageError as error:
-            return {self.ui.model_status: self.sentence(error)}
-        if not session.has_accepted:
-            return {self.ui.model: gr.skip()}
-        return await self._models(session, model)
+        session = self.sessions.get(request.session_hash)
+        return await self._models(session, model) if session.has_accepted else {}
 
     def on_unload(self, request: gr.Request) -> None:
         """The tab was closed or reloaded, or its connection broke."""
