@@ -136,7 +136,7 @@ class Layout:
         with gr.Row(elem_id="bd-ask"):
             self.question = gr.Textbox(
                 label="Question",
-                placeholder="Ask about the image",
+                placeholder="Your question",
                 lines=1,
                 max_lines=6,
                 max_length=8000,
