@@ -233,8 +233,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
-    # YAML 1.1 reads 2e-4 as a string; people mean a number.
-    values[last] = float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", text, re.I) else yaml.safe_load(text)
+    values[last] = read_value(text)
+
+
+def read_value(text: str) -> Any:
+    """The value of a ``key=value`` override. YAML 1.1 would read 2e-4 as a string; it is a number here."""
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", text, re.I) else yaml.safe_load(text)
 
 
 def _explain(error: ValidationError) -> list[str]:

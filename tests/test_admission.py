@@ -112,10 +112,10 @@ def test_deep_and_crowded_json_is_refused():
 )
 def test_checking_json_takes_linear_time(unit: bytes):
     body = b'"' + unit * (4_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else runs
     with contextlib.suppress(ApiError):
         check_json_shape(body)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_settings_name_the_wrong_key():

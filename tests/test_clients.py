@@ -44,7 +44,7 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     controller = start_controller(folder / "controller.log")
     servers = [controller]
     try:
-        wait_until(lambda: requests.get(f"{controller.url}/healthz", timeout=2).ok, 120, "the controller")
+        wait_until(lambda: requests.get(f"{controller.url}/healthz", timeout=10).ok, 180, "the controller")
         settings = (f"worker.controller={controller.url}", f"worker.aliases=[{ALIAS}]")
         servers.append(start_worker(tiny_run(), folder / "worker.log", *settings))
         wait_until(lambda: models(controller), 120, "the worker's registration")
@@ -163,7 +163,7 @@ def test_fastchats_openai_server_in_front(controller: Server, tmp_path: Path):
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([PYTHON, *command], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     try:
-        wait_until(lambda: requests.get(f"{url}/v1/models", timeout=5).ok, 180, "FastChat's server")
+        wait_until(lambda: requests.get(f"{url}/v1/models", timeout=10).ok, 180, "FastChat's server")
         turns = ["Which modality is this?", "A scan.", "Is it normal?"]
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
@@ -239,4 +239,4 @@ def test_llavas_http_bot_finds_the_template_by_the_aliass_name(controller: Serve
         "stop": template.stop,
         "images": [bare_base64(png())],
     }
-    assert len(llava_answer(worker, body)) == 16
+    assert llava_answer(worker, body) == llava_answer(worker, body | {"model": "tiny"}) != ""

@@ -119,7 +119,7 @@ def test_streams_and_stands_behind_a_controller(transformers_serve: Server, tmp_
     controller = start_controller(tmp_path / "controller.log")
     servers = [controller]
     try:
-        wait_until(lambda: requests.get(controller.url + "/healthz", timeout=2).ok, 30, "controller")
+        wait_until(lambda: requests.get(controller.url + "/healthz", timeout=2).ok, 180, "controller")
         servers.append(
             start_upstream(
                 transformers_serve.url,
@@ -132,7 +132,7 @@ def test_streams_and_stands_behind_a_controller(transformers_serve: Server, tmp_
         def listed() -> bool:
             return requests.post(controller.url + "/list_models", timeout=5).json()["models"] == ["tiny"]
 
-        wait_until(listed, 60, "registration")
+        wait_until(listed, 180, "registration")
         prompt = prompt_text(render_prompt([Turn("user", f"<image>\n{QUESTION}")], get_template("llava_llama_2")))
         chunks = list(llava_stream(controller.url, generation(png(3), prompt=prompt, max_new_tokens=40)))
         texts = [chunk["text"].removeprefix(prompt) for chunk in chunks]
@@ -152,7 +152,7 @@ def test_a_client_that_leaves_frees_its_place(worker: Server) -> None:
             break
     assert queue_length(worker.url) == 1
     stream.close()
-    wait_until(lambda: queue_length(worker.url) == 0, 5, "the place is free")
+    wait_until(lambda: queue_length(worker.url) == 0, 180, "the place is free")
     assert num_cancelled(worker) == before + 1
     assert chat(worker.url, "tiny", png(1)).status_code == 200
 

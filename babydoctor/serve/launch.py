@@ -45,7 +45,7 @@ class Launched:
         """Watch the parts until the controller or the web UI ends; restart dead workers.
 
         Raises:
-            UserError: the controller or the page has ended, or a worker keeps dying.
+            UserError: the controller or the web UI has ended, or a worker keeps dying.
         """
         while True:
             time.sleep(0.2)
@@ -63,7 +63,7 @@ class Launched:
                 child.start()
 
     def stop(self, patience_s: float) -> None:
-        """End the page, then the controller (its answers may finish), then the workers."""
+        """End the web UI, then the controller (its answers may finish), then the workers."""
         try:
             for child in reversed(self.children):
                 if not child.name.startswith("worker"):
@@ -168,8 +168,8 @@ class _Parts:
         port = _free_port("worker", own.host, own.port + index if own.port else 0)
         # A worker on this machine is called on the loopback address, whatever else it listens on.
         url = _url(own.host, port)
-        places = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
-        arguments = ["worker", str(self._run), *self._common, *places]
+        own_settings = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
+        arguments = ["worker", str(self._run), *self._common, *own_settings]
         return Child(f"worker {index + 1}", arguments, f"{url}/readyz", self._environment), url
 
     def page(self) -> tuple[Child, str]:

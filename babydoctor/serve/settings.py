@@ -1,6 +1,6 @@
 """Settings of the serving parts: ``configs/serve.yaml`` plus ``key=value`` overrides. Secrets come from elsewhere.
 
-API keys and the registration secret never stand in this file or on a command line: they come from the environment
+API keys and the registration secret are never in this file or on a command line: they come from the environment
 or from a file that only the operator can read.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from babydoctor.config import known_keys
+from babydoctor.config import known_keys, read_value
 from babydoctor.schema import UserError
 
 KEYS_VARIABLE = "BABYDOCTOR_API_KEYS"
@@ -70,8 +70,10 @@ class ControllerSettings(_Section):
 class WorkerSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(21002, ge=0, le=65535)
-    controller: str | None = Field("http://127.0.0.1:21001", description="null: the worker stands alone")
-    address: str | None = Field(None, description="URL under which the controller reaches this worker; null: found out")
+    controller: str | None = Field("http://127.0.0.1:21001", description="null: none")
+    address: str | None = Field(
+        None, description="URL under which the controller reaches this worker; null: from its host"
+    )
     model_name: str | None = Field(None, description="null: the name of the run directory")
     aliases: tuple[str, ...] = Field(
         (), description="further names of the model; LLaVA's clients pick a template by a name like llava-llama-2-x"
@@ -140,7 +142,7 @@ def load_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Ser
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise UserError(f"{override!r}: {parent!r} is not a section")
-        section[last] = yaml.safe_load(text)
+        section[last] = read_value(text)
     try:
         return ServeSettings.model_validate(values)
     except ValidationError as error:

@@ -134,16 +134,16 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
 
 
 def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> None:
-    """As many images as places for them, and not more than the limit.
+    """Check that there are as many images as ``<image>`` marks, and no more than the limit.
 
     Raises:
         ApiError: 422.
     """
-    num_places = prompt.count(IMAGE_TOKEN)
-    if len(images) != num_places:
+    num_marks = prompt.count(IMAGE_TOKEN)
+    if len(images) != num_marks:
         raise ApiError(
             "wrong_image_count",
-            f"The prompt has {num_places} place(s) for an image ({IMAGE_TOKEN}), but {len(images)} image(s) came.",
+            f"The prompt has {num_marks} {IMAGE_TOKEN}, but the request has {len(images)} image(s).",
             param="images",
         )
     if len(images) > limits.max_images:

@@ -67,7 +67,7 @@ class Sampling(Body):
 
 
 class PromptTurn(Body):
-    """One turn of the conversation behind a prompt; an image stands in ``text`` as ``<image>``."""
+    """One turn of the conversation behind a prompt; an image is ``<image>`` in ``text``."""
 
     role: Role
     text: Text
@@ -91,7 +91,7 @@ class GenerateRequest(Sampling):
     )
 
     model: Text = Field("", max_length=512, description="A name from `/list_models`; a worker also takes none.")
-    prompt: Text = Field(description="The whole prompt in the model's template, `<image>` where an image stands.")
+    prompt: Text = Field(description="The whole prompt in the model's template, `<image>` for each image.")
     max_new_tokens: int = Field(256, ge=1, description="At most 1024; more is cut to that.")
     stop: Text | list[Text] | None = Field(None, description="The answer ends before any of these.")
     images: list[str] | None = Field(
@@ -129,7 +129,7 @@ class AttentionRequest(Body):
     """Body of ``/worker_attention``: where on the image each word of an answer looked."""
 
     model: Text = Field("", max_length=512)
-    prompt: Text = Field(description="The prompt that was answered, `<image>` where the image stands.")
+    prompt: Text = Field(description="The prompt that was answered, `<image>` for the image.")
     answer: Text = Field(min_length=1, max_length=16_384, description="The answer as received.")
     images: list[str] = Field(max_length=64, description="Bare base64, one for each `<image>`.")
 

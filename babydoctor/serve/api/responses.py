@@ -41,7 +41,6 @@ class AnswerResponse(Response, ABC):
         self._opening = opening
         self._deadline = time.monotonic() + limits.request_timeout_s
         self._tick_s = limits.keep_alive_s
-        self._has_begun = False
 
     @abstractmethod
     async def write(self, scope: Scope, send: Send) -> None:
@@ -79,25 +78,21 @@ class AnswerResponse(Response, ABC):
         """
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
-            return AnswerDelta(error=late_error(has_begun=self._has_begun))
+            return AnswerDelta(error=late_error())
         wait_s = min(self._tick_s, left_s)
         if not self._opening.done():
             await asyncio.wait({self._opening}, timeout=wait_s)
             if not self._opening.done():
                 return None
         try:
-            delta = await self._opening.result().next(wait_s)
+            return await self._opening.result().next(wait_s)
         except ApiError as error:
             return AnswerDelta(error=error)
-        self._has_begun = self._has_begun or delta is not None
-        return delta
 
 
-def late_error(*, has_begun: bool) -> ApiError:
-    """The error after ``limits.request_timeout_s``. A request that never got its turn met load, not a failure."""
-    if has_begun:
-        return ApiError("deadline", "The answer took longer than this server allows and was stopped.")
-    return ApiError("queue_full", "The model is busy: the request waited too long for its turn. Please try again soon.")
+def late_error() -> ApiError:
+    """The error after ``limits.request_timeout_s``."""
+    return ApiError("deadline", "The answer took longer than this server allows and was stopped.")
 
 
 async def _until_disconnect(receive: Receive) -> None:

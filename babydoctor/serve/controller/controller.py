@@ -128,7 +128,7 @@ class Controller:
         )
 
     def check_registrant(self, request: Request, worker_name: str) -> str:
-        """The worker's URL, if whoever sends this may speak for that worker.
+        """The worker's URL, if the sender may register it.
 
         Raises:
             ApiError: 403 without the secret (without one set: from another machine), 422 for a bad URL.
@@ -218,7 +218,7 @@ class Controller:
     async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
         status = await self._fetch_status(record.url)
         if self.registry.records.get(record.url) is not record:
-            return  # registered anew meanwhile
+            return  # registered again meanwhile
         if status is None:
             if not (record.failed or record.doubtful):
                 log(logger, logging.WARNING, "worker cannot be reached", worker=record.worker_id)

@@ -16,6 +16,8 @@ from babydoctor.serve.api.streaming import Answer, AnswerDelta
 from babydoctor.serve.worker.preprocess import api_error
 from babydoctor.serve.worker.resume import ResumedText
 
+_WAITED = "The model is busy: the request waited too long for its turn. Please try again soon."
+
 
 @dataclass(eq=False)
 class AnsweredRequest:
@@ -58,7 +60,9 @@ class AnsweredRequest:
         if reason in ("stop", "length"):
             self._end(reason)
         elif reason == "deadline":
-            self.answer.fail(late_error(has_begun=self.first_token_s is not None))
+            # A request that never got its turn met load, not a failure of the server.
+            has_waited = finished.queue_s >= finished.total_s
+            self.answer.fail(ApiError("queue_full", _WAITED) if has_waited else late_error())
         elif reason == "error":
             failure = ApiError("worker_failed", "The model failed at this request; the others go on.")
             self.answer.fail(api_error(finished.error) if finished.error is not None else failure)

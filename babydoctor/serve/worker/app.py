@@ -52,7 +52,7 @@ def build_worker_app(worker: Worker | UpstreamWorker, secrets: Secrets, address:
     """The worker as an ASGI application.
 
     Args:
-        address: the URL to register with the controller; None: the worker stands alone.
+        address: the URL to register with the controller; None: there is no controller.
     """
     own = worker.settings.worker
     registration = None

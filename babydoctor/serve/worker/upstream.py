@@ -150,7 +150,7 @@ class UpstreamWorker(SingleModelBackend):
             if not passed.expired:
                 raise
             reason = "deadline"
-            self._fail(passed, late_error(has_begun=passed.has_text))
+            self._fail(passed, late_error())
         except ApiError as error:
             reason = "error"
             self._fail(passed, error)
