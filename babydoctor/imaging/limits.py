@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from babydoctor.schema import UserError
+from babydoctor.errors import UserError, UserErrorCode
 
 MAX_PIXELS = 50_000_000
 """Largest picture that is decoded: twice a mammogram's 4,728 x 5,928, and 150 MB as RGB."""
@@ -16,7 +16,7 @@ MAX_ASPECT = 64
 ORDINARY_PIXELS = 4_000_000
 """Pictures up to this size get ``DecodeLimits.seconds``; larger ones get more in proportion."""
 
-ERROR_CODES: dict[str, str] = {
+ERROR_CODES: dict[UserErrorCode, str] = {
     "invalid_input": "a frame, window or preset that this image does not have",
     "image_missing": "the file does not exist or may not be read",
     "image_empty": "0 bytes",
@@ -36,10 +36,9 @@ ERROR_CODES: dict[str, str] = {
 class ImageError(UserError):
     """An image that cannot be shown. ``code`` is a key of ``ERROR_CODES``; programs decide by it, never by the text."""
 
-    def __init__(self, message: str, code: str) -> None:
+    def __init__(self, message: str, code: UserErrorCode) -> None:
         assert code in ERROR_CODES, code
-        super().__init__(message)
-        self.code = code
+        super().__init__(message, code=code)
 
     def __reduce__(self) -> Any:
         return type(self), (str(self), self.code)

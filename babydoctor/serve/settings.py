@@ -1,6 +1,6 @@
 """Settings of the serving parts: ``configs/serve.yaml`` plus ``key=value`` overrides. Secrets come from elsewhere.
 
-API keys and the registration secret never stand in this file or on a command line: they come from the environment
+API keys and the registration secret are never in this file or on a command line: they come from the environment
 or from a file that only the operator can read.
 """
 
@@ -75,6 +75,9 @@ class WorkerSettings(Section):
     controller: str | None = Field("http://127.0.0.1:21001", description="null: the worker stands alone")
     address: str | None = Field(None, description="URL under which the controller reaches this worker; null: found out")
     model_name: str | None = Field(None, description="null: the name of the run directory")
+    aliases: tuple[str, ...] = Field(
+        (), description="further names of the model; LLaVA's clients pick a template by a name like llava-llama-2-x"
+    )
     speed: float = Field(1, gt=0, description="weight in the lottery")
     heart_beat_s: float = Field(15, gt=0, description="seconds between heartbeats to the controller")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
@@ -101,6 +104,10 @@ class ServeSettings(Section):
     worker: WorkerSettings = WorkerSettings()
     page: PageSettings = PageSettings()
     engine: dict[str, Any] = Field(default_factory=dict, description="settings of the engine, see EngineSettings")
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="web pages that may call the APIs from a browser, e.g. https://app.example.org; *: all",
+    )
     public_without_keys: bool = Field(False, description="true: may listen beyond this machine without API keys")
 
 

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from babydoctor.errors import UserErrorCode
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
 FREE_BYTES = 96 * 2**20
@@ -92,7 +93,7 @@ class DecodeProcess:
         except (OSError, EOFError, ValueError, TypeError):
             raise self._death(name, seconds) from None
         if "error" in answer:
-            raise ImageError(str(answer["error"]), str(answer["code"]))
+            raise ImageError(str(answer["error"]), cast(UserErrorCode, answer["code"]))
         if answer["resident"] > self._base_bytes + _KEPT_GROWTH_BYTES:
             self.kill()
         assert values is not None

@@ -1,7 +1,7 @@
-"""The image of a page's user: a picture or a DICOM file in memory, and the view of it that is shown and sent.
+"""The user's image: a picture or a DICOM file in memory, and the view of it that is shown and sent.
 
-A ``View`` holds the very PNG that stands on the page, so what the model gets is what the user sees. Nothing is written
-to disk, and of a DICOM file's header only ``dicom.harmless_facts`` leave this module.
+A ``View`` holds the PNG that the browser shows, so the model gets what the user sees. Nothing is written to disk. Of a
+DICOM file's header only ``dicom.harmless_facts`` leave this module.
 """
 
 from __future__ import annotations
@@ -15,21 +15,33 @@ from typing import Any
 
 from PIL import Image
 
+from babydoctor.errors import UserErrorCode
 from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
 from babydoctor.imaging.isolation import load_image, render
-from babydoctor.imaging.limits import ImageError
 from babydoctor.imaging.windows import CT_PRESETS
-from babydoctor.serve.page.errors import PageError
+from babydoctor.schema import UserError
+from babydoctor.serve.page.texts import PageError
 
 MAX_VIEW_EDGE = 1536
-"""Larger pictures are shown and sent shrunk to this edge: towers see 224 to 448 pixels, screens not many more."""
+"""Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
+
+THUMBNAIL_EDGE = 72
 
 FILE_WINDOW = "as stored in the file"
-"""Name of the choice that shows the file's own window."""
+"""Choice that shows the file's own window."""
+
+AUTO_WINDOW = "automatic"
+"""The same choice for a file that stores no window: the window is made from the frame's values."""
+
+CT_DEFAULT = "soft-tissue"
+"""Preset with which a CT opens that stores no window: level 40, width 400."""
+
+MAX_WINDOW = 1e6
+"""Largest level and width that may be typed, in the units of the frame's values."""
 
 _FILE_NAME = "the file"
 
-_PAGE_CODES = {
+_PAGE_CODES: dict[UserErrorCode, str] = {
     "image_too_large": "too_many_pixels",
     "image_bad_shape": "odd_shape",
     "dicom_without_image": "dicom_without_image",
@@ -37,20 +49,21 @@ _PAGE_CODES = {
     "image_decode_failed": "image_decode_failed",
     "image_decode_timeout": "image_decode_timeout",
 }
-"""Codes of ``ImageError`` and the page's own."""
+"""The web UI's codes for those of ``UserError``."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-_WINDOW = re.compile(r"centre (\S+), width (\S+)")
+_WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made."""
+    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL."""
 
     png: bytes = field(repr=False)
     width: int
     height: int
     caption: str
+    thumbnail: str = field(default="", repr=False)
 
     @property
     def data_url(self) -> str:
@@ -59,7 +72,7 @@ class View:
 
 @dataclass
 class WindowRange:
-    """Where the sliders stand and how far they go, in the units of the frame's values (HU for CT)."""
+    """Values and ends of the window sliders, in the units of the frame's values (HU for CT)."""
 
     center: float
     width: float
@@ -80,7 +93,7 @@ class WindowRange:
 
 @dataclass
 class Scan:
-    """What the user has loaded. ``dicom`` is None for plain pictures."""
+    """The loaded image. ``dicom`` is None for plain pictures."""
 
     dicom: DicomImage | None
     picture: Image.Image | None
@@ -102,8 +115,29 @@ class Scan:
         return self.dicom is not None and self.dicom.photometric in ("MONOCHROME1", "MONOCHROME2")
 
     @property
+    def stores_window(self) -> bool:
+        """True where the file brings a window or a VOI LUT."""
+        return self.dicom is not None and bool(self.dicom.windows or self.dicom.dataset.get("VOILUTSequence"))
+
+    @property
+    def own_window(self) -> str:
+        """Name of the choice without a preset."""
+        return FILE_WINDOW if self.stores_window else AUTO_WINDOW
+
+    @property
     def presets(self) -> list[str]:
-        return [FILE_WINDOW, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
+        return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
+
+    def set_window(self, center: float, width: float) -> None:
+        """Take a level and a width that the user chose, within the sliders or beyond them. Widths below 1 become 1.
+
+        Raises:
+            PageError: one of them is not finite or beyond ``MAX_WINDOW``, or the width is negative.
+        """
+        if not (abs(center) <= MAX_WINDOW and 0 <= width <= MAX_WINDOW):
+            raise PageError("bad_window")
+        self.preset = None
+        self.center, self.width = float(center), max(1.0, float(width))
 
     def view(self) -> View:
         """Render the chosen frame under the chosen window.
@@ -116,7 +150,7 @@ class Scan:
             return _to_view(self.picture, "")
         try:
             image = render(self.dicom, self.frame, self.center, self.width, self.preset)
-        except ImageError as error:
+        except UserError as error:
             raise dicom_error(error) from None
         window = str(image.info.get("window", ""))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
@@ -124,7 +158,7 @@ class Scan:
         return _to_view(image, frame + window)
 
     def window_range(self) -> WindowRange:
-        """The present window and the sliders' ends: those of CT in HU, else around the file's own window."""
+        """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""
         assert self.dicom is not None and self.has_window
         if self.preset is not None:
             center, width = CT_PRESETS[self.preset].center, CT_PRESETS[self.preset].width
@@ -144,14 +178,14 @@ class Scan:
     def _own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
-        if found:  # a file with a VOI LUT has none
+        if found:  # a VOI LUT has no center and width
             return float(found[1]), float(found[2])
         bits = int(self.dicom.dataset.get("BitsStored") or 12)
         return 2.0 ** (bits - 1), 2.0**bits
 
 
 def open_scan(data: bytes) -> Scan:
-    """Read an uploaded file; its kind is told by its content, and its name is never known here.
+    """Read an uploaded file. Its kind is decided by its content; its name is never known here.
 
     Raises:
         PageError: it is empty, no image, damaged or too large.
@@ -163,7 +197,7 @@ def open_scan(data: bytes) -> Scan:
         return _open_dicom(data)
     try:
         picture = load_image(data)
-    except ImageError as error:
+    except UserError as error:
         raise picture_error(error, looks_like_image) from None
     return Scan(None, picture, {"rows": picture.height, "columns": picture.width})
 
@@ -173,21 +207,23 @@ def _open_dicom(data: bytes) -> Scan:
         # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
         load_image(data, name=_FILE_NAME)
         dicom = read_dicom(data, name=_FILE_NAME)
-        return Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
-    except ImageError as error:
+        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+        if scan.facts.get("modality") == "CT" and scan.has_window and not scan.stores_window:
+            scan.preset = CT_DEFAULT
+        return scan
+    except UserError as error:
         raise dicom_error(error) from None
 
 
-def picture_error(error: ImageError, looks_like_image: bool) -> PageError:
-    """Which sentence belongs to what ``load_image`` found wrong."""
-    if error.code in _PAGE_CODES:
-        return PageError(_PAGE_CODES[error.code])
-    return PageError("damaged_image" if looks_like_image else "not_an_image")
+def picture_error(error: UserError, looks_like_image: bool) -> PageError:
+    """The web UI's error for one of ``load_image``."""
+    code = _PAGE_CODES.get(error.code)
+    return PageError(code or ("damaged_image" if looks_like_image else "not_an_image"))
 
 
-def dicom_error(error: ImageError) -> PageError:
-    """Which sentence belongs to what ``read_dicom`` or ``render`` found wrong."""
-    if error.code == "dicom_unsupported":  # these reasons hold no text of the file but coded values
+def dicom_error(error: UserError) -> PageError:
+    """The web UI's error for one of ``read_dicom`` or ``render``."""
+    if error.code == "dicom_unsupported":  # these reasons hold no text of the file, only coded values
         return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{_FILE_NAME}: "))
     return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
 
@@ -197,13 +233,20 @@ def _to_view(image: Image.Image, caption: str) -> View:
         image = image.copy()
         image.thumbnail((MAX_VIEW_EDGE, MAX_VIEW_EDGE), Image.Resampling.LANCZOS)
     image.info = {}  # a PNG's text fields may name a patient
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
+    thumbnail = f"data:image/jpeg;base64,{base64.b64encode(_encoded(small, 'JPEG', quality=80)).decode()}"
+    return View(_encoded(image, "PNG", compress_level=3), image.width, image.height, caption, thumbnail)
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)
-    return View(buffer.getvalue(), image.width, image.height, caption)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def describe(scan: Scan) -> list[tuple[str, str]]:
-    """Names and values of what may be told about a scan, in the order in which they are shown."""
+    """Names and values of the facts about a scan that may be shown, in display order."""
     facts = scan.facts
     if scan.dicom is None:
         return [("Kind", "picture"), ("Size", f"{facts['columns']} × {facts['rows']} pixels")]
@@ -222,5 +265,5 @@ def describe(scan: Scan) -> list[tuple[str, str]]:
     if scan.num_frames > 1:
         rows.append(("Frames", str(scan.num_frames)))
     if facts.get("photometric") == "MONOCHROME1":
-        rows.append(("Grey scale", "MONOCHROME1: low values are bright; shown that way"))
+        rows.append(("Gray scale", "MONOCHROME1: low values are bright; shown that way"))
     return rows
