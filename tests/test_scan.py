@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.page.texts import PageError
 from helpers.image_files import dicom, encapsulated
 
 from babydoctor.imaging.limits import ImageError
