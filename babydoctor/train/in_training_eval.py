@@ -50,6 +50,10 @@ class InTrainingEval:
         self.held_out = HeldOut(config, encoder, max_tokens) if config.data.eval_rows else None
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
 
+    def is_due(self, step: int) -> bool:
+        """True if there is something to evaluate after ``step`` steps."""
+        return step > 0 and (self._held_out_is_due(step) or self._task_is_due(step))
+
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
         """Evaluate what is due and not yet recorded for this step, and report it."""
         if self.held_out and self._held_out_is_due(state.step) and not reporter.has("eval", state.step):

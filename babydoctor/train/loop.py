@@ -99,9 +99,11 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
             keep_freed_memory(MOST_KEPT_BYTES)
 
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
-        with reporter, stop.wait_for_step():
+        with reporter:
+            stop.wait_for_steps()
             reporter.begin(model, len(samples), format_short(plan))
-            if evaluation and first_step:  # make up for an evaluation during which the run was stopped
+            # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
+            if evaluation and evaluation.is_due(first_step):
                 stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
@@ -116,7 +118,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_main and is_saved:
                     save(state)
-                if evaluation:
+                if evaluation and evaluation.is_due(state.step):
                     stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
                 if share_stop(stop, accelerator) and state.step < total_steps:
                     if is_main and not is_saved:
