@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from babydoctor.schema import UserError
+from babydoctor.errors import DEFAULT_EXIT_STATUS, UserError
 from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE, Child
 from babydoctor.serve.server import WILDCARDS, bind
 from babydoctor.serve.settings import (
@@ -231,9 +231,9 @@ def _answers(client: httpx.Client, url: str) -> bool:
 def _check_alive(served: Launched, deadline: float) -> None:
     for child in served.children:
         if child.exit_status is not None:
-            raise UserError(
-                f"{child.name} ended with status {child.exit_status} before it was ready; see above why",
-                code="part_stopped",
-            )
+            message = f"{child.name} ended with status {child.exit_status} before it was ready; see above why"
+            # The part's own exit status tells bad input from a failure.
+            is_bad_input = child.exit_status == DEFAULT_EXIT_STATUS
+            raise UserError(message, code="invalid_input" if is_bad_input else "part_stopped")
     if time.monotonic() > deadline:
         raise UserError("the parts were not ready in time; `--verbose` shows what they do", code="part_stopped")
