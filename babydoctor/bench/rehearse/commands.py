@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 CLI = (sys.executable, "-c", "from babydoctor.cli.main import main; main()")
-TAIL_LINES = 25
+TAIL_LINES = 12
+LINE_CHARS = 200
+_ERROR_LINE = re.compile(r"(\w+\.)*(\w*(Error|Exception)|error)\b.*")
 PROGRESS_EVERY_S = 30.0
 STOP_PATIENCE_S = 90.0
 
@@ -38,7 +41,13 @@ class Finished:
     def tail(self) -> str:
         """The last lines of the output, errors last."""
         lines = [line for text in (self.stdout, self.stderr) for line in text.rstrip().splitlines()]
-        return "\n".join(lines[-TAIL_LINES:])
+        return "\n".join(line[:LINE_CHARS] for line in lines[-TAIL_LINES:])
+
+    def error(self) -> str:
+        """The exit status, and the line of the output that says what went wrong."""
+        lines = self.stderr.strip().splitlines() or self.stdout.strip().splitlines() or ["no output"]
+        told = next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
+        return f"exit status {self.status}: {told[:LINE_CHARS]}"
 
 
 class Process:
@@ -46,9 +55,10 @@ class Process:
 
     Args:
         log: path without suffix; ``.out`` and ``.err`` are added.
+        num_threads: for its arithmetic; None: as many as there are cores.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, num_threads: int | None = None) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
@@ -58,6 +68,8 @@ class Process:
             "PYTHONIOENCODING": "utf-8",
             "COLUMNS": "200",
         }
+        if num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(num_threads)
         self.begun = time.monotonic()
         with self._file(".out").open("wb") as out, self._file(".err").open("wb") as err:
             self._child = subprocess.Popen(
@@ -118,6 +130,7 @@ def run_process(
     *,
     console: Console,
     limit_s: float,
+    num_threads: int | None = None,
     kill_when: Callable[[], bool] | None = None,
 ) -> Finished:
     """Run a program to its end.
@@ -129,7 +142,7 @@ def run_process(
     Raises:
         StepError: it took longer than ``limit_s``.
     """
-    process = Process(arguments, log)
+    process = Process(arguments, log, num_threads)
     said = process.begun
     killed = False
     try:
@@ -154,7 +167,7 @@ def run_process(
     return finished
 
 
-def cli(*arguments: str | Path) -> list[str]:
+def cli(*arguments: str | Path | int) -> list[str]:
     """The ``babydoctor`` command of this environment and this source tree."""
     return [*CLI, *map(str, arguments)]
 

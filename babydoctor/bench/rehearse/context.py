@@ -96,14 +96,21 @@ class Context:
         self.console.print(f"  $ {shown(arguments, self.work)}", markup=False, soft_wrap=True)
         log = self.work / "logs" / f"{len(self.rows):02d}-{label.replace(' ', '-').replace('/', '-')}"
         try:
-            finished = run_process(arguments, log, console=self.console, limit_s=self.size.limit_s, kill_when=kill_when)
+            finished = run_process(
+                arguments,
+                log,
+                console=self.console,
+                limit_s=self.size.limit_s,
+                num_threads=self.size.num_threads,
+                kill_when=kill_when,
+            )
             row.seconds, row.peak_bytes, row.plan_bytes = finished.seconds, finished.peak_bytes, plan_of(finished)
             row.note = note
             planned = f", planned {row.plan_bytes / GIB:.2f}" if row.plan_bytes else ""
             self.console.print(f"    {row.seconds:.1f} s, peak {row.peak_bytes / GIB:.2f} GiB{planned}", style="dim")
             expected = -9 if kill_when else 0
             if finished.status != expected:
-                raise StepError(f"exit status {finished.status}\n{finished.tail()}")
+                raise StepError(f"{finished.error()}\n{finished.tail()}")
         except StepError as error:
             row.ok, row.note = False, str(error).splitlines()[0]
             raise
@@ -116,7 +123,9 @@ class Context:
     def compare(self, label: str, told: str, faults: Sequence[str] = ()) -> None:
         """Add the row of a comparison; it fails where there are faults, and the step goes on."""
         self.rows.append(Row(self.step, label, note="; ".join([told, *faults]), ok=not faults))
-        self.console.print(f"    {'ok' if not faults else 'FAILED'}: {label}: {self.rows[-1].note}", markup=False)
+        self.console.print(
+            f"    {'ok' if not faults else 'FAILED'}: {label}: {self.rows[-1].note}", markup=False, soft_wrap=True
+        )
 
     def release(self, *products: Path) -> None:
         """Delete weights that nothing needs any more, where they are large."""

@@ -47,7 +47,8 @@ def write_lcs(phantoms: Path, folder: Path) -> None:
 def write_instruct(phantoms: Path, folder: Path) -> None:
     """``llava_instruct_80k.json`` and COCO's ``train2017.zip``: conversations of several turns."""
     folder.mkdir(parents=True)
-    rows, names = [], {}
+    rows: list[dict[str, Any]] = []
+    names: dict[str, int] = {}
     for row in _read_rows(phantoms, "instruct", "train"):
         if "image" not in row:
             continue  # every published row has an image

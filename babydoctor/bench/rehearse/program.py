@@ -112,7 +112,7 @@ def run_steps(context: Context, steps: Sequence[Step]) -> None:
             step.run(context)
         except (StepError, UserError, OSError, ValueError, KeyError) as error:
             failed.add(step.name)
-            context.console.print(f"    FAILED: {error}", style="red", markup=False)
+            context.console.print(f"    FAILED: {error}", style="red", markup=False, soft_wrap=True)
             if all(row.ok for row in context.rows if row.step == step.name):
                 context.rows.append(Row(step.name, step.name, note=f"{type(error).__name__}: {error}", ok=False))
         context.save()

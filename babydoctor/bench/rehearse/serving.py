@@ -54,7 +54,7 @@ def serve(context: Context) -> None:
     context.console.print(f"  $ {shown(arguments, context.work)}", markup=False, soft_wrap=True)
     row = Row(context.step, "serve")
     context.rows.append(row)
-    process = Process(arguments, context.work / "logs" / f"{len(context.rows):02d}-serve")
+    process = Process(arguments, context.work / "logs" / f"{len(context.rows):02d}-serve", context.size.num_threads)
     try:
         answers = _ask_both(context, process, url)
     except (StepError, UserError, httpx.HTTPError) as error:
@@ -96,7 +96,7 @@ def _wait_until_ready(context: Context, process: Process, client: Client) -> str
     while True:
         finished = process.poll()
         if finished is not None:
-            raise StepError(f"the servers ended with status {finished.status}\n{finished.tail()}")
+            raise StepError(f"the servers ended: {finished.error()}")
         if time.monotonic() - process.begun > context.size.limit_s:
             raise StepError(f"not ready after {context.size.limit_s:.0f} s")
         try:

@@ -37,6 +37,8 @@ class Size:
         shard_bytes: largest shard of the published LLaMA; the published 7B has two shards.
         product_shard_bytes: largest shard of what the commands write; None: as users get it.
         steps, batch_size: of each training stage.
+        micro_batch_tokens: of each stage; empty: as shipped. Small ones make a small step accumulate.
+        num_threads: of each process; None: as many as there are cores. Tiny models are slower on several.
         num_rows: rows of each training set.
         answer_tokens: longest answer of chat, evaluation and the APIs.
         greedy_tokens: tokens that are compared between a run and what was made of it.
@@ -56,6 +58,8 @@ class Size:
     product_shard_bytes: int | None
     steps: int
     batch_size: int
+    micro_batch_tokens: dict[str, int]
+    num_threads: int | None
     num_rows: int
     answer_tokens: int
     greedy_tokens: int
@@ -89,8 +93,10 @@ SIZES = {
         shard_bytes=400_000,
         product_shard_bytes=400_000,
         steps=3,
-        batch_size=16,
-        num_rows=32,
+        batch_size=4,
+        micro_batch_tokens={"align": 1024, "instruct": 2048, "radiology": 1024},
+        num_threads=1,
+        num_rows=20,
         answer_tokens=12,
         greedy_tokens=8,
         dtype="float32",
@@ -109,6 +115,8 @@ SIZES = {
         product_shard_bytes=300_000_000,
         steps=2,
         batch_size=2,
+        micro_batch_tokens={},
+        num_threads=None,
         num_rows=12,
         answer_tokens=8,
         greedy_tokens=4,
@@ -128,6 +136,8 @@ SIZES = {
         product_shard_bytes=None,
         steps=2,
         batch_size=2,
+        micro_batch_tokens={},
+        num_threads=None,
         num_rows=12,
         answer_tokens=4,
         greedy_tokens=3,

@@ -65,6 +65,8 @@ def stage_overrides(context: Context, stage: str, output: Path) -> list[str]:
         f"train.max_steps={size.steps}",
         "train.save_every=1",
     ]
+    if stage in size.micro_batch_tokens:
+        overrides.append(f"train.micro_batch_tokens={size.micro_batch_tokens[stage]}")
     if stage == "align":
         overrides += [f"model.language_model={context.language_model}", f"model.vision_tower={context.vision_tower}"]
     else:
