@@ -61,6 +61,11 @@ class Context:
         return self.work / "runs" / "strong"
 
     @property
+    def template(self) -> str:
+        """The run's conversation template."""
+        return str(json.loads((self.run / "manifest.json").read_text(encoding="utf-8"))["template"])
+
+    @property
     def held_out(self) -> Path:
         """ROCO's validation split as published."""
         return self.work / "sources" / "roco" / "data" / "validation" / "radiology"

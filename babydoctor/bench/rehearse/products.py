@@ -64,6 +64,7 @@ def export_llava(context: Context) -> None:
     remove(out, imported)
     context.execute("export llava", cli("export", context.run, "--format", "llava", "--out", out, *_dtype(context)))
     arguments = cli("import", out, "--vision-tower", context.vision_tower, "--out", imported)
+    arguments += ["--template", context.template]  # the original keeps no record of it
     context.execute("import", arguments)
     context.release(out)
     ask(context, "imported", imported)

@@ -35,7 +35,6 @@ class Size:
         vision: sizes of CLIP's vision tower (224 px, patch 14 in every size).
         text: sizes of CLIP's text tower, which nothing reads.
         shard_bytes: largest shard of the published LLaMA; the published 7B has two shards.
-        product_shard_bytes: largest shard of what the commands write; None: as users get it.
         steps, batch_size: of each training stage.
         micro_batch_tokens: of each stage; empty: as shipped. Small ones make a small step accumulate.
         num_threads: of each process; None: as many as there are cores. Tiny models are slower on several.
@@ -55,7 +54,6 @@ class Size:
     vision: dict[str, int]
     text: dict[str, int]
     shard_bytes: int
-    product_shard_bytes: int | None
     steps: int
     batch_size: int
     micro_batch_tokens: dict[str, int]
@@ -91,7 +89,6 @@ SIZES = {
             "vocab_size": 49408,
         },
         shard_bytes=400_000,
-        product_shard_bytes=400_000,
         steps=3,
         batch_size=4,
         micro_batch_tokens={"align": 1024, "instruct": 2048, "radiology": 1024},
@@ -112,7 +109,6 @@ SIZES = {
         vision={**CLIP_L_VISION, "num_hidden_layers": 4},
         text={**CLIP_L_TEXT, "num_hidden_layers": 2},
         shard_bytes=300_000_000,
-        product_shard_bytes=300_000_000,
         steps=2,
         batch_size=2,
         micro_batch_tokens={},
@@ -133,7 +129,6 @@ SIZES = {
         vision=CLIP_L_VISION,
         text=CLIP_L_TEXT,
         shard_bytes=10_000_000_000,
-        product_shard_bytes=None,
         steps=2,
         batch_size=2,
         micro_batch_tokens={},
