@@ -36,8 +36,8 @@ def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from babydoctor.model.babydoctor import BabyDoctor
-    from babydoctor.model.projector import build_projector
     from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
+    from babydoctor.model.vision import build_projector
 
     torch.manual_seed(seed)
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]

@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from probe import probe_logits
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig, build_config
 from babydoctor.model import language_model
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import (
-    LoraUpdate,
-    Quantization,
-    add_lora,
-    dequantized_weight,
-    load_language_model,
-    lora_layers,
-)
-from babydoctor.model.merge import merge_run, probe_logits
+from babydoctor.model.language_model import load_language_model
+from babydoctor.model.lora import LoraUpdate, add_lora, lora_layers
+from babydoctor.model.merge import merge_run
+from babydoctor.model.nf4 import Quantization, dequantized_weight
 from babydoctor.model.run_dir import load_run, read_manifest
 from babydoctor.schema import UserError
 from babydoctor.train.loop import train

@@ -10,7 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from babydoctor.config import LoraConfig
 from babydoctor.model.babydoctor import BabyDoctor, supervised_tails
-from babydoctor.model.language_model import add_lora, build_language_model, finish_language_model
+from babydoctor.model.language_model import build_language_model, finish_language_model
+from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.attention import (
     ATTENTION_NAME,
     QUERY_BLOCK,
@@ -236,7 +237,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 def test_gradients_through_a_4bit_base():
     pytest.importorskip("bitsandbytes")
-    from babydoctor.model.language_model import Quantization, dequantized_weight, place_weight
+    from babydoctor.model.language_model import place_weight
+    from babydoctor.model.nf4 import Quantization, dequantized_weight
 
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=60

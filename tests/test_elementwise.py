@@ -13,7 +13,7 @@ import torch
 from test_decoder import build_tiny, loss_and_gradients, packed_inputs
 
 from babydoctor.config import LoraConfig, TrainConfig
-from babydoctor.model.language_model import add_lora
+from babydoctor.model.lora import add_lora
 from babydoctor.model.packed import fused_ops
 from babydoctor.model.packed.fused_ops import fuse, rms_norm, rotate, swiglu
 from babydoctor.schema import UserError

@@ -29,7 +29,8 @@ from babydoctor.engine.request import (
 )
 from babydoctor.engine.settings import EngineSettings
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import Quantization, add_lora, quantize_linear
+from babydoctor.model.lora import add_lora
+from babydoctor.model.nf4 import Quantization, quantize_linear
 from babydoctor.schema import UserError
 
 EOS = 0

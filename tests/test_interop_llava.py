@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from probe import probe_logits
 from safetensors.torch import load_file
 
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.merge import probe_logits
 from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.schema import UserError
 

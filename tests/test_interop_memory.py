@@ -19,7 +19,7 @@ PROGRAM = """
 import sys, pathlib
 import torch, transformers, babydoctor.interop.export, babydoctor.interop.llava_import, babydoctor.interop.gguf_export
 from transformers import LlamaForCausalLM, CLIPVisionConfig
-babydoctor.interop.shards.ShardWriter.__init__.__kwdefaults__['shard_bytes'] = 80 * 2**20
+babydoctor.model.weights.SHARD_BYTES = 80 * 2**20
 def status(key):
     return int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) * 1024
 step, source, out = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from probe import probe_logits
 
 from babydoctor.config import LoraConfig
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.language_model import add_lora, load_language_model, lora_layers, save_lora
-from babydoctor.model.merge import probe_logits
+from babydoctor.model.language_model import load_language_model
+from babydoctor.model.lora import add_lora, lora_layers, save_lora
 from babydoctor.model.run_dir import load_run
 
 IDS = torch.arange(3, 60)[None]

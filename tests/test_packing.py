@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from babydoctor.config import LoraConfig
 from babydoctor.data.packing import MIN_PREFIX, build_batch, common_prefix, pack, plan_bins
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import add_lora
+from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import load_run
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
 

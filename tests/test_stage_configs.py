@@ -11,8 +11,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from babydoctor.config import load_config
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import add_lora, build_language_model
-from babydoctor.model.projector import build_projector
+from babydoctor.model.language_model import build_language_model
+from babydoctor.model.lora import add_lora
+from babydoctor.model.vision import build_projector
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("align", "instruct", "radiology")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import Quantization, build_language_model, finish_language_model, place_weight
-from babydoctor.model.projector import build_projector
+from babydoctor.model.language_model import build_language_model, finish_language_model, place_weight
+from babydoctor.model.nf4 import Quantization
+from babydoctor.model.vision import build_projector
 
 PRESETS: dict[str, dict[str, dict[str, int]]] = {
     "mini": {

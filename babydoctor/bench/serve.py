@@ -25,7 +25,7 @@ import numpy as np
 
 from babydoctor.bench.measure import matmul_flops_per_s, memory_bytes_per_s, tensor_bytes
 from babydoctor.bench.serve_model import IMAGE_SIZE, build_model, build_prompt, build_tokenizer, write_run
-from babydoctor.model.language_model import Quantization
+from babydoctor.model.nf4 import Quantization
 from babydoctor.schema import UserError
 from babydoctor.serve.server import bind
 

@@ -16,7 +16,7 @@ import torch
 from babydoctor.bench.models import PRESETS, build_random_model
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import Quantization
+from babydoctor.model.nf4 import Quantization
 from babydoctor.schema import IMAGE_TOKEN, Turn
 
 TEMPLATE = "v1"

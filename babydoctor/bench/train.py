@@ -23,7 +23,8 @@ from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import Quantization, add_lora
+from babydoctor.model.lora import add_lora
+from babydoctor.model.nf4 import Quantization
 from babydoctor.plan.hardware import Hardware, find_hardware, this_device
 from babydoctor.plan.lengths import summarize_examples
 from babydoctor.plan.model import describe_model

@@ -92,7 +92,7 @@ def _bitsandbytes() -> Finding:
     import torch
 
     try:
-        from babydoctor.model.language_model import Quantization, quantize_linear
+        from babydoctor.model.nf4 import Quantization, quantize_linear
 
         layer = quantize_linear(torch.randn(64, 64), Quantization())
     except ImportError as error:

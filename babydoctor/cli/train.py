@@ -63,7 +63,7 @@ def merge(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Fold a run's LoRA into plain weights, checked by logits."""
+    """Fold a run's LoRA into plain weights, checked by logits. After an interruption the same command continues."""
     import torch
 
     from babydoctor.model.merge import merge_run
@@ -71,7 +71,11 @@ def merge(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r} is not float32 or bfloat16")
-    report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    try:
+        report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {out}.partial keeps what is finished. The same command continues there.", err=True)
+        raise
     print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")
 
 

@@ -19,7 +19,6 @@ from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import build_chat_template
 from babydoctor.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
 from babydoctor.interop.plain import PlainRun
-from babydoctor.interop.shards import with_progress
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
             return interleave_rotary(weight, config.num_attention_heads)
         return interleave_rotary(weight, config.num_key_value_heads) if name.endswith("k_proj.weight") else weight
 
-    weights = with_progress(run.language_weights(), "Writing model.gguf", len(tensors))
-    _write(writer, tensors, weights, language_name, convert)
+    _write(writer, tensors, run.language_weights("Writing model.gguf"), language_name, convert)
 
 
 def write_mmproj(

@@ -15,8 +15,7 @@ import torch
 from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import adds_prefix_everywhere, build_chat_template
 from babydoctor.interop.plain import PlainRun
-from babydoctor.interop.shards import ShardWriter, with_progress
-from babydoctor.model.language_model import build_language_model
+from babydoctor.model.weights import ShardWriter
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 
@@ -38,8 +37,7 @@ def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     write_config(run, out, image_token_id, vocab_size, dtype)
     write_processor(run, out)
     shards = ShardWriter(out)
-    count = sum(1 for _ in build_language_model(run.language_config, dtype).parameters())
-    for name, weight in with_progress(run.language_weights(), "Writing the language model", count):
+    for name, weight in run.language_weights("Writing the language model"):
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             weight = add_rows(weight, vocab_size, run.tokenizer.unk_token_id or 0)
         shards.write(f"language_model.{name}", weight.to(dtype))

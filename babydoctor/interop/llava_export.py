@@ -13,9 +13,7 @@ import torch
 
 from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
 from babydoctor.interop.plain import PlainRun
-from babydoctor.interop.shards import ShardWriter, with_progress
-from babydoctor.model.language_model import build_language_model
-from babydoctor.model.merge import copy_model_files
+from babydoctor.model.weights import ShardWriter, copy_model_files
 
 _NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}
 """What the original looks for in a model's name to choose a template (``llava/eval/run_llava.py``)."""
@@ -28,8 +26,7 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
         Lines that tell the user what to mind.
     """
     shards = ShardWriter(out)
-    count = sum(1 for _ in build_language_model(run.language_config, dtype).parameters())
-    for name, weight in with_progress(run.language_weights(), "Writing the language model", count):
+    for name, weight in run.language_weights("Writing the language model"):
         shards.write(name, weight.to(dtype))
     for name, weight in run.projector_weights().items():
         shards.write(PROJECTOR_PREFIX + name, weight.to(dtype))

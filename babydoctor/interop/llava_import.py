@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
 from babydoctor.imaging.load import ImageMode, ImageSettings
-from babydoctor.interop.shards import ShardWriter, with_progress
-from babydoctor.model.language_model import PEFT_PREFIX, LoraUpdate, build_language_model, load_language_config
-from babydoctor.model.projector import PROJECTOR_KINDS, build_projector
+from babydoctor.model.language_model import build_language_model, load_language_config
+from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, atomic_directory, describe_software, write_manifest
-from babydoctor.model.weights import iterate_weights, load_pickle, local_directory
+from babydoctor.model.vision import PROJECTOR_KINDS, build_projector
+from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory
 from babydoctor.schema import UserError
 
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -281,7 +281,7 @@ def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Par
         missing.pop("lm_head.weight", None)
     language, tower = ShardWriter(language_directory), None
     projector: dict[str, torch.Tensor] = {}
-    for name, weight in with_progress(iterate_weights(source), "Importing weights"):
+    for name, weight in WeightReader(source).show_progress("Importing weights"):
         if name.startswith(PROJECTOR_PREFIX):
             projector[name.removeprefix(PROJECTOR_PREFIX)] = weight.clone()
         elif name.startswith(TOWER_PREFIX):

@@ -1,9 +1,4 @@
-"""A run as plain weights, read one at a time: what every export starts from.
-
-The language model is never built. Each weight is read from the base, the LoRAs of earlier stages are added, it is
-rounded to the run's precision (to NF4 and back where the run is 4-bit: that is what its own LoRA was trained on), the
-run's own LoRA is added, and the next weight follows.
-"""
+"""A run directory that is read, not loaded: what every export starts from."""
 
 from __future__ import annotations
 
@@ -18,18 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.model.language_model import (
-    LoraUpdate,
-    Quantization,
-    build_language_model,
-    dequantized_weight,
-    is_decoder_linear,
-    load_language_config,
-    quantize_linear,
-)
+from babydoctor.model.language_model import load_language_config
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve
+from babydoctor.model.run_weights import RunWeights
 from babydoctor.model.vision import num_patches
-from babydoctor.model.weights import iterate_weights, local_directory
+from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -73,55 +62,38 @@ class PlainRun:
     def adapter(self) -> Path | None:
         return self.path / "adapter" if (self.path / "adapter").is_dir() else None
 
-    def language_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight of the language model by its name in transformers' LLaMA; ``lm_head`` also where it is tied.
+    def language_weights(self, description: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each weight of the language model by its name in transformers' LLaMA, a tied ``lm_head`` included.
 
         Float32 where a LoRA was added, else in the run's precision.
+
+        Args:
+            description: what the progress display calls it.
 
         Raises:
             UserError: the base is incomplete or an adapter does not fit it.
         """
-        dtype = self.manifest.torch_dtype
-        model = build_language_model(self.language_config, dtype)
-        tied = bool(self.language_config.tie_word_embeddings)
-        missing = {name for name, _ in model.named_parameters()} - ({"lm_head.weight"} if tied else set())
-        earlier = [LoraUpdate(Path(resolve(self.path, adapter))) for adapter in self.manifest.base_adapters]
-        own = [LoraUpdate(self.adapter)] if self.adapter else []
-        for name, weight in iterate_weights(self.language_directory):
-            if name not in missing:  # buffers of old releases; load_language_model refuses anything else
-                continue
-            missing.discard(name)
-            module = name.removesuffix(".weight")
-            for update in earlier:
-                weight = update.apply(module, weight)
-            weight = weight.to(dtype)
-            if self.manifest.quantization == "nf4" and is_decoder_linear(module, model.get_submodule(module)):
-                layer = quantize_linear(weight.clone(), Quantization(self.manifest.double_quantization))
-                weight = dequantized_weight(layer)
-            for update in own:
-                weight = update.apply(module, weight)
-            yield name, weight
-            if tied and name == "model.embed_tokens.weight":
-                yield "lm_head.weight", weight
-        if missing:
-            raise UserError(f"{self.language_directory} lacks {len(missing)} weights, one is {min(missing)!r}")
-        for update in (*earlier, *own):
-            update.check_all_used()
+        with ByteProgress(description, self._run_weights.source.num_bytes) as progress:
+            for name, weight in self._run_weights:
+                yield name, weight
+                if name == "model.embed_tokens.weight" and self.language_config.tie_word_embeddings:
+                    yield "lm_head.weight", weight
+                progress.advance(weight.numel() * self.manifest.torch_dtype.itemsize)
 
     def language_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of ``language_weights``, in its order; nothing is read."""
-        model = build_language_model(self.language_config, self.manifest.torch_dtype)
-        tied = bool(self.language_config.tie_word_embeddings)
-        known = {name for name, _ in model.named_parameters()} - ({"lm_head.weight"} if tied else set())
-        for name, weight in iterate_weights(self.language_directory):
-            if name in known:
-                yield name, tuple(weight.shape)
-            if tied and name == "model.embed_tokens.weight":
-                yield "lm_head.weight", tuple(weight.shape)
+        for name, shape in self._run_weights.shapes.items():
+            yield name, shape
+            if name == "model.embed_tokens.weight" and self.language_config.tie_word_embeddings:
+                yield "lm_head.weight", shape
+
+    @cached_property
+    def _run_weights(self) -> RunWeights:
+        return RunWeights(self.path, self.manifest)
 
     def tower_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight of the tower by its name below ``vision_model.``, as transformers has always written it."""
-        for name, weight in iterate_weights(self.tower_directory):
+        for name, weight in WeightReader(self.tower_directory):
             plain = name.removeprefix("vision_model.")
             known = plain.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
             if known and not plain.endswith("position_ids"):

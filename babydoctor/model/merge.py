@@ -1,133 +1,247 @@
-"""``babydoctor merge``: a run's LoRA folded into plain weights.
+"""``babydoctor merge``: a run's LoRA folded into plain weights, one decoder layer in memory at a time.
 
-A LoRA that was trained on a 4-bit base is folded into the dequantised base, the weights it was trained on, and not
-into the float base it was quantised from.
+A LoRA that was trained on a 4-bit base is folded into the dequantized base, the weights it was trained on, and not
+into the float base that was quantized.
+
+The merged run is written to ``OUT.partial``, which becomes ``OUT`` when it is complete and has passed the check. After
+each finished shard ``merge.json`` records how far the merge has come, so that the same command continues there.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import merged_weights
-from babydoctor.model.run_dir import Run, atomic_directory, load_run, resolve, write_manifest
-from babydoctor.model.weights import local_directory
+from babydoctor.data.tokens import load_tokenizer
+from babydoctor.model.language_model import LanguageWeights
+from babydoctor.model.layer_probe import LayerProbe, group_by_layer
+from babydoctor.model.run_dir import Manifest, read_manifest, resolve, sync_tree, write_json, write_manifest
+from babydoctor.model.run_weights import RunWeights
+from babydoctor.model.weights import SHARD_BYTES, ShardWriter, copy_model_files, local_directory, weight_files
+from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
-SHARD_BYTES = 4 * 2**30
-
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference of logits, relative to the largest logit, that passes for rounding."""
+"""Largest difference of logits, relative to the largest logit, that rounding may cause."""
+
+_STATE = "merge.json"
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was compared: the largest difference of logits and the largest logit of the unmerged run."""
+    """The comparison of the merged model with the run: largest difference of logits, and largest logit."""
 
     difference: float
     scale: float
 
 
-def merge_run(path: Path, out: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> MergeReport:
+def merge_run(
+    path: Path, out: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", shard_bytes: int = SHARD_BYTES
+) -> MergeReport:
     """Write a run directory with plain weights that needs no base, no adapter and no bitsandbytes.
+
+    Memory: one decoder layer in float32 and the embeddings. Afterwards a prompt is passed layer by layer through the
+    run, with its LoRA beside the weights, and through the weights that were written; their logits must agree.
 
     Args:
         dtype: of the written weights; None: the run's.
+        shard_bytes: a shard is closed after the decoder layer that reaches this size.
 
     Raises:
-        UserError: ``out`` exists, or the merged model's logits are not the run's. Nothing is left at ``out`` then.
+        UserError: ``out`` exists, the disk is full, or the merged model's logits are not the run's.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
-    run = load_run(path, device=device)
-    dtype = dtype or run.manifest.torch_dtype
-    before = probe_logits(run.model)
-    with atomic_directory(out) as directory:
-        write_language_model(merged_weights(run.model.language_model), run, directory / "language_model", dtype)
-        copy_model_files(Path(local_directory(resolve(path, run.manifest.vision_tower))), directory / "vision_tower")
-        shutil.copy2(path / "projector.safetensors", directory)
-        changes = {
-            "language_model": "./language_model",
-            "vision_tower": "./vision_tower",
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantization": "none",
-            "base_adapters": (),
-        }
-        write_manifest(directory, run.manifest.model_copy(update=changes))
-        del run
-        after = probe_logits(load_run(directory, device=device).model)
-        report = MergeReport(float((after - before).abs().max()), float(before.abs().max()))
-        if report.difference > TOLERANCE[dtype] * report.scale:
-            raise UserError(
-                f"the merged weights do not answer as {path} does: logits differ by {report.difference:.3g} of "
-                f"{report.scale:.3g}. Merge with --dtype float32, which rounds least."
-            )
+    manifest = read_manifest(path)
+    job = _Merge(path, manifest, out, dtype or manifest.torch_dtype, device, shard_bytes)
+    try:
+        before = job.write_language_model()
+        job.write_other_files()
+        report = job.compare(before)
+        job.finish()
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{job.partial} could not be written: {cause}. It keeps {job.num_done} of "
+            f"{len(job.groups)} parts of the language model. Free some space there and run the same command again to "
+            "continue, or delete the directory"
+        ) from error
     return report
 
 
-@torch.no_grad()
-def probe_logits(model: BabyDoctor, num_tokens: int = 48) -> torch.Tensor:
-    """Logits ``[T, V]`` (float32) at a fixed pseudo-random prompt with an image, to compare two models by."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.language_model.config.vocab_size
-    length = model.num_patches + num_tokens
-    input_ids = torch.randint(3, vocabulary, (1, length), generator=generator)
-    image_mask = torch.zeros(1, length, dtype=torch.bool)
-    image_mask[:, 1 : 1 + model.num_patches] = True
-    size: Any = model.vision.config.image_size
-    pixels = torch.randn(1, 3, size, size, generator=generator)
-    device = model.device
-    embeds = model.embed(input_ids.to(device), image_mask.to(device), model.encode_images(pixels.to(device)))
-    hidden = model.decode(embeds, torch.arange(length, device=device)[None], (length,))
-    return model.language_model.lm_head(hidden)[0].float().cpu()
+class _Merge:
+    """One merge, perhaps continued from an interrupted one."""
 
+    def __init__(
+        self, path: Path, manifest: Manifest, out: Path, dtype: torch.dtype, device: str, shard_bytes: int
+    ) -> None:
+        self.path, self.manifest, self.out, self.dtype, self.device = path, manifest, out, dtype, device
+        self.shard_bytes = shard_bytes
+        self.partial = out.with_name(out.name + ".partial")
+        self.target = self.partial / "language_model"
+        self.base = Path(local_directory(resolve(path, manifest.language_model)))
+        self.tower = Path(local_directory(resolve(path, manifest.vision_tower)))
+        self.weights = RunWeights(path, manifest, device=device)
+        self.tied = bool(self.weights.config.tie_word_embeddings)
+        self.groups = group_by_layer(self.weights.shapes)
+        self.num_done = 0
 
-def write_language_model(
-    weights: Iterable[tuple[str, torch.Tensor]], run: Run, directory: Path, dtype: torch.dtype
-) -> None:
-    """Write weights in transformers' format, shard by shard, with configuration and tokenizer."""
-    directory.mkdir(parents=True)
-    shard: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []
-    size = total = 0
+    def write_language_model(self) -> torch.Tensor:
+        """Write all shards that are not there yet.
 
-    def flush() -> None:
-        nonlocal shard, size
-        save_file(shard, directory / f"shard-{len(names)}.safetensors", metadata={"format": "pt"})
-        names.append(list(shard))
-        shard, size = {}, 0
+        Returns:
+            The run's logits ``[T, V]`` for the probe's prompt.
+        """
+        probe = LayerProbe(self.weights.config, self.device)
+        writer = self._open(probe)
+        sizes = [sum(self._size(name) for name in group) for group in self.groups]
+        self._check_space(sum(sizes[self.num_done :]))
+        try:
+            with ByteProgress("Merging the language model", sum(sizes)) as progress:
+                progress.skip(sum(sizes[: self.num_done]))
+                for index in range(self.num_done, len(self.groups)):
+                    base = {name: self.weights.read_base(name) for name in self.groups[index]}
+                    self._advance(probe, base, index)
+                    for name in self.groups[index]:
+                        writer.write(name, self.weights.merge(name, base.pop(name)).to(self.dtype))
+                    progress.advance(sizes[index])
+                    if writer.shard_size >= self.shard_bytes or index == len(self.groups) - 1:
+                        writer.finish_shard()
+                        self._record(index + 1, writer.shards, probe)
+        except BaseException:
+            writer.abandon()
+            raise
+        writer.close()
+        assert probe.logits is not None
+        return probe.logits.cpu()
 
-    for name, weight in weights:
-        shard[name] = weight.to(dtype).contiguous().cpu()
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size >= SHARD_BYTES:
-            flush()
-    if shard:
-        flush()
-    files = [f"model-{index + 1:05d}-of-{len(names):05d}.safetensors" for index in range(len(names))]
-    for index, file in enumerate(files):
-        (directory / f"shard-{index}.safetensors").rename(directory / file)
-    weight_map = {name: file for file, members in zip(files, names, strict=True) for name in members}
-    index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))
-    config = run.model.language_model.config.to_dict()
-    config.update(dtype=str(dtype).removeprefix("torch."), architectures=["LlamaForCausalLM"])
-    (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    run.tokenizer.save_pretrained(str(directory))
+    def write_other_files(self) -> None:
+        """Write configuration, tokenizer, tower, projector and manifest."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        config = self.weights.config.to_dict()
+        config.update(dtype=dtype, architectures=["LlamaForCausalLM"])
+        write_json(self.target / "config.json", config)
+        load_tokenizer(self.base).save_pretrained(str(self.target))
+        copy_model_files(self.tower, self.partial / "vision_tower")
+        shutil.copy2(self.path / "projector.safetensors", self.partial)
+        changes: dict[str, Any] = {
+            "language_model": "./language_model",
+            "vision_tower": "./vision_tower",
+            "dtype": dtype,
+            "quantization": "none",
+            "base_adapters": (),
+        }
+        write_manifest(self.partial, self.manifest.model_copy(update=changes))
 
+    def compare(self, before: torch.Tensor) -> MergeReport:
+        """Read back what was written, and compare its logits with the run's.
 
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy a model's own files (weights, configuration, processor), following links."""
-    target.mkdir(parents=True)
-    for pattern in ("*.safetensors", "*.bin", "*.json"):
-        for file in source.glob(pattern):
-            shutil.copy2(file, target / file.name)
+        Raises:
+            UserError: they differ by more than rounding. The written weights are deleted then.
+        """
+        written = LanguageWeights(self.target, dtype=self.dtype, device=self.device)
+        probe = LayerProbe(written.config, self.device)
+        with ByteProgress("Checking the merged weights", sum(map(self._size, self.weights.shapes))) as progress:
+            for group in self.groups:
+                weights = {name: written.read(name) for name in group}
+                if self.tied and "model.norm.weight" in weights:
+                    weights["lm_head.weight"] = written.read("model.embed_tokens.weight")
+                probe.advance(weights)
+                progress.advance(sum(map(self._size, group)))
+        assert probe.logits is not None
+        report = MergeReport(float((probe.logits.cpu() - before).abs().max()), float(before.abs().max()))
+        if not report.difference <= TOLERANCE[self.dtype] * report.scale:
+            shutil.rmtree(self.partial)
+            raise UserError(
+                f"the merged weights do not answer as {self.path} does: logits differ by {report.difference:.3g}, the "
+                f"largest logit is {report.scale:.3g}. Merge with --dtype float32, which rounds least."
+            )
+        return report
+
+    def finish(self) -> None:
+        """Give the directory its final name."""
+        self._probe_file(self.num_done).unlink()
+        (self.partial / _STATE).unlink()
+        sync_tree(self.partial)
+        self.partial.rename(self.out)
+
+    def _open(self, probe: LayerProbe) -> ShardWriter:
+        """Begin, or continue where an earlier merge of the same run with the same settings stopped."""
+        key = self._key()
+        state_file = self.partial / _STATE
+        if not self.partial.exists() or not any(self.partial.iterdir()):
+            self.target.mkdir(parents=True)
+            write_json(state_file, {"key": key, "num_done": 0, "shards": []})
+        if not state_file.is_file():
+            raise UserError(f"{self.partial} exists and is not an unfinished merge; move it or choose another --out")
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        if state["key"] != key:
+            raise UserError(
+                f"{self.partial} holds an unfinished merge of another run, or with other settings; delete it or choose "
+                "another --out"
+            )
+        # The writer closes shards at its own size; here they end with a decoder layer, where the merge can continue.
+        writer = ShardWriter(self.target, shard_bytes=2**62)
+        self.num_done = state["num_done"]
+        if self.num_done:
+            text = f"continuing in {self.partial}: {self.num_done} of {len(self.groups)} parts are there"
+            print(text, file=sys.stderr)
+            writer.reuse(state["shards"])
+            saved = load_file(self._probe_file(self.num_done))
+            probe.hidden = saved["hidden"].to(self.device)
+            probe.logits = saved.get("logits")
+        return writer
+
+    def _record(self, num_done: int, shards: list[list[str]], probe: LayerProbe) -> None:
+        """Record that the first ``num_done`` groups are in finished shards."""
+        assert probe.hidden is not None
+        saved = {"hidden": probe.hidden.cpu().contiguous()}
+        if probe.logits is not None:
+            saved["logits"] = probe.logits.cpu().contiguous()
+        save_file(saved, self._probe_file(num_done))
+        write_json(self.partial / _STATE, {"key": self._key(), "num_done": num_done, "shards": shards})
+        self._probe_file(self.num_done).unlink(missing_ok=True)
+        self.num_done = num_done
+
+    def _probe_file(self, num_done: int) -> Path:
+        """Where the probe's state after ``num_done`` groups is kept: the hidden states, at the end the logits."""
+        return self.partial / f"merge-{num_done}.safetensors"
+
+    def _advance(self, probe: LayerProbe, base: dict[str, torch.Tensor], index: int) -> None:
+        if self.tied and index == len(self.groups) - 1:
+            base = {**base, "lm_head.weight": self.weights.read_base("model.embed_tokens.weight")}
+        probe.advance(base, self.weights.update)
+
+    def _size(self, name: str) -> int:
+        return torch.Size(self.weights.shapes[name]).numel() * self.dtype.itemsize
+
+    def _check_space(self, num_bytes: int) -> None:
+        num_bytes += sum(file.stat().st_size for file in weight_files(self.tower))
+        free = shutil.disk_usage(self.partial).free
+        if free < num_bytes:
+            raise UserError(
+                f"merging takes {num_bytes / 1e9:.1f} GB in {self.partial.parent}, where {free / 1e9:.1f} GB are free; "
+                "free some space or choose an --out on another disk"
+            )
+
+    def _key(self) -> dict[str, Any]:
+        """What the result depends on: the run, its sources by size and time, and the settings."""
+        sources = [*weight_files(self.base)]
+        adapters = [self.path / "adapter", *(Path(resolve(self.path, name)) for name in self.manifest.base_adapters)]
+        for adapter in adapters:
+            sources += sorted(adapter.glob("adapter_*"))
+        stamps = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sources]
+        return {
+            "manifest": self.manifest.model_dump(mode="json"),
+            "sources": stamps,
+            "dtype": str(self.dtype),
+            "shard_bytes": self.shard_bytes,
+        }

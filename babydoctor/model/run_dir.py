@@ -35,15 +35,10 @@ from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.imaging.load import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import (
-    Quantization,
-    has_lora,
-    load_language_model,
-    load_lora,
-    save_lora,
-)
-from babydoctor.model.projector import build_projector
-from babydoctor.model.vision import load_vision_tower
+from babydoctor.model.language_model import load_language_model
+from babydoctor.model.lora import has_lora, load_lora, save_lora
+from babydoctor.model.nf4 import Quantization
+from babydoctor.model.vision import build_projector, load_vision_tower
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -243,10 +238,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync(temporary)
+        sync_tree(temporary)
         if path.exists():
             old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
@@ -269,6 +261,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush a directory and all files below it to disk."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(directory)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CLIP vision tower: pixels -> patch features of one hidden layer. Frozen in every stage.
+"""The CLIP vision tower (pixels -> patch features, frozen in every stage) and the projector to text width.
 
 Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` vision width (1024 there).
 """
@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from babydoctor.schema import UserError
+
+PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
 
 
 def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> CLIPVisionModel:
@@ -88,3 +91,11 @@ def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: in
         output = block(hidden, attention_mask=None)
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden[:, 1:]
+
+
+def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Linear | nn.Sequential:
+    """Build an untrained projector ``[.., vision_width] -> [.., text_width]``: linear, or LLaVA-1.5's two-layer MLP."""
+    if kind == "linear":
+        return nn.Linear(vision_width, text_width)
+    assert kind == "mlp2x_gelu", kind
+    return nn.Sequential(nn.Linear(vision_width, text_width), nn.GELU(), nn.Linear(text_width, text_width))

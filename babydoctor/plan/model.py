@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from babydoctor.config import RunConfig
-from babydoctor.model.language_model import add_lora, build_language_model, is_decoder_linear, load_language_config
-from babydoctor.model.projector import build_projector
+from babydoctor.model.language_model import build_language_model, is_decoder_linear, load_language_config
+from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import read_manifest, resolve
-from babydoctor.model.vision import num_patches
+from babydoctor.model.vision import build_projector, num_patches
 from babydoctor.plan.costs import Architecture
 from babydoctor.schema import UserError
 

@@ -19,7 +19,7 @@ from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import add_lora
+from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import Manifest, Stage, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.plan.hardware import this_device

@@ -6,7 +6,7 @@ import torch
 
 from babydoctor.config import TrainConfig
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.language_model import import_bitsandbytes
+from babydoctor.model.nf4 import import_bitsandbytes
 
 
 def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,100 @@
+"""Progress bars with the time left, drawn on stderr. They show on a terminal only and disappear when the work ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+T = TypeVar("T")
+
+_SHOW_AFTER_S = 5.0
+_LOG_EVERY_S = 15.0
+
+
+def progress_bars(*, in_bytes: bool = False) -> Progress:
+    """Return a ``rich`` progress display to use as a context manager and to add tasks to.
+
+    Args:
+        in_bytes: the tasks count bytes; the bars then show sizes and the transfer rate.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counts: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *counts,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def show_progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Pass items through and show how many have passed. ``total`` defaults to ``len(items)`` where it has one."""
+    with progress_bars() as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+class ByteProgress:
+    """Shows on stderr how many bytes are done and how long the rest takes, once the work has taken five seconds.
+
+    A terminal gets a bar that disappears at the end. A log file gets a line every ``_LOG_EVERY_S`` seconds.
+    """
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description = description
+        self.total = total
+        self._done = 0
+        self._skipped = 0
+        self._start = time.monotonic()
+        self._logged = self._start - _LOG_EVERY_S + _SHOW_AFTER_S
+        self._bars = progress_bars(in_bytes=True)
+        self._task: Any = None
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def skip(self, num_bytes: int) -> None:
+        """Count bytes that were done before; they say nothing about the time left."""
+        self._skipped += num_bytes
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes that are done now."""
+        self._done += num_bytes
+        now = time.monotonic()
+        done = min(self._done + self._skipped, self.total)
+        if not self._bars.disable:
+            if self._task is None and now - self._start > _SHOW_AFTER_S:
+                self._task = self._bars.add_task(self.description, total=self.total)
+                self._bars.start()
+            if self._task is not None:
+                self._bars.update(self._task, completed=done)
+        elif now - self._logged > _LOG_EVERY_S and self._done:
+            self._logged = now
+            left = (self.total - done) * (now - self._start) / self._done
+            text = f"{self.description}: {done / 1e9:.1f} of {self.total / 1e9:.1f} GB, about {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
