@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from babydoctor.bench.rehearse.sizes import Size, find_size
-from babydoctor.interop.shards import ShardWriter, with_progress
+from babydoctor.model.weights import ShardWriter
+from babydoctor.progress import ByteProgress
 
 IMAGE_SIZE, PATCH_SIZE = 224, 14
 PROJECTION_DIM = 768
@@ -40,9 +41,10 @@ def write_llama(size: Size, folder: Path) -> None:
     """Sharded bfloat16 weights with an index, ``config.json`` and ``generation_config.json``."""
     shards = ShardWriter(folder, shard_bytes=size.shard_bytes)
     torch.manual_seed(0)
-    count = 3 + 10 * size.language["num_hidden_layers"]
-    for name, weight in with_progress(_llama_weights(size.language), "Writing random LLaMA weights", count):
-        shards.write(name, weight)
+    with ByteProgress("Writing random LLaMA weights", language_model_bytes(size.language)) as progress:
+        for name, weight in _llama_weights(size.language):
+            shards.write(name, weight)
+            progress.advance(weight.nbytes)
     shards.close()
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -73,6 +75,13 @@ def write_llama(size: Size, folder: Path) -> None:
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
+
+
+def language_model_bytes(sizes: dict[str, int]) -> int:
+    """Bytes of the bfloat16 matrices of a LLaMA with as many key and value heads as query heads."""
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    layers = sizes["num_hidden_layers"] * hidden * (4 * hidden + 3 * inner)
+    return 2 * (layers + 2 * sizes["vocab_size"] * hidden)
 
 
 def _llama_weights(sizes: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from babydoctor.model.weights import iterate_weights
+from babydoctor.model.weights import WeightReader
 
 NAMES = {
     "token_embd.weight": "language_model.model.embed_tokens.weight",
@@ -41,7 +41,7 @@ def compare(gguf_folder: Path, hf_folder: Path, dtype: str) -> tuple[int, float,
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     faults: list[str] = []
     count, largest, num_language = 0, 0.0, 0
-    for name, weight in iterate_weights(hf_folder):
+    for name, weight in WeightReader(hf_folder):
         if not name.startswith("language_model."):
             continue
         num_language += 1
