@@ -30,7 +30,11 @@ class StepError(Exception):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a process did. ``peak_bytes`` is the largest resident size of it or of one of its children."""
+    """What a process did.
+
+    ``peak_bytes`` is the largest resident size of it or of one of its children. The kernel counts the process that
+    starts it too, until the new program takes over, so the rehearsal's own process imports nothing large.
+    """
 
     status: int
     seconds: float
