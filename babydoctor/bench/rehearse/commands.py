@@ -74,6 +74,7 @@ class Process:
         }
         if num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(num_threads)
+        self._finished: Finished | None = None
         self.begun = time.monotonic()
         with self._file(".out").open("wb") as out, self._file(".err").open("wb") as err:
             self._child = subprocess.Popen(
@@ -87,22 +88,26 @@ class Process:
 
     def poll(self) -> Finished | None:
         """The result once the process has ended."""
+        if self._finished is not None:
+            return self._finished
         pid, status, usage = os.wait4(self._child.pid, os.WNOHANG)
         if pid == 0:
             return None
         self._child.returncode = os.waitstatus_to_exitcode(status)
         self._kill_group()  # data workers of a killed training process
-        return Finished(
+        self._finished = Finished(
             status=self._child.returncode,
             seconds=time.monotonic() - self.begun,
             peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             stdout=self._file(".out").read_text(encoding="utf-8", errors="replace"),
             stderr=self._file(".err").read_text(encoding="utf-8", errors="replace"),
         )
+        return self._finished
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to this process alone."""
-        os.kill(self._child.pid, number)
+        """Send a signal to this process alone, unless it has ended."""
+        if self._finished is None:
+            os.kill(self._child.pid, number)
 
     def stop(self) -> Finished:
         """Ask it to end as Ctrl-C in a terminal or a service manager would; kill it if it does not."""

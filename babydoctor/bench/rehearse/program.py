@@ -36,7 +36,7 @@ STEPS = (
         Step(stage, partial(training.train_stage, stage=stage), ("checkpoints", "data", *STAGES[:number]))
         for number, stage in enumerate(STAGES)
     ),
-    Step("plan", training.plan_stages, ("checkpoints", "data")),
+    Step("plan", training.plan_last, ("instruct",)),
     # These run on the last stage that has finished.
     Step("strong", training.strengthen_last, ("align",)),
     Step("chat", serving.chat, ("strong",)),
