@@ -5,37 +5,66 @@ Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` vision 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from babydoctor.model.weights import WeightReader, local_directory
 from babydoctor.schema import UserError
 
 PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
 
+_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""The weights of a whole CLIP, such as openai/clip-vit-large-patch14, that its vision tower does not have."""
+
 
 def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> CLIPVisionModel:
-    """Load a CLIP tower (alone, or the vision half of a whole CLIP) from a directory or the hub.
+    """Load a CLIP tower from a directory or the hub: the tower alone, or the vision half of a whole CLIP.
 
     Raises:
-        UserError: it is not there or not a CLIP.
+        UserError: it is not there, not a CLIP, or weights are missing, unknown or of the wrong shape.
     """
-    load_vision_config(path)
-    try:
-        with _no_progress_bar():  # it is there in no time
-            tower = CLIPVisionModel.from_pretrained(str(path), dtype=dtype)
-    except OSError as error:
-        raise UserError(f"no vision tower could be loaded from {str(path)!r}: {error}") from error
-    tower.to(torch.device(device))  # type: ignore[arg-type]
+    directory = local_directory(path)
+    with torch.device("meta"):
+        tower = CLIPVisionModel._from_config(load_vision_config(directory), dtype=dtype)
+    missing = {_plain_name(name): name for name, _ in tower.named_parameters()}
+    reader = WeightReader(directory)
+    for stored in reader.files:
+        plain = _plain_name(stored)
+        if stored.startswith(_TEXT_HALF) or plain.endswith("position_ids"):
+            continue
+        name = missing.pop(plain, None)
+        if name is None:
+            raise UserError(f"{directory} holds an unknown weight {stored!r}; is it a plain CLIP?")
+        weight = reader.read(stored)
+        expected = tower.get_parameter(name).shape
+        if weight.shape != expected:
+            raise UserError(
+                f"{directory}: weight {stored!r} has the shape {tuple(weight.shape)}, config.json asks for "
+                f"{tuple(expected)}"
+            )
+        module, _, parameter = name.rpartition(".")
+        setattr(tower.get_submodule(module), parameter, nn.Parameter(weight.to(device, dtype)))
+    if missing:
+        raise UserError(
+            f"{directory} lacks {len(missing)} weights of a CLIP vision tower, the first is {min(missing)!r}"
+        )
+    for name, buffer in list(tower.named_buffers()):
+        assert name.endswith("position_ids"), name
+        embeddings = tower.get_submodule(name.rpartition(".")[0])
+        embeddings.register_buffer("position_ids", torch.arange(buffer.shape[1], device=device)[None], persistent=False)
     return tower.eval().requires_grad_(False)
 
 
+def _plain_name(name: str) -> str:
+    """A tower's weight below ``vision_model.``, a level that some releases of transformers have and others do not."""
+    return name.removeprefix("vision_model.")
+
+
 def load_vision_config(path: str | Path) -> CLIPVisionConfig:
-    """The configuration of a CLIP tower.
+    """Read the configuration of a CLIP tower.
 
     Raises:
         UserError: it is not there or not a CLIP.
@@ -54,21 +83,8 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
     return getattr(config, "vision_config", config)
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
 def num_patches(config: object) -> int:
-    """How many positions one image takes in the text, from the tower's configuration."""
+    """Tokens that one image takes in the text, from the tower's configuration."""
     return (config.image_size // config.patch_size) ** 2  # type: ignore[attr-defined]
 
 
