@@ -37,7 +37,6 @@ class Context:
     Attributes:
         work: folder of everything that is written.
         rows: what came out so far.
-        program_bytes: resident size of a training process that has imported its libraries and nothing else.
     """
 
     size: Size
@@ -45,7 +44,6 @@ class Context:
     console: Console
     rows: list[Row] = field(default_factory=list)
     step: str = ""
-    program_bytes: int = 0
 
     @property
     def language_model(self) -> Path:
