@@ -100,7 +100,8 @@ def _llama_weights(sizes: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
     }
     # Wider than the published initialization in tiny models, so that every layer matters to the answer.
     std = max(0.02, 0.7 / hidden**0.5)
-    yield "model.embed_tokens.weight", _random(vocabulary, hidden, std=std)
+    # With small embeddings the image would drown the text, and every greedy token would be the same.
+    yield "model.embed_tokens.weight", _random(vocabulary, hidden, std=0.5)
     for index in range(sizes["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
         for name, shape in shapes.items():
