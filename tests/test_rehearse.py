@@ -198,6 +198,11 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         rehearse("golden", only=["marge"], keep=tmp_path, console=console)
     with pytest.raises(UserError, match="--keep"):
         rehearse("golden", only=["merge"], console=console)
+    with pytest.raises(UserError, match="holds no rehearsal"):
+        rehearse("golden", only=["merge"], keep=tmp_path, console=console)
+    Context(find_size("golden"), tmp_path, console).save()
+    with pytest.raises(UserError, match="of --size golden, not wide"):
+        rehearse("wide", only=["merge"], keep=tmp_path, console=console)
 
 
 def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:

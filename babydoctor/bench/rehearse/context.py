@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from babydoctor.bench.rehearse.commands import Finished, StepError, python_module, run_process, shown
 from babydoctor.bench.rehearse.sizes import GIB, Size
+from babydoctor.schema import UserError
 
 STAGES = ("align", "instruct", "radiology")
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -83,7 +86,6 @@ class Context:
         *,
         kill_when: Callable[[], bool] | None = None,
         plan_of: Callable[[Finished], int | None] = lambda finished: None,
-        note: str = "",
     ) -> Finished:
         """Run a command and add its row.
 
@@ -108,11 +110,11 @@ class Context:
                 kill_when=kill_when,
             )
             row.seconds, row.peak_bytes, row.plan_bytes = finished.seconds, finished.peak_bytes, plan_of(finished)
-            row.note = note
             planned = f", planned {row.plan_bytes / GIB:.2f}" if row.plan_bytes else ""
             self.console.print(f"    {row.seconds:.1f} s, peak {row.peak_bytes / GIB:.2f} GiB{planned}", style="dim")
-            expected = -9 if kill_when else 0
-            if finished.status != expected:
+            if kill_when is not None and finished.status == 0:
+                raise StepError("it ended before it could be killed")
+            if finished.status != (0 if kill_when is None else -signal.SIGKILL):
                 raise StepError(f"{finished.error()}\n{finished.tail()}")
         except StepError as error:
             row.ok, row.note = False, str(error).splitlines()[0]
@@ -130,11 +132,15 @@ class Context:
             f"    {'ok' if not faults else 'FAILED'}: {label}: {self.rows[-1].note}", markup=False, soft_wrap=True
         )
 
-    def release(self, *products: Path) -> None:
-        """Delete weights that nothing needs any more, where they are large."""
-        if self.size.deletes_products:
-            for product in products:
-                shutil.rmtree(product, ignore_errors=True)
+    @contextlib.contextmanager
+    def product(self, *products: Path) -> Iterator[None]:
+        """Make room for what a command writes, and delete it at the end of the block where it is large."""
+        remove(*products)
+        try:
+            yield
+        finally:
+            if self.size.deletes_products:
+                remove(*products)
 
     def save(self) -> None:
         """Write the rows, so that a rehearsal in parts (``--only``) has one table."""
@@ -142,10 +148,18 @@ class Context:
         (self.work / "rows.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def load(self) -> None:
-        """Read the rows of an earlier part."""
+        """Read the rows of an earlier part.
+
+        Raises:
+            UserError: the folder holds a rehearsal of another size, or none.
+        """
         path = self.work / "rows.json"
-        if path.is_file():
-            self.rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        if not path.is_file():
+            raise UserError(f"--keep {self.work} holds no rehearsal; run one without --only first")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["size"] != self.size.name:
+            raise UserError(f"--keep {self.work} holds a rehearsal of --size {values['size']}, not {self.size.name}")
+        self.rows = [Row(**row) for row in values["rows"]]
 
 
 def remove(*paths: Path) -> None:

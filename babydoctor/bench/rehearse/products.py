@@ -6,7 +6,7 @@ from pathlib import Path
 
 from babydoctor.bench.rehearse.answers import differences, read_answer
 from babydoctor.bench.rehearse.commands import StepError, cli
-from babydoctor.bench.rehearse.context import Context, remove
+from babydoctor.bench.rehearse.context import Context
 from babydoctor.eval.tasks import CAPTION_PROMPT
 
 CONTROL = 2.0
@@ -28,47 +28,34 @@ def ask_reference(context: Context) -> None:
 def merge(context: Context) -> None:
     """``babydoctor merge``, asked like the run."""
     out = context.work / "merged"
-    remove(out)
-    context.execute("merge", cli("merge", context.run, "--out", out, *_dtype(context)))
-    ask(context, "merged", out)
-    context.release(out)
+    with context.product(out, context.work / "merged.partial"):
+        context.execute("merge", cli("merge", context.run, "--out", out, *_dtype(context)))
+        ask(context, "merged", out)
 
 
-def export_hf(context: Context) -> None:
-    """``babydoctor export --format hf``, asked through transformers."""
-    out = context.work / "hf"
-    remove(out)
-    context.execute("export hf", cli("export", context.run, "--format", "hf", "--out", out, *_dtype(context)))
-    ask(context, "hf export", out, kind="hf")
-
-
-def export_gguf(context: Context) -> None:
-    """``babydoctor export --format gguf``; its weights are held against the HF export's."""
-    out = context.work / "gguf"
-    remove(out)
-    dtype = context.size.gguf_dtype
-    context.execute(
-        f"export gguf {dtype}", cli("export", context.run, "--format", "gguf", "--dtype", dtype, "--out", out)
-    )
-    hf = context.work / "hf"
-    if not hf.is_dir():
-        raise StepError(f"{hf} is not there to compare with; run --only hf,gguf")
-    finished = context.execute_module("compare gguf", "gguf_weights", out, hf, dtype)
-    context.compare("gguf = hf export", finished.stdout.strip())
-    context.release(out, hf)
+def export_hf_and_gguf(context: Context) -> None:
+    """``babydoctor export --format hf``, asked through transformers; ``--format gguf``, whose weights must be its."""
+    hf, gguf, dtype = context.work / "hf", context.work / "gguf", context.size.gguf_dtype
+    with context.product(hf, gguf):
+        context.execute("export hf", cli("export", context.run, "--format", "hf", "--out", hf, *_dtype(context)))
+        ask(context, "hf export", hf, kind="hf")
+        arguments = cli("export", context.run, "--format", "gguf", "--dtype", dtype, "--out", gguf)
+        context.execute(f"export gguf {dtype}", arguments)
+        finished = context.execute_module("compare gguf", "gguf_weights", gguf, hf, dtype)
+        context.compare("gguf = hf export", finished.stdout.strip())
 
 
 def export_llava(context: Context) -> None:
     """``babydoctor export --format llava`` and ``babydoctor import`` of the result, asked like the run."""
     out, imported = context.work / "llava", context.work / "imported"
-    remove(out, imported)
-    context.execute("export llava", cli("export", context.run, "--format", "llava", "--out", out, *_dtype(context)))
-    arguments = cli("import", out, "--vision-tower", context.vision_tower, "--out", imported)
-    arguments += ["--template", context.template]  # the original keeps no record of it
-    context.execute("import", arguments)
-    context.release(out)
-    ask(context, "imported", imported)
-    context.release(imported)
+    with context.product(imported):
+        with context.product(out):
+            arguments = cli("export", context.run, "--format", "llava", "--out", out, *_dtype(context))
+            context.execute("export llava", arguments)
+            arguments = cli("import", out, "--vision-tower", context.vision_tower, "--out", imported)
+            arguments += ["--template", context.template]  # the original keeps no record of it
+            context.execute("import", arguments)
+        ask(context, "imported", imported)
 
 
 def ask(context: Context, name: str, model: Path, *, kind: str = "run", reference: str | None = "run") -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from babydoctor.bench.rehearse import products, serving, training
 from babydoctor.bench.rehearse.commands import StepError
-from babydoctor.bench.rehearse.context import STAGES, Context, Row
+from babydoctor.bench.rehearse.context import STAGES, Context, Row, remove
 from babydoctor.bench.rehearse.report import print_table, write_guide
 from babydoctor.bench.rehearse.sizes import find_size
 from babydoctor.schema import UserError
@@ -44,9 +44,8 @@ STEPS = (
     Step("serve", serving.serve, ("strong",)),
     Step("reference", products.ask_reference, ("strong",)),
     Step("merge", products.merge, ("reference",)),
-    Step("hf", products.export_hf, ("reference",)),
-    Step("gguf", products.export_gguf, ("hf",)),
-    Step("llava", products.export_llava, ("reference",)),
+    Step("export", products.export_hf_and_gguf, ("reference",)),
+    Step("import", products.export_llava, ("reference",)),
 )
 STEP_NAMES = tuple(step.name for step in STEPS)
 
@@ -81,6 +80,8 @@ def rehearse(
         if only:
             context.load()
             context.rows = [row for row in context.rows if row.step not in only]
+        else:
+            remove(work / "runs")  # no step may take a stage of an earlier rehearsal
         begun = time.monotonic()
         run_steps(context, steps)
         print_table(console, context.rows)
@@ -99,10 +100,12 @@ def rehearse(
 def run_steps(context: Context, steps: Sequence[Step]) -> None:
     """Run steps in order and record what came out after each."""
     failed: set[str] = set()
+    begun = time.monotonic()
     for number, step in enumerate(steps, 1):
         context.step = step.name
         missing = [name for name in step.needs if name in failed]
-        context.console.print(f"[{number}/{len(steps)}] {step.name}", style="bold", markup=False)
+        place = f"[{number}/{len(steps)}] {step.name} ({time.monotonic() - begun:.0f} s so far)"
+        context.console.print(place, style="bold", markup=False)
         if missing:
             failed.add(step.name)
             context.rows.append(Row(step.name, step.name, note=f"skipped: {missing[0]} failed", ok=False))
