@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -197,7 +198,8 @@ def rehearse(
     from babydoctor.bench.rehearse.program import rehearse as run_rehearsal
 
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
-    if not run_rehearsal(size, only=names, keep=keep, guide=guide, console=Console(highlight=False)):
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if not run_rehearsal(size, only=names, keep=keep, guide=guide, console=console):
         raise typer.Exit(1)
 
 
