@@ -68,6 +68,9 @@ def serve(context: Context) -> None:
     row.seconds, row.peak_bytes = finished.seconds, finished.peak_bytes
     row.note = ", ".join(f"{what} {seconds:.1f} s" for what, (seconds, _) in answers.items())
     context.console.print(f"    {row.note}, peak {row.peak_bytes / GIB:.2f} GiB", style="dim")
+    context.compare(
+        "serve: stop", f"exit status {finished.status}", ["SIGTERM ends it badly"] if finished.status else []
+    )
     for name, (_, answer) in answers.items():
         if answer is not None:
             _compare_with_chat(context, f"{name} = chat", answer)
