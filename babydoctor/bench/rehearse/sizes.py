@@ -38,6 +38,7 @@ class Size:
         steps, batch_size: of each training stage.
         micro_batch_tokens: of each stage; empty: as shipped. Small ones make a small step accumulate.
         num_threads: of each process; None: as many as there are cores. Tiny models are slower on several.
+        num_sample_answers: that the last stage gives while it trains; each takes a long time in wide models.
         num_rows: rows of each training set.
         answer_tokens: longest answer of chat, evaluation and the APIs.
         greedy_tokens: tokens that are compared between a run and what was made of it.
@@ -58,6 +59,7 @@ class Size:
     batch_size: int
     micro_batch_tokens: dict[str, int]
     num_threads: int | None
+    num_sample_answers: int
     num_rows: int
     answer_tokens: int
     greedy_tokens: int
@@ -93,6 +95,7 @@ SIZES = {
         batch_size=4,
         micro_batch_tokens={"align": 1024, "instruct": 2048, "radiology": 1024},
         num_threads=1,
+        num_sample_answers=1,
         num_rows=20,
         answer_tokens=12,
         greedy_tokens=8,
@@ -113,6 +116,7 @@ SIZES = {
         batch_size=2,
         micro_batch_tokens={},
         num_threads=None,
+        num_sample_answers=0,
         num_rows=12,
         answer_tokens=8,
         greedy_tokens=4,
@@ -133,6 +137,7 @@ SIZES = {
         batch_size=2,
         micro_batch_tokens={},
         num_threads=None,
+        num_sample_answers=1,
         num_rows=12,
         answer_tokens=4,
         greedy_tokens=3,

@@ -73,7 +73,8 @@ def stage_overrides(context: Context, stage: str, output: Path) -> list[str]:
     else:
         overrides += [f"init_from={context.stage_run(STAGES[STAGES.index(stage) - 1])}"]
     if stage == "radiology":
-        overrides += [f"data.eval_rows={data / 'validation.json'}", "data.eval_limit=2", "train.num_sample_answers=1"]
+        overrides += [f"data.eval_rows={data / 'validation.json'}", "data.eval_limit=2"]
+        overrides += [f"train.num_sample_answers={size.num_sample_answers}"]
     return overrides
 
 
