@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from babydoctor.serve.page.texts import PageError
 from helpers.image_files import dicom, encapsulated
 
 from babydoctor.imaging.limits import ImageError
 from babydoctor.serve.page.scan import open_scan
+from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.settings import Limits
 from babydoctor.serve.worker.preprocess import decode_limits, image_error
 

@@ -1,7 +1,8 @@
-"""``babydoctor bench train | paths | serve | soak``: measured speed on random weights, nothing downloaded."""
+"""``babydoctor bench train | paths | serve | soak | rehearse``: measured on random weights, nothing downloaded."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
     group.command("paths")(paths)
     group.command("gpu")(gpu)
     group.command("report")(report)
+    group.command("rehearse")(rehearse)
     app.add_typer(group, name="bench")
 
 
@@ -233,6 +235,31 @@ def soak(
     if faults:
         raise typer.Exit(1)
     console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
+
+
+def rehearse(
+    size: Annotated[
+        Literal["golden", "wide", "7b"], typer.Option(help="tiny, full widths with two layers, or 7B")
+    ] = "golden",
+    only: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="STEP,...", help="repeat these steps in the folder of --keep"),
+    ] = None,
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="write everything to this folder and leave it there; default: a temporary folder"),
+    ] = None,
+    guide: Annotated[bool, typer.Option("--guide", help="write the table into babydoctor/bench/README.md")] = False,
+) -> None:
+    """Run the shipped stages and every other command on random weights in the published layouts; exit 1 on a fault."""
+    from rich.console import Console
+
+    from babydoctor.bench.rehearse.program import rehearse as run_rehearsal
+
+    names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if not run_rehearsal(size, only=names, keep=keep, guide=guide, console=console):
+        raise typer.Exit(1)
 
 
 def _gib(text: str | float) -> float:
