@@ -23,7 +23,7 @@ def answer_run(path: Path, image: Path, question: str, num_tokens: int, dtype: t
     from babydoctor.conversation import get_template, render_prompt
     from babydoctor.data.tokens import encode
     from babydoctor.imaging.load import load_image
-from babydoctor.imaging.preprocess import to_pixels
+    from babydoctor.imaging.preprocess import to_pixels
     from babydoctor.model.lora import lora_layers
     from babydoctor.model.run_dir import load_run
 
