@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.files import write_text
+from babydoctor.files import atomic_directory, write_text
 from babydoctor.hub import model_commit
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
