@@ -202,7 +202,8 @@ def render_continuation(turns: Sequence[Turn], template: Template, *, system: st
     """
     _check_order(turns, last="assistant")
     before_answer = template.reply.partition("{answer}")[0]
-    return (*render_prompt(turns[:-1], template, system=system), Segment(before_answer + turns[-1].text))
+    opening = [Segment(before_answer, control=True)] if before_answer else []
+    return (*render_prompt(turns[:-1], template, system=system), *opening, Segment(turns[-1].text))
 
 
 def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:

@@ -77,7 +77,7 @@ def test_base64_is_read_strictly_but_with_line_breaks():
     assert decode_image(f"data:image/png;base64,{text}", 0) == data
 
 
-@pytest.mark.parametrize("text", ["", "!!!!", "abc", "abcd=efg", "a===", "data:image/png,AAAA", "é" * 4, "AA-_"])
+@pytest.mark.parametrize("text", ["", "!!!!", "abcde", "abcd=efg", "a===", "data:image/png,AAAA", "é" * 4])
 def test_bad_base64_names_the_image(text: str):
     with pytest.raises(ApiError, match=r"images\[3\]") as caught:
         decode_image(text, 3)

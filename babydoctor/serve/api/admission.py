@@ -12,6 +12,7 @@ import hmac
 import math
 import re
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 from babydoctor.schema import IMAGE_TOKEN
 from babydoctor.serve.api.errors import ApiError
@@ -25,6 +26,8 @@ MAX_JSON_MARKS = 50_000
 """Strings, brackets and commas. A long chat has a few thousand; millions would keep the server parsing."""
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+_STANDARD_ALPHABET = str.maketrans("-_", "+/")
+"""From the URL-safe alphabet of base64."""
 
 
 class Keys:
@@ -110,6 +113,9 @@ def decode_image(text: str, index: int) -> bytes:
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
             raise ApiError("bad_data_url", f"{param} is a data URL without base64 data.", param=param)
+        text = re.sub(r"\s+", "", unquote(text))
+    text = text.translate(_STANDARD_ALPHABET)
+    text += "=" * (-len(text) % 4)  # as the URL standard's forgiving decoding does
     if not text or not _BASE64.fullmatch(text):
         raise ApiError("bad_base64", f"{param} is not base64.", param=param)
     try:
@@ -130,7 +136,10 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
             f"The prompt has {len(request.prompt)} characters; the limit is {limits.max_prompt_chars}.",
             param="prompt",
         )
-    check_image_count(request.prompt, request.images or (), limits)
+    marked = request.prompt
+    if request.turns:  # in an answer the mark is text
+        marked = "".join(turn.text for turn in request.turns if turn.role == "user")
+    check_image_count(marked, request.images or (), limits)
 
 
 def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> None:

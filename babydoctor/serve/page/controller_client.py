@@ -87,6 +87,7 @@ class ControllerClient:
         body = {
             "model": exchange.model,
             "prompt": exchange.prompt,
+            "turns": [{"role": turn.role, "text": turn.text} for turn in turns],
             "images": [base64.b64encode(exchange.view.png).decode()],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import split_images
+from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
 from babydoctor.engine.constraint import JsonConstraint, JsonGrammars
 from babydoctor.engine.request import (
@@ -26,7 +26,7 @@ from babydoctor.engine.request import (
 from babydoctor.errors import UserError
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
-from babydoctor.schema import IGNORE_INDEX, Example, Segment
+from babydoctor.schema import IGNORE_INDEX, Example, Segment, Turn
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.errors import ApiError, code_of_user_error, overflow_error
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, AttentionRequest, GenerateRequest
@@ -71,6 +71,18 @@ class Preprocessor:
         """A prompt with ``<image>`` for each image -> ids and image positions."""
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
+    def _encode_request(self, request: GenerateRequest) -> Example:
+        """Encode the turns where the client sent messages, so that nothing in their text can become a control token.
+
+        A client of the LLaVA protocol writes the whole prompt itself, control tokens included.
+        """
+        if not request.turns:
+            return self.encode(request.prompt)
+        turns = [Turn(turn.role, turn.text) for turn in request.turns]
+        template = get_template(self._run.manifest.template)
+        render = render_continuation if request.continues else render_prompt
+        return encode(render(turns, template, system=request.system), self._run.tokenizer, self._num_patches)
+
     def prepare(self, request: GenerateRequest) -> Prepared:
         """Decode the images, tokenize the prompt and check that there is room for an answer.
 
@@ -78,7 +90,7 @@ class Preprocessor:
             ApiError: 413 or 422.
         """
         images = tuple(decode_image(text, index) for index, text in enumerate(request.images or ()))
-        example = self.encode(request.prompt)
+        example = self._encode_request(request)
         resume_ids = tuple(request.resume_ids or ())
         if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
             raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")

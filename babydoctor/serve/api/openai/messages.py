@@ -6,7 +6,7 @@ import base64
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from pydantic import Field
 
@@ -119,7 +119,7 @@ def _content(message: Message) -> tuple[str, list[str]]:
         [message.content] if isinstance(message.content, str) else [p.text for p in parts if isinstance(p, TextPart)]
     )
     text = "\n".join(texts)
-    if IMAGE_TOKEN in text:
+    if IMAGE_TOKEN in text and message.role != "assistant":  # an earlier answer is text, whatever it says
         raise ApiError(
             "bad_messages",
             f"A message holds {IMAGE_TOKEN!r}, which marks an image in prompts.",
@@ -134,6 +134,6 @@ async def _to_base64(url: str, fetch: FetchImage) -> str:
     head, comma, data = url.partition(",")
     if not comma:
         raise ApiError("bad_data_url", "The image's data URL has no comma before its data.", param="messages")
-    if head.lower().endswith(";base64"):
-        return data
+    if head.replace(" ", "").lower().endswith(";base64"):
+        return unquote(data)
     return base64.b64encode(unquote_to_bytes(data)).decode()
