@@ -20,7 +20,8 @@ import numpy as np
 
 from babydoctor.conversation import get_template, prompt_text, render
 from babydoctor.phantom import text
-from babydoctor.phantom.write import Case, load_cases
+from babydoctor.phantom.case import Case, load_cases
+from babydoctor.progress import loss_progress
 from babydoctor.schema import Turn, UserError
 
 if TYPE_CHECKING:
@@ -133,8 +134,6 @@ def train_language_model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from babydoctor.demo.tiny_progress import steps
-
     torch.manual_seed(seed + 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -162,7 +161,7 @@ def train_language_model(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
-    for number, report in enumerate(steps("language model", settings.num_steps)):
+    for number, report in enumerate(loss_progress("language model", settings.num_steps)):
         group = groups[order[number]]
         longest = max(len(document) for document in group)
         input_ids = torch.zeros((len(group), longest), dtype=torch.long)

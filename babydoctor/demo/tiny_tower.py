@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
+from babydoctor.phantom.case import Case
 from babydoctor.phantom.text import caption
-from babydoctor.phantom.write import Case
+from babydoctor.progress import loss_progress
 
 PROJECTED_LAYER = -2
 """The hidden layer whose patches the projector reads, as in ``model.vision_layer``."""
@@ -170,8 +171,6 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
     layer that LLaVA projects, so that patches learn to tell of the whole image, as those of a large CLIP do. Both
     readings are thrown away afterwards with the text half.
     """
-    from babydoctor.demo.tiny_progress import steps
-
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     captions = _Captions(cases)
@@ -188,7 +187,7 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
     batches = _batches(len(images), min(settings.batch_size, len(images)), rng)
-    for report in steps("vision tower", settings.num_steps):
+    for report in loss_progress("vision tower", settings.num_steps):
         chosen = next(batches)
         pixels = _shifted(images[chosen], settings.max_shift, rng)
         pixel_values = ((torch.from_numpy(pixels) / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
