@@ -158,7 +158,7 @@ def test_model_card_rows_are_replaced_and_others_stay(rows: Path, tmp_path: Path
     ],
 )
 def test_bad_prediction_files_are_named(tmp_path: Path, rows: Path, text: str, message: str) -> None:
-    from babydoctor.eval.tasks import load_task
+    from babydoctor.eval.load import load_task
 
     path = tmp_path / "answers.jsonl"
     path.write_text(text)
