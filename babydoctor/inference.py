@@ -260,8 +260,8 @@ def open_conversation(
     """Build a conversation and its engine; enter ``conversation.inference`` before asking.
 
     Args:
-        question: the only question that will be asked, so that the KV cache holds just that. None: the cache holds the
-            length that the run was trained on, plus one answer.
+        question: the only question that will be asked, so the KV cache holds only this one. None: the cache holds
+            ``max_length`` of the run plus one answer.
     """
     num_prompt = run.manifest.max_length
     if question is not None:

@@ -41,7 +41,7 @@ def demo(
 def tiny_base(
     phantoms: Annotated[Path, typer.Option(help="folder that `babydoctor data phantom` wrote")],
     out: Annotated[Path, typer.Option(help="folder for clip/ and llama/; existing ones are kept")],
-    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
 ) -> None:
     """Train the tiny preset's base models (CLIP tower, tokenizer, LLaMA) on phantoms."""
     from babydoctor.demo.tiny_language import TinySettings, make_tiny_base

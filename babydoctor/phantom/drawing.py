@@ -2,7 +2,7 @@
 
 The drawings are schematic. Each of the four modalities shows a torso from the front with a caricature of its physics:
 summed shadows for a radiograph, hard edges for CT, coil shading for MR, a speckled fan for ultrasound. A tiny vision
-tower learns to read them in a minute, and a person can still see what is there.
+tower learns to read them in a minute, and a person can still recognize the finding.
 
 **Left and right follow the radiological convention**: the viewer faces the patient, so the patient's left, with the
 heart, is on the viewer's right.

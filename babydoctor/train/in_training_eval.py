@@ -53,7 +53,7 @@ class InTrainingEval:
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
 
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
-        """Evaluate what is due and not yet recorded for this step, and report it."""
+        """Run the evaluations that are due and not yet recorded for this step, and report them."""
         if self.held_out and self._held_out_is_due(state.step) and not reporter.has("eval", state.step):
             reporter.held_out(state, self.held_out.loss(model), self.held_out.answers(model))
         if self.task and self._task_is_due(state.step) and not reporter.has("task/right", state.step):
