@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "babydoctor"
 
 # From the bottom up; a module imports from its own layer and those below. A name covers a module or a package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress"),
+    ("errors", "progress", "markers"),
     ("schema",),
     ("files", "hub", "config_file", "conversation", "data.packing", "imaging.windows"),
     ("config",),
     ("imaging", "data", "model", "bench.measure", "bench.models"),
     ("engine",),
-    ("data.sets", "phantom", "demo.tiny_language", "demo.tiny_tower", "demo.tiny_progress", "interop"),
+    ("inference",),
+    ("data.sets", "phantom", "demo.tiny_language", "demo.tiny_tower", "interop"),
     ("plan",),
-    ("train", "eval", "serve", "bench", "cli.chat_session"),
+    ("train", "eval", "serve", "bench"),
     ("demo",),
     ("cli",),
     ("cli.main", "train.__main__"),

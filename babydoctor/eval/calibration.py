@@ -1,6 +1,6 @@
-"""Whether confidence means anything: calibration error and what abstaining buys. Pure.
+"""Calibration of confidences: reliability bins, calibration error and the abstention curve. Pure functions.
 
-``confidences`` lie in [0, 1]; ``correct`` holds 0.0 or 1.0; both ``[N]``.
+``confidences`` are in [0, 1], ``correct`` is 0.0 or 1.0; both ``[N]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def reliability_bins(
 ) -> list[dict[str, float | int]]:
     """Equal-width bins of confidence: bounds, count, mean confidence and accuracy. Empty bins are left out.
 
-    A confidence on a bound belongs to the bin below it; 0 belongs to the first.
+    A confidence on a bound belongs to the lower bin, and 0 to the first bin.
     """
     confidence_array, correct_array = np.asarray(confidences, float), np.asarray(correct, float)
     assert confidence_array.shape == correct_array.shape, (confidence_array.shape, correct_array.shape)
@@ -44,7 +44,7 @@ def reliability_bins(
 def expected_calibration_error(
     confidences: Sequence[float], correct: Sequence[float], num_bins: int = NUM_BINS
 ) -> float:
-    """Mean distance of confidence and accuracy over the bins, weighted by their counts; NaN without answers.
+    """Mean distance between confidence and accuracy over the bins, weighted by count. NaN without answers.
 
     Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017.
     """
@@ -56,15 +56,15 @@ def expected_calibration_error(
 
 
 def abstention_curve(confidences: Sequence[float], correct: Sequence[float]) -> list[dict[str, float | int]]:
-    """Accuracy of what is left when the least sure k% abstain, for k = 0, 5, ... 95.
+    """Accuracy of the remaining answers when the least confident k% are withheld, for k = 0, 5, ... 95.
 
-    Answers of equal confidence go in the order of the questions; at least one is always left.
+    Ties keep the order of the questions. At least one answer always remains.
     """
     correct_array = np.asarray(correct, float)
     if len(correct_array) == 0:
         return []
-    surest_first = np.argsort(-np.asarray(confidences, float), kind="stable")
-    accuracy = np.cumsum(correct_array[surest_first]) / np.arange(1, len(correct_array) + 1)
+    most_confident_first = np.argsort(-np.asarray(confidences, float), kind="stable")
+    accuracy = np.cumsum(correct_array[most_confident_first]) / np.arange(1, len(correct_array) + 1)
     curve: list[dict[str, float | int]] = []
     for percent in range(0, 100, 5):
         num_left = max(1, round(len(correct_array) * (100 - percent) / 100))
@@ -75,9 +75,9 @@ def abstention_curve(confidences: Sequence[float], correct: Sequence[float]) -> 
 def yes_no_confidence(first_token_probabilities: Mapping[str, float], answer: str) -> float | None:
     """Confidence of a yes/no answer from the probabilities of the alternatives for its first token.
 
-    The mass of the tokens that read "yes" or "no" is compared (any case, leading space): p(given) / (p(yes) + p(no)).
-    A token that begins one of the words ("Y") counts for it, since a small vocabulary may not hold the whole word.
-    None where the answer is neither, or none of the alternatives is what was given.
+    The confidence is p(given) / (p(yes) + p(no)), summed over tokens in any case and with or without a leading space.
+    A prefix of a word ("Y") counts as the word, because a small vocabulary may not have the whole word. None if the
+    answer is neither yes nor no, or none of the alternatives matches it.
     """
     mass = {YES: 0.0, NO: 0.0}
     for token, probability in first_token_probabilities.items():

@@ -1,7 +1,7 @@
-"""Scores of answers against references. Pure: text and numbers in, numbers out.
+"""Scores of answers against references. Pure functions of text and numbers.
 
-Every figure is a function of sums over questions (`Figure`), so that an interval or a test needs the scores only
-once: resampling the questions means weighing the sums anew (see ``intervals.py``).
+Every figure is a function of sums over questions (``Figure``). Questions are scored once, and the bootstrap only
+reweights the sums (see ``intervals.py``).
 
 Shapes: ``N`` questions, ``K`` columns that are summed.
 """
@@ -35,10 +35,10 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def normalize(text: str) -> str:
-    """Normalise an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
+    """Normalize an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
 
-    Lower case; punctuation goes (or becomes a space where it joins two words); number words up to ten become digits;
-    articles go; contractions get their apostrophe.
+    Converts to lower case, removes punctuation (or replaces it by a space between two words), converts number words up
+    to ten to digits, removes articles, and adds missing apostrophes to contractions.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, and its evaluation code.
     """
@@ -46,7 +46,7 @@ def normalize(text: str) -> str:
     drop_all = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
-        # A mark that touches a space anywhere is deleted everywhere: the published rule, not ours.
+        # The published rule: a mark next to a space anywhere is deleted everywhere.
         at_word_edge = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if at_word_edge or drop_all else " ")
     result = _FULL_STOP.sub("", result)
@@ -55,9 +55,9 @@ def normalize(text: str) -> str:
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Read an answer as "yes" or "no"; None where it is neither, or both ("yes no").
+    """Parse an answer as "yes" or "no". None if it is neither, or both ("yes no").
 
-    Only the first word decides ("Yes, there is a fracture."), and the other word must not follow.
+    The first word decides ("Yes, there is a fracture."), and the other word must not follow.
     """
     words = normalize(answer).split()
     if not words or words[0] not in (YES, NO):
@@ -66,14 +66,14 @@ def parse_yes_no(answer: str) -> str | None:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 where the normalised answer equals one of the normalised references."""
+    """1.0 if the normalized answer equals one of the normalized references, else 0.0."""
     return float(normalize(answer) in {normalize(reference) for reference in references})
 
 
 def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the normalised words, each word counted as often as it stands in both texts.
+    """Precision, recall and F1 of the normalized words. A repeated word matches as often as it is in both texts.
 
-    Source: the SQuAD evaluation (Rajpurkar et al., 2016) with VQA's normalisation.
+    Source: the SQuAD evaluation (Rajpurkar et al., 2016) with VQA's normalization.
     """
     answer_words, reference_words = normalize(answer).split(), normalize(reference).split()
     if not answer_words or not reference_words:
@@ -92,7 +92,7 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def token_recall(answer: str, references: Sequence[str]) -> float:
-    """Best token recall over the references. A long answer can buy recall with words: read it beside F1."""
+    """Best token recall over the references. Long answers score high; compare with F1."""
     return max(token_overlap(answer, reference)[1] for reference in references)
 
 
@@ -100,8 +100,8 @@ def token_recall(answer: str, references: Sequence[str]) -> float:
 class Figure:
     """A score over questions: ``value = combine(columns.sum(axis=0))``.
 
-    ``columns`` is ``[N, K]``. ``combine`` takes sums of shape ``[..., K]`` and gives ``[...]``; it must give NaN,
-    not raise, where the sums leave the figure undefined (a resample without any question of that kind).
+    ``columns`` is ``[N, K]``. ``combine`` maps sums of shape ``[..., K]`` to ``[...]``. It returns NaN, and does not
+    raise, if the figure is undefined for the sums, as in a resample without any question of its kind.
     """
 
     name: str
@@ -114,22 +114,22 @@ class Figure:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide; NaN where the denominator is 0. Shapes ``[...]``."""
+    """Elementwise division; NaN where the denominator is 0. Shapes ``[...]``."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
 
 
 def mean_figure(name: str, scores: Sequence[float | None]) -> Figure:
-    """The mean of the scores; None marks a question that the figure does not count."""
+    """The mean of the scores. None marks a question that does not count."""
     columns = np.array([(0.0, 0.0) if score is None else (score, 1.0) for score in scores], float).reshape(-1, 2)
     return Figure(name, columns, lambda sums: ratio(sums[..., 0], sums[..., 1]))
 
 
 def yes_no_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figure]:
-    """Figures over yes/no questions; ``references`` are "yes" or "no", other questions are given as "".
+    """Figures over yes/no questions. ``references`` are "yes" or "no", or "" for other questions.
 
-    - ``yes_no_accuracy``: the parsed answer equals the reference; an unparseable one is wrong.
-    - ``yes_no_balanced_accuracy``: mean of the recalls of "yes" and of "no"; 0.5 is what any constant answer gets.
+    - ``yes_no_accuracy``: the parsed answer equals the reference. An unparseable answer is wrong.
+    - ``yes_no_balanced_accuracy``: mean recall of "yes" and "no". Any constant answer scores 0.5.
     - ``yes_f1``, ``no_f1``, ``yes_no_f1`` (their mean).
     - ``unparseable_rate``: share of answers that are neither yes nor no, or both.
     """
@@ -165,13 +165,13 @@ def yes_no_figures(answers: Sequence[str], references: Sequence[str]) -> list[Fi
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """The most frequent normalised answer; of equals, the first in the alphabet."""
+    """The most frequent normalized answer. Ties go to the alphabetically first."""
     counts = Counter(normalize(answer) for answer in answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def repetition(answers: Sequence[str], num_shown: int = 10) -> dict[str, object]:
-    """Does it repeat itself? Share of distinct normalised answers, and the most repeated ones with their share."""
+    """Repetition: the share of distinct normalized answers, and the most frequent ones with their share."""
     counts = Counter(normalize(answer) for answer in answers)
     total = max(len(answers), 1)
     return {
