@@ -43,10 +43,12 @@ def answer_run(path: Path, image: Path, question: str, num_tokens: int, dtype: t
         return run.model.language_model.lm_head(hidden[0, -count:]).float()
 
     tokens: list[int] = []
+    rows: list[torch.Tensor] = []
     for _ in range(num_tokens):
-        tokens.append(int(logits_after(tokens, 1)[0].argmax()))
+        rows.append(logits_after(tokens, 1))
+        tokens.append(int(rows[-1].argmax()))
     given = tokens if reference is None else [int(token) for token in reference]
-    logits = logits_after(given[:-1], num_tokens)
+    logits = torch.cat(rows) if given == tokens else logits_after(given[:-1], num_tokens)
     layers = [layer for _, layer in lora_layers(run.model.language_model)]
     without = None
     if layers:
