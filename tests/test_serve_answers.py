@@ -135,3 +135,37 @@ def test_if_one_of_several_answers_is_refused_the_others_are_closed():
         assert closed == [0, 1]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (["CT", " "], "CT"),
+        (["CT ", "of", " the chest", " \n", "\t"], "CT of the chest"),
+        ([" CT", "", " ", "", "b"], " CT b"),
+        ([" ", "\n"], ""),
+    ],
+)
+@pytest.mark.parametrize("ending", ["stop", "length", "error", None])
+def test_an_answer_never_ends_with_a_blank(texts: list[str], shown: str, ending: str | None):
+    """Whatever a reader has seen so far does not end with one either, so a stream may break off anywhere."""
+
+    async def run() -> None:
+        answer, seen, token_ids = Answer(nothing), "", ()
+        for index, text in enumerate(texts):
+            answer.put(AnswerDelta(text, token_ids=(index,)))
+            delta = await answer.next(1)
+            assert delta is not None
+            seen, token_ids = seen + delta.text, token_ids + delta.token_ids
+            assert seen == seen.rstrip()
+        if ending == "error":
+            answer.fail(ApiError("worker_lost", "Lost."))
+        elif ending is not None:
+            answer.put(AnswerDelta(finish_reason=ending))
+        answer.finish()
+        with pytest.raises(EndOfAnswer):
+            while (delta := await answer.next(1)) is not None:
+                seen += delta.text
+        assert seen == shown and token_ids == tuple(range(len(texts)))  # another worker continues after all tokens
+
+    asyncio.run(run())

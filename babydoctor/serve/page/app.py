@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys
+from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads, read_upload
 
@@ -165,6 +166,8 @@ def build_page_app(
         enable_monitoring=False,
         max_file_size=1,  # byte: Gradio's own upload route is not used
     )
+    num_inputs = {number: len(function.inputs) for number, function in demo.fns.items()}
+    app.add_middleware(GradioRoutes, num_inputs=num_inputs)
     app.add_middleware(PageGuard, keys=Keys(sign_in_keys))
     return app
 
