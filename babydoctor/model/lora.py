@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.weights import load_pickle
+from babydoctor.model.weights import load_pickle, save_tensors
 from babydoctor.schema import UserError
 
 PEFT_PREFIX = "base_model.model."
@@ -171,7 +171,7 @@ def save_lora(model: LlamaForCausalLM, directory: Path, base: str) -> None:
         PEFT_PREFIX + name: value.detach().contiguous().cpu()
         for name, value in peft.get_peft_model_state_dict(model).items()
     }
-    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, directory / "adapter_model.safetensors")
     config = lora_config(model)
     values = config.to_dict()
     values.update(base_model_name_or_path=base, inference_mode=True)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
@@ -38,6 +38,7 @@ from babydoctor.model.language_model import load_language_model
 from babydoctor.model.lora import has_lora, load_lora, save_lora
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector, load_vision_tower
+from babydoctor.model.weights import save_tensors
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
 def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
     """Write what training changed: projector and, where there is one, the LoRA adapter."""
     state = {name: value.detach().contiguous().cpu() for name, value in model.projector.state_dict().items()}
-    save_file(state, directory / "projector.safetensors")
+    save_tensors(state, directory / "projector.safetensors")
     if has_lora(model.language_model):
         save_lora(model.language_model, directory / "adapter", base)
 

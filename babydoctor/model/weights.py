@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,6 +58,9 @@ _DTYPES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
 }
 
 
@@ -179,6 +182,24 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read."""
+    # Wide types first, so that each tensor lies at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            # As bytes, because NumPy has no bfloat16.
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 class ShardWriter:
     """A checkpoint directory in the making: ``write`` each tensor, then ``close``.
 
@@ -278,4 +299,4 @@ def copy_model_files(source: Path, target: Path) -> None:
     for file in (*weight_files(source), *source.glob("*.json")):
         if weight_files(source)[0].suffix == ".safetensors" and file.name == "pytorch_model.bin.index.json":
             continue
-        shutil.copy2(file, target / file.name)
+        shutil.copyfile(file, target / file.name)  # the source's mode is not ours

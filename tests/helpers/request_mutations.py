@@ -1,4 +1,4 @@
-"""Valid requests of every route, and seeded damage to them: to values, to keys, to the JSON text, to headers and paths."""
+"""Valid requests of every route, and seeded damage to them: values, keys, JSON text, headers and paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS = (
 )
 NUMBERS = (0, -0.0, 1, -1, 2, 0.5, 3.7, 1e308, -1e308, 2**31, 2**63, -(2**63) - 1, 10**400, math.nan, math.inf)
 MAX_TOKENS_KEYS = ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens", "n")
-CONTENT_TYPES = ("", "text/plain", "application/json; charset=utf-16", "multipart/form-data", "application/jsonx", "\xff")
+CONTENT_TYPES = ("", "text/plain", "application/json; charset=utf-16", "multipart/form-data", "\xff")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One plain sentence for a request body of the wrong shape: the field, what was sent, and what to send instead.
 
-pydantic reports one error for each branch of a union, in terms of Python types. Here the errors of one field become one
-expectation, and the most specific field wins: of ``content: str | list`` with a bad item in the list, the item is named.
+pydantic reports one error for each branch of a union, in terms of Python types. Here the errors of one field become
+one expectation, and the most specific field wins: of ``content: str | list`` with a bad item in the list, the item is
+named.
 """
 
 from __future__ import annotations

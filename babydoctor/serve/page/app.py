@@ -166,8 +166,9 @@ def build_page_app(
         enable_monitoring=False,
         max_file_size=1,  # byte: Gradio's own upload route is not used
     )
-    num_inputs = {number: len(function.inputs) for number, function in demo.fns.items()}
-    app.add_middleware(GradioRoutes, num_inputs=num_inputs)
+    handlers = {number: function for number, function in demo.fns.items() if function.fn is not None}
+    inputs = {number: [box.get_block_name() for box in function.inputs] for number, function in handlers.items()}
+    app.add_middleware(GradioRoutes, inputs=inputs)
     app.add_middleware(PageGuard, keys=Keys(sign_in_keys))
     return app
 
