@@ -34,6 +34,17 @@ _NO_SPACE = {
 }
 
 
+_NO_ACCESS = {
+    errno.EACCES: "permission denied; let this user read it (`ls -l` shows owner and mode, `chmod` changes the mode), or "
+    "write to a folder of this user",
+    errno.EPERM: "the system does not permit this; choose a file or folder of this user",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EISDIR: "is a directory, not a file",
+    errno.ENOTDIR: "lies below a file, not below a directory",
+    errno.ELOOP: "its symbolic links lead in a circle",
+}
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to ``path`` if the block succeeds and deleted if it fails."""
@@ -120,6 +131,25 @@ def remove_leftovers(directory: Path) -> list[str]:
         else:
             path.unlink()
     return sorted(path.name for path in found)
+
+
+@contextlib.contextmanager
+def explain_unreadable() -> Iterator[None]:
+    """Turn the system's refusal to open a file into a ``UserError`` that names the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = _NO_ACCESS.get(error.errno or 0)
+        if reason is None or not error.filename:
+            raise
+        path = Path(os.fsdecode(error.filename))
+        raise UserError(f"{path}: {reason}") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise ``UserError`` where a file cannot be opened: not every library names the file and the reason."""
+    with explain_unreadable():
+        path.open("rb").close()
 
 
 @contextlib.contextmanager

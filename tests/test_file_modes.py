@@ -140,3 +140,17 @@ def test_what_cannot_be_read_is_named(tiny_rows: Path, tmp_path: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     wrong = [line for line in result if line[1] not in ("UserError", "ImageError") or line[0] not in line[2]]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_the_command_line_names_what_it_cannot_open(tmp_path: Path) -> None:
+    """Whatever opens it: here a directory in a file's place, which no account can read."""
+    (tmp_path / "config.yaml").mkdir()
+    (tmp_path / "file").touch()
+    code = "import sys; from babydoctor.cli.main import main; sys.argv[1:] = {}; main()"
+    for arguments in (
+        ["config", str(tmp_path / "config.yaml")],
+        ["data", "phantom", "--out", str(tmp_path / "file/a")],
+    ):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert str(tmp_path) in done.stderr

@@ -15,8 +15,9 @@ from babydoctor.data.tokens import encode
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import Delta, Finished, GenerationRequest, ImageInput, PromptTooLongError
 from babydoctor.engine.settings import build_settings
-from babydoctor.imaging.dicom import read_dicom, render
-from babydoctor.imaging.load import is_dicom, load_image, log_warnings
+from babydoctor.imaging.dicom import read_dicom
+from babydoctor.imaging.isolation import load_image, render
+from babydoctor.imaging.load import is_dicom, log_warnings
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN, Example, Turn, UserError

@@ -106,7 +106,7 @@ class Answerer:
     def _generate(self, requests: Sequence[tuple[str, str | None]], max_new_tokens: int) -> list[str]:
         import torch
 
-        from babydoctor.imaging.load import load_image
+        from babydoctor.imaging.isolation import load_image
         from babydoctor.imaging.preprocess import to_pixels
         from babydoctor.model.generate import generate
 

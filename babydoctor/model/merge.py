@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import LOCK_FILE, DirectoryLock, explain_full_disk, sync, write_json
@@ -29,6 +28,7 @@ from babydoctor.model.weights import (
     SHARD_BYTES,
     ShardWriter,
     copy_model_files,
+    load_tensors,
     local_directory,
     save_tensors,
     weight_files,
@@ -207,7 +207,7 @@ class _Merge:
             text = f"continuing in {self.partial}: {self.num_done} of {len(self.groups)} parts are there"
             print(text, file=sys.stderr)
             writer.reuse(state["shards"])
-            saved = load_file(self._probe_file(self.num_done))
+            saved = load_tensors(self._probe_file(self.num_done))
             probe.hidden = saved["hidden"].to(self.device)
             probe.logits = saved.get("logits")
         return writer

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from babydoctor.files import check_readable
 from babydoctor.hub import model_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
@@ -138,6 +139,7 @@ def open_safetensors(path: Path) -> Any:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_readable(path)  # safetensors reports an unreadable file as missing
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -145,6 +147,16 @@ def open_safetensors(path: Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. It was probably not copied or "
             "downloaded completely; get it again"
         ) from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a whole safetensors file.
+
+    Raises:
+        UserError: it cannot be opened, or is truncated or damaged.
+    """
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from babydoctor.files import atomic_directory, explain_full_disk, remove_leftovers, sha256, write_json, write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.weights import save_tensors
+from babydoctor.model.weights import load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimi
     """
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     parameters = model.trainable_parameters()
-    saved = load_file(path / "trainable.safetensors")
+    saved = load_tensors(path / "trainable.safetensors")
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())[0]
         raise UserError(f"{path} does not fit the model: {odd!r} is in one and not in the other")
@@ -152,7 +151,7 @@ def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimi
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     numbers = values.pop("optimizer")
-    optimizer.load_state_dict(_join_optimizer_state(load_file(path / "optimizer.safetensors"), numbers))
+    optimizer.load_state_dict(_join_optimizer_state(load_tensors(path / "optimizer.safetensors"), numbers))
     return TrainState(**values)
 
 
