@@ -35,8 +35,7 @@ _NO_SPACE = {
 
 
 _NO_ACCESS = {
-    errno.EACCES: "permission denied; let this user read it (`ls -l` shows owner and mode, `chmod` changes the mode), or "
-    "write to a folder of this user",
+    errno.EACCES: "permission denied; give this user access (`ls -l` shows owner and mode, `chmod` changes the mode)",
     errno.EPERM: "the system does not permit this; choose a file or folder of this user",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EISDIR: "is a directory, not a file",
