@@ -34,6 +34,16 @@ _NO_SPACE = {
 }
 
 
+_NO_ACCESS = {
+    errno.EACCES: "permission denied; give this user access (`ls -l` shows owner and mode, `chmod` changes the mode)",
+    errno.EPERM: "the system does not permit this; choose a file or folder of this user",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EISDIR: "is a directory, not a file",
+    errno.ENOTDIR: "lies below a file, not below a directory",
+    errno.ELOOP: "its symbolic links lead in a circle",
+}
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to ``path`` if the block succeeds and deleted if it fails."""
@@ -43,6 +53,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _apply_umask(temporary)
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
@@ -56,6 +67,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _apply_umask(directory: Path) -> None:
+    """Give all files of a new directory the mode that the umask asks for, as the directory itself has it.
+
+    Libraries write some files with mode 0600 (safetensors, everything that uses ``tempfile``) or copy their source's.
+    """
+    mode = directory.stat().st_mode
+    for path in directory.rglob("*"):
+        # A hard link shares its mode with a file elsewhere.
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(mode & 0o666)
+        elif path.is_dir() and not path.is_symlink():
+            path.chmod(mode & 0o7777)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,6 +133,25 @@ def remove_leftovers(directory: Path) -> list[str]:
 
 
 @contextlib.contextmanager
+def explain_unreadable() -> Iterator[None]:
+    """Turn the system's refusal to open a file into a ``UserError`` that names the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = _NO_ACCESS.get(error.errno or 0)
+        if reason is None or not error.filename:
+            raise
+        path = Path(os.fsdecode(error.filename))
+        raise UserError(f"{path}: {reason}") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise ``UserError`` where a file cannot be opened: not every library names the file and the reason."""
+    with explain_unreadable():
+        path.open("rb").close()
+
+
+@contextlib.contextmanager
 def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
     """Turn the error of a full disk into a ``UserError`` that names ``what``, the directory and the fix.
 
@@ -131,15 +175,8 @@ def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
 
 
 def _full_disk_reason(error: Exception) -> str | None:
-    """Why a write failed for lack of space; None for every other error.
-
-    safetensors raises an error of its own class that holds the system's error number in its text only.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError":
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else None
-    return _NO_SPACE.get(number) if number is not None else None
+    """Why a write failed for lack of space; None for every other error."""
+    return _NO_SPACE.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
 def _temporary_name(path: Path, kind: str) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
+import requests
+from serving import generation, llava_answer, tiny_worker
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.serve.api.errors import ApiError
@@ -135,3 +138,69 @@ def test_if_one_of_several_answers_is_refused_the_others_are_closed():
         assert closed == [0, 1]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (["CT", " "], "CT"),
+        (["CT ", "of", " the chest", " \n", "\t"], "CT of the chest"),
+        ([" CT", "", " ", "", "b"], " CT b"),
+        ([" ", "\n"], ""),
+    ],
+)
+@pytest.mark.parametrize("ending", ["stop", "length", "error", None])
+def test_an_answer_never_ends_with_a_blank(texts: list[str], shown: str, ending: str | None):
+    """Whatever a reader has seen so far does not end with one either, so a stream may break off anywhere."""
+
+    async def run() -> None:
+        answer, seen, token_ids = Answer(nothing), "", ()
+        for index, text in enumerate(texts):
+            answer.put(AnswerDelta(text, token_ids=(index,)))
+            delta = await answer.next(1)
+            assert delta is not None
+            seen, token_ids = seen + delta.text, token_ids + delta.token_ids
+            assert seen == seen.rstrip()
+        if ending == "error":
+            answer.fail(ApiError("worker_lost", "Lost."))
+        elif ending is not None:
+            answer.put(AnswerDelta(finish_reason=ending))
+        answer.finish()
+        with pytest.raises(EndOfAnswer):
+            while (delta := await answer.next(1)) is not None:
+                seen += delta.text
+        assert seen == shown and token_ids == tuple(range(len(texts)))  # another worker continues after all tokens
+
+    asyncio.run(run())
+
+
+def test_no_api_ends_an_answer_with_a_blank():
+    """Streamed and whole, at the length limit and at a stop string; the tokens of the blanks are still reported."""
+    url, num_blank = tiny_worker().url, 0
+    for seed in range(12):
+        # Token 3 is the space; the bias makes answers of many blanks.
+        sampling = {"temperature": 1, "seed": seed, "logit_bias": {"3": 6}}
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "logprobs": 0} | sampling
+        whole = requests.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        (choice,) = whole["choices"]
+        tokens, text = choice["logprobs"]["tokens"], choice["text"]
+        assert "".join(tokens).rstrip() == text and len(tokens) == whole["usage"]["completion_tokens"] == 6
+        num_blank += tokens[-1].isspace()
+        streamed = requests.post(f"{url}/v1/completions", json=body | {"stream": True}, timeout=60).text
+        events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == text
+        mark = next(
+            (index for index in range(1, 6) if tokens[index - 1].isspace() and not tokens[index].isspace()), None
+        )
+        if mark is not None:
+            stopped = requests.post(f"{url}/v1/completions", json=body | {"stop": tokens[mark]}, timeout=60).json()
+            (choice,) = stopped["choices"]
+            assert choice["finish_reason"] == "stop" and choice["text"] == choice["text"].rstrip()
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 6} | sampling
+        answer = requests.post(f"{url}/v1/chat/completions", json=chat, timeout=60).json()
+        answers = [
+            answer["choices"][0]["message"]["content"],
+            llava_answer(url, generation(max_new_tokens=6) | sampling),
+        ]
+        assert all(text == text.rstrip() for text in answers)
+    assert num_blank >= 2

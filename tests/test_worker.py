@@ -302,7 +302,7 @@ def test_bad_images_are_refused_by_name(worker: Server, images: list, status: in
         (b'{"prompt":' * 10_000, 422),
         (b'{"prompt": "\\ud800"}', 422),
         (b'{"prompt": "a\\u0000b"}', 422),
-        (b"\xff\xfe\x00", 400),
+        (b"\xff\xfe\x00", 422),
         (b'{"prompt": "x", "temperature": NaN}', 422),
         (b'{"prompt": "x", "temperature": 1e999}', 422),
         (b'{"prompt": "x", "max_new_tokens": 1e30}', 422),
@@ -323,7 +323,7 @@ def test_a_huge_body_is_refused_and_the_client_hears_it(worker: Server):
 
 
 def test_errors_do_not_repeat_what_was_sent(worker: Server):
-    response = post(worker, {"prompt": 7, "images": "JOHN DOE"})
+    response = post(worker, {"prompt": "a", "images": "JOHN DOE"})
     assert response.status_code == 422 and "JOHN" not in response.text and "images" in response.json()["text"]
 
 

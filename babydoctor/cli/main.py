@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from babydoctor.files import explain_unreadable
 from babydoctor.schema import UserError
 from babydoctor.train.interrupt import TrainingStopped
 
@@ -40,7 +41,8 @@ def main() -> None:
     # It would advise to install a package that downloads kernels; 4-bit layers work without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        build_app()()
+        with explain_unreadable():
+            build_app()()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

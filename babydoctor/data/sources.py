@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from babydoctor.files import check_readable
 from babydoctor.hub import data_set_error, describe
 from babydoctor.schema import UserError
 
@@ -51,6 +52,8 @@ def iter_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """
     text = str(source)
     path = Path(text)
+    if path.is_file():
+        check_readable(path)
     if path.is_file() and path.suffix != ".parquet":
         try:
             with path.open(encoding="utf-8-sig") as file:

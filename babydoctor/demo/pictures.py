@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from babydoctor.eval.plots import new_figure
-from babydoctor.imaging.load import load_image
+from babydoctor.imaging.isolation import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.model.run_dir import load_run

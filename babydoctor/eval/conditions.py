@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from babydoctor.eval.tasks import Question
-from babydoctor.imaging.load import load_image
+from babydoctor.imaging.isolation import load_image
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 from babydoctor.schema import UserError
 

@@ -17,7 +17,7 @@ from babydoctor.eval import plots
 from babydoctor.eval.ask import Prediction
 from babydoctor.eval.score import HEADLINES, is_right
 from babydoctor.eval.tasks import Question, Task
-from babydoctor.imaging.load import load_image
+from babydoctor.imaging.isolation import load_image
 
 NUM_CASES = 12
 """Cases on each side of the gallery."""

@@ -7,6 +7,7 @@ as for DICOM files without a window: files rarely say how many of the bits are u
 from __future__ import annotations
 
 import io
+import re
 import struct
 import sys
 import zlib
@@ -220,5 +221,5 @@ def _window(values: np.ndarray, visible: np.ndarray | None) -> np.ndarray:
 
 def _short(error: Exception) -> str:
     """The first line of a library's message, without the memory address that Pillow likes to print."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return type(error).__name__ if not text or "BytesIO" in text else text
+    text = re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error).partition("\n")[0])
+    return text or type(error).__name__

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from babydoctor.conversation import get_template
 from babydoctor.files import atomic_directory
@@ -34,7 +33,7 @@ from babydoctor.model.language_model import build_language_model, load_language_
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest
 from babydoctor.model.vision import PROJECTOR_KINDS, build_projector
-from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory
+from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory, save_tensors
 from babydoctor.schema import UserError
 
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -259,7 +258,7 @@ def _copy_adapter(checkpoint: Source, out: Path) -> None:
         for side, weight in sides.items():
             state[f"{PEFT_PREFIX}{module}.lora_{side}.weight"] = weight.contiguous()
     out.mkdir()
-    save_file(state, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, out / "adapter_model.safetensors")
     values = {**update.config, "base_model_name_or_path": checkpoint.language_model, "inference_mode": True}
     (out / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -332,4 +331,4 @@ def _save_projector(
                 f"{checkpoint.directory}: the projector's {name!r} is {found}; a {checkpoint.projector_kind!r} "
                 f"projector from width {vision_width} to {text_width} has {wanted} there"
             )
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, out / "projector.safetensors")
+    save_tensors(weights, out / "projector.safetensors")

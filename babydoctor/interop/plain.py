@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.model.language_model import load_language_config
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve
 from babydoctor.model.run_weights import RunWeights
 from babydoctor.model.vision import num_patches
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, load_tensors, local_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
@@ -104,7 +103,7 @@ class PlainRun:
         path = self.path / "projector.safetensors"
         if not path.is_file():
             raise UserError(f"{path} is missing; the run was not finished or not copied whole")
-        return load_file(path)
+        return load_tensors(path)
 
     def mlp_projector(self) -> dict[str, torch.Tensor]:
         """The projector as LLaVA-1.5's two layers, ``0.weight 0.bias 2.weight 2.bias``, float32.

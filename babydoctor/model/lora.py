@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.weights import load_pickle
+from babydoctor.model.weights import load_pickle, load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 PEFT_PREFIX = "base_model.model."
@@ -111,7 +110,7 @@ def read_adapter_config(directory: Path) -> dict:
 def load_adapter_weights(directory: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a peft adapter from safetensors, or with ``weights_only`` from ``adapter_model.bin``."""
     if (directory / "adapter_model.safetensors").is_file():
-        return load_file(directory / "adapter_model.safetensors")
+        return load_tensors(directory / "adapter_model.safetensors")
     if (directory / "adapter_model.bin").is_file():
         return dict(load_pickle(directory / "adapter_model.bin"))
     raise UserError(f"{directory} holds neither adapter_model.safetensors nor adapter_model.bin")
@@ -171,7 +170,7 @@ def save_lora(model: LlamaForCausalLM, directory: Path, base: str) -> None:
         PEFT_PREFIX + name: value.detach().contiguous().cpu()
         for name, value in peft.get_peft_model_state_dict(model).items()
     }
-    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, directory / "adapter_model.safetensors")
     config = lora_config(model)
     values = config.to_dict()
     values.update(base_model_name_or_path=base, inference_mode=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import LOCK_FILE, DirectoryLock, explain_full_disk, sync, write_json
@@ -25,7 +24,15 @@ from babydoctor.model.language_model import LanguageWeights
 from babydoctor.model.layer_probe import LayerProbe, group_by_layer
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve, write_manifest
 from babydoctor.model.run_weights import RunWeights
-from babydoctor.model.weights import SHARD_BYTES, ShardWriter, copy_model_files, local_directory, weight_files
+from babydoctor.model.weights import (
+    SHARD_BYTES,
+    ShardWriter,
+    copy_model_files,
+    load_tensors,
+    local_directory,
+    save_tensors,
+    weight_files,
+)
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
@@ -200,7 +207,7 @@ class _Merge:
             text = f"continuing in {self.partial}: {self.num_done} of {len(self.groups)} parts are there"
             print(text, file=sys.stderr)
             writer.reuse(state["shards"])
-            saved = load_file(self._probe_file(self.num_done))
+            saved = load_tensors(self._probe_file(self.num_done))
             probe.hidden = saved["hidden"].to(self.device)
             probe.logits = saved.get("logits")
         return writer
@@ -211,7 +218,7 @@ class _Merge:
         saved = {"hidden": probe.hidden.cpu().contiguous()}
         if probe.logits is not None:
             saved["logits"] = probe.logits.cpu().contiguous()
-        save_file(saved, self._probe_file(num_done))
+        save_tensors(saved, self._probe_file(num_done))
         write_json(self.partial / _STATE, {"key": self._key(), "num_done": num_done, "shards": shards})
         self._probe_file(self.num_done).unlink(missing_ok=True)
         self.num_done = num_done

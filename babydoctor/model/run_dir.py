@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.files import atomic_directory, write_text
+from babydoctor.files import atomic_directory, check_readable, write_text
 from babydoctor.hub import model_commit
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
@@ -38,6 +37,7 @@ from babydoctor.model.language_model import load_language_model
 from babydoctor.model.lora import has_lora, load_lora, save_lora
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector, load_vision_tower
+from babydoctor.model.weights import load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def read_manifest(run: str | Path) -> Manifest:
             f"{run} is not a run directory: it has no manifest.json. `babydoctor train` writes one; an original "
             "LLaVA checkpoint becomes one with `babydoctor import`."
         )
+    check_readable(path)
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
@@ -202,7 +203,7 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; the run was not finished or not copied whole")
     try:
-        projector.load_state_dict(load_file(path))
+        projector.load_state_dict(load_tensors(path))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model: {error}") from error
 
@@ -210,7 +211,7 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
 def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
     """Write what training changed: projector and, where there is one, the LoRA adapter."""
     state = {name: value.detach().contiguous().cpu() for name, value in model.projector.state_dict().items()}
-    save_file(state, directory / "projector.safetensors")
+    save_tensors(state, directory / "projector.safetensors")
     if has_lora(model.language_model):
         save_lora(model.language_model, directory / "adapter", base)
 

@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from babydoctor.files import check_readable
 from babydoctor.hub import model_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
@@ -58,6 +59,9 @@ _DTYPES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
 }
 
 
@@ -135,6 +139,7 @@ def open_safetensors(path: Path) -> Any:
     """
     from safetensors import SafetensorError, safe_open
 
+    check_readable(path)  # safetensors reports an unreadable file as missing
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -142,6 +147,16 @@ def open_safetensors(path: Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. It was probably not copied or "
             "downloaded completely; get it again"
         ) from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a whole safetensors file.
+
+    Raises:
+        UserError: it cannot be opened, or is truncated or damaged.
+    """
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -177,6 +192,24 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
     return weights
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read."""
+    # Wide types first, so that each tensor lies at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            # As bytes, because NumPy has no bfloat16.
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class ShardWriter:
@@ -278,4 +311,4 @@ def copy_model_files(source: Path, target: Path) -> None:
     for file in (*weight_files(source), *source.glob("*.json")):
         if weight_files(source)[0].suffix == ".safetensors" and file.name == "pytorch_model.bin.index.json":
             continue
-        shutil.copy2(file, target / file.name)
+        shutil.copyfile(file, target / file.name)  # the source's mode is not ours

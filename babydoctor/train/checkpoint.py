@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from babydoctor.files import atomic_directory, explain_full_disk, remove_leftovers, sha256, write_json, write_text
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.weights import load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ def save_checkpoint(
     size = sum(tensor.nbytes for tensor in (*parameters.values(), *tensors.values()))
     what = f"the checkpoint of step {state.step} ({size / 1e9:.2f} GB)"
     with explain_full_disk(what, run, _full_disk_hint(run)), atomic_directory(path) as directory:
-        save_file(parameters, directory / "trainable.safetensors")
-        save_file(tensors, directory / "optimizer.safetensors")
+        save_tensors(parameters, directory / "trainable.safetensors")
+        save_tensors(tensors, directory / "optimizer.safetensors")
         write_json(directory / "state.json", {**dataclasses.asdict(state), "optimizer": numbers})
         write_text(directory / CHECKSUMS, "".join(f"{sha256(directory / name)}  {name}\n" for name in _FILES))
     for old in list_checkpoints(run)[:-keep]:
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimi
     """
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     parameters = model.trainable_parameters()
-    saved = load_file(path / "trainable.safetensors")
+    saved = load_tensors(path / "trainable.safetensors")
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())[0]
         raise UserError(f"{path} does not fit the model: {odd!r} is in one and not in the other")
@@ -151,7 +151,7 @@ def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimi
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     numbers = values.pop("optimizer")
-    optimizer.load_state_dict(_join_optimizer_state(load_file(path / "optimizer.safetensors"), numbers))
+    optimizer.load_state_dict(_join_optimizer_state(load_tensors(path / "optimizer.safetensors"), numbers))
     return TrainState(**values)
 
 

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from babydoctor.model.weights import save_tensors
 
 SHARE = 0.2
 """Spread of a LoRA's update relative to the spread of the weights."""
@@ -36,7 +38,7 @@ def strengthen(run: Path, out: Path) -> None:
                 low = weights[name.replace(".lora_B.", ".lora_A.")]
                 std = SHARE * spread / (scale * config["r"] ** 0.5 * float(low.std()))
                 weights[name] = torch.randn(weight.shape, generator=generator).mul_(std).to(weight.dtype)
-        save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(weights, adapter / "adapter_model.safetensors")
 
 
 if __name__ == "__main__":

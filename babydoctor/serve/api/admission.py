@@ -9,14 +9,17 @@ import base64
 import binascii
 import hashlib
 import hmac
+import json
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote
 
 from babydoctor.schema import IMAGE_TOKEN
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import GenerateRequest
+from babydoctor.serve.api.shape_errors import Path, field_name
 from babydoctor.serve.settings import Limits
 
 MAX_JSON_DEPTH = 32
@@ -185,3 +188,39 @@ def check_json_shape(body: bytes) -> None:
             raise ApiError("json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
         if num_marks > MAX_JSON_MARKS:
             raise ApiError("json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def check_json_text(body: bytes) -> None:
+    """Refuse half surrogate pairs (``"\\ud800"`` is legal JSON, but not text), in keys too. Linear in time.
+
+    Raises:
+        ApiError: names the field that holds one.
+    """
+    if not _SURROGATE.search(body):
+        return
+    try:
+        value = json.loads(body)
+    except ValueError:  # reported where the body is parsed for the route
+        return
+    path = _path_of_surrogate(value)
+    if path is not None:
+        name = field_name(path)
+        message = f"{name or 'The body'} must be valid Unicode, without half surrogate pairs."
+        raise ApiError("bad_request", message, param=name or None)
+
+
+def _path_of_surrogate(value: Any, path: Path = ()) -> Path | None:
+    """Where in a JSON value text stands that UTF-8 cannot hold; for a key, the object that has it."""
+    if isinstance(value, str):
+        return path if any("\ud800" <= char <= "\udfff" for char in value) else None
+    if isinstance(value, dict):
+        if any(_path_of_surrogate(key) is not None for key in value):
+            return path
+        items: Any = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list) else ()
+    found = (_path_of_surrogate(item, (*path, key)) for key, item in items)
+    return next((place for place in found if place is not None), None)

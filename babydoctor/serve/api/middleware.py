@@ -13,10 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape
+from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape, check_json_text
 from babydoctor.serve.api.docs import DOCS_FILES
 from babydoctor.serve.api.errors import ApiCode, ApiError
 from babydoctor.serve.api.responses import error_response
+from babydoctor.serve.api.shape_errors import shape_error
 from babydoctor.serve.logs import REQUEST_ID, log, new_request_id
 from babydoctor.serve.metrics import HttpMetrics
 from babydoctor.serve.settings import Limits
@@ -85,6 +86,7 @@ class Gate:
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._read_body(receive)
                 held = len(body)
+                _with_json_type(scope)
                 receive = _receive_again(body, receive)
                 del body
         except ApiError as error:
@@ -132,6 +134,7 @@ class Gate:
             raise ApiError("body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
         body = b"".join(parts)
         check_json_shape(body)
+        check_json_text(body)
         return body
 
 
@@ -151,7 +154,7 @@ _HTTP_CODES: dict[int, ApiCode] = {404: "not_found", 405: "method_not_allowed"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves as ``ApiError.body()``; none quotes what the client sent."""
+    """Every error leaves as ``ApiError.body()``; none repeats a whole prompt or image."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -163,8 +166,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        code = _HTTP_CODES.get(error.status_code, "http_error")
-        response = error_response(ApiError(code, str(error.detail)), request.url.path)
+        response = error_response(_http_error(error), request.url.path)
         response.headers.update(error.headers or {})
         return response
 
@@ -175,20 +177,28 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """Fields and reasons. FastAPI's own answer repeats the input: a whole prompt, a whole image."""
+    """Field and reason. FastAPI's own answer repeats the input: a whole prompt, a whole image."""
     items = error.errors()
-    if items and items[0]["type"] == "json_invalid":
-        position, text = int(items[0]["loc"][-1]), str(error.body)
-        line = text.count("\n", 0, position) + 1
-        column = position - text.rfind("\n", 0, position)
-        reason = items[0].get("ctx", {}).get("error", "not valid JSON")
-        return ApiError("bad_json", f"The body is not valid JSON: {reason}, at line {line}, column {column}.")
-    faults = [f"{_field(item['loc'])}: {item['msg']}" for item in items[:5]]
-    if items and items[0]["type"] == "model_attributes_type":
-        faults.append("send JSON with the header Content-Type: application/json")
-    first = items[0]["loc"][1:] if items else ()
-    return ApiError("bad_request", "; ".join(faults), param=".".join(map(str, first)) or None)
+    if items[0]["type"] != "json_invalid":
+        return shape_error(items, error.body)
+    position, text = int(items[0]["loc"][-1]), str(error.body)
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    reason = items[0].get("ctx", {}).get("error", "not valid JSON")
+    return ApiError("bad_json", f"The body is not valid JSON: {reason}, at line {line}, column {column}.")
 
 
-def _field(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "body") or "body"
+def _http_error(error: HTTPException) -> ApiError:
+    if error.status_code == 400 and isinstance(error.__cause__, ValueError):
+        # FastAPI could not parse the body, for a reason that is not JSON's grammar.
+        fault = error.__cause__
+        reason = "it is not UTF-8" if isinstance(fault, UnicodeError) else "a number has too many digits"
+        return ApiError("bad_json", f"The body is not valid JSON: {reason}.")
+    return ApiError(_HTTP_CODES.get(error.status_code, "http_error"), str(error.detail))
+
+
+def _with_json_type(scope: Scope) -> None:
+    """Take a body without a Content-Type as JSON, as the original's servers do; OpenAI's API wants the header."""
+    is_llava = not scope["path"].startswith("/v1/")
+    if is_llava and not any(name == b"content-type" and value.strip() for name, value in scope["headers"]):
+        scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]

@@ -66,6 +66,9 @@ class Readable(Protocol):
 class Answer:
     """One answer. ``put``, ``finish`` and ``fail`` are called in the event loop's thread.
 
+    An answer never ends with a blank: blanks at the end of the text so far wait for more text, and are dropped where
+    none comes. Token ids, log-probabilities and usage are passed on as they come.
+
     Args:
         on_close: stops the work; awaited once, when the reader is done or has left.
     """
@@ -73,6 +76,8 @@ class Answer:
     def __init__(self, on_close: Callable[[], Awaitable[None]]) -> None:
         self._on_close = on_close
         self._pending: AnswerDelta | None = None
+        self._blanks = ""
+        """Blanks at the end of the text so far."""
         self._ended = False
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
@@ -90,6 +95,10 @@ class Answer:
         """Append a delta; after the end this does nothing."""
         if self._ended:
             return
+        text = self._blanks + delta.text
+        shown = text.rstrip()
+        self._blanks = text[len(shown) :]
+        delta = dataclasses.replace(delta, text=shown)
         self._pending = delta if self._pending is None else self._pending.then(delta)
         self._wake()
 

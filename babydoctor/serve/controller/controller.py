@@ -263,7 +263,9 @@ class Controller:
         if not isinstance(error, dict) or response.status_code in (401, 403):
             code: ApiCode = "unsupported" if response.status_code == 404 else code_of_status(response.status_code)
             raise ApiError(code, "The model's worker cannot answer this.")
-        raise ApiError(known_code(error.get("code")), str(error.get("message")))
+        param = error.get("param")
+        code = known_code(error.get("code"))
+        raise ApiError(code, str(error.get("message")), param=str(param) if param is not None else None)
 
 
 def is_from_this_machine(request: Request) -> bool:

@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys
+from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads, read_upload
 
@@ -165,6 +166,9 @@ def build_page_app(
         enable_monitoring=False,
         max_file_size=1,  # byte: Gradio's own upload route is not used
     )
+    handlers = {number: function for number, function in demo.fns.items() if function.fn is not None}
+    inputs = {number: [box.get_block_name() for box in function.inputs] for number, function in handlers.items()}
+    app.add_middleware(GradioRoutes, inputs=inputs)
     app.add_middleware(PageGuard, keys=Keys(sign_in_keys))
     return app
 

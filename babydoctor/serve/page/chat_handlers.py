@@ -169,7 +169,9 @@ class AnswerHandlers(Handlers):
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Another word of the answer was chosen."""
         session = self.sessions.accepted(request.session_hash)
-        index = int((event._data or {}).get("word", 0))
+        index = (event._data or {}).get("word", 0)
+        if not isinstance(index, int):
+            raise PageError("bad_event")
         if session.last is None or not 0 <= index < len(session.words):
             raise PageError("no_answer")
         return {self.ui.overlay: self._overlay(session, session.last, index)}

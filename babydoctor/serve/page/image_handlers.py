@@ -58,7 +58,9 @@ class ImageHandlers(Handlers):
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
         """An example was chosen."""
         session = self.sessions.accepted(request.session_hash)
-        example = self.examples[str((event._data or {}).get("example"))]
+        example = self.examples.get(str((event._data or {}).get("example")))
+        if example is None:
+            raise PageError("bad_event")
         scan = open_scan(example.load())
         scan.title, scan.truth = example.title, example.truth
         return self._load(session, scan) | {self.ui.question: example.question}

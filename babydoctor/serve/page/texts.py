@@ -108,6 +108,7 @@ SENTENCES: dict[str, str] = {
     "session_gone": "The server no longer has the image and the conversation of this tab. Please load the image again.",
     "upload_too_large": "The file is larger than the limit of {limit_mb} MB. Export a single image of it.",
     "upload_broken": "The file did not arrive whole. Please check the connection and try again.",
+    "bad_event": "This tab sent something that the server does not know. Please reload the tab.",
     "upload_gone": "The file was not fetched in time. Please load it again.",
     "empty_file": "The file is empty (0 bytes). Please export it again.",
     "not_an_image": "This file is neither an image (PNG, JPEG, TIFF, WebP, BMP, GIF) nor a readable DICOM file.",

@@ -219,7 +219,7 @@ class Worker(SingleModelBackend):
                 answered.request_id,
                 answered.request.prompt,
                 answered.images,
-                answered.text,
+                answered.text.rstrip(),
                 model=self.name,
             )
 

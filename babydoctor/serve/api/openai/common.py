@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from babydoctor.engine.request import TokenLogprob, Usage
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, Text
+from babydoctor.serve.api.shape_errors import MAX_SHOWN_CHARS
 from babydoctor.serve.api.streaming import AnswerDelta
 
 MAX_ANSWERS = 8
@@ -87,7 +88,7 @@ def refuse_unknown(body: BaseModel) -> None:
     for name, value in (body.model_extra or {}).items():
         asks_nothing = value is None or value is False or value in ("", [], {}) or value in _NEUTRAL.get(name, ())
         if name not in WITHOUT_EFFECT and not asks_nothing:
-            raise unsupported(name)
+            raise unsupported(name if name.isidentifier() else f"the field {json.dumps(name[:MAX_SHOWN_CHARS])}")
 
 
 def unsupported(param: str, reason: str = "is not supported by this server") -> ApiError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, unquote_to_bytes
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from babydoctor.conversation import Template, prompt_text, render_continuation, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
@@ -23,6 +23,13 @@ MAX_MESSAGES = 256
 class ImageUrl(Body):
     url: str = Field(description="`data:image/png;base64,...`; http(s) only where the operator allows the host.")
     detail: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_string(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError('must be an object, {"url": "data:image/png;base64,..."}, not a string')
+        return value
 
 
 class TextPart(Body):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
 from babydoctor.conversation import Template
 from babydoctor.engine.request import Usage
@@ -26,6 +26,7 @@ from babydoctor.serve.api.openai.common import (
     token_limit,
 )
 from babydoctor.serve.api.openai.messages import (
+    MAX_MESSAGES,
     FetchImage,
     ImagePart,
     ImageUrl,
@@ -49,14 +50,7 @@ class InputImage(Body):
     detail: str | None = None
 
 
-InputPart = Annotated[
-    Annotated[InputText, Tag("text")] | Annotated[InputImage, Tag("image")],
-    Discriminator(lambda part: "image" if _type_of(part) == "input_image" else "text"),
-]
-
-
-def _type_of(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
 class InputMessage(Body):
@@ -86,7 +80,9 @@ class ResponsesRequest(SamplingBody):
         json_schema_extra={"examples": [{"model": "radiology", "input": "What can you tell about a chest radiograph?"}]}
     )
 
-    input: Text | list[InputMessage] = Field(description="A question, or the whole conversation.")
+    input: Text | Annotated[list[InputMessage], Field(max_length=MAX_MESSAGES - 1)] = Field(
+        description="A question, or the whole conversation."
+    )
     instructions: Text | None = Field(None, description="System prompt.")
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextSettings | None = None
