@@ -189,5 +189,65 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
     if not roles or roles != expected or roles[-1] != last:
         raise UserError(
             f"a conversation alternates between user and assistant, begins with the user and ends with the {last}; "
-            f"this one has {roles or 'no turns'}"
+            f"this one has {roles or 'no turns'}",
+            code="conversation_order",
         )
+
+
+def render_continuation(turns: Sequence[Turn], template: Template, *, system: str | None = None) -> tuple[Segment, ...]:
+    """Render a conversation whose last turn is the beginning of the assistant's answer, for the model to continue.
+
+    Raises:
+        UserError: the turns do not alternate or do not end with the assistant.
+    """
+    _check_order(turns, last="assistant")
+    before_answer = template.reply.partition("{answer}")[0]
+    opening = [Segment(before_answer, control=True)] if before_answer else []
+    return (*render_prompt(turns[:-1], template, system=system), *opening, Segment(turns[-1].text))
+
+
+def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:
+    """The inverse of ``render_prompt``, for clients of the LLaVA protocol, which sends rendered prompts.
+
+    Returns:
+        The system prompt (None: the template's own; "": none) and the turns, the user's last.
+
+    Raises:
+        UserError: the prompt is not a conversation in this template.
+    """
+    if not template.keeps_user_text:
+        return None, [Turn("user", prompt)]
+    system, rest = _split_opening(prompt, template)
+    before_answer, _, after_answer = template.reply.partition("{answer}")
+    turns: list[Turn] = []
+    pieces = rest.split(after_answer + template.next_opening)
+    for index, piece in enumerate(pieces):
+        is_last = index == len(pieces) - 1
+        question, cue, answer = piece.partition(template.reply_cue)
+        if not cue or (is_last and answer.strip()) or (not is_last and not answer.startswith(before_answer)):
+            raise _not_in_template(template)
+        turns.append(Turn("user", question))
+        if not is_last:
+            turns.append(Turn("assistant", answer.removeprefix(before_answer)))
+    return system, turns
+
+
+def _split_opening(prompt: str, template: Template) -> tuple[str | None, str]:
+    before, _, after = template.opening.partition("{system}")
+    own = template.opening.replace("{system}", template.system)
+    if prompt.startswith(own):
+        return None, prompt.removeprefix(own)
+    # v1's system prompt is whatever stands before the first "USER: ".
+    if prompt.startswith(template.opening_without_system) and not (before and prompt.startswith(before)):
+        return "", prompt.removeprefix(template.opening_without_system)
+    system, found, rest = prompt.removeprefix(before).partition(after)
+    if not prompt.startswith(before) or not found:
+        raise _not_in_template(template)
+    return system, rest
+
+
+def _not_in_template(template: Template) -> UserError:
+    return UserError(
+        f"the prompt is not a conversation in the template {template.name!r}, so it cannot be sent as messages",
+        code="prompt_format",
+    )

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from babydoctor.errors import UserError as UserError
+
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (torch's cross-entropy default)."""
 
@@ -23,13 +25,6 @@ IMAGE_TOKEN_INDEX = -200
 """The image as one id in ``data preview --json``, as the original LLaVA code writes it."""
 
 Role = Literal["user", "assistant"]
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend. The message names the file or key, the value and the mend.
-
-    The command line prints it as one paragraph without a stack trace and exits with 2.
-    """
 
 
 @dataclass(frozen=True, slots=True)

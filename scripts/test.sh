@@ -8,6 +8,12 @@ if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(i
   (apt-get update && apt-get install -y --no-install-recommends chromium) > /dev/null 2>&1 ||
     echo "chromium could not be installed; the browser tests will be skipped"
 fi
+# Pictures are compared with dcmtk's and ImageMagick's; without them those tests are skipped with a reason.
+if ! { command -v dcm2pnm && command -v convert-im6.q16; } > /dev/null && command -v apt-get > /dev/null &&
+  [ "$(id -u)" = 0 ]; then
+  (apt-get update && apt-get install -y --no-install-recommends dcmtk imagemagick) > /dev/null 2>&1 ||
+    echo "dcmtk and imagemagick could not be installed; the comparisons with them will be skipped"
+fi
 # llama.cpp comes as source and compiles for some minutes; only .ci/run asks for it. Without it its tests are skipped.
 # Two versions: today's, and in a folder of its own the last one that has CLIP's class token in its place.
 build_llama_cpp() {

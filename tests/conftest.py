@@ -187,11 +187,17 @@ def ask_old_llama_cpp(
     return ask
 
 
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of the tests marked ``gpu``: CUDA, or the CPU in a rehearsal."""
+    return os.environ.get("BABYDOCTOR_GPU_TESTS_ON", "cuda")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is no CUDA device."""
+    """Skip the tests marked ``gpu`` where there is no CUDA device, except in a rehearsal on the CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("BABYDOCTOR_GPU_TESTS_ON") == "cpu":
         return
     for item in items:
         if "gpu" in item.keywords:

@@ -130,6 +130,11 @@ def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{bare_base64(data)}"
 
 
+def user_message(text: str, *images: bytes) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *parts]}
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -148,7 +153,7 @@ class Server:
         self.process.kill()
         self.process.wait()
 
-    def terminate(self, timeout_s: float = 20) -> int:
+    def terminate(self, timeout_s: float = 120) -> int:
         self.process.terminate()
         return self.process.wait(timeout_s)
 
@@ -169,8 +174,8 @@ def start(arguments: list[str], url: str, log: Path, *, environment: dict[str, s
     return Server(url, process, log)
 
 
-def wait_until(condition, timeout_s: float = 60, what: str = "condition"):
-    """Wait for something true; returns it."""
+def wait_until(condition, timeout_s: float = 180, what: str = "condition"):
+    """Wait for a true value and return it; the deadline only bounds a failure."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.RequestException):
@@ -180,10 +185,10 @@ def wait_until(condition, timeout_s: float = 60, what: str = "condition"):
     raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
-def wait_ready(server: Server, timeout_s: float = 60) -> Server:
+def wait_ready(server: Server, timeout_s: float = 180) -> Server:
     def ready() -> bool:
         assert server.process.poll() is None, server.log.read_text()
-        return requests.get(f"{server.url}/readyz", timeout=2).status_code == 200
+        return requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
 
     wait_until(ready, timeout_s, f"{server.url} ready")
     return server
@@ -205,13 +210,14 @@ def start_controller(log: Path, *settings: str, port: int | None = None, environ
 
 
 def llava_stream(url: str, body: dict, *, headers: dict[str, str] | None = None) -> Iterator[dict]:
-    """A client as the original's page: ``requests``, NUL as delimiter, 10 s timeout."""
+    """A client like the original's web UI: ``requests``, NUL as delimiter. Its timeout of 10 s is 60 s here, so that
+    the tests pass beside other work."""
     response = requests.post(
         f"{url}/worker_generate_stream",
         headers=headers or {"User-Agent": "LLaVA Client"},
         json=body,
         stream=True,
-        timeout=10,
+        timeout=60,
     )
     with response:
         for chunk in response.iter_lines(decode_unicode=False, delimiter=b"\0"):
@@ -262,6 +268,6 @@ def stop_all(servers: list[Server]) -> None:
             server.process.terminate()
     for server in servers:
         try:
-            server.process.wait(10)
+            server.process.wait(60)
         except subprocess.TimeoutExpired:
             server.kill()

@@ -1,4 +1,4 @@
-"""Keys, places, base64 and the shape of bodies."""
+"""Keys, request slots, base64 and the shape of bodies."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from babydoctor.schema import UserError
 from babydoctor.serve.api.admission import (
     Keys,
-    Places,
+    RequestSlots,
     bearer_key,
     check_image_count,
     check_json_shape,
     check_request,
     decode_image,
 )
-from babydoctor.serve.api.protocol import ApiError, GenerateRequest
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.settings import (
     Limits,
     Secrets,
@@ -45,27 +46,27 @@ def test_the_key_is_read_from_either_header():
 
 
 def test_one_place_too_many_is_refused_with_a_time_to_come_back():
-    places = Places(num_slots=2, max_queue=1)
+    slots = RequestSlots(num_slots=2, max_queue=1)
     for _ in range(3):
-        places.take()
+        slots.take()
     with pytest.raises(ApiError) as caught:
-        places.take()
+        slots.take()
     assert caught.value.status == 429 and 1 <= caught.value.retry_after_s <= 60
-    places.give_back(1.0)
-    places.take()
+    slots.free(1.0)
+    slots.take()
     for _ in range(3):
-        places.give_back(100.0)
-    assert places.taken == 0
+        slots.free(100.0)
+    assert slots.taken == 0
     with pytest.raises(AssertionError):
-        places.give_back(1.0)
+        slots.free(1.0)
 
 
 def test_time_to_come_back_follows_how_long_answers_take():
-    fast, slow = Places(1, 4), Places(1, 4)
+    fast, slow = RequestSlots(1, 4), RequestSlots(1, 4)
     for _ in range(50):
-        for places, seconds in ((fast, 0.1), (slow, 10.0)):
-            places.take()
-            places.give_back(seconds)
+        for slots, seconds in ((fast, 0.1), (slow, 10.0)):
+            slots.take()
+            slots.free(seconds)
     assert fast.retry_after_s() < slow.retry_after_s()
 
 
@@ -73,16 +74,17 @@ def test_base64_is_read_strictly_but_with_line_breaks():
     data = bytes(range(256))
     text = base64.b64encode(data).decode()
     assert decode_image("\n".join([text[:76], text[76:]]), 0) == data
+    assert decode_image(f"data:image/png;base64,{text}", 0) == data
 
 
-@pytest.mark.parametrize("text", ["", "!!!!", "abc", "abcd=efg", "a===", "data:image/png;base64,AAAA", "é" * 4, "AA-_"])
+@pytest.mark.parametrize("text", ["", "!!!!", "abcde", "abcd=efg", "a===", "data:image/png,AAAA", "é" * 4])
 def test_bad_base64_names_the_image(text: str):
     with pytest.raises(ApiError, match=r"images\[3\]") as caught:
         decode_image(text, 3)
     assert caught.value.status == 422
 
 
-def test_images_must_be_as_many_as_their_places():
+def test_images_must_be_as_many_as_their_slots():
     limits = Limits(max_images=1)
     check_image_count("<image> a", ["x"], limits)
     for prompt, images in (("a", ["x"]), ("<image>", []), ("<image><image>", ["x"]), ("<image><image>", ["x", "y"])):
@@ -110,10 +112,10 @@ def test_deep_and_crowded_json_is_refused():
 )
 def test_checking_json_takes_linear_time(unit: bytes):
     body = b'"' + unit * (4_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else runs
     with contextlib.suppress(ApiError):
         check_json_shape(body)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_settings_name_the_wrong_key():

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from babydoctor.config import apply_override, build_config, changed_settings, dump_config, load_config
+from babydoctor.cli.main import build_app
+from babydoctor.config import RunConfig, apply_override, build_config, changed_settings, dump_config, load_config
+from babydoctor.config_file import iterate_keys
 from babydoctor.schema import UserError
-from babydoctor.serve.settings import load_settings
+from babydoctor.serve.settings import ServeSettings, load_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -135,3 +139,34 @@ def test_training_and_serving_read_the_same_numbers(tmp_path: Path, text: str) -
 def test_shipped_configs_need_no_correction() -> None:
     for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("tiny/*.yaml")]:
         (load_settings if path.name == "serve.yaml" else load_config)(path)
+
+
+def listed(*arguments: str) -> str:
+    result = CliRunner().invoke(build_app(), ["config", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(("schema", "arguments"), [(RunConfig, ()), (ServeSettings, ("--serve",))])
+def test_config_lists_every_key_with_type_default_and_meaning(schema: type, arguments: tuple[str, ...]) -> None:
+    output = listed(*arguments)
+    for key in iterate_keys(schema):
+        if key.section is None and key.name != "engine":
+            assert key.field.description, f"{key.name} has no description"
+            last = key.name.rpartition(".")[2]
+            lines = [line for line in output.splitlines() if f"{last}: " in line and key.field.description in line]
+            assert lines and all("; required;" in line or "; default " in line for line in lines), key.name
+    assert yaml.safe_load(output).keys() == schema.model_fields.keys()
+
+
+def test_config_shows_the_values_of_a_file_as_yaml_that_loads_again(tmp_path: Path) -> None:
+    path = CONFIGS / "instruct.yaml"
+    output = listed(str(path), "train.learning_rate=1e-5", "train.max_steps=3")
+    again = load_config(write(tmp_path, output))
+    assert again == load_config(path, ["train.learning_rate=1e-5", "train.max_steps=3"])
+    assert "engine" in listed("--serve", "engine.max_running=3")
+
+
+def test_config_needs_a_file_for_overrides() -> None:
+    result = CliRunner().invoke(build_app(), ["config", "train.max_steps=3"])
+    assert isinstance(result.exception, UserError) and "configs/align.yaml" in str(result.exception)

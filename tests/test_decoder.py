@@ -281,7 +281,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 def test_gradients_through_a_4bit_base():
     pytest.importorskip("bitsandbytes")
-    from babydoctor.model.language_model import Quantization, dequantized_weight, place_weight
+    from babydoctor.model.language_model import place_weight
+    from babydoctor.model.nf4 import Quantization, dequantized_weight
 
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=60

@@ -223,7 +223,7 @@ def test_wrong_views_are_named(options: dict[str, Any], message: str) -> None:
 def test_windows_are_for_grey_images_and_presets_for_ct() -> None:
     with pytest.raises(UserError, match="for CT, this is MR"):
         render(read_dicom(examples.get_path("mr")), preset="lung")
-    with pytest.raises(UserError, match="colour image"):
+    with pytest.raises(UserError, match="color image"):
         render(read_dicom(examples.get_path("rgb_color")), center=1, width=2)
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from babydoctor.bench.train import SyntheticEncoder, build_stage_model, stage_config, synthetic_samples
 from babydoctor.data.loader import StepData, StepDataset
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model import language_model
 from babydoctor.train.optimizer import build_optimizer
 from babydoctor.train.step import accumulate_gradients, forward

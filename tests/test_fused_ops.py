@@ -25,13 +25,15 @@ def compiled() -> ElementwiseOps:
     return ElementwiseOps(compiled=True)
 
 
-def values_and_gradients(ops: ElementwiseOps, length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def values_and_gradients(
+    ops: ElementwiseOps, length: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
     """Outputs of all operations on random inputs, and the gradients of their sum."""
-    norm = build_tiny().language_model.model.norm
+    norm = build_tiny().language_model.model.norm.to(device)
     generator = torch.Generator().manual_seed(length)
-    x, y, seed = (torch.randn(length, 32, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    x, y, seed = (torch.randn(length, 32, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     angle = torch.rand(length, 4, generator=generator)
-    cos, sin = (f(torch.cat((angle, angle), -1)).to(dtype) for f in (torch.cos, torch.sin))
+    cos, sin = (f(torch.cat((angle, angle), -1)).to(device, dtype) for f in (torch.cos, torch.sin))
     query, key = ((z * 1).view(-1, 4, 8) for z in (x, y))  # new tensors: Liger rotates in place
     outputs = [ops.swiglu(x, y), ops.rms_norm(x, norm)]
     outputs += [turned.flatten(1) for turned in ops.rotate_pair(query, key, cos, sin)]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from babydoctor.imaging.load import ImageMode, ImageSettings, load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import ImageMode, ImageSettings, to_pixels
 from babydoctor.schema import UserError
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}

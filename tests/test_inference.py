@@ -109,7 +109,7 @@ def test_sample_answers_during_training_come_from_the_current_weights(
     finished, samples = load_run(path), record["answers"]
     assert [sample["id"] for sample in samples] == ["0", "1"]
     from babydoctor.data.rows import load_dataset_rows, read_image
-    from babydoctor.imaging.load import to_pixels
+    from babydoctor.imaging.preprocess import to_pixels
 
     rows = load_dataset_rows(settings["data"]["rows"], settings["data"]["images"], "refuse")
     for sample, row in zip(samples, rows, strict=False):

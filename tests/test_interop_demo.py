@@ -21,7 +21,8 @@ from babydoctor.eval.ask import GenerationConfig, ask, build_inference
 from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.load import load_task
 from babydoctor.eval.tasks import Question
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import IMAGE_TOKEN

@@ -16,7 +16,8 @@ from test_interop_import import IMAGES, QUESTION, logits_and_greedy
 
 from babydoctor.conversation import get_template, render, render_prompt
 from babydoctor.data.tokens import encode
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor

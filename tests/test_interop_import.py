@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data.tokens import encode
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import Turn, UserError

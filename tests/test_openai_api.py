@@ -11,12 +11,15 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import PROMPT, data_url, generation, llava_answer, png, tiny_worker
+from serving import PROMPT, generation, llava_answer, png, tiny_worker
+from serving import user_message as user
 
 from babydoctor.conversation import LLAVA_SYSTEM, get_template
-from babydoctor.serve.api.openai import ChatRequest, CompletionWriter, to_generate
-from babydoctor.serve.api.protocol import ApiError, Chunk, GenerateRequest
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.openai.chat import ChatRequest, ChatWriter, to_generate
+from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.api.remote_image import fetch_image, is_public
+from babydoctor.serve.api.streaming import AnswerDelta
 from babydoctor.serve.client import AskError, Client
 from babydoctor.serve.settings import RemoteImages
 
@@ -29,12 +32,8 @@ async def no_fetch(url: str) -> bytes:
 
 def convert(messages: list[dict], **fields) -> GenerateRequest:
     request = ChatRequest.model_validate({"model": "tiny", "messages": messages} | fields)
-    return asyncio.run(to_generate(request, TEMPLATE, no_fetch))
-
-
-def user(text: str, *images: bytes) -> dict:
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    return {"role": "user", "content": [{"type": "text", "text": text}, *parts]}
+    (generate,) = asyncio.run(to_generate(request, TEMPLATE, no_fetch))
+    return generate
 
 
 # Messages become the prompt that the stages trained on.
@@ -71,14 +70,14 @@ def test_what_is_not_said_is_the_wires_default():
         ([user("x", png(), png())], {}, "2 images"),
         ([user("x", png()), {"role": "assistant", "content": "y"}, user("z", png())], {}, "2 images"),
         ([{"role": "assistant", "content": "x"}], {}, "begins with the user"),
-        ([user("x"), {"role": "assistant", "content": "y"}], {}, "ends with the user"),
+        ([user("x"), {"role": "assistant", "content": "y"}], {"continue_final_message": False}, "end with the user"),
         ([user("x"), {"role": "system", "content": "late"}], {}, "system message"),
         ([user("x <image>")], {}, "<image>"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png"}}]}], {}, "comma"),
-        ([user("x")], {"n": 2}, "n is not supported"),
+        ([user("x")], {"n": 9}, "from 1 to 8"),
+        ([user("x")], {"reasoning_effort": "high"}, "reasoning_effort is not supported"),
         ([user("x")], {"tools": [{}]}, "tools"),
-        ([user("x")], {"response_format": {"type": "json_object"}}, "response_format"),
-        ([user("x")], {"frequency_penalty": 0.5}, "frequency_penalty"),
+        ([user("x")], {"response_format": {"type": "json_schema"}}, "json_schema.schema"),
         ([user("x")], {"top_logprobs": 2}, "logprobs: true"),
     ],
 )
@@ -90,8 +89,8 @@ def test_what_cannot_be_served_is_refused_by_name(messages: list[dict], fields: 
 
 def test_events_hold_only_what_is_new():
     request = ChatRequest.model_validate({"model": "m", "messages": [user("x")], "stream": True})
-    writer = CompletionWriter(request, "id")
-    first, second = writer.event(Chunk("ab")), writer.event(Chunk("abc", finish_reason="stop"))
+    writer = ChatWriter(request, "id")
+    first, second = writer.event(AnswerDelta("ab")), writer.event(AnswerDelta("c", "stop"))
     assert b'"content": "ab"' in first and b'"content": "c"' in second and b'"finish_reason": "stop"' in second
     assert writer.event(None).startswith(b":")
 
@@ -155,12 +154,12 @@ def test_models(client: openai.OpenAI):
 def test_errors_are_the_clients_own_kinds(client: openai.OpenAI):
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=MESSAGES)
-    with pytest.raises(openai.UnprocessableEntityError, match="2 images"):
+    with pytest.raises(openai.BadRequestError, match="2 images"):
         client.chat.completions.create(model="tiny", messages=[user("x", png(), png(1))])
-    with pytest.raises(openai.UnprocessableEntityError, match="off on this server"):
+    with pytest.raises(openai.BadRequestError, match="off on this server"):
         url = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [url]}])
-    with pytest.raises(openai.UnprocessableEntityError, match="not a PNG"):
+    with pytest.raises(openai.BadRequestError, match="not a PNG"):
         client.chat.completions.create(model="tiny", messages=[user("x", b"no image")], stream=True)
 
 

@@ -1,4 +1,4 @@
-"""The wire's bodies, chunks and errors."""
+"""Bodies, messages and errors of the LLaVA protocol."""
 
 from __future__ import annotations
 
@@ -7,53 +7,81 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from babydoctor.serve.api.protocol import (
-    ApiError,
-    Chunk,
-    GenerateRequest,
-    RegisterRequest,
-    StreamDecoder,
-    TokenLogprob,
-    Usage,
-    WorkerStatus,
-    decode_chunk,
-    encode_chunk,
-)
+from babydoctor.engine.request import TokenLogprob, Usage
+from babydoctor.serve.api.errors import ApiError, overflow_error
+from babydoctor.serve.api.llava_stream import OVERFLOW_NOTICE, LlavaReader, LlavaWriter
+from babydoctor.serve.api.protocol import GenerateRequest, RegisterRequest, WorkerStatus
+from babydoctor.serve.api.streaming import AnswerDelta
 
 
-def test_a_chunk_is_json_and_one_nul_byte():
-    data = encode_chunk(Chunk("scan \0 [INST]é", 0))
+def read_all(data: bytes, **options: str) -> list[AnswerDelta]:
+    return list(LlavaReader(**options).feed(data))
+
+
+def test_a_message_is_json_and_one_nul_byte():
+    data = LlavaWriter("").encode(AnswerDelta("scan \0 [INST]é"))
     assert data.count(b"\0") == 1 and data.endswith(b"\0")
     assert json.loads(data[:-1]) == {"text": "scan \0 [INST]é", "error_code": 0}
 
 
-def test_a_chunk_survives_the_wire_with_all_its_fields():
-    usage = Usage(prompt_tokens=3, completion_tokens=2, total_tokens=5)
-    chunk = Chunk("a", 0, "stop", usage, (1, 2), (TokenLogprob("a", -0.5, (("b", -1.0),)),), None)
-    assert decode_chunk(encode_chunk(chunk, token_ids=True)[:-1]) == chunk
-    assert "token_ids" not in json.loads(encode_chunk(chunk)[:-1])
+def test_the_text_of_messages_is_cumulative_and_begins_with_the_prompt():
+    writer = LlavaWriter("Q: ")
+    data = b"".join(writer.encode(delta) for delta in (AnswerDelta("a"), None, AnswerDelta("b")))
+    assert [json.loads(message)["text"] for message in data.split(b"\0")[:-1]] == ["Q: a", "Q: a", "Q: ab"]
+    assert [delta.text for delta in read_all(data, front="Q: ")] == ["a", "", "b"]
+
+
+def test_a_delta_survives_the_protocol_with_all_its_fields():
+    logprob = TokenLogprob(-1, "a", -0.5, ((-1, "b", -1.0),))
+    delta = AnswerDelta("a", "stop", Usage(3, 2), (1, 2), (logprob,))
+    assert read_all(LlavaWriter("x", token_ids=True).encode(delta), front="x") == [delta]
+    assert "token_ids" not in json.loads(LlavaWriter("").encode(delta)[:-1])
+
+
+def test_an_error_follows_the_text_that_came_before_it():
+    error = ApiError("worker_lost", "Lost.")
+    text, last = read_all(LlavaWriter("x").encode(AnswerDelta("ab", error=error)), front="x")
+    assert text.text == "ab" and text.error is None
+    assert last.error is not None and (last.error.code, last.error.message) == ("worker_lost", "Lost.")
+
+
+def test_too_long_a_prompt_is_the_originals_notice_and_an_error_for_our_readers():
+    data = LlavaWriter("x").encode(AnswerDelta(error=overflow_error()))
+    message = json.loads(data[:-1])
+    assert message["text"] == f"x{OVERFLOW_NOTICE}" and message["error_code"] == 0
+    (delta,) = read_all(data, front="x")
+    assert delta.error is not None and delta.error.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("portion", [1, 2, 3, 7, 1000])
-def test_chunks_come_out_whole_whatever_the_portions(portion: int):
-    chunks = [Chunk("répoñse" * n) for n in range(5)]
-    data = b"".join(map(encode_chunk, chunks)) + b'{"text": "cut'
-    decoder = StreamDecoder()
-    found = [c for start in range(0, len(data), portion) for c in decoder.feed(data[start : start + portion])]
-    assert found == chunks
-    assert decoder.pending == len(b'{"text": "cut')
+def test_messages_come_out_whole_whatever_the_portions(portion: int):
+    deltas = [AnswerDelta("répoñse" * n) for n in range(5)]
+    writer = LlavaWriter("")
+    data = b"".join(map(writer.encode, deltas)) + b'{"text": "cut'
+    reader = LlavaReader()
+    found = [d for start in range(0, len(data), portion) for d in reader.feed(data[start : start + portion])]
+    assert found == deltas
+    assert reader.pending == len(b'{"text": "cut')
+
+
+def test_what_a_lost_worker_has_sent_is_not_repeated():
+    writer = LlavaWriter("Q")
+    data = b"".join(writer.encode(AnswerDelta(text)) for text in ("one", " two", " three"))
+    assert "".join(delta.text for delta in read_all(data, front="Q", so_far="one tw")) == "o three"
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{}", b'{"text": 1}', b"no json", b"\xff"])
-def test_what_is_no_chunk_is_refused(data: bytes):
+def test_what_is_no_message_is_refused(data: bytes):
     with pytest.raises(ValueError):
-        list(StreamDecoder().feed(data + b"\0"))
+        read_all(data + b"\0")
 
 
-def test_the_originals_and_fastchats_chunks_are_read():
-    assert decode_chunk(b'{"text": "a", "error_code": 0}') == Chunk("a")
-    fastchat = b'{"text": "a", "error_code": 0, "usage": {}, "finish_reason": null, "logprobs": {"tokens": []}}'
-    assert decode_chunk(fastchat) == Chunk("a")
+def test_the_originals_and_fastchats_messages_are_read():
+    assert read_all(b'{"text": "a", "error_code": 0}\0') == [AnswerDelta("a")]
+    fastchat = b'{"text": "a", "error_code": 0, "usage": {}, "finish_reason": null, "logprobs": {"tokens": []}}\0'
+    assert read_all(fastchat) == [AnswerDelta("a")]
+    (lost,) = read_all(b'{"text": "NETWORK ERROR", "error_code": 3}\0')
+    assert lost.error is not None and lost.error.code == "worker_lost"
 
 
 def test_defaults_are_the_originals():
@@ -106,6 +134,6 @@ def test_the_originals_registration_is_read():
 
 
 def test_one_error_body_serves_all_clients():
-    body = ApiError(429, "queue_full", "Busy.", retry_after_s=3).body()
+    body = ApiError("queue_full", "Busy.", retry_after_s=3).body()
     assert body["error"]["type"] == "rate_limit_error" and body["error"]["code"] == "queue_full"
     assert body["text"] == "Busy." and body["error_code"] == 1

@@ -40,8 +40,7 @@ def test_a_resumed_answer_reads_the_same_wherever_it_broke(tokenizer, answer: st
     ids = answer_ids(tokenizer, answer)
     for given in range(len(ids) + 1):
         text = ResumedText(tokenizer, ids[:given], ("</s>",), frozenset({tokenizer.eos_token_id}))
-        text.add(ids[given:])
-        assert text.flush().strip() == answer and not text.ended
+        assert (text.add(ids[given:]) + text.flush()).strip() == answer and not text.ended
 
 
 def test_a_resumed_answer_that_had_ended_has_ended(tokenizer):

@@ -26,7 +26,7 @@ from babydoctor.eval.score import (
     score_chance,
 )
 from babydoctor.eval.tasks import Question, Task
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.phantom.case import build_cases
 from babydoctor.phantom.text import question_rows
 from babydoctor.schema import UserError

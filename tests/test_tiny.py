@@ -12,7 +12,7 @@ from babydoctor.conversation import get_template, render
 from babydoctor.data.tokens import encode, load_tokenizer
 from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, build_corpus, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings, caption_pieces
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.vision import load_vision_tower, num_patches, patch_features
 from babydoctor.phantom import text
 from babydoctor.phantom.case import build_cases, load_cases

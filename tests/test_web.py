@@ -1,4 +1,4 @@
-"""The page without a browser: files in, sentences out, overlays, feedback, export, guard."""
+"""The web UI without a browser: files in, sentences out, overlays, feedback, export, guard."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from starlette.testclient import TestClient
 
 from babydoctor.imaging.dicom import IDENTIFYING_TAGS
 from babydoctor.serve.api.admission import Keys
-from babydoctor.serve.page.app import PageGuard, Uploads
-from babydoctor.serve.page.errors import SENTENCES, PageError
-from babydoctor.serve.page.examples import build_examples, gallery_html
+from babydoctor.serve.api.errors import API_CODES
+from babydoctor.serve.page import html as show
+from babydoctor.serve.page.app import PageGuard
+from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.feedback import build_row, export_session, save_row
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
-from babydoctor.serve.page.scan import FILE_WINDOW, describe, open_scan
-from babydoctor.serve.page.session import Exchange, Sampling, Session, Sessions
+from babydoctor.serve.page.scan import AUTO_WINDOW, FILE_WINDOW, describe, open_scan
+from babydoctor.serve.page.session import KEEP_MIN, AnswerSettings, Exchange, Session, Sessions
+from babydoctor.serve.page.texts import SENTENCES, PageError
+from babydoctor.serve.page.uploads import MAX_WAITING_BYTES, Uploads
 
 
 def dicom_bytes(**changes: object) -> bytes:
@@ -42,6 +45,18 @@ def dicom_bytes(**changes: object) -> bytes:
     return buffer.getvalue()
 
 
+def without_window(**changes: object) -> bytes:
+    import pydicom
+
+    dataset = pydicom.dcmread(io.BytesIO(dicom_bytes(**changes)))
+    for keyword in ("WindowCenter", "WindowWidth"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
 def pixels(view_png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(view_png)).convert("L"), dtype=float)
 
@@ -50,7 +65,7 @@ def answered(answer: str = "A chest radiograph.", question: str = "What is it?")
     session = Session(has_accepted=True, scan=open_scan(png()))
     assert session.scan is not None
     session.view = session.scan.view()
-    exchange = Exchange(question, "tiny", Sampling(0, 1, 64), session.view, answer=answer, ended="stop")
+    exchange = Exchange(question, "tiny", AnswerSettings(0, 1, 64), session.view, answer=answer, ended="stop")
     session.exchanges.append(exchange)
     return session
 
@@ -81,9 +96,15 @@ def test_a_file_that_cannot_be_used_has_its_own_sentence(data: bytes, code: str)
     assert error.value.code == code and error.value.sentence == SENTENCES[code]
 
 
-def test_all_sentences_are_different_in_kind_and_none_is_technical():
-    # Four names are second names of one case: no model, lost, too large, too long.
-    assert len(set(SENTENCES.values())) == len(SENTENCES) - 4
+def test_every_code_has_a_sentence_and_none_is_technical():
+    folder = Path(show.__file__).parent
+    sources = [path.read_text() for pattern in ("*.py", "static/*.js") for path in folder.glob(pattern)]
+    own = {code for text in sources for code in re.findall(r"""(?:PageError\(|error: )["'](\w+)["']""", text)}
+    assert len(own) > 15 and own <= SENTENCES.keys()
+    others = {
+        code for code in SENTENCES if not any(f'"{code}"' in text for text in sources if "SENTENCES:" not in text)
+    }
+    assert others <= set(API_CODES)
     for code in SENTENCES:
         sentence = PageError(code, retry_after_s=7, limit_mb=128).sentence
         assert "{" not in sentence and "Traceback" not in sentence and sentence.endswith((".", "it."))
@@ -93,7 +114,7 @@ def test_all_sentences_are_different_in_kind_and_none_is_technical():
 
 def test_what_is_shown_is_what_is_sent_and_the_window_changes_it():
     scan = open_scan(dicom_bytes())
-    assert scan.presets[0] == FILE_WINDOW and "lung" in scan.presets
+    assert "lung" in scan.presets
     first = scan.view()
     scan.preset = "lung"
     lung = scan.view()
@@ -102,7 +123,7 @@ def test_what_is_shown_is_what_is_sent_and_the_window_changes_it():
     assert np.array_equal(pixels(lung.png), pixels(by_hand.png)) and not np.array_equal(
         pixels(first.png), pixels(lung.png)
     )
-    assert "centre -600, width 1500" in lung.caption
+    assert re.search("cent(er|re) -600, width 1500", lung.caption)
     at = scan.window_range()
     assert (at.center, at.width) == (-600, 1500) and at.low <= -1024 and at.high >= 3071
 
@@ -219,22 +240,120 @@ def test_the_export_is_one_document_that_a_program_reads_too():
 def test_the_image_stands_in_the_first_turn_and_failed_turns_are_left_out():
     session = answered()
     assert session.view is not None
-    session.exchanges.append(Exchange("lost", "tiny", Sampling(0, 1, 64), session.view, ended="error"))
+    session.exchanges.append(Exchange("lost", "tiny", AnswerSettings(0, 1, 64), session.view, ended="error"))
     turns = session.turns("And now?")
     assert [turn.role for turn in turns] == ["user", "assistant", "user"]
     assert turns[0].text == "<image>\nWhat is it?" and turns[-1].text == "And now?"
 
 
-def test_a_lost_session_is_not_answered_about_another_image():
+TAB = "0123456789abcdef" * 2
+
+
+def test_a_session_outlives_a_reload_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    now_s = 1000.0
+    monkeypatch.setattr("babydoctor.serve.page.session.time.monotonic", lambda: now_s)
     sessions = Sessions()
-    sessions.get("a").has_accepted = True
-    assert sessions.accepted("a")
-    sessions.forget("a")
+    session = sessions.attach("first load", TAB)
     with pytest.raises(PageError, match="session_lost"):
-        sessions.accepted("a")
+        sessions.accepted("first load")  # the notice has not been accepted
+    session.has_accepted = True
+    # A reload: the old page leaves before or after the new one attaches.
+    assert sessions.attach("second load", TAB) is session
+    sessions.leave("first load")
+    assert session.left_at_s is None
+    sessions.leave("second load")
+    assert session.left_at_s == now_s
+    # Back from a lost connection: the same page goes on.
+    assert sessions.accepted("second load") is session and session.left_at_s is None
+    sessions.leave("second load")
+    now_s += KEEP_MIN * 60 - 1
+    sessions.delete_old()
+    assert len(sessions) == 1
+    now_s += 2
+    sessions.delete_old()
+    with pytest.raises(PageError, match="session_lost"):
+        sessions.accepted("second load")
+    # What another tab sends as a token opens no other session.
+    assert sessions.attach("third load", "x") is not sessions.attach("fourth load", "x")
     for index in range(300):
-        sessions.get(str(index))
+        sessions.attach(str(index), f"{index:032x}")
     assert len(sessions) == 256
+
+
+def test_an_answer_is_stopped_when_its_tab_stays_away(monkeypatch: pytest.MonkeyPatch):
+    now_s = 1000.0
+    monkeypatch.setattr("babydoctor.serve.page.session.time.monotonic", lambda: now_s)
+    sessions = Sessions()
+    session = sessions.attach("load", TAB)
+    sessions.leave("load")
+    assert not session.is_abandoned
+    now_s += 61
+    assert session.is_abandoned
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "hidden"),
+    [
+        ("a<b and c>d", "a&lt;b and c&gt;d", "<b"),
+        ("[here](javascript:alert(1))", "[here](javascript:alert(1))", "href"),
+        ("[here](JaVaScRiPt:alert(1)) <javascript:alert(2)>", "&lt;javascript:alert(2)&gt;", "href"),
+        ("[x](data:text/html;base64,AAAA) [y](vbscript:z)", "[y](vbscript:z)", "href"),
+        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)&gt;", "<img"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;", "<script"),
+        ("![image](https://example.org/a.png)", "!", "<img"),
+        ("**bold** and `code`", "<strong>bold</strong> and <code>code</code>", "**"),
+        ("- one\n- two", "<li>one</li>", "- one"),
+        ("one\ntwo", "one<br>\ntwo", "one two"),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", "<td>1</td>", "|"),
+        ("[site](https://example.org)", 'rel="noopener noreferrer nofollow"', "[site]"),
+    ],
+)
+def test_markdown_is_rendered_and_html_is_text(text: str, shown: str, hidden: str):
+    rendered = show.markdown(text).replace("<br />", "<br>")
+    assert shown in rendered and hidden not in rendered
+
+
+def test_an_answer_names_its_image_frame_window_and_model():
+    session = answered()
+    scan = open_scan(Path(get_path("ybr_color")).read_bytes())
+    session.load(scan)
+    scan.frame, session.view = 15, scan.view()
+    session.exchanges.append(
+        Exchange(
+            "Why?", "tiny", AnswerSettings(0, 1, 64), scan.view(), session.image_name, answer="So.", ended="length"
+        )
+    )
+    page = show.chat(session)
+    assert "Image 1: US" in page and "frame 16 of 30" in page and "model tiny" in page
+    assert "data:image/jpeg;base64," in page and "Cut off at the set length" in page and 'data-copy="So."' in page
+    assert "Copy" not in show.chat(Session()) and "Load an image" in show.chat(Session())
+
+
+def test_a_ct_without_a_stored_window_opens_in_the_soft_tissue_window():
+    assert open_scan(dicom_bytes()).view().caption.startswith("cent")
+    scan = open_scan(without_window())
+    assert scan.preset == "soft-tissue" and scan.presets[0] == AUTO_WINDOW
+    assert re.search("cent(er|re) 40, width 400", scan.view().caption)
+    stored = open_scan(dicom_bytes(WindowCenter=50, WindowWidth=350))
+    assert stored.preset is None and stored.presets[0] == FILE_WINDOW and "width 350" in stored.view().caption
+    assert open_scan(without_window(Modality="MR")).preset is None
+
+
+@pytest.mark.parametrize("values", [(0, -1), (2e6, 400), (40, 2e6), (float("nan"), 400), (40, float("inf"))])
+def test_a_window_that_cannot_be_leaves_the_image_as_it_is(values: tuple[float, float]):
+    scan = open_scan(dicom_bytes())
+    before = scan.view().caption
+    with pytest.raises(PageError, match="bad_window"):
+        scan.set_window(*values)
+    assert scan.view().caption == before
+
+
+def test_a_window_beyond_the_sliders_is_taken():
+    scan = open_scan(dicom_bytes())
+    scan.set_window(5000, 9000)
+    assert (scan.window_range().high, scan.window_range().widest) == (5000, 9000)
+    scan.set_window(0, 0)
+    assert scan.window_range().width == 1
 
 
 def test_an_upload_is_taken_once_and_few_wait():
@@ -244,6 +363,11 @@ def test_an_upload_is_taken_once_and_few_wait():
     for gone in (tokens[-1], tokens[0], "guess"):
         with pytest.raises(PageError, match="upload_gone"):
             uploads.take(gone)
+    large = bytes(MAX_WAITING_BYTES - 10)
+    first, second = uploads.put(large), uploads.put(bytes(20))
+    with pytest.raises(PageError, match="upload_gone"):
+        uploads.take(first)
+    assert len(uploads.take(second)) == 20
 
 
 def test_examples_are_made_here_and_can_all_be_opened():
@@ -251,18 +375,18 @@ def test_examples_are_made_here_and_can_all_be_opened():
     assert len(examples) == 8 and sum(bool(example.truth) for example in examples) == 4
     for example in examples:
         assert open_scan(example.load()).view().png
-    assert gallery_html(examples).count("<button") == 8
+    assert show.gallery(examples).count("<button") == 8
 
 
-def test_only_answers_wait_in_gradios_queue():
-    # Gradio's stream ends with the last queued event; one that joins in that moment is not heard (see Page._connect).
+def test_nothing_waits_in_gradios_queue():
+    # Gradio's stream to the browser breaks with the connection, and would take running answers with it.
     from babydoctor.serve.page.controller_client import ControllerClient
-    from babydoctor.serve.page.page import Page
+    from babydoctor.serve.page.events import WebUI
 
-    demo = Page(ControllerClient("http://127.0.0.1:1"), Uploads(), None).build()
+    demo = WebUI(ControllerClient("http://127.0.0.1:1"), Uploads(), None).build()
     events = [each for each in demo.config["dependencies"] if each["backend_fn"]]
     queued = {each["api_name"] for each in events if each["queue"] is not False}
-    assert queued - {"on_unload"} == {"on_ask", "on_again"}  # a tab that closes listens to nothing
+    assert queued <= {"on_unload"}  # a tab that closes listens to nothing
     assert len(events) > 15
 
 

@@ -1,152 +1,38 @@
-"""Chromium through the whole page, over a real controller, worker and page process."""
+"""Chromium through the whole web UI, over a real controller, worker and web UI process."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydicom.examples import get_path
-from serving import Server, free_port, png, start, start_controller, start_worker, stop_all, tiny_run, wait_ready
-from serving import wait_until as wait
-
-from babydoctor.serve.page.errors import SENTENCES
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
-
-CHROMIUM = os.environ.get("BABYDOCTOR_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+from helpers.web_ui import (
+    PATIENT,
+    TIMEOUT_MS,
+    Parts,
+    ask,
+    browser,
+    enter,
+    expect,
+    load,
+    load_example,
+    needs_chromium,
+    parts,
+    patient_dicom,
+    shorten,
+    shown,
+    tab,
+    visitor,
+    wait_for_answer,
+    window,
 )
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (set BABYDOCTOR_CHROMIUM)"),
-    pytest.mark.slow,
-]
+from pydicom.examples import get_path
+from serving import png, wait_until
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-default-apps",
-    "--disable-extensions",
-    "--disable-sync",
-    "--no-first-run",
-]
-PATIENT = "Zzyzx^Quentin"
-TIMEOUT_MS = 20_000
+from babydoctor.serve.page.texts import SENTENCES
 
-
-class Parts:
-    """The processes behind the page."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.feedback = folder / "feedback.jsonl"
-        self.controller = start_controller(folder / "controller.log")
-        self.worker = self.start_worker()
-        port = free_port()
-        arguments = ["web", f"page.port={port}", f"page.feedback_file={self.feedback}"]
-        self.page = start(
-            [*arguments, "--controller", self.controller.url], f"http://127.0.0.1:{port}", folder / "page"
-        )
-        wait_ready(self.controller)
-        wait(self._page_answers, 60, "the page")
-
-    def start_worker(self) -> Server:
-        settings = (f"worker.controller={self.controller.url}", "worker.heart_beat_s=1", "limits.max_queue=0")
-        return start_worker(tiny_run(), self.folder / "worker.log", *settings, "engine.max_running=2")
-
-    def _page_answers(self) -> bool:
-        import requests
-
-        return requests.get(f"{self.page.url}/healthz", timeout=2).status_code == 200
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
-    running = Parts(tmp_path_factory.mktemp("page"))
-    yield running
-    stop_all([running.page, running.controller, running.worker])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def tab(browser, parts: Parts) -> Iterator[object]:
-    """A new visitor's tab. Whatever it asks of another server, and whatever goes wrong in it, fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(TIMEOUT_MS)
-    page = context.new_page()
-    foreign: list[str] = []
-    faults: list[str] = []
-
-    def on_request(request) -> None:
-        if not request.url.startswith((parts.page.url, "data:", "blob:")):
-            foreign.append(request.url)
-
-    page.on("request", on_request)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.goto(parts.page.url)
-    yield page
-    context.close()
-    assert not foreign and not faults, (foreign, faults)
-
-
-def enter(tab) -> None:
-    tab.get_by_label("I have read this").check()
-    tab.get_by_role("button", name="Continue").click()
-    expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
-
-
-def load(tab, data: bytes) -> None:
-    """Load a file whose name would give a person away."""
-    tab.locator("#bd-file").set_input_files({"name": f"{PATIENT}.bin", "mimeType": "", "buffer": data})
-
-
-def shown(tab) -> str:
-    return tab.locator("#bd-viewer img").get_attribute("src")
-
-
-def shorten(tab, num_tokens: int = 32) -> None:
-    tab.get_by_role("button", name="Settings").click()
-    box = tab.get_by_role("spinbutton", name="Longest answer")
-    box.fill(str(num_tokens))
-    box.press("Enter")
-
-
-def ask(tab, question: str) -> None:
-    tab.get_by_label("Question", exact=True).fill(question)
-    tab.get_by_label("Question", exact=True).press("Enter")
-
-
-def wait_for_answer(tab) -> str:
-    expect(tab.get_by_label("Question", exact=True)).to_have_value("")
-    expect(tab.locator("#bd-chat .bot").last).not_to_contain_text("…")
-    expect(tab.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
-    expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
-    return tab.locator("#bd-chat .bot").last.inner_text()
-
-
-def patient_dicom() -> bytes:
-    import io
-
-    import pydicom
-
-    dataset = pydicom.dcmread(get_path("ct"))
-    dataset.PatientName = PATIENT
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    return buffer.getvalue()
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 
 def test_the_whole_way(tab, parts: Parts):
@@ -173,7 +59,7 @@ def test_the_whole_way(tab, parts: Parts):
     assert own != plain
     tab.get_by_label("Window", exact=True).click()
     tab.get_by_role("option", name="lung").click()
-    expect(tab.locator("#bd-viewer")).to_contain_text("centre -600, width 1500")
+    expect(tab.locator("#bd-viewer")).to_contain_text(window(-600, 1500))
     lung = shown(tab)
     assert lung != own
     slider = tab.locator("#bd-width input[type=range]")
@@ -237,17 +123,18 @@ def _export(tab) -> None:
 def test_errors_are_sentences(tab, parts: Parts):
     enter(tab)
     status = tab.locator("#bd-status")
+    beside_image = tab.locator("#bd-image-status")
     ask(tab, "Is there an image?")
     expect(status).to_contain_text(SENTENCES["no_image"])
     load(tab, b"hello, this is a letter")
-    expect(status).to_contain_text(SENTENCES["not_an_image"])
+    expect(beside_image).to_contain_text(SENTENCES["not_an_image"])
     load(tab, patient_dicom()[:20_000])
-    expect(status).to_contain_text(SENTENCES["bad_dicom"])
+    expect(beside_image).to_contain_text(SENTENCES["bad_dicom"])
     load(tab, Path(get_path("rt_plan")).read_bytes())
-    expect(status).to_contain_text(SENTENCES["dicom_without_image"])
-    tab.get_by_role("button", name="Real CT").click()
-    expect(tab.locator("#bd-viewer img")).to_be_visible()
+    expect(beside_image).to_contain_text(SENTENCES["dicom_without_image"])
+    load_example(tab)
     expect(status).to_be_hidden()
+    expect(beside_image).to_be_hidden()
 
     # The worker is killed: the question comes back, to be asked again.
     tab.get_by_role("button", name="Clear chat").click()
@@ -256,17 +143,10 @@ def test_errors_are_sentences(tab, parts: Parts):
     expect(status).to_contain_text("model")
     expect(tab.get_by_label("Question", exact=True)).to_have_value("Are you there?")
     assert "Traceback" not in tab.content()
-    parts.worker = wait_ready(parts.start_worker())
-    wait(lambda: _models(parts) == ["tiny"], 20, "the worker's return")
+    parts.restart_worker()
     shorten(tab)
     ask(tab, "Are you there?")
     assert wait_for_answer(tab)
-
-
-def _models(parts: Parts) -> list[str]:
-    import requests
-
-    return requests.post(f"{parts.controller.url}/list_models", timeout=5).json()["models"]
 
 
 def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
@@ -278,8 +158,9 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     shorten(tab, 1024)
     ask(tab, "Tell me everything.")
     tab.get_by_role("button", name="Stop", exact=True).click()
-    assert "Stopped by you." in wait_for_answer(tab)
-    wait(lambda: _queue(parts) == 0, 10, "the worker's rest")
+    wait_for_answer(tab)
+    expect(tab.locator("#bd-chat .bot").last).to_contain_text("Stopped by you.")
+    wait_until(lambda: parts.queue_length() == 0, 60, "the worker's rest")
     tab.get_by_role("spinbutton", name="Longest answer").fill("16")
     tab.get_by_role("spinbutton", name="Longest answer").press("Enter")
     tab.get_by_role("button", name="Regenerate").click()
@@ -290,7 +171,7 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     expect(tab.locator("#bd-chat .user")).to_have_count(0)
 
     # Both slots taken by others, whose greedy answers are long.
-    wait(lambda: _queue(parts) == 0, 10, "the worker's rest")
+    wait_until(lambda: parts.queue_length() == 0, 60, "the worker's rest")
     body = {"model": "tiny", "prompt": "x", "max_new_tokens": 1024, "temperature": 0}
     others = [
         requests.post(f"{parts.controller.url}/worker_generate_stream", json=body, stream=True, timeout=10)
@@ -303,17 +184,13 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
         other.close()
 
 
-def _queue(parts: Parts) -> int:
-    import requests
-
-    return requests.post(f"{parts.worker.url}/worker_get_status", timeout=5).json()["queue_length"]
-
-
 def test_phone_and_keyboard(browser, parts: Parts):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
-    context.set_default_timeout(TIMEOUT_MS)
-    tab = context.new_page()
-    tab.goto(parts.page.url)
+    phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True}
+    with visitor(browser, parts, **phone) as tab:
+        _use_a_phone(tab)
+
+
+def _use_a_phone(tab) -> None:
     # By keyboard alone: gate, example, question.
     tab.get_by_label("I have read this").focus()
     tab.keyboard.press("Space")
@@ -335,7 +212,6 @@ def test_phone_and_keyboard(browser, parts: Parts):
     # The gate is not asked for again by the same browser.
     tab.reload()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
-    context.close()
 
 
 @pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")

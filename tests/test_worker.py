@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import socket
 import time
 import zlib
@@ -50,7 +51,7 @@ def _no_slot_is_leaked(worker: Server):
 
 
 def post(worker: Server, body: object, path: str = "/worker_generate_stream", **kwargs) -> requests.Response:
-    return requests.post(worker.url + path, json=body, timeout=10, **kwargs)
+    return requests.post(worker.url + path, json=body, timeout=60, **kwargs)
 
 
 # What the wire promises.
@@ -118,7 +119,7 @@ def test_a_prompt_without_room_gets_the_originals_notice(worker: Server):
     refused = post(
         worker, {"model": "tiny", "messages": [{"role": "user", "content": "x" * 5000}]}, "/v1/chat/completions"
     )
-    assert refused.status_code == 422 and refused.json()["error"]["code"] == "context_length_exceeded"
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_another_models_name_is_answered_with_code_2(worker: Server):
@@ -131,7 +132,7 @@ def test_fastchats_endpoints(worker: Server):
     count = post(worker, {"model": "tiny", "prompt": PROMPT}, "/count_token").json()
     assert count["count"] > 16 and count["error_code"] == 0
     assert post(worker, {"model": "tiny"}, "/worker_get_conv_template").json()["conv"]["name"] == "llava_llama_2"
-    assert requests.post(worker.url + "/model_details", timeout=5).json()["context_length"] == 4096
+    assert requests.post(worker.url + "/model_details", timeout=60).json()["context_length"] == 4096
 
 
 def test_an_answer_goes_on_from_another_workers_tokens(worker: Server):
@@ -161,10 +162,12 @@ def test_where_it_looked(worker: Server):
 
 
 def test_docs_and_metrics(worker: Server):
-    page = requests.get(worker.url + "/docs", timeout=5).text
-    assert "POST /worker_generate_stream" in page and "max_new_tokens" in page and "curl" in page
-    assert "http://" not in page and "https://" not in page and "<script" not in page
-    text = requests.get(worker.url + "/metrics", timeout=5).text
+    page = requests.get(worker.url + "/docs", timeout=60).text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(files) == 3 and all(file.startswith("/docs-files/") for file in files), files
+    assert all(requests.get(worker.url + file, timeout=60).status_code == 200 for file in files)
+    assert "http://" not in page and "https://" not in page
+    text = requests.get(worker.url + "/metrics", timeout=60).text
     for name in ("first_token_seconds_bucket", "per_token_seconds_bucket", "generated_tokens_total", "queue_length"):
         assert f"babydoctor_{name}" in text
     for name in ("engine_running", "engine_image_cache_hits", "engine_cached_prompt_tokens", "engine_kv_used"):
@@ -190,7 +193,7 @@ def test_every_client_that_leaves_stops_its_answer(worker: Server):
         for _ in range(index % 7 + 1):
             next(stream)
         stream.close()
-    wait_until(lambda: queue_length(worker.url) == 0, 10, "the slots' return")
+    wait_until(lambda: queue_length(worker.url) == 0, 180, "the slots' return")
     assert num_cancelled(worker) - before == 20
 
 
@@ -200,7 +203,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(worker: Server):
         next(stream)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(next, stream) for stream in streams[4:]]
-        wait_until(lambda: queue_length(worker.url) == 6, 5, "six requests")
+        wait_until(lambda: queue_length(worker.url) == 6, 180, "six requests")
         for stream in streams[:4]:
             stream.close()
         for first in waiting:
@@ -213,7 +216,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(worker: Server):
 def test_a_full_queue_says_so_before_it_looks_at_the_image(worker: Server):
     streams = [llava_stream(worker.url, generation(max_new_tokens=LONG)) for _ in range(7)]
     threads = [in_background(next, stream) for stream in streams]
-    wait_until(lambda: queue_length(worker.url) == 7, 10, "a full queue")
+    wait_until(lambda: queue_length(worker.url) == 7, 180, "a full queue")
     started = time.perf_counter()
     refused = post(worker, generation() | {"prompt": PROMPT, "images": [bare_base64(b"not an image")]})
     assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
@@ -246,9 +249,9 @@ def test_a_client_that_does_not_read_holds_no_slot(worker: Server):
     with socket.create_connection((host.hostname, host.port)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        wait_until(lambda: queue_length(worker.url) == 1, 5, "the request")
+        wait_until(lambda: queue_length(worker.url) == 1, 180, "the request")
         # It reads nothing, and the answer is finished all the same.
-        wait_until(lambda: queue_length(worker.url) == 0, 30, "the end of its generation")
+        wait_until(lambda: queue_length(worker.url) == 0, 180, "the end of its generation")
 
 
 # Hostile input.
@@ -309,7 +312,7 @@ def test_bad_images_are_refused_by_name(worker: Server, images: list, status: in
 )
 def test_bad_bodies_are_refused(worker: Server, body: bytes, status: int):
     headers = {"Content-Type": "application/json"}
-    response = requests.post(worker.url + "/worker_generate_stream", data=body, headers=headers, timeout=10)
+    response = requests.post(worker.url + "/worker_generate_stream", data=body, headers=headers, timeout=60)
     assert response.status_code in (status, 400), response.text
     assert set(response.json()) == {"error", "text", "error_code"}
 
@@ -334,7 +337,7 @@ def test_a_template_inside_a_prompt_harms_nothing(worker: Server):
 def test_logs_hold_neither_prompts_nor_answers_nor_addresses(worker: Server):
     answer = llava_answer(worker.url, generation(prompt="[INST] Mrs Miller, born 1950 [/INST]"))
     post(worker, generation() | {"prompt": "Mrs Miller <image>", "images": ["%"]})
-    requests.get(worker.url + "/Miller", timeout=5)
+    requests.get(worker.url + "/Miller", timeout=60)
     text = worker.log.read_text()
     for secret in ("Miller", answer[:12], "127.0.0.1", "localhost"):
         assert secret not in text
@@ -361,29 +364,28 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
         wait_ready(server)
         assert post(server, generation()).status_code == 401
         assert post(server, generation(), headers={"Authorization": "Bearer key-of-the-ward-3"}).status_code == 401
-        assert requests.get(server.url + "/v1/models", timeout=5).status_code == 401
+        assert requests.get(server.url + "/v1/models", timeout=60).status_code == 401
         headers = {"Authorization": "Bearer key-of-the-ward-2"}
         answer = llava_answer(server.url, generation(png()), headers=headers)
 
         file = kept / "requests.jsonl"
-        entry = json.loads(wait_until(lambda: file.exists() and file.read_text(), 5, "the kept request"))
+        entry = json.loads(wait_until(lambda: file.exists() and file.read_text(), 180, "the kept request"))
         assert entry["prompt"] == PROMPT and entry["answer"] == answer
         assert (kept / "images" / entry["images"][0]).read_bytes() == png()
         assert (kept.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
 
         host = urlsplit(server.url)
-        with socket.create_connection((host.hostname, host.port), timeout=10) as sock:
+        with socket.create_connection((host.hostname, host.port), timeout=60) as sock:
             head = "POST /list HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-the-ward-2\r\nContent-Length: 9\r\n"
             sock.sendall(head.encode() + b"\r\nslow")
             assert b"408" in sock.recv(100)
 
-        stream = llava_stream(server.url, generation(png(), max_new_tokens=300), headers=headers)
+        stream = llava_stream(server.url, generation(png(), max_new_tokens=1024), headers=headers)
         next(stream)
         server.process.terminate()
-        time.sleep(0.2)
-        assert post(server, generation(), headers=headers).status_code == 503
+        wait_until(lambda: post(server, generation(), headers=headers).status_code == 503, 180, "draining")
         *_, last = stream
-        assert last["finish_reason"] == "length" and server.process.wait(10) == 0
+        assert last["finish_reason"] == "length" and server.process.wait(120) == 0
         assert "key-of-the-ward" not in server.log.read_text()
     finally:
         stop_all([server])

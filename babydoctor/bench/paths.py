@@ -162,26 +162,32 @@ PATHS = (
 )
 
 
-def bench_paths(stage: str, *, num_steps: int, batch_size: int = 8) -> Iterator[PathResult]:
-    """Measure one path after the other on the mini preset; yields each result as it comes."""
+def bench_paths(
+    stage: str, *, num_steps: int, preset: str = "mini", device: str = "cpu", batch_size: int = 8
+) -> Iterator[PathResult]:
+    """Measure one path after the other; yields each result as it comes.
+
+    A step with the path and one without it take turns. Of the ``7b`` preset only one copy fits a GPU: there all steps
+    without the path come after all steps with it.
+    """
     for path in PATHS:
-        jobs = {True: _make_job(stage, path, batch_size, is_on=True)}
-        jobs[False] = _make_job(stage, path, batch_size, is_on=False)
-        seconds = _steps_in_turn(path, jobs, num_steps)
-        peaks = {}
-        for is_on, job in jobs.items():
-            with _switched(path, job, is_on):
-                peaks[is_on] = measure_peak(job)
+        if preset == "7b":
+            seconds, peaks = _steps_apart(stage, path, num_steps, preset, device, batch_size)
+        else:
+            jobs = {is_on: _make_job(stage, path, preset, device, batch_size, is_on=is_on) for is_on in (True, False)}
+            seconds, peaks = _steps_in_turn(path, jobs, num_steps), {}
+            for is_on, job in jobs.items():
+                with _switched(path, is_on):
+                    peaks[is_on] = measure_peak(job)
         gain = statistics.median(without / with_ for with_, without in zip(seconds[True], seconds[False], strict=True))
         rates = {is_on: batch_size / statistics.median(values) for is_on, values in seconds.items()}
         yield PathResult(path, rates[True], rates[False], gain - 1, peaks[True], peaks[False])
 
 
-def _make_job(stage: str, path: FastPath, batch_size: int, *, is_on: bool) -> Job:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _make_job(stage: str, path: FastPath, preset: str, device: str, batch_size: int, *, is_on: bool) -> Job:
     job = prepare(
         stage,
-        "mini",
+        preset,
         device,
         hardware=this_device(device),
         batch_size=batch_size,
@@ -193,19 +199,39 @@ def _make_job(stage: str, path: FastPath, batch_size: int, *, is_on: bool) -> Jo
     return job
 
 
+NUM_WARMUP = 2
+"""Steps that are not counted, each with and without the path."""
+
+
 def _steps_in_turn(path: FastPath, jobs: dict[bool, Job], num_steps: int) -> dict[bool, list[float]]:
-    """Seconds of each step, one with the path and one without it, after two of each that are not counted."""
-    num_warmup = 2
-    running = {is_on: run_steps(job, num_steps + num_warmup) for is_on, job in jobs.items()}
+    """Seconds of each step, one with the path and one without it."""
+    running = {is_on: run_steps(job, num_steps + NUM_WARMUP) for is_on, job in jobs.items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for step in range(num_steps + num_warmup):
+    for step in range(num_steps + NUM_WARMUP):
         for is_on in (True, False) if step % 2 else (False, True):
-            with _switched(path, jobs[is_on], is_on):
+            with _switched(path, is_on):
                 seconds[is_on].append(next(running[is_on])[0])
-    return {is_on: values[num_warmup:] for is_on, values in seconds.items()}
+    return {is_on: values[NUM_WARMUP:] for is_on, values in seconds.items()}
+
+
+def _steps_apart(
+    stage: str, path: FastPath, num_steps: int, preset: str, device: str, batch_size: int
+) -> tuple[dict[bool, list[float]], dict[bool, int]]:
+    """Seconds of each step and peak bytes, first with the path, then without it."""
+    seconds, peaks = {}, {}
+    for is_on in (True, False):
+        with _switched(path, is_on):
+            job = _make_job(stage, path, preset, device, batch_size, is_on=is_on)
+            torch.cuda.reset_peak_memory_stats()
+            steps = list(run_steps(job, num_steps + NUM_WARMUP))
+            seconds[is_on] = [step[0] for step in steps][NUM_WARMUP:]
+            peaks[is_on] = torch.cuda.max_memory_allocated()
+            del job
+        torch.cuda.empty_cache()
+    return seconds, peaks
 
 
 @contextmanager
-def _switched(path: FastPath, job: Job, is_on: bool) -> Iterator[None]:
+def _switched(path: FastPath, is_on: bool) -> Iterator[None]:
     with nullcontext() if is_on else path.off():
         yield

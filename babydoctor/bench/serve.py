@@ -27,6 +27,9 @@ from babydoctor.bench.measure import matmul_flops_per_s, memory_bytes_per_s, ten
 from babydoctor.bench.serve_model import IMAGE_SIZE, build_model, build_prompt, build_tokenizer, write_run
 from babydoctor.model.language_model import Quantization
 from babydoctor.schema import UserError
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.streaming import AnswerDelta
+from babydoctor.serve.client import open_llava_stream
 from babydoctor.serve.server import bind
 
 if TYPE_CHECKING:
@@ -140,34 +143,34 @@ def summarize(num_users: int, timings: list[Timing], wall_s: float) -> Figures:
 
 
 async def ask(client: Any, url: str, model: str, question: Question, max_new_tokens: int) -> Timing:
-    """One request on LLaVA's wire.
+    """One request on the LLaVA protocol.
 
     Raises:
         UserError: the worker answered with an error.
     """
-    prompt = build_prompt(question.text)
     body = {
         "model": model,
-        "prompt": prompt,
+        "prompt": build_prompt(question.text),
         "images": [base64.b64encode(question.image).decode()],
         "temperature": 0,
         "max_new_tokens": max_new_tokens,
         "stop": "</s>",
     }
     start = time.perf_counter()
-    first, last_chunk, rest = None, b"", b""
-    async with client.stream("POST", f"{url}/worker_generate_stream", json=body) as response:
-        async for data in response.aiter_raw():
-            *chunks, rest = (rest + data).split(b"\0")
-            for chunk in chunks:
-                if first is None and len(json.loads(chunk)["text"]) > len(prompt):
+    first, answer = None, AnswerDelta()
+    try:
+        async with open_llava_stream(client, body, url=url) as stream:
+            async for delta in stream:
+                if first is None and delta.text:
                     first = time.perf_counter() - start
-            last_chunk = chunks[-1] if chunks else last_chunk
+                answer = answer.then(delta)
+    except ApiError as error:
+        answer = AnswerDelta(error=error)
     end = time.perf_counter() - start
-    final = json.loads(last_chunk or b'{"error_code": 1, "text": "no answer"}')
-    if final["error_code"] or first is None:
-        raise UserError(f"the worker answered {final['text'][:300]!r} (status {response.status_code})")
-    return Timing(first, end, (final.get("usage") or {}).get("completion_tokens", max_new_tokens))
+    if answer.error is not None or first is None:
+        reason = answer.error.message if answer.error is not None else "nothing"
+        raise UserError(f"the worker answered: {reason[:300]}", code="server_refused")
+    return Timing(first, end, answer.usage.completion_tokens if answer.usage is not None else max_new_tokens)
 
 
 async def drive(url: str, model: str, num_users: int, questions: list[Question], max_new_tokens: int) -> Figures:
@@ -265,7 +268,8 @@ def prepare(questions: list[Question], model: BabyDoctor, tokenizer: Any, max_ne
     from babydoctor.conversation import split_images
     from babydoctor.data.tokens import encode
     from babydoctor.engine.request import GenerationRequest, ImageInput
-    from babydoctor.imaging.load import ImageSettings, load_image, to_pixels
+    from babydoctor.imaging.load import load_image
+    from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 
     settings = ImageSettings(IMAGE_SIZE, "pad", (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
     requests = []
@@ -292,6 +296,7 @@ def run_bench(
     engine_only: bool = False,
     nf4: bool = False,
     engine: Mapping[str, Any] | None = None,
+    device: str = "cpu",
     on_event: Any = lambda text: None,
 ) -> Report:
     """Measure ``rounds`` times for each number of users and keep the fastest round.
@@ -307,9 +312,8 @@ def run_bench(
     """
     import torch
 
-    if preset == "7b" and not torch.cuda.is_available():
-        raise UserError("preset=7b needs a CUDA GPU with 16 GB or more; preset=mini runs on any machine")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if preset == "7b" and not device.startswith("cuda"):
+        raise UserError("--preset 7b needs a CUDA GPU with 16 GB or more; --preset mini runs on any machine")
     on_event(f"building {preset} with random weights")
     batches = [
         (number, build_questions(max(number * requests_per_user, 8), seed=17 * round_ + number))

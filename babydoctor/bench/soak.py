@@ -22,7 +22,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from babydoctor.serve.api.protocol import ERROR_NONE, StreamDecoder
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.client import open_llava_stream
 
 NUM_IMAGES = 32
 
@@ -163,21 +164,21 @@ class _User:
             "max_new_tokens": self._max_new_tokens(),
             "stop": "</s>",
         }
-        decoder, num_pieces, leaves_after, started = StreamDecoder(), 0, self._leaves_after(), time.monotonic()
-        async with self._http.stream("POST", f"{self._url}/worker_generate_stream", json=body) as response:
-            if response.status_code != 200:
-                return "busy" if response.status_code == 429 else f"status {response.status_code}"
-            last = None
-            async for data in response.aiter_bytes():
-                for last in decoder.feed(data):
-                    if last.error_code != ERROR_NONE:
-                        return f"error_code {last.error_code}"
-                    if len(last.text) > len(str(body["prompt"])):
+        num_pieces, leaves_after, started, is_complete = 0, self._leaves_after(), time.monotonic(), False
+        try:
+            async with open_llava_stream(self._http, body, url=self._url) as stream:
+                async for delta in stream:
+                    if delta.error is not None:
+                        return f"error {delta.error.code}"
+                    is_complete = is_complete or delta.finish_reason is not None
+                    if delta.text:
                         num_pieces += 1
                         self._note_piece(num_pieces, started)
-                if num_pieces > leaves_after:
-                    return "left"
-        return "answered" if last is not None and last.finish_reason else "broke off"
+                    if num_pieces > leaves_after:
+                        return "left"
+        except ApiError as error:
+            return "busy" if error.status == 429 else f"status {error.status}"
+        return "answered" if is_complete else "broke off"
 
     async def _openai(self) -> str:
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{self._image()}"}}

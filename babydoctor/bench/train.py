@@ -21,7 +21,7 @@ from babydoctor.bench.models import PRESETS, build_random_model
 from babydoctor.config import RunConfig, apply_override, build_config
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.lora import add_lora
 from babydoctor.model.nf4 import Quantization
@@ -50,7 +50,10 @@ class StageResult:
     best_samples_per_s: float
     data_wait_share: float
     mfu: float
-    """Of the matrix multiplication rate measured in the same run; recomputation does not count."""
+    """Model FLOPs per second, as a share of the matrix product rate measured in the same run; recomputation is not
+    counted."""
+    hardware_utilization: float
+    """The same with recomputation counted."""
     peak_bytes: int
     predicted_bytes: int
     plan: Plan
@@ -207,7 +210,7 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
 
 
 def measure_peak(job: Job) -> int:
-    """Peak bytes of two training steps: weights, optimiser and all."""
+    """Peak bytes of two training steps: weights, optimizer and all."""
 
     def two_steps() -> None:
         for _ in run_steps(replace(job, config=_without_workers(job.config)), 2):
@@ -217,8 +220,12 @@ def measure_peak(job: Job) -> int:
 
 
 def bench_stage(job: Job, *, num_steps: int, ceiling: float, num_warmup: int = 2) -> StageResult:
-    """Run one stage and hold it against its plan."""
+    """Run one stage and compare it with its plan."""
+    if job.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
     steps = list(run_steps(job, num_steps + num_warmup))[num_warmup:]
+    # On the CPU the allocations are recorded by a profiler, which takes steps of its own.
+    peak = torch.cuda.max_memory_allocated() if job.device.startswith("cuda") else measure_peak(job)
     seconds = [step[0] for step in steps]
     samples = sum(step[2].num_samples for step in steps)
     tokens = sum(step[2].num_tokens for step in steps)
@@ -231,8 +238,9 @@ def bench_stage(job: Job, *, num_steps: int, ceiling: float, num_warmup: int = 2
         best_samples_per_s=max(step[2].num_samples / step[0] for step in steps),
         data_wait_share=sum(step[1] for step in steps) / sum(seconds),
         mfu=job.plan.flops.model / typical / ceiling,
-        peak_bytes=measure_peak(job),
-        predicted_bytes=job.plan.total_bytes,
+        hardware_utilization=job.plan.flops.total / typical / ceiling,
+        peak_bytes=peak,
+        predicted_bytes=job.plan.tensor_bytes,
         plan=job.plan,
     )
 

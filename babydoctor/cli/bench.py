@@ -1,11 +1,15 @@
-"""``babydoctor bench train | paths | serve | soak``: measured speed on random weights, nothing downloaded."""
+"""``babydoctor bench train | paths | serve | soak | rehearse``: measured on random weights, nothing downloaded."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+
+_DEVICE = typer.Option(help="auto, cpu or cuda")
+_JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
 
 
 def register(app: typer.Typer) -> None:
@@ -15,6 +19,9 @@ def register(app: typer.Typer) -> None:
     group.command("serve")(serve)
     group.command("soak")(soak)
     group.command("paths")(paths)
+    group.command("gpu")(gpu)
+    group.command("report")(report)
+    group.command("rehearse")(rehearse)
     app.add_typer(group, name="bench")
 
 
@@ -22,29 +29,33 @@ def train(
     preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
     stage: Annotated[str, typer.Option(help="align, instruct, radiology, or all")] = "all",
     steps: Annotated[int, typer.Option(min=1, help="measured steps a stage, after two of warm-up")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="samples a step")] = 8,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="samples per step; 8, or 64 for 7b")] = None,  # noqa: UP045
     num_workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 1,
     memory_cap: Annotated[
         float,
         typer.Option(parser=_gib, metavar="SIZE", help="GPU memory to use, 22.5GiB as on an A10; 0: all"),
     ] = 0,
+    device: Annotated[str, _DEVICE] = "auto",
+    json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
     """Samples a second of each stage's real training step, its MFU, and its memory against the plan."""
-    import torch
-
+    from babydoctor.bench.gpu_report import stage_record, write_record
     from babydoctor.bench.train import STAGES, bench_train, projected_hours
+    from babydoctor.plan.hardware import choose_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     results = bench_train(
         STAGES if stage == "all" else (stage,),
         preset=preset,
         device=device,
         num_steps=steps,
-        batch_size=batch_size,
+        batch_size=batch_size or (64 if preset == "7b" else 8),
         num_workers=num_workers,
         memory_cap=round(memory_cap * 2**30) or None,
     )
     for ceiling, result in results:
+        if json_file is not None:
+            write_record(json_file, "train", stage_record(result, ceiling))
         print(
             f"{result.stage}: {result.samples_per_s:.2f} samples/s (best step {result.best_samples_per_s:.2f}), "
             f"{result.tokens_per_s:,.0f} tokens/s; MFU {result.mfu:.0%} of {ceiling / 1e9:,.0f} GFLOP/s (bfloat16 "
@@ -63,13 +74,20 @@ def train(
 def paths(
     stage: Annotated[str, typer.Option(help="align, instruct or radiology")] = "instruct",
     steps: Annotated[int, typer.Option(min=1, help="measured steps with it and without it, after two of warm-up")] = 8,
+    preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
+    device: Annotated[str, _DEVICE] = "auto",
+    json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
-    """What each fast path of training brings: the mini preset with it and without it, in turn."""
+    """What each fast path of training brings: steps with it and without it, in turn."""
+    from babydoctor.bench.gpu_report import path_record, write_record
     from babydoctor.bench.paths import bench_paths
+    from babydoctor.plan.hardware import choose_device
 
     print(f"| fast path ({stage}) | without it | samples/s | without | gain | peak MiB | without |")
     print("|---|---|---|---|---|---|---|")
-    for result in bench_paths(stage, num_steps=steps):
+    for result in bench_paths(stage, num_steps=steps, preset=preset, device=choose_device(device)):
+        if json_file is not None:
+            write_record(json_file, "paths", path_record(stage, result))
         print(
             f"| {result.path.name} | {result.path.without} | {result.samples_per_s:.2f} | "
             f"{result.samples_per_s_without:.2f} | {result.gain:+.0%} | {result.peak_bytes / 2**20:,.0f} | "
@@ -91,6 +109,8 @@ def serve(
     rounds: Annotated[int, typer.Option(min=1, help="the fastest one counts")] = 3,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="without the worker's HTTP")] = False,
     nf4: Annotated[bool, typer.Option("--nf4", help="a 4-bit language model; the engine alone")] = False,
+    device: Annotated[str, _DEVICE] = "auto",
+    json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
     """Tokens a second, time to the first token and time per token, for one user and for many."""
     import tempfile
@@ -98,8 +118,10 @@ def serve(
     from rich.console import Console
     from rich.table import Table
 
+    from babydoctor.bench.gpu_report import serve_record, write_record
     from babydoctor.bench.serve import run_bench
     from babydoctor.engine.settings import parse_overrides
+    from babydoctor.plan.hardware import choose_device
     from babydoctor.schema import UserError
 
     try:
@@ -120,8 +142,12 @@ def serve(
             engine_only=engine_only,
             nf4=nf4,
             engine=parse_overrides(overrides or []),
+            device=choose_device(device),
             on_event=status.update,
         )
+    if json_file is not None:
+        for row in report.figures:
+            write_record(json_file, "serve", serve_record(report, row))
     heads = ("users", "tok/s", "req/s", "first token p50", "p95 [s]", "per token p50", "p95 [ms]", "decode tok/s")
     table = Table(*heads, "of memory's ceiling", title=None, box=None)
     for row in report.figures:
@@ -143,6 +169,34 @@ def serve(
         f"memory {report.memory_bytes_per_s / 1e9:.1f} GB/s; a decoding step reads at least "
         f"{report.decode_cost.weight_bytes / 1e6:.0f} MB of weights"
     )
+
+
+def gpu(
+    minutes: Annotated[float, typer.Option(min=0.1, help="when to stop, whatever is left")] = 8,
+    out: Annotated[Path, typer.Option(help="folder for gpu-report.json and gpu-report.md")] = Path(),
+    preset: Annotated[Literal["mini", "7b"], typer.Option(help="mini rehearses everything on a CPU")] = "7b",
+    device: Annotated[str, _DEVICE] = "auto",
+) -> None:
+    """Check every CUDA path against the CPU and measure training and serving, most important first."""
+    from babydoctor.bench.gpu_check import run_gpu_check
+    from babydoctor.plan.hardware import choose_device
+
+    if not run_gpu_check(out, minutes=minutes, preset=preset, device=choose_device(device)):
+        raise typer.Exit(1)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="gpu-report.json")],
+    documents: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--into", help="documents with the markers; default: README.md and babydoctor/bench/README.md"),
+    ] = None,
+) -> None:
+    """Put the figures of a GPU report between the markers of README and bench guide."""
+    from babydoctor.bench.gpu_report import fill_documents
+
+    for document in fill_documents(file, documents or [Path("README.md"), Path("babydoctor/bench/README.md")]):
+        print(f"{document}: figures updated")
 
 
 def soak(
@@ -181,6 +235,31 @@ def soak(
     if faults:
         raise typer.Exit(1)
     console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
+
+
+def rehearse(
+    size: Annotated[
+        Literal["golden", "wide", "7b"], typer.Option(help="tiny, full widths with two layers, or 7B")
+    ] = "golden",
+    only: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="STEP,...", help="repeat these steps in the folder of --keep"),
+    ] = None,
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="write everything to this folder and leave it there; default: a temporary folder"),
+    ] = None,
+    guide: Annotated[bool, typer.Option("--guide", help="write the table into babydoctor/bench/README.md")] = False,
+) -> None:
+    """Run the shipped stages and every other command on random weights in the published layouts; exit 1 on a fault."""
+    from rich.console import Console
+
+    from babydoctor.bench.rehearse.program import rehearse as run_rehearsal
+
+    names = [name.strip() for name in (only or "").split(",") if name.strip()]
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if not run_rehearsal(size, only=names, keep=keep, guide=guide, console=console):
+        raise typer.Exit(1)
 
 
 def _gib(text: str | float) -> float:

@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Ask a run about an image. The answer streams to the terminal."""
     from babydoctor.engine.settings import parse_overrides
-    from babydoctor.imaging.load import to_pixels
+    from babydoctor.imaging.preprocess import to_pixels
     from babydoctor.inference import open_conversation
     from babydoctor.model.run_dir import load_run
 
@@ -65,7 +65,7 @@ def open_image(path: Path, frame: int = 0, preset: str | None = None) -> Image.I
         UserError: the file cannot be read, or a frame or preset is given and it is not a DICOM file.
     """
     from babydoctor.imaging.dicom import read_dicom, render
-    from babydoctor.imaging.load import is_dicom, load_image
+    from babydoctor.imaging.load import is_dicom, load_image, log_warnings
     from babydoctor.schema import UserError
 
     if frame == 0 and preset is None:
@@ -73,9 +73,11 @@ def open_image(path: Path, frame: int = 0, preset: str | None = None) -> Image.I
     if not path.is_file():
         raise UserError(f"{path}: no such image file")
     data = path.read_bytes()
-    if not is_dicom(data, path.name):
+    if not is_dicom(data):
         raise UserError(f"{path} is not a DICOM file; leave out --frame and --preset")
-    return render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+    image = render(read_dicom(data, name=str(path)), frame=frame, preset=preset)
+    log_warnings(image, str(path))
+    return image
 
 
 def _read_line() -> str:

@@ -77,20 +77,23 @@ def format_keys(
     """
     yield f"# {_first_paragraph(schema)}"
     values = loaded.model_dump(mode="json") if loaded is not None else None
+    off: set[str] = set()  # optional sections that are left out: their keys are comments
     for key in iterate_keys(schema):
         depth = key.name.count(".")
         *parents, last = key.name.split(".")
         indent, given = "  " * depth, _given(values, key.name)
-        is_off = values is not None and depth and _given(values, ".".join(parents)) is None
-        if is_off:  # an optional section that this configuration leaves out
+        is_off = ".".join(parents) in off
+        if is_off:
             indent = f"# {indent}"
         dataclass = (free_form or {}).get(key.name)
         if key.section is not None or dataclass is not None:
             optional = " Optional section; null: none." if key.section and key.field.default is None else ""
             yield ""
             yield f"{indent}# {_first_paragraph(key.section or dataclass)}{optional}"
-            off = key.section is not None and (values is not None and given is None)
-            yield f"{indent}{last}:{' null' if off else ''}"
+            is_null = given is None if values is not None else key.field.default is None
+            if key.section is not None and is_null:
+                off.add(key.name)
+            yield f"{indent}{last}:{' null' if key.name in off else ''}"
             if dataclass is not None:
                 yield from _format_dataclass(dataclass, indent + "  ", given or {})
             continue

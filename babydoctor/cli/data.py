@@ -179,7 +179,7 @@ def check(
 
 
 def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
-    """Decode each image once, on several threads (Pillow decodes outside the interpreter lock)."""
+    """Decode each image once; several threads keep the decoding processes busy."""
     from concurrent.futures import ThreadPoolExecutor
 
     from babydoctor.data.problems import Problem

@@ -32,7 +32,7 @@ def import_(
     """Make a run directory from a checkpoint of the original LLaVA code."""
     from typing import cast
 
-    from babydoctor.imaging.load import ImageMode
+    from babydoctor.imaging.preprocess import ImageMode
     from babydoctor.interop.llava_import import import_llava
     from babydoctor.schema import UserError
 

@@ -34,8 +34,8 @@ def build_app() -> typer.Typer:
 def main() -> None:
     """Run the command line.
 
-    Exit status: 2 for a ``UserError``, printed as one paragraph on stderr; 128 + the signal's number if a signal
-    stopped training (130 SIGINT, 143 SIGTERM, 138 SIGUSR1).
+    Exit status: that of a ``UserError``, which is printed as one paragraph on stderr (2: bad input); 128 + the signal's
+    number if a signal stopped training (130 SIGINT, 143 SIGTERM, 138 SIGUSR1).
     """
     # It would advise to install a package that downloads kernels; 4-bit layers work without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -43,7 +43,7 @@ def main() -> None:
         build_app()()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)

@@ -31,10 +31,10 @@ def serve(
     overrides: Overrides = None,
     config: Config = None,
     workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="the page for clinicians")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="the web UI for clinicians")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="show the parts' logs in full")] = False,
 ) -> None:
-    """Start controller, workers and page; stop all of them on Ctrl-C."""
+    """Start controller, workers and web UI; stop all of them on Ctrl-C."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -66,7 +66,7 @@ def serve(
         if served.page_url:
             console.print(f"  page         {served.page_url}")
         console.print(f"  OpenAI API   {served.controller_url}/v1")
-        console.print(f"  LLaVA wire   {served.controller_url}")
+        console.print(f"  LLaVA API    {served.controller_url}")
         console.print(f"  API docs     {served.controller_url}/docs")
         console.print("Ctrl-C stops it.")
         served.supervise(console.print)
@@ -80,7 +80,7 @@ def controller(overrides: Overrides = None, config: Config = None) -> None:
     """Run the controller alone."""
     settings, secrets = _begin("controller", config, overrides)
 
-    from babydoctor.serve.controller.controller import build_controller_app
+    from babydoctor.serve.controller.app import build_controller_app
     from babydoctor.serve.server import bind, run_server
 
     sock = bind("controller", settings.controller.host, settings.controller.port)
@@ -113,7 +113,7 @@ def worker(
     settings, secrets = _begin("worker", config, overrides)
 
     from babydoctor.serve.server import bind, reachable_url, run_server
-    from babydoctor.serve.worker.worker import build_worker_app, load_worker
+    from babydoctor.serve.worker.app import build_worker_app, load_worker
 
     backend: Any
     if engine == "openai":
@@ -140,7 +140,7 @@ def web(
         str, typer.Option("--controller", help="URL of the controller")
     ] = "http://127.0.0.1:21001",
 ) -> None:
-    """Run the page alone."""
+    """Run the web UI alone."""
     settings, secrets = _begin("page", config, overrides)
 
     from babydoctor.serve.page.app import run_page
@@ -160,8 +160,8 @@ def web(
 
 def _begin(part: str, config: Path | None, overrides: list[str] | None) -> tuple[ServeSettings, Secrets]:
     """What all parts do first."""
-    from babydoctor.serve.launch import LOG_LEVEL_VARIABLE, die_with_parent
     from babydoctor.serve.logs import set_up_logging
+    from babydoctor.serve.process import LOG_LEVEL_VARIABLE, die_with_parent
     from babydoctor.serve.settings import check_exposure, load_secrets, load_settings
 
     die_with_parent()

@@ -21,7 +21,7 @@ from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import pack
 from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
-from babydoctor.imaging.load import ImageSettings, to_pixels
+from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 from babydoctor.schema import Batch, Example, Sample, UserError
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ class ImageFolder:
 
 def read_image(reference: str | bytes, images: str | Path | ImageFolder | None) -> Image.Image:
     """The image of a sample, as RGB. Raises ``UserError`` where it is missing, outside the folder or damaged."""
-    from babydoctor.imaging.load import load_image
+    from babydoctor.imaging.isolation import load_image
 
     if isinstance(reference, bytes):
         return load_image(reference)

@@ -130,6 +130,14 @@ def _iter_json_lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", row
 
 
+_WHOLE_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+
+
+def _is_in_open_string(text: str, position: int) -> bool:
+    """True where a JSON string begins at ``position`` and does not end in ``text``."""
+    return text[position : position + 1] == '"' and _WHOLE_STRING.match(text, position) is None
+
+
 def _iter_json_list(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
     """Read a JSON list (or several, one after the other) row by row, so that the file is never held as a whole."""
     decoder = json.JSONDecoder(object_pairs_hook=_build_object)
@@ -153,7 +161,7 @@ def _iter_json_list(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
                 row, position = decoder.raw_decode(buffer, position)
             except json.JSONDecodeError as error:
                 # Perhaps only because the row goes on in the next chunk.
-                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(buffer) - 16
+                is_cut = _is_in_open_string(buffer, error.pos) or error.pos > len(buffer) - 16
                 chunk = file.read(_CHUNK_CHARS) if is_cut else ""
                 if chunk:
                     buffer, position = buffer[position:] + chunk, 0

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from babydoctor.eval.plots import new_figure
-from babydoctor.imaging.load import load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.model.run_dir import load_run
 from babydoctor.phantom.case import Case, load_cases

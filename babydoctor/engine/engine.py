@@ -103,6 +103,11 @@ class Engine:
         return self.memory.capacity
 
     @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._vocabulary
+
+    @property
     def healthy(self) -> bool:
         """Whether the engine's thread runs and takes requests."""
         return self._accepting and self._thread.is_alive()

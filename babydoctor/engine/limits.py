@@ -36,5 +36,14 @@ def check_request(request: GenerationRequest, *, vocabulary: int, num_patches: i
         raise InvalidRequestError(f"logprobs={request.logprobs} must lie in 0 .. {MAX_TOP_LOGPROBS}")
     if request.seed is not None and request.seed < 0:
         raise InvalidRequestError(f"seed={request.seed} must not be negative")
+    if request.top_k < 0:
+        raise InvalidRequestError(f"top_k={request.top_k} must be 0 (off) or more")
+    if not 0 <= request.min_p <= 1:
+        raise InvalidRequestError(f"min_p={request.min_p} must lie in 0 .. 1")
+    if not request.repetition_penalty > 0:
+        raise InvalidRequestError(f"repetition_penalty={request.repetition_penalty} must be above 0")
+    for token, _ in request.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise InvalidRequestError(f"logit_bias names token {token}; ids lie in 0 .. {vocabulary - 1}")
     if any(not stop for stop in request.stop):
         raise InvalidRequestError("a stop string is empty")

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -77,6 +77,17 @@ class ImageInput:
     pixels: np.ndarray | Callable[[], np.ndarray] = field(repr=False)
 
 
+class Constraint(Protocol):
+    """Says which tokens may follow, see ``constraint.JsonConstraint``."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def accept(self, token: int) -> None: ...
+
+    def allowed(self, vocab_size: int) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
     """One prompt and how to go on from it.
@@ -85,6 +96,11 @@ class GenerationRequest:
     ``num_patches`` positions in a row, in the order of ``images``. ``stop`` strings end the answer and are not part
     of it. ``logprobs`` asks for the log probability of each chosen token and of that many likeliest ones (0 to 20;
     None: none). ``timeout_s`` counts from ``submit``. ``seed`` None draws a fresh one.
+
+    ``top_k``, ``min_p``, the penalties and ``logit_bias`` (pairs of token id and bias) mean what they mean in vLLM.
+    ``constraint`` says which tokens may follow; it holds state, so it serves one request. The last ``num_resumed``
+    ids of ``input_ids`` are answer tokens of an earlier attempt. ``spelled_after`` are the tokens whose text the
+    answer continues, so that its first word keeps its space; without them the answer begins as a new text.
     """
 
     input_ids: np.ndarray
@@ -99,6 +115,15 @@ class GenerationRequest:
     timeout_s: float | None = None
     ignore_eos: bool = False
     request_id: str = ""
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = field(default=None, repr=False)
+    num_resumed: int = 0
+    spelled_after: tuple[int, ...] = ()
 
     @property
     def greedy(self) -> bool:

@@ -30,23 +30,39 @@ def likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
     return tokens.tolist(), torch.isfinite(values).tolist()
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, random: np.random.Generator) -> int:
+def sample(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    random: np.random.Generator,
+    *,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> int:
     """Draw a token from float32 ``logits`` ``[V]`` at ``temperature``, from the nucleus of mass ``top_p``.
 
     The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least ``top_p`` (Holtzman et al.
-    2020, as in transformers). One uniform number is drawn and inverted through the cumulated probabilities.
+    2020, as in transformers). Before that, ``min_p`` drops tokens below that share of the largest probability, and
+    ``top_k`` keeps the likeliest ones (0: all), as in vLLM. One uniform number is drawn and inverted through the
+    cumulated probabilities.
     """
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
-    if top_p >= 1.0:
-        cumulated = probabilities.cumsum(0)
-        return _invert(cumulated, random)
-    candidates = min(NUCLEUS_CANDIDATES, len(probabilities))
-    top, tokens = probabilities.topk(candidates)
-    if float(top.sum()) < top_p:
-        top, tokens = probabilities.sort(descending=True, stable=True)
+    if min_p > 0:
+        probabilities = torch.where(probabilities < min_p * probabilities.max(), 0.0, probabilities)
+    if top_k > 0:
+        top, tokens = probabilities.topk(min(top_k, len(probabilities)))
+    elif top_p >= 1.0:
+        return _invert(probabilities.cumsum(0), random)
+    else:
+        top, tokens = probabilities.topk(min(NUCLEUS_CANDIDATES, len(probabilities)))
+        if float(top.sum()) < top_p:
+            top, tokens = probabilities.sort(descending=True, stable=True)
     cumulated = top.cumsum(0)
-    size = int(torch.searchsorted(cumulated, torch.tensor(top_p, dtype=cumulated.dtype, device=cumulated.device))) + 1
-    return int(tokens[_invert(cumulated[:size], random)])
+    if top_p < 1.0:
+        kept = float(cumulated[-1] if top_k > 0 else probabilities.sum()) if top_k > 0 or min_p > 0 else 1.0
+        mass = torch.tensor(top_p * kept, dtype=cumulated.dtype, device=cumulated.device)
+        cumulated = cumulated[: int(torch.searchsorted(cumulated, mass)) + 1]
+    return int(tokens[_invert(cumulated, random)])
 
 
 def _invert(cumulated: torch.Tensor, random: np.random.Generator) -> int:

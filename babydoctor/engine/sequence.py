@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from babydoctor.engine.kv_cache import IMAGE_POSITION, Claim, Content
+from babydoctor.engine.logit_rules import LogitRules
 from babydoctor.engine.request import (
     Delta,
     EngineError,
@@ -46,7 +47,8 @@ class Job:
         self.last_token_at = 0.0
         self._tokenizer = tokenizer
         self._random = build_random(request)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._rules = LogitRules(request) if LogitRules.needed(request) else None
+        self._detokenizer = Detokenizer(tokenizer, request.spelled_after)
         self._stops = StopFilter(request.stop)
 
     @property
@@ -71,9 +73,14 @@ class Job:
     def choose(self, logits: torch.Tensor, likeliest: int) -> tuple[int, tuple[TokenLogprob, ...]]:
         """The next token from this job's row of float32 logits ``[V]``, whose likeliest token is known already."""
         request = self.request
-        token = likeliest
+        token, scores = likeliest, logits
+        if self._rules is not None:
+            scores = self._rules.apply(logits)
+            token = int(scores.argmax())
         if not request.greedy:
-            token = sample(logits, request.temperature, request.top_p, self._random)
+            token = sample(
+                scores, request.temperature, request.top_p, self._random, top_k=request.top_k, min_p=request.min_p
+            )
         if request.logprobs is None:
             return token, ()
         chosen, top = log_probabilities(logits, token, request.logprobs)
@@ -86,9 +93,15 @@ class Job:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
         self.generated.append(token)
+        if self._rules is not None:
+            self._rules.accept(token)
         reason: FinishReason | None = None
         shown = self._stops.add(self._detokenizer.add(token))
-        if self._stops.found is not None or (token in eos and not self.request.ignore_eos):
+        if (
+            self._stops.found is not None
+            or (token in eos and not self.request.ignore_eos)
+            or (self._rules is not None and self._rules.finished)
+        ):
             reason = "stop"
         elif len(self.generated) >= self.max_new_tokens:
             reason = "length"

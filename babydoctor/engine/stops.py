@@ -18,17 +18,18 @@ class Detokenizer:
 
     A tokenizer's decoding of a token depends on its neighbours (SentencePiece drops a leading space; bytes join to
     characters). So a short window is decoded with and without the new tokens, and the difference is the new text.
+    The text continues that of the tokens ``before``, which is not repeated.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         # The library's own tokenizer where there is one: the wrapper around it costs five times as much (measured).
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode_ids: Callable[..., str] = (
             partial(tokenizer.decode, clean_up_tokenization_spaces=False) if backend is None else backend.decode
         )
-        self.token_ids: list[int] = []
+        self.token_ids: list[int] = list(before)
         self._window = 0
-        self._done = 0
+        self._done = len(before)
 
     def add(self, token_id: int) -> str:
         """Take one more token; return the text that is certain now, "" inside a character."""

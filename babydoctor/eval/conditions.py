@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from babydoctor.eval.tasks import Question
-from babydoctor.imaging.load import ImageSettings, load_image, to_pixels
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 from babydoctor.schema import UserError
 
 CONDITIONS = ("right", "shuffled", "blank", "noise")

@@ -6,15 +6,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from babydoctor.imaging.limits import ImageError
 from babydoctor.schema import UserError
 
 
 @contextmanager
 def reading_values(name: str) -> Iterator[None]:
-    """Around all that touches a data set's values: pydicom parses them when they are asked for.
+    """Around everything that touches a data set's values: pydicom parses them when they are asked for.
 
-    Whatever it raises on a damaged value becomes a ``UserError`` for the file ``name``. It is also kept from quoting
-    odd values, a patient's name among them, in warnings and logs.
+    Whatever pydicom raises on a damaged value becomes an ``ImageError`` for the file ``name``. It is also kept from
+    quoting odd values, a patient's name among them, in warnings and logs.
     """
     from pydicom.config import disable_value_validation
 
@@ -23,39 +24,47 @@ def reading_values(name: str) -> Iterator[None]:
             yield
     except UserError:
         raise
+    except MemoryError as error:
+        raise ImageError(f"{name}: decoding needs more memory than allowed", "image_decode_failed") from error
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})"
+        raise ImageError(
+            f"{name}: the DICOM file is damaged or not supported ({type(error).__name__}: {text})", "dicom_unreadable"
         ) from error
 
 
-def check_deflated(data: bytes, name: str, max_pixels: int) -> None:
-    """Raise ``UserError`` for a deflated file (PS3.5 A.5) that is a bomb: parsing it inflates it as a whole."""
-    if b"1.2.840.10008.1.2.1.99" not in data[:2048] or data[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
-        return
-    start, limit = 144 + int.from_bytes(data[140:144], "little"), 16 * max_pixels
+def check_deflated(deflated: bytes, name: str, max_pixels: int) -> None:
+    """Raise ``ImageError`` for a deflated data set (PS3.5 A.5) that is a bomb: parsing it inflates it as a whole."""
+    limit = min(16 * max_pixels, 2**28)
     try:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        size, rest = 0, data[start:]
+        size, rest = 0, deflated
         while rest and size <= limit:
             size += len(inflater.decompress(rest, 1 << 24))
             rest = inflater.unconsumed_tail
     except zlib.error as error:
-        raise UserError(f"{name}: the deflated DICOM file is damaged ({error})") from error
+        raise ImageError(f"{name}: the deflated DICOM file is damaged ({error})", "dicom_unreadable") from error
     if size > limit:
-        raise UserError(f"{name}: inflates to more than {limit:,} bytes; too large to decode safely")
+        raise ImageError(
+            f"{name}: inflates to more than {limit:,} bytes; too large to decode safely", "image_too_large"
+        )
 
 
 def codestream_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 codestream declares; None for other data.
+    """(width, height) that a JPEG, JPEG-LS or JPEG 2000 codestream declares; None for other data."""
+    header = codestream_header(data)
+    return None if header is None else header[:2]
+
+
+def codestream_header(data: bytes) -> tuple[int, int, int] | None:
+    """(width, height, bits a sample) of a JPEG, JPEG-LS or JPEG 2000 codestream; None for other data.
 
     JPEG: ITU-T T.81 B.2.2, JPEG-LS: T.87 C.2.2, JPEG 2000: T.800 A.5.1.
     """
     siz = data[:4096].find(b"\xff\x4f\xff\x51")  # start of codestream, then the image and tile size
-    if siz >= 0 and len(data) >= siz + 24:
+    if siz >= 0 and len(data) >= siz + 43:
         right, bottom, left, top = (int.from_bytes(data[siz + i : siz + i + 4], "big") for i in (8, 12, 16, 20))
-        return right - left, bottom - top
+        return right - left, bottom - top, (data[siz + 42] & 0x7F) + 1
     if data[:2] != b"\xff\xd8":
         return None
     position = 2
@@ -65,7 +74,7 @@ def codestream_size(data: bytes) -> tuple[int, int] | None:
             position += 1
         elif (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:  # start of frame
             height, width = (int.from_bytes(data[position + i : position + i + 2], "big") for i in (5, 7))
-            return width, height
+            return width, height, data[position + 4]
         else:
             position += 2 + length
     return None

@@ -34,12 +34,49 @@ CT_PRESETS: dict[str, Window] = {
 
 
 def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
-    """Values -> 0 (black) to 1 (white), PS3.3 C.11.2.1.2 and C.11.2.1.3."""
-    x = np.nan_to_num(values.astype(np.float64), nan=-np.inf)
+    """Values -> 0 (black) to 1 (white), PS3.3 C.11.2.1.2 and C.11.2.1.3. NaN is black.
+
+    ``LINEAR`` is defined for widths of 1 and more; narrower windows are applied as ``LINEAR_EXACT``.
+    """
+    x = np.nan_to_num(values.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     if window.function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (x - window.center) / window.width, -60, 60)))
-    if window.function == "LINEAR_EXACT":
+    if window.function == "LINEAR_EXACT" or window.width < 1:
         return np.clip((x - window.center) / window.width + 0.5, 0, 1)
-    if window.width <= 1:
+    if window.width == 1:
         return (x > window.center - 0.5).astype(np.float64)
     return np.clip((x - (window.center - 0.5)) / (window.width - 1) + 0.5, 0, 1)
+
+
+def window_of_values(seen: np.ndarray, what: str = "frame", counts: np.ndarray | None = None) -> Window:
+    """A window for pixels that bring none: percentiles 0.5 to 99.5, so that a few marker pixels change nothing.
+
+    ``seen`` holds the values of all pixels that count, of any shape, or with ``counts`` each value once and how often
+    it occurs. ``what`` stands in the explanation.
+    """
+    seen = seen.ravel()
+    if counts is not None:
+        seen, counts = seen[counts > 0], counts[counts > 0]
+    if seen.dtype.kind == "f":
+        seen = seen[np.isfinite(seen)]
+    if seen.size == 0:
+        return Window(0.5, 1, f"empty {what}", "LINEAR_EXACT")
+    low, high = _percentiles(seen, counts)
+    explanation = f"percentiles 0.5 to 99.5 of the {what}; the file has no window"
+    if high <= low:
+        low, high = float(seen.min()), float(seen.max())
+        explanation = f"minimum to maximum of the {what}; the file has no window"
+    return Window(low / 2 + high / 2, max(high - low, 1e-12), explanation, "LINEAR_EXACT")
+
+
+def _percentiles(values: np.ndarray, counts: np.ndarray | None) -> tuple[float, float]:
+    """Percentiles 0.5 and 99.5, interpolated as ``np.percentile`` does."""
+    if counts is None:
+        low, high = np.percentile(values, [0.5, 99.5])
+        return float(low), float(high)
+    order = np.argsort(values, kind="stable")
+    ordered, ends = values[order].astype(np.float64), np.cumsum(counts[order])
+    ranks = np.array([0.005, 0.995]) * (ends[-1] - 1)
+    below, above = (ordered[np.searchsorted(ends, rank, "right")] for rank in (np.floor(ranks), np.ceil(ranks)))
+    low, high = below + (above - below) * (ranks - np.floor(ranks))
+    return float(low), float(high)

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from babydoctor.conversation import get_template
 from babydoctor.files import atomic_directory
 from babydoctor.hub import model_commit
-from babydoctor.imaging.load import ImageMode, ImageSettings
+from babydoctor.imaging.preprocess import ImageMode, ImageSettings
 from babydoctor.model.language_model import build_language_model, load_language_config
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest

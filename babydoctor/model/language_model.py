@@ -14,7 +14,6 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from babydoctor.model.lora import LoraUpdate
 from babydoctor.model.nf4 import Quantization, quantize_linear
-from babydoctor.model.nf4 import dequantized_weight as dequantized_weight  # for packed.lora_linear
 from babydoctor.model.weights import WeightReader, local_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError

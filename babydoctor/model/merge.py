@@ -169,12 +169,13 @@ class _Merge:
 
     def finish(self) -> None:
         """Give the directory its final name."""
-        self._probe_file(self.num_done).unlink()
-        (self.partial / _STATE).unlink()
         for file in self.partial.rglob("*"):
             sync(file)
         sync(self.partial)
         self.partial.rename(self.out)
+        # Only now: without its state an unfinished merge could not be continued.
+        for name in (_STATE, self._probe_file(self.num_done).name):
+            (self.out / name).unlink()
         sync(self.out.parent)
 
     def _open(self, probe: LayerProbe) -> ShardWriter:

@@ -30,10 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from babydoctor import __version__
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.files import atomic_directory as atomic_directory  # model/merge.py imports it from here
-from babydoctor.files import write_text
+from babydoctor.files import atomic_directory, write_text
 from babydoctor.hub import model_commit
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import load_language_model
 from babydoctor.model.lora import has_lora, load_lora, save_lora

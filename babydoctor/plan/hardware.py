@@ -88,3 +88,21 @@ def this_device(device: str) -> Hardware:
     # Among variants, take the one with the nearest memory. An unknown device gets the A10's peaks and its own memory.
     known = min(near or [GPUS["a10"]], key=lambda gpu: abs(gpu.memory_bytes - properties.total_memory))
     return replace(known, name=properties.name, memory_bytes=properties.total_memory)
+
+
+def choose_device(name: str) -> str:
+    """``auto`` is CUDA where there is a GPU.
+
+    Raises:
+        UserError: the name is not known, or there is no such device.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not has_cuda:
+        raise UserError("--device cuda: this torch sees no CUDA GPU; `babydoctor doctor` says why")
+    return name

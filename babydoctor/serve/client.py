@@ -1,22 +1,138 @@
-"""Ask a controller or a worker, over either wire. For `demo --check`, benchmarks and scripts; no torch."""
+"""Clients of a controller or a worker; no torch.
+
+``LlavaStream`` reads the LLaVA protocol's stream as deltas: for the web UI, the controller's relay, the benchmarks and
+the soak test. ``Client`` asks single questions, synchronously, for ``demo --check`` and scripts.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
-from babydoctor.serve.api.protocol import ERROR_NONE, Chunk, StreamDecoder
+from babydoctor.serve.api.errors import ApiError, code_of_status, known_code, overflow_error
+from babydoctor.serve.api.llava_stream import ERROR_HEADER, LlavaReader
+from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer
 
 TIMEOUT = httpx.Timeout(30, connect=5)
 
+GENERATE_PATH = "/worker_generate_stream"
+
 
 class AskError(UserError):
-    """The server's answer was an error; the message is the server's."""
+    """The server answered with an error; the message is the server's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="server_refused")
+
+
+def refusal_of(response: httpx.Response) -> ApiError:
+    """The error of a response that has been read: by its header, its JSON or, from other servers, its status."""
+    try:
+        data = json.loads(response.content.split(b"\0")[0])
+    except ValueError:
+        data = {}
+    data = data if isinstance(data, dict) else {}
+    error = data["error"] if isinstance(data.get("error"), dict) else {}
+    code = known_code(response.headers.get(ERROR_HEADER) or error.get("code"), code_of_status(response.status_code))
+    if code == "context_length_exceeded":
+        return overflow_error()
+    message = str(error.get("message") or data.get("text") or f"The server answered {response.status_code}.")
+    retry_after = response.headers.get("retry-after", "")
+    return ApiError(
+        code, message, param=error.get("param"), retry_after_s=int(retry_after) if retry_after.isdecimal() else None
+    )
+
+
+def is_refusal(response: httpx.Response) -> bool:
+    """Whether a response holds an error instead of a stream."""
+    return response.status_code != 200 or ERROR_HEADER in response.headers
+
+
+class LlavaStream:
+    """The deltas of one answer on the LLaVA protocol.
+
+    Args:
+        front: what the stream's texts begin with: the prompt, or nothing with ``echo: false``.
+        so_far: what another worker has sent of this answer; it is not repeated.
+    """
+
+    def __init__(self, response: httpx.Response, *, front: str = "", so_far: str = "") -> None:
+        self._reader = LlavaReader(front, so_far)
+        self._bytes = response.aiter_raw()
+        self._reading: asyncio.Future[bytes] | None = None
+        self._ready: list[AnswerDelta] = []
+
+    @property
+    def so_far(self) -> str:
+        """The whole answer as far as it has arrived."""
+        return self._reader.so_far
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the stream ended inside a message."""
+        return self._reader.pending > 0
+
+    async def next(self, timeout_s: float) -> AnswerDelta | None:
+        """The next delta; None if none came in time. A sign of life is an empty delta.
+
+        Raises:
+            EndOfAnswer: the stream has ended.
+            ValueError: the server sent something else than this protocol.
+            httpx.HTTPError: the connection broke.
+        """
+        while not self._ready:
+            self._reading = self._reading or asyncio.ensure_future(anext(self._bytes, b""))
+            await asyncio.wait({self._reading}, timeout=timeout_s)
+            if not self._reading.done():
+                return None
+            reading, self._reading = self._reading, None
+            if not (data := reading.result()):
+                raise EndOfAnswer
+            self._ready += self._reader.feed(data)
+        return self._ready.pop(0)
+
+    async def __aiter__(self) -> AsyncIterator[AnswerDelta]:
+        try:
+            while True:
+                if (delta := await self.next(3600)) is not None:
+                    yield delta
+        except EndOfAnswer:
+            return
+
+    async def aclose(self) -> None:
+        """Stop reading. The response is closed by whoever opened it."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+
+@asynccontextmanager
+async def open_llava_stream(
+    http: httpx.AsyncClient, body: dict[str, Any], *, url: str = ""
+) -> AsyncIterator[LlavaStream]:
+    """Send a request and read its answer as deltas; leaving the context closes the connection, which stops the model.
+
+    Raises:
+        ApiError: the server refused.
+        httpx.HTTPError: it cannot be reached.
+    """
+    async with http.stream("POST", f"{url}{GENERATE_PATH}", json=body) as response:
+        if is_refusal(response):
+            await response.aread()
+            raise refusal_of(response)
+        stream = LlavaStream(response, front=body["prompt"] if body.get("echo", True) else "")
+        try:
+            yield stream
+        finally:
+            await stream.aclose()
 
 
 class Client:
@@ -24,7 +140,7 @@ class Client:
 
     Args:
         url: of a controller or a worker, without ``/v1``.
-        api_key: where the server asks for one.
+        api_key: if the server asks for one.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -47,8 +163,8 @@ class Client:
 
     def stream_llava(
         self, model: str, prompt: str, images: list[bytes], *, max_new_tokens: int = 256, temperature: float = 0.0
-    ) -> Iterator[Chunk]:
-        """LLaVA's wire: chunks whose text is the prompt and all that came so far.
+    ) -> Iterator[AnswerDelta]:
+        """Deltas of an answer on the LLaVA protocol.
 
         Raises:
             AskError: the server refuses, or the answer breaks off with an error.
@@ -61,30 +177,28 @@ class Client:
             "max_new_tokens": max_new_tokens,
             "stop": "</s>",
         }
-        decoder = StreamDecoder()
-        with self._http.stream("POST", "/worker_generate_stream", json=body) as response:
-            if response.status_code != 200:
+        reader = LlavaReader(front=prompt)
+        with self._http.stream("POST", GENERATE_PATH, json=body) as response:
+            if is_refusal(response):
                 response.read()
-                _document(response)
+                raise AskError(refusal_of(response).message)
             for data in response.iter_bytes():
-                for chunk in decoder.feed(data):
-                    if chunk.error_code != ERROR_NONE:
-                        raise AskError(chunk.text)
-                    yield chunk
+                for delta in reader.feed(data):
+                    if delta.error is not None:
+                        raise AskError(delta.error.message)
+                    yield delta
 
     def ask_llava(self, model: str, question: str, image: bytes | None = None, **sampling: float) -> str:
-        """One question on LLaVA's wire; the prompt is built here, as its clients do."""
+        """One question on the LLaVA protocol; the prompt is built here, as its clients do."""
         text = question if image is None else f"{IMAGE_TOKEN}\n{question}"
         prompt = prompt_text(render_prompt([Turn("user", text)], get_template(self.template(model))))
-        answer = prompt
-        for chunk in self.stream_llava(model, prompt, [] if image is None else [image], **sampling):  # type: ignore[arg-type]
-            answer = chunk.text
-        return answer[len(prompt) :]
+        images = [] if image is None else [image]
+        return "".join(delta.text for delta in self.stream_llava(model, prompt, images, **sampling))  # type: ignore[arg-type]
 
     def stream_openai(
         self, model: str, question: str, image: bytes | None = None, *, max_tokens: int = 256, temperature: float = 0.0
     ) -> Iterator[str]:
-        """OpenAI's wire: pieces of the answer.
+        """Pieces of an answer on OpenAI's API.
 
         Raises:
             AskError: the server refuses, or the answer breaks off with an error.
@@ -115,15 +229,11 @@ class Client:
                         yield piece
 
     def ask_openai(self, model: str, question: str, image: bytes | None = None) -> str:
-        """One question on OpenAI's wire."""
+        """One question on OpenAI's API."""
         return "".join(self.stream_openai(model, question, image))
 
 
-def _document(response: httpx.Response) -> dict:
+def _document(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != 200:
-        try:
-            message = str(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            message = f"the server answered {response.status_code}"
-        raise AskError(message)
+        raise AskError(refusal_of(response).message)
     return dict(response.json())

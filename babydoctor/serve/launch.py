@@ -1,24 +1,22 @@
-"""Controller, workers and page as child processes of one command, which leaves none of them behind."""
+"""Controller, workers and web UI as child processes of one command, which leaves none of them behind."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from babydoctor.schema import UserError
+from babydoctor.errors import DEFAULT_EXIT_STATUS, UserError
+from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE, Child
 from babydoctor.serve.server import WILDCARDS, bind
 from babydoctor.serve.settings import (
     SECRET_VARIABLE,
@@ -29,77 +27,8 @@ from babydoctor.serve.settings import (
     load_settings,
 )
 
-PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
-LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
-
 MAX_RESTARTS = 5
 """A worker that dies more often than this is broken, not unlucky."""
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Called first thing in a child: end when the launching process does, even if that is killed."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
-    if os.getppid() != int(parent):  # it died before we asked
-        os._exit(1)
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-@dataclass(eq=False)
-class Child:
-    """One part. ``ready_url`` answers 200 once it works."""
-
-    name: str
-    arguments: list[str]
-    ready_url: str
-    environment: dict[str, str]
-    process: subprocess.Popen[bytes] = field(init=False)
-    num_restarts: int = 0
-
-    def __post_init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        # A session of its own: Ctrl-C reaches only the launcher, which then ends the parts in the right order.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    @property
-    def exit_status(self) -> int | None:
-        return self.process.poll()
-
-    def terminate(self) -> None:
-        """Ask it to end. Once: a second SIGTERM means "now", without finishing running answers."""
-        if self.exit_status is None:
-            self.process.terminate()
-
-    def wait(self, patience_s: float) -> None:
-        """Wait for its end; SIGKILL if it does not come in time."""
-        try:
-            self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
-    def kill(self) -> None:
-        if self.exit_status is None:
-            self.process.kill()
-            self.process.wait()
 
 
 @dataclass
@@ -113,10 +42,10 @@ class Launched:
     secret: str
 
     def supervise(self, on_event: Callable[[str], None]) -> None:
-        """Watch the parts until one that cannot be spared ends; start dead workers anew.
+        """Watch the parts until the controller or the web UI ends; restart dead workers.
 
         Raises:
-            UserError: the controller or the page has ended, or a worker keeps dying.
+            UserError: the controller or the web UI has ended, or a worker keeps dying.
         """
         while True:
             time.sleep(0.2)
@@ -124,14 +53,17 @@ class Launched:
                 if child.exit_status is None:
                     continue
                 if not child.name.startswith("worker") or child.num_restarts >= MAX_RESTARTS:
-                    raise UserError(f"{child.name} ended with status {child.exit_status}; everything is stopped")
+                    raise UserError(
+                        f"{child.name} ended with status {child.exit_status}; everything is stopped",
+                        code="part_stopped",
+                    )
                 child.num_restarts += 1
-                on_event(f"{child.name} ended with status {child.exit_status}; it is started again")
+                on_event(f"{child.name} ended with status {child.exit_status}; restarting it")
                 time.sleep(0.5 * 2 ** (child.num_restarts - 1))
                 child.start()
 
     def stop(self, patience_s: float) -> None:
-        """End the page, then the controller (its answers may finish), then the workers."""
+        """End the web UI, then the controller (its answers may finish), then the workers."""
         try:
             for child in reversed(self.children):
                 if not child.name.startswith("worker"):
@@ -161,7 +93,7 @@ def launched(
     ready_within_s: float = 1800,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Launched]:
-    """Start all parts, wait until they are ready, and end them on the way out, however that comes about.
+    """Start all parts, wait until they are ready, and end them on leaving the context, whatever the reason.
 
     Args:
         config: a YAML file like ``configs/serve.yaml``.
@@ -173,7 +105,7 @@ def launched(
     """
     settings = load_settings(config, overrides)
     given = load_secrets()
-    # Without one of its own, each launch makes a secret, so that no other user of this machine can register a worker.
+    # If none is given, each launch makes a secret, so that no other user of this machine can register a worker.
     known = Secrets(given.api_keys, given.registration or secrets.token_urlsafe(32))
     for part in ("controller", "worker", *(("page",) if page else ())):
         check_exposure(part, getattr(settings, part).host, settings, known)
@@ -198,7 +130,7 @@ def launched(
 
 
 class _Parts:
-    """How each part is started."""
+    """Builds the command of each part."""
 
     def __init__(
         self,
@@ -234,10 +166,10 @@ class _Parts:
     def worker(self, index: int) -> tuple[Child, str]:
         own = self._settings.worker
         port = _free_port("worker", own.host, own.port + index if own.port else 0)
-        # A worker of this machine is called by way of the loopback address, whatever else it listens on.
+        # A worker on this machine is called on the loopback address, whatever else it listens on.
         url = _url(own.host, port)
-        places = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
-        arguments = ["worker", str(self._run), *self._common, *places]
+        own_settings = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
+        arguments = ["worker", str(self._run), *self._common, *own_settings]
         return Child(f"worker {index + 1}", arguments, f"{url}/readyz", self._environment), url
 
     def page(self) -> tuple[Child, str]:
@@ -260,7 +192,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _raise_on_signals() -> dict[int, Any]:
-    """SIGTERM and SIGHUP end this process by way of ``finally`` too. Only the main thread may set handlers."""
+    """Let SIGTERM and SIGHUP run ``finally`` blocks too. Only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
 
@@ -299,6 +231,9 @@ def _answers(client: httpx.Client, url: str) -> bool:
 def _check_alive(served: Launched, deadline: float) -> None:
     for child in served.children:
         if child.exit_status is not None:
-            raise UserError(f"{child.name} ended with status {child.exit_status} before it was ready; see above why")
+            message = f"{child.name} ended with status {child.exit_status} before it was ready; see above why"
+            # The part's own exit status tells bad input from a failure.
+            is_bad_input = child.exit_status == DEFAULT_EXIT_STATUS
+            raise UserError(message, code="invalid_input" if is_bad_input else "part_stopped")
     if time.monotonic() > deadline:
-        raise UserError("the parts were not ready in time; `--verbose` shows what they do")
+        raise UserError("the parts were not ready in time; `--verbose` shows what they do", code="part_stopped")

@@ -1,7 +1,7 @@
-"""Logs as one JSON object a line on stderr. They say what happened, never to whom or about what.
+"""Logs as one JSON object per line on stderr. They say what happened, never to whom or about what.
 
 No prompt, answer, image, key or address gets in: records are built from named fields, and an exception is logged as
-its type and the places in the code, without its message, which may quote a request.
+its type and stack frames, without its message, which may quote a request.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def _foreign_event(record: logging.LogRecord) -> str:
 
 
 def describe_exception(error: BaseException) -> dict[str, Any]:
-    """Type and places of an exception, without its message."""
+    """Type and stack of an exception, without its message."""
     frames = traceback.extract_tb(error.__traceback__)
-    places = [f"{frame.filename.rsplit('/', 2)[-2:]}".strip("[]").replace("', '", "/").strip("'") for frame in frames]
-    stack = [f"{place}:{frame.lineno} {frame.name}" for place, frame in zip(places, frames, strict=True)]
+    files = [f"{frame.filename.rsplit('/', 2)[-2:]}".strip("[]").replace("', '", "/").strip("'") for frame in frames]
+    stack = [f"{file}:{frame.lineno} {frame.name}" for file, frame in zip(files, frames, strict=True)]
     return {"exception": type(error).__name__, "stack": stack[-12:]}
 
 

@@ -28,7 +28,7 @@ class HttpMetrics:
         self._duration.labels(route).observe(duration_s)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """A value that is read when somebody asks."""
+        """A value that is read at each scrape."""
         Gauge(f"babydoctor_{name}", text, registry=self.registry).set_function(read)
 
     def render(self) -> bytes:
@@ -36,7 +36,7 @@ class HttpMetrics:
 
 
 class WorkerMetrics(HttpMetrics):
-    """What a worker's users wait for."""
+    """Latencies and token counts of a worker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class WorkerMetrics(HttpMetrics):
 
 
 class ControllerMetrics(HttpMetrics):
-    """What a controller's operator watches."""
+    """Failures that a controller handled."""
 
     def __init__(self) -> None:
         super().__init__()

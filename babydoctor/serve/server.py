@@ -1,4 +1,4 @@
-"""Run an application under uvicorn: a socket bound beforehand, and an end in which running answers may finish."""
+"""Run an application under uvicorn: the socket is bound first, and running answers may finish on shutdown."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def bind(part: str, host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        mend = f"choose another with {part}.port=..." if error.errno == errno.EADDRINUSE else f"check {part}.host"
-        raise UserError(f"{part} cannot listen on {host}:{port}: {error.strerror}; {mend}") from None
+        fix = f"choose another with {part}.port=..." if error.errno == errno.EADDRINUSE else f"check {part}.host"
+        raise UserError(f"{part} cannot listen on {host}:{port}: {error.strerror}; {fix}") from None
     sock.set_inheritable(False)
     return sock
 

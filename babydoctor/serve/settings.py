@@ -1,6 +1,6 @@
 """Settings of the serving parts: ``configs/serve.yaml`` plus ``key=value`` overrides. Secrets come from elsewhere.
 
-API keys and the registration secret never stand in this file or on a command line: they come from the environment
+API keys and the registration secret are never in this file or on a command line: they come from the environment
 or from a file that only the operator can read.
 """
 
@@ -32,8 +32,10 @@ class Limits(Section):
     max_held_bytes: int = Field(2**30, gt=0, description="of all open requests together; more get 429")
     body_timeout_s: float = Field(30, gt=0, description="to send the whole body")
     max_pixels: int = Field(50_000_000, gt=0, description="of an image; checked in its header, before decoding")
+    decode_seconds: float = Field(2, gt=0, description="of CPU to decode an image of 4 megapixels; larger get more")
+    decode_memory_bytes: int = Field(512 * 2**20, gt=0, description="to decode an image of 4 megapixels, likewise")
     max_images: int = Field(1, ge=1, description="of a request; the stages train on one")
-    max_prompt_chars: int = Field(65_536, gt=0)
+    max_prompt_chars: int = Field(65_536, gt=0, description="of a prompt, in characters")
     max_queue: int = Field(64, ge=0, description="requests of a worker that wait for a slot; more get 429")
     max_open: int = Field(1024, gt=0, description="requests that a controller holds open; more get 429")
     request_timeout_s: float = Field(300, gt=0, description="from arrival to the last token")
@@ -44,14 +46,18 @@ class RemoteImages(Section):
     """Images by URL in OpenAI requests. Off while ``hosts`` is empty."""
 
     hosts: tuple[str, ...] = Field((), description="host names that may be read from, exactly as in the URL")
-    max_bytes: int = Field(16 * 2**20, gt=0)
+    max_bytes: int = Field(16 * 2**20, gt=0, description="of an image file")
     timeout_s: float = Field(10, gt=0, description="for the whole download, redirects included")
 
 
 class ControllerSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(21001, ge=0, le=65535)
-    dispatch: Literal["lottery", "shortest_queue"] = "shortest_queue"
+    """The controller: routes requests to workers."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(21001, ge=0, le=65535, description="0: any free port")
+    dispatch: Literal["lottery", "shortest_queue"] = Field(
+        "shortest_queue", description="how a request finds its worker; lottery weighs workers by their speed"
+    )
     heart_beat_expiry_s: float = Field(30, gt=0, description="a worker silent for so long is out of rotation")
     connect_timeout_s: float = Field(3, gt=0, description="to reach a worker")
     worker_silence_s: float = Field(60, gt=0, description="a stream silent for so long is continued elsewhere")
@@ -62,33 +68,46 @@ class ControllerSettings(Section):
 
 
 class WorkerSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(21002, ge=0, le=65535)
+    """A worker: one copy of the model behind HTTP."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(21002, ge=0, le=65535, description="of the first worker; 0: any free port")
     controller: str | None = Field("http://127.0.0.1:21001", description="null: the worker stands alone")
     address: str | None = Field(None, description="URL under which the controller reaches this worker; null: found out")
     model_name: str | None = Field(None, description="null: the name of the run directory")
+    aliases: tuple[str, ...] = Field(
+        (), description="further names of the model; LLaVA's clients pick a template by a name like llava-llama-2-x"
+    )
     speed: float = Field(1, gt=0, description="weight in the lottery")
-    heart_beat_s: float = Field(15, gt=0)
+    heart_beat_s: float = Field(15, gt=0, description="seconds between heartbeats to the controller")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     drain_s: float = Field(60, ge=0, description="after SIGTERM, running answers get so long to finish")
     retention_dir: str | None = Field(None, description="requests and answers are written there; null: never")
 
 
 class PageSettings(Section):
-    host: str = "127.0.0.1"
-    port: int = Field(7860, ge=0, le=65535)
+    """The web UI."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(7860, ge=0, le=65535, description="0: any free port")
     feedback_file: str | None = Field(
         "feedback/feedback.jsonl", description="users' feedback is appended there, with their consent; null: none taken"
     )
 
 
 class ServeSettings(Section):
+    """Settings of controller, workers and web UI."""
+
     limits: Limits = Limits()
     remote_images: RemoteImages = RemoteImages()
     controller: ControllerSettings = ControllerSettings()
     worker: WorkerSettings = WorkerSettings()
     page: PageSettings = PageSettings()
     engine: dict[str, Any] = Field(default_factory=dict, description="settings of the engine, see EngineSettings")
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="web pages that may call the APIs from a browser, e.g. https://app.example.org; *: all",
+    )
     public_without_keys: bool = Field(False, description="true: may listen beyond this machine without API keys")
 
 

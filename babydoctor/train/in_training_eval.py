@@ -15,7 +15,7 @@ from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
 from babydoctor.eval.load import load_task
 from babydoctor.eval.run import EvalConfig, evaluate_task
-from babydoctor.imaging.load import to_pixels
+from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.run_dir import Manifest
@@ -51,6 +51,10 @@ class InTrainingEval:
         self.every = config.train.eval_every
         self.held_out = HeldOut(config, manifest, encoder, max_tokens) if config.data.eval_rows else None
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
+
+    def is_due(self, step: int) -> bool:
+        """True if there is something to evaluate after ``step`` steps."""
+        return step > 0 and (self._held_out_is_due(step) or self._task_is_due(step))
 
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
         """Run the evaluations that are due and not yet recorded for this step, and report them."""

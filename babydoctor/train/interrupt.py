@@ -6,12 +6,11 @@ held-out answers are made, there is nothing to wait for and the signal takes eff
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,7 +45,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._waits_for_step = False
+        self._is_training = False
+        self._takes_effect_at_once = True
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
@@ -64,25 +64,21 @@ class StopSignals:
             message = f"stopped by {name} before training began; nothing was written"
             raise TrainingStopped(self.received, message) from None
 
-    @contextlib.contextmanager
-    def wait_for_step(self) -> Iterator[None]:
-        """Inside the block a signal waits for the end of the step. A second SIGINT raises ``KeyboardInterrupt``."""
-        self._waits_for_step = True
-        try:
-            yield
-        finally:
-            self._waits_for_step = False
+    def wait_for_steps(self) -> None:
+        """From now on a signal waits for the end of the step, and a second SIGINT raises ``KeyboardInterrupt``."""
+        self._is_training, self._takes_effect_at_once = True, False
 
     def run_unless_stopped(self, action: Callable[[], None]) -> None:
-        """Run ``action`` inside a ``wait_for_step`` block. A signal ends it at once and is then in ``received``."""
-        self._waits_for_step = False
+        """Run ``action`` between two steps. A signal ends it at once and is then in ``received``."""
         try:
-            if self.received is None:
-                action()
-        except _StopNow:
-            pass
-        finally:
-            self._waits_for_step = True
+            try:
+                self._takes_effect_at_once = True
+                if self.received is None:
+                    action()
+            finally:
+                self._takes_effect_at_once = False
+        except _StopNow:  # only the first signal raises it, possibly inside ``finally`` before the assignment
+            self._takes_effect_at_once = False
 
     def stopped_after(self, step: int, total: int, run: Path) -> TrainingStopped:
         """The error that ends a run whose state after ``step`` is saved."""
@@ -96,14 +92,14 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked data loader process; it ends with this one
             return
-        first = self.received is None
-        if first:
-            self.received = number
-        if not self._waits_for_step:
-            raise _StopNow
-        if first:
+        if self.received is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.received = number
+        if self._is_training:
             name = signal.Signals(number).name
             again = " Press Ctrl-C again to end at once without saving." if number == signal.SIGINT else ""
             print(f"\n{name}: a checkpoint is saved at the end of this step.{again}", file=sys.stderr, flush=True)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._takes_effect_at_once:
+            raise _StopNow

@@ -35,7 +35,7 @@ from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_fa
 from babydoctor.train.output import OutputDirectory, is_finished, num_steps
 from babydoctor.train.report import Reporter, StepResult
 from babydoctor.train.stage import finish_run, prepare_manifest
-from babydoctor.train.step import accumulate_gradients, seed_step
+from babydoctor.train.step import accumulate_gradients, explain_out_of_memory, seed_step
 from babydoctor.train.tracking import check_tracking
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     is_main, device = accelerator.is_main_process, accelerator.device
     full_disk = explain_full_disk("the run", run, "free some space and run the command again with --resume")
     output = OutputDirectory(config, resume=resume, is_main=is_main)
-    with StopSignals() as stop, full_disk, output:
+    with StopSignals() as stop, full_disk, explain_out_of_memory(config), output:
         with accelerator.main_process_first():
             output.find_checkpoint()
             manifest, projector_file = prepare_manifest(config)
@@ -99,9 +99,11 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
             keep_freed_memory(MOST_KEPT_BYTES)
 
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
-        with reporter, stop.wait_for_step():
+        with reporter:
+            stop.wait_for_steps()
             reporter.begin(model, len(samples), format_short(plan))
-            if evaluation and first_step:  # make up for an evaluation during which the run was stopped
+            # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
+            if evaluation and evaluation.is_due(first_step):
                 stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
@@ -116,7 +118,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_main and is_saved:
                     save(state)
-                if evaluation:
+                if evaluation and evaluation.is_due(state.step):
                     stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
                 if share_stop(stop, accelerator) and state.step < total_steps:
                     if is_main and not is_saved:

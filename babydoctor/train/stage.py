@@ -9,7 +9,7 @@ from pathlib import Path
 from babydoctor.config import RunConfig
 from babydoctor.data.sources import published_versions
 from babydoctor.files import atomic_directory
-from babydoctor.imaging.load import ImageSettings
+from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.run_dir import (
     Manifest,

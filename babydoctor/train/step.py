@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
 
+from babydoctor.config import RunConfig
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import StepData
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.schema import UserError
 
 
 def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> torch.Tensor:
@@ -45,3 +50,21 @@ def forward(model: BabyDoctor, batch: HostBatch) -> torch.Tensor:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generators (LoRA's dropout) from the step, so that a resumed run draws the same numbers."""
     torch.manual_seed(hash((seed, step, rank)))
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Turn an out-of-memory error into one sentence.
+
+    Raises:
+        UserError: the device ran out of memory in the block.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        settings, reason = config.train, str(error).split(". ")[0]
+        raise UserError(
+            f"the GPU ran out of memory with train.micro_batch_tokens={settings.micro_batch_tokens} and "
+            f"train.gradient_checkpointing={settings.gradient_checkpointing} ({reason}). Continue with --resume and a "
+            "smaller train.micro_batch_tokens, or with train.gradient_checkpointing=full"
+        ) from error

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from babydoctor.model.language_model import dequantized_weight
+from babydoctor.model.nf4 import dequantized_weight
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 
 ADAPTER = "default"

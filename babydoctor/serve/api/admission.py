@@ -1,6 +1,6 @@
-"""What is checked before work is done: keys, places in the queue, the shape of images. No torch.
+"""Checks before any work is done: keys, request slots, the form of images and JSON. No torch.
 
-Everything here answers in microseconds, so that a server under load can still say no.
+Everything here takes microseconds, so that a server under load can still refuse.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import hmac
 import math
 import re
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 from babydoctor.schema import IMAGE_TOKEN
-from babydoctor.serve.api.protocol import ApiError, GenerateRequest
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.settings import Limits
 
 MAX_JSON_DEPTH = 32
@@ -24,6 +26,8 @@ MAX_JSON_MARKS = 50_000
 """Strings, brackets and commas. A long chat has a few thousand; millions would keep the server parsing."""
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+_STANDARD_ALPHABET = str.maketrans("-_", "+/")
+"""From the URL-safe alphabet of base64."""
 
 
 class Keys:
@@ -55,8 +59,8 @@ def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
     return ""
 
 
-class Places:
-    """Places of one worker: those that run and those that wait. One more is refused at once.
+class RequestSlots:
+    """Request slots of one worker: those that run and those that wait. One more is refused at once.
 
     Args:
         num_slots: requests that run at the same time.
@@ -74,46 +78,50 @@ class Places:
         return self.num_slots + self.max_queue
 
     def take(self) -> None:
-        """Take a place; the caller gives it back with ``give_back``, whatever happens.
+        """Take a slot; the caller returns it with ``free``, whatever happens.
 
         Raises:
-            ApiError: 429 with the time after which a place is likely.
+            ApiError: 429 with the time after which a slot is likely to be free.
         """
         if self.taken >= self.capacity:
             raise ApiError(
-                429,
                 "queue_full",
                 f"The model is busy: {self.num_slots} requests run and {self.max_queue} wait. Please try again soon.",
                 retry_after_s=self.retry_after_s(),
             )
         self.taken += 1
 
-    def give_back(self, duration_s: float) -> None:
+    def free(self, duration_s: float) -> None:
         assert self.taken > 0, self.taken
         self.taken -= 1
         self._mean_s += 0.1 * (duration_s - self._mean_s)
 
     def retry_after_s(self) -> int:
-        """Seconds until half of the queue is likely to have moved on, from 1 to 60."""
+        """Seconds until half of the queue is likely to be answered, from 1 to 60."""
         return min(60, max(1, math.ceil(self._mean_s * (1 + self.max_queue / (2 * self.num_slots)))))
 
 
 def decode_image(text: str, index: int) -> bytes:
-    """Bare base64 (line breaks allowed) -> bytes.
+    """Base64 (line breaks allowed), bare or as a data URL -> bytes.
 
     Raises:
-        ApiError: 422, it is not base64.
+        ApiError: it is not base64.
     """
     param = f"images[{index}]"
     text = re.sub(r"\s+", "", text)
-    if text.startswith("data:"):
-        raise ApiError(422, "bad_base64", f"{param} is a data URL; send the base64 after its comma alone.", param=param)
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ApiError("bad_data_url", f"{param} is a data URL without base64 data.", param=param)
+        text = re.sub(r"\s+", "", unquote(text))
+    text = text.translate(_STANDARD_ALPHABET)
+    text += "=" * (-len(text) % 4)  # as the URL standard's forgiving decoding does
     if not text or not _BASE64.fullmatch(text):
-        raise ApiError(422, "bad_base64", f"{param} is not base64.", param=param)
+        raise ApiError("bad_base64", f"{param} is not base64.", param=param)
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ApiError(422, "bad_base64", f"{param} is not base64: {error}.", param=param) from None
+        raise ApiError("bad_base64", f"{param} is not base64: {error}.", param=param) from None
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
@@ -124,31 +132,31 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     """
     if len(request.prompt) > limits.max_prompt_chars:
         raise ApiError(
-            422,
             "prompt_too_long",
             f"The prompt has {len(request.prompt)} characters; the limit is {limits.max_prompt_chars}.",
             param="prompt",
         )
-    check_image_count(request.prompt, request.images or (), limits)
+    marked = request.prompt
+    if request.turns:  # in an answer the mark is text
+        marked = "".join(turn.text for turn in request.turns if turn.role == "user")
+    check_image_count(marked, request.images or (), limits)
 
 
 def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> None:
-    """As many images as places for them, and not more than the limit.
+    """Check that there are as many images as ``<image>`` marks, and no more than the limit.
 
     Raises:
         ApiError: 422.
     """
-    num_places = prompt.count(IMAGE_TOKEN)
-    if len(images) != num_places:
+    num_marks = prompt.count(IMAGE_TOKEN)
+    if len(images) != num_marks:
         raise ApiError(
-            422,
             "wrong_image_count",
-            f"The prompt has {num_places} place(s) for an image ({IMAGE_TOKEN}), but {len(images)} image(s) came.",
+            f"The prompt has {num_marks} {IMAGE_TOKEN}, but the request has {len(images)} image(s).",
             param="images",
         )
     if len(images) > limits.max_images:
         raise ApiError(
-            422,
             "too_many_images",
             f"{len(images)} images came; this server takes {limits.max_images} a conversation.",
             param="images",
@@ -174,6 +182,6 @@ def check_json_shape(body: bytes) -> None:
         elif mark in b"]}":
             depth -= 1
         if depth > MAX_JSON_DEPTH:
-            raise ApiError(422, "json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
+            raise ApiError("json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
         if num_marks > MAX_JSON_MARKS:
-            raise ApiError(422, "json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")
+            raise ApiError("json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")

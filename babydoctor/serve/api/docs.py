@@ -1,99 +1,177 @@
-"""The page ``/docs``: every endpoint with its fields, an example and its errors, from the OpenAPI document.
+"""The OpenAPI document and ``/docs``: error and reply schemas, security schemes, Swagger UI without the internet.
 
-FastAPI's own page loads its program from a server on the internet. Hospitals' networks seldom reach that, and a
-browser that shows patients' data should not be told to: so this is plain HTML.
+Hospital networks seldom reach a CDN, so ``fastapi-offline`` brings Swagger UI's files along.
 """
 
 from __future__ import annotations
 
-import json
-from html import escape
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import HTMLResponse
+from fastapi_offline import FastAPIOffline
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-code, pre { font-family: ui-monospace, monospace; font-size: .875rem; }
-pre { padding: .75rem; overflow-x: auto; background: color-mix(in srgb, currentColor 8%, transparent); }
-table { border-collapse: collapse; width: 100%; }
-td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #8886; }
-section { margin: 2rem 0; }
-h3 { margin-bottom: .25rem; }
-"""
+from babydoctor import __version__
+
+DOCS_FILES = "/docs-files/"
+
+OPEN_PATHS = ("/healthz", "/readyz", "/health", "/docs", "/openapi.json")
+"""Answered without a key, as is everything under ``DOCS_FILES``."""
+
+_DESCRIPTIONS = {
+    400: "The body cannot be parsed; on /v1: a field is wrong, the message names it",
+    401: "No valid API key",
+    403: "No valid registration secret",
+    404: "No such model; the message lists those there are",
+    408: "The body arrived too slowly",
+    413: "Body or image too large",
+    422: "A field is wrong; the message names it",
+    429: "Busy; Retry-After says when to come back",
+    500: "The server failed",
+    503: "No worker can answer now",
+    504: "The answer took too long",
+}
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error", "text", "error_code"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "code", "param"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "code": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+            },
+        },
+        "text": {"type": "string"},
+        "error_code": {"type": "integer"},
+    },
+}
+
+BODY_ERRORS = (400, 401, 408, 413, 422, 500)
+WORK_ERRORS = (*BODY_ERRORS, 404, 429, 503, 504)
 
 
-def add_docs(app: FastAPI) -> None:
-    """Serve the page; the document itself stays at ``/openapi.json``."""
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(render_docs(app.openapi()))
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of a route's errors."""
+    content = {"application/json": {"schema": _ERROR_SCHEMA}}
+    return {status: {"description": _DESCRIPTIONS[status], "content": content} for status in statuses}
 
 
-def render_docs(document: dict[str, Any]) -> str:
-    """An OpenAPI document as HTML."""
-    info = document["info"]
-    by_tag: dict[str, list[str]] = {}
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            tag = operation.get("tags", ["other"])[0]
-            by_tag.setdefault(tag, []).append(_operation(document, method.upper(), path, operation))
-    sections = [f"<section><h2>{escape(tag)}</h2>{''.join(parts)}</section>" for tag, parts in by_tag.items()]
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}</p>"
-        f"<p>Machines read <a href=openapi.json>openapi.json</a>.</p>{''.join(sections)}</html>"
+def reply(name: str, description: str, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of a reply whose schema is ``REPLY_SCHEMAS[name]``, and of its stream."""
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return {200: {"description": description, "content": content}}
+
+
+def _object(required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
+_MAYBE_OBJECT = {"type": ["object", "null"]}
+_FINISH = {"type": "string", "enum": ["stop", "length"]}
+_USAGE = _object(
+    ["prompt_tokens", "completion_tokens", "total_tokens"],
+    prompt_tokens=_INTEGER,
+    completion_tokens=_INTEGER,
+    total_tokens=_INTEGER,
+) | {"type": ["object", "null"]}
+_MESSAGE = _object(["role", "content"], role={"const": "assistant"}, content=_STRING, refusal={"type": "null"})
+
+
+def _completion(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+    return _object(
+        ["id", "object", "created", "model", "choices", "usage"],
+        id=_STRING,
+        object={"const": kind},
+        created=_INTEGER,
+        model=_STRING,
+        choices=_list(choice),
+        usage=_USAGE,
     )
 
 
-def _operation(document: dict[str, Any], method: str, path: str, operation: dict[str, Any]) -> str:
-    parts = [f"<h3><code>{method} {escape(path)}</code></h3>", f"<p>{escape(operation.get('description', ''))}</p>"]
-    content = operation.get("requestBody", {}).get("content", {}).get("application/json")
-    schema = _resolve(document, content["schema"]) if content else {}
-    if "properties" in schema:
-        parts.append(_fields(document, schema))
-    for example in schema.get("examples", ())[:1]:
-        body = json.dumps(example, indent=2)
-        command = f"curl -X {method} URL{path} -H 'Content-Type: application/json' -d '\n{body}'"
-        parts.append(f"<pre>{escape(command)}</pre>")
-    answers = [f"{status} {answer['description']}" for status, answer in operation["responses"].items()]
-    parts.append(f"<p><small>{escape(' · '.join(answers))}</small></p>")
-    return "".join(parts)
+REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
+    "ChatCompletion": _completion(
+        "chat.completion",
+        _object(
+            ["index", "message", "finish_reason"],
+            index=_INTEGER,
+            message=_MESSAGE,
+            finish_reason=_FINISH,
+            logprobs=_MAYBE_OBJECT,
+        ),
+    ),
+    "Completion": _completion(
+        "text_completion",
+        _object(
+            ["index", "text", "finish_reason"],
+            index=_INTEGER,
+            text=_STRING,
+            finish_reason=_FINISH,
+            logprobs=_MAYBE_OBJECT,
+        ),
+    ),
+    "ModelResponse": _object(
+        ["id", "object", "created_at", "status", "model", "output", "usage"],
+        id=_STRING,
+        object={"const": "response"},
+        created_at=_INTEGER,
+        status={"type": "string", "enum": ["completed", "incomplete"]},
+        model=_STRING,
+        output=_list({"type": "object"}),
+        usage=_MAYBE_OBJECT,
+    ),
+    "GeneratedText": _object(
+        ["text", "error_code"], text=_STRING, error_code=_INTEGER, finish_reason=_FINISH, usage=_USAGE
+    ),
+}
+
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server, if it has any."},
+    "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
 
 
-def _fields(document: dict[str, Any], schema: dict[str, Any]) -> str:
-    rows = []
-    for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", ()) else f"{json.dumps(field.get('default'))}"
-        cells = (f"<code>{escape(name)}</code>", escape(_kind(document, field)), escape(default))
-        rows.append(f"<tr><td>{'<td>'.join(cells)}<td>{escape(field.get('description', ''))}")
-    return f"<table><tr><th>field<th>type<th>default<th>{''.join(rows)}</table>"
+def build_app(
+    title: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]], *, has_keys: bool
+) -> FastAPI:
+    """An application with ``/docs``, whose OpenAPI document says whether keys are needed."""
+    app = FastAPIOffline(
+        docs_url="/docs",
+        redoc_url=None,
+        static_url=DOCS_FILES.rstrip("/"),
+        title=title,
+        version=__version__,
+        description="LLaVA's protocol, FastChat's additions and OpenAI's APIs. Research use only.",
+        lifespan=lifespan,
+    )
+    build_document = app.openapi
 
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = build_document()
+            components = document.setdefault("components", {})
+            components.setdefault("schemas", {}).update(REPLY_SCHEMAS)
+            components["securitySchemes"] = _SECURITY_SCHEMES
+            # An empty requirement: keys are optional.
+            document["security"] = [{"bearer": []}, {"api_key": []}, *([] if has_keys else [{}])]
+            for path in OPEN_PATHS:
+                for operation in document["paths"].get(path, {}).values():
+                    operation["security"] = []
+        assert app.openapi_schema is not None
+        return app.openapi_schema
 
-def _kind(document: dict[str, Any], field: dict[str, Any]) -> str:
-    """The type in a few words."""
-    if "$ref" in field:
-        return str(field["$ref"].rpartition("/")[2])
-    if options := field.get("anyOf") or field.get("oneOf"):
-        return " or ".join(_kind(document, option) for option in options)
-    if field.get("type") == "array":
-        return f"list of {_kind(document, field.get('items', {}))}"
-    bounds = [
-        f"{word} {field[key]:g}"
-        for key, word in (("minimum", "from"), ("maximum", "to"))
-        if abs(field.get(key, 1e12)) < 1e12
-    ]
-    return " ".join([str(field.get("type", "any")), *bounds])
-
-
-def _resolve(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    for option in schema.get("anyOf", ()):
-        if "$ref" in option:
-            schema = option
-    if "$ref" in schema:
-        return dict(document["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
-    return schema
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app

@@ -14,14 +14,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape
-from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.api.docs import DOCS_FILES
+from babydoctor.serve.api.errors import ApiCode, ApiError
+from babydoctor.serve.api.responses import error_response
 from babydoctor.serve.logs import REQUEST_ID, log, new_request_id
 from babydoctor.serve.metrics import HttpMetrics
 from babydoctor.serve.settings import Limits
 
 logger = logging.getLogger(__name__)
 
-QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
+QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
 """Polled by machines; logged only when something is wrong."""
 
 
@@ -76,16 +78,17 @@ class Gate:
             if (
                 self.keys
                 and scope["path"] not in self.open_paths
+                and not scope["path"].startswith(DOCS_FILES)
                 and not self.keys.accepts(bearer_key(scope["headers"]))
             ):
-                raise ApiError(401, "bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
+                raise ApiError("bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 body = await self._read_body(receive)
                 held = len(body)
                 receive = _receive_again(body, receive)
                 del body
         except ApiError as error:
-            return await error_response(error)(scope, receive, send)
+            return await error_response(error, scope["path"])(scope, receive, send)
         self._held_bytes += held
         try:
             await self.app(scope, receive, send)
@@ -109,24 +112,24 @@ class Gate:
                 if size > limit:
                     break
                 raise ApiError(
-                    408, "body_timeout", f"The body did not arrive within {self.limits.body_timeout_s:g} s."
+                    "body_timeout", f"The body did not arrive within {self.limits.body_timeout_s:g} s."
                 ) from None
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "client_left", "The connection ended before the body did.")
+                raise ApiError("client_left", "The connection ended before the body did.")
             chunk = message.get("body", b"")
             size += len(chunk)
             more = message.get("more_body", False)
             if size <= limit:
                 parts.append(chunk)
                 if self._held_bytes + size > self.limits.max_held_bytes:
-                    raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+                    raise ApiError("queue_full", "The server is busy. Please try again soon.")
             else:
                 # Nothing is kept any more, but reading on lets the client finish sending and see the answer.
                 parts.clear()
                 if size > 4 * limit:
                     break
         if size > limit:
-            raise ApiError(413, "body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
+            raise ApiError("body_too_large", f"The request is larger than this server's limit of {limit} bytes.")
         body = b"".join(parts)
         check_json_shape(body)
         return body
@@ -144,12 +147,7 @@ def _receive_again(body: bytes, receive: Receive) -> Receive:
     return receive_again
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """An ``ApiError`` as HTTP."""
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+_HTTP_CODES: dict[int, ApiCode] = {404: "not_found", 405: "method_not_allowed"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -157,24 +155,40 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        # FastAPI's own answer repeats the input: a whole prompt, a whole image.
-        faults = [
-            f"{'.'.join(str(part) for part in item['loc'] if part != 'body') or 'body'}: {item['msg']}"
-            for item in error.errors()[:5]
-        ]
-        first = error.errors()[0]["loc"][1:] if error.errors() else ()
-        return error_response(ApiError(422, "bad_request", "; ".join(faults), param=".".join(map(str, first)) or None))
+        return error_response(_validation_error(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        response = error_response(ApiError(error.status_code, "http_error", str(error.detail)))
+        code = _HTTP_CODES.get(error.status_code, "http_error")
+        response = error_response(ApiError(code, str(error.detail)), request.url.path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return error_response(ApiError(500, "internal", "The server failed at this request; its log says where."))
+        message = "The server failed at this request; its log says where."
+        return error_response(ApiError("internal", message), request.url.path)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """Fields and reasons. FastAPI's own answer repeats the input: a whole prompt, a whole image."""
+    items = error.errors()
+    if items and items[0]["type"] == "json_invalid":
+        position, text = int(items[0]["loc"][-1]), str(error.body)
+        line = text.count("\n", 0, position) + 1
+        column = position - text.rfind("\n", 0, position)
+        reason = items[0].get("ctx", {}).get("error", "not valid JSON")
+        return ApiError("bad_json", f"The body is not valid JSON: {reason}, at line {line}, column {column}.")
+    faults = [f"{_field(item['loc'])}: {item['msg']}" for item in items[:5]]
+    if items and items[0]["type"] == "model_attributes_type":
+        faults.append("send JSON with the header Content-Type: application/json")
+    first = items[0]["loc"][1:] if items else ()
+    return ApiError("bad_request", "; ".join(faults), param=".".join(map(str, first)) or None)
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location if part != "body") or "body"

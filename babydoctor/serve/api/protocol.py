@@ -1,96 +1,22 @@
-"""What travels between clients, controller and workers: request bodies, stream framing, errors. No torch, no HTTP.
+"""Bodies of the LLaVA protocol's requests and replies, with FastChat's and our own additions. No torch, no HTTP.
 
-The LLaVA wire is kept as it is (``llava/serve/{controller,model_worker}.py``, release 1.2); what ours adds are further
-optional fields and endpoints, which the original's programs ignore.
+The protocol is kept as it is (``llava/serve/{controller,model_worker}.py``, release 1.2). Our additions are optional
+fields and further endpoints, which the original's programs ignore.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-ERROR_NONE = 0
-ERROR_WORKER = 1
-"""The worker could not answer: a bad request, or it failed."""
-ERROR_NO_WORKER = 2
-"""No worker serves that model."""
-ERROR_UNREACHABLE = 3
-"""The worker was lost and no other could go on."""
-
-OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
-"""Sent with ``ERROR_NONE`` when the prompt leaves no room for an answer, word for word as the original does."""
-
-OVERFLOW = "context_length_exceeded"
-"""Machine name of that case; an error everywhere but on LLaVA's stream."""
+from babydoctor.schema import Role
 
 GREEDY_TEMPERATURE = 0.001
 """At or below this temperature decoding is greedy."""
 
 MAX_NEW_TOKENS = 1024
-"""The wire's cap on ``max_new_tokens``; larger values are cut to it, as in the original."""
-
-DELIMITER = b"\0"
-"""Ends each chunk of a stream. JSON escapes NUL, so it never stands inside one."""
-
-MAX_CHUNK_BYTES = 16 * 2**20
-"""A longer chunk from a worker is a broken worker."""
-
-
-class ApiError(Exception):
-    """An error that a client gets to read.
-
-    Args:
-        status: HTTP status, where no stream has begun yet.
-        code: short machine name (``queue_full``, ``image_too_large``, ...).
-        message: one or two sentences for people. Holds nothing of another request and no address.
-        error_code: the number on the LLaVA wire.
-        param: the field that is wrong.
-        retry_after_s: when to come back; sent as ``Retry-After``.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        error_code: int = ERROR_WORKER,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.error_code = error_code
-        self.param = param
-        self.retry_after_s = retry_after_s
-
-    @property
-    def type(self) -> str:
-        """The kind, in OpenAI's words."""
-        named = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-
-    def body(self) -> dict[str, Any]:
-        """JSON that all kinds of clients can read: OpenAI's ``error`` object, and LLaVA's ``text``/``error_code``."""
-        error = {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
-        return {"error": error, "text": self.message, "error_code": self.error_code}
-
-
-def overflow_error() -> ApiError:
-    """The prompt leaves no room for an answer. On LLaVA's wire it is a notice, not an error."""
-    return ApiError(
-        422,
-        OVERFLOW,
-        "The conversation is too long for the model. Start a new one.",
-        error_code=ERROR_NONE,
-        param="prompt",
-    )
+"""The protocol's cap on ``max_new_tokens``; larger values are cut to it, as in the original."""
 
 
 def check_text(text: str) -> str:
@@ -108,12 +34,46 @@ Text = Annotated[str, AfterValidator(check_text)]
 
 
 class Body(BaseModel):
-    """Fields that a client sends and we do not know are ignored, as the original ignores them."""
+    """Unknown fields are ignored, as the original ignores them."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
-class GenerateRequest(Body):
+class Sampling(Body):
+    """How the next token is chosen; names and meaning as in vLLM. Penalties apply before ``temperature``."""
+
+    temperature: float = Field(1.0, allow_inf_nan=False, description="0.001 and below: greedy.")
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(-1, ge=-1, description="Choose from this many likeliest tokens; -1 and 0: from all.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Drop tokens below this share of the likeliest token.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted from tokens that the answer holds.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once for each time a token occurred.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="Divides the scores of tokens that prompt or answer hold; 1: off."
+    )
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=1024, description="Added to the scores of these token ids."
+    )
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    ignore_eos: bool = Field(False, description="Generate past the end-of-text token, for benchmarks.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        """Null means the default: clients send every field they know."""
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
+
+class PromptTurn(Body):
+    """One turn of the conversation behind a prompt; an image is ``<image>`` in ``text``."""
+
+    role: Role
+    text: Text
+
+
+class GenerateRequest(Sampling):
     """Body of ``/worker_generate_stream`` and ``/worker_generate``."""
 
     model_config = ConfigDict(
@@ -131,20 +91,27 @@ class GenerateRequest(Body):
     )
 
     model: Text = Field("", max_length=512, description="A name from `/list_models`; a worker also takes none.")
-    prompt: Text = Field(description="The whole prompt in the model's template, `<image>` where an image stands.")
-    temperature: float = Field(1.0, allow_inf_nan=False, description="0.001 and below: greedy.")
-    top_p: float = Field(1.0, ge=0, le=1)
+    prompt: Text = Field(description="The whole prompt in the model's template, `<image>` for each image.")
     max_new_tokens: int = Field(256, ge=1, description="At most 1024; more is cut to that.")
     stop: Text | list[Text] | None = Field(None, description="The answer ends before any of these.")
-    images: list[str] | None = Field(None, max_length=64, description="Bare base64, one for each `<image>`.")
+    images: list[str] | None = Field(
+        None, max_length=64, description="Base64 or data URLs, one for each `<image>` of the prompt."
+    )
     echo: bool = Field(True, description="Whether `text` begins with the prompt.")
-    seed: int | None = Field(None, ge=0, lt=2**63)
     logprobs: bool | int | None = Field(None, description="True or 1: log-probabilities of the chosen tokens.")
-    token_ids: bool = Field(False, description="Whether chunks carry the ids of the new tokens.")
+    token_ids: bool = Field(False, description="Whether messages carry the ids of the new tokens.")
+    json_schema: dict[str, Any] | None = Field(None, description="The answer is JSON that this schema allows.")
+    continues: bool = Field(
+        False, description="The prompt ends inside the answer, so the answer keeps the space that it begins with."
+    )
     resume_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None,
         max_length=MAX_NEW_TOKENS,
-        description="Tokens that another worker has generated already; the answer goes on after them.",
+        description="Tokens that another worker has generated already; the answer continues after them.",
+    )
+    system: Text | None = Field(None, description="System prompt of `turns`; null: the template's own.")
+    turns: list[PromptTurn] | None = Field(
+        None, max_length=256, description="The conversation that `prompt` renders, for workers that pass messages on."
     )
 
     @property
@@ -162,8 +129,8 @@ class AttentionRequest(Body):
     """Body of ``/worker_attention``: where on the image each word of an answer looked."""
 
     model: Text = Field("", max_length=512)
-    prompt: Text = Field(description="The prompt that was answered, `<image>` where the image stands.")
-    answer: Text = Field(min_length=1, max_length=16_384, description="The answer, as it was received.")
+    prompt: Text = Field(description="The prompt that was answered, `<image>` for the image.")
+    answer: Text = Field(min_length=1, max_length=16_384, description="The answer as received.")
     images: list[str] = Field(max_length=64, description="Bare base64, one for each `<image>`.")
 
 
@@ -191,17 +158,17 @@ class ModelRequest(Body):
 
 
 class WorkerStatus(Body):
-    """What a worker says of itself. ``template`` and ``grid`` are ours; the original's workers send none."""
+    """A worker's report about itself. The original's workers send no ``template``."""
 
     model_names: list[Annotated[Text, Field(min_length=1, max_length=512)]] = Field(min_length=1, max_length=64)
     speed: float = Field(1, gt=0, le=1e6, description="Relative speed, for the lottery.")
     queue_length: int = Field(0, ge=0, le=10**9, description="Requests running and waiting.")
     template: str | None = Field(None, max_length=64, description="Name of the conversation template.")
-    draining: bool = Field(False, description="True once the worker takes nothing new.")
+    draining: bool = Field(False, description="True once the worker accepts no new requests.")
 
 
 class FleetStatus(BaseModel):
-    """A controller's answer to ``/worker_get_status``: its workers taken together."""
+    """A controller's answer to ``/worker_get_status``: the sum of its workers."""
 
     model_names: list[str]
     speed: float
@@ -233,118 +200,3 @@ class HeartBeat(Body):
 
     worker_name: str = Field(max_length=2048)
     queue_length: int = Field(ge=0, le=10**9)
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One generated token with its log-probability and, on demand, the likeliest alternatives."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One message of a stream. ``text`` is everything so far; the other fields are beside LLaVA's wire.
-
-    ``token_ids`` and ``logprobs`` are those that are new since the chunk before. The last chunk has a
-    ``finish_reason`` (``stop``, ``length``) or an ``error_code``.
-    """
-
-    text: str
-    error_code: int = ERROR_NONE
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    code: str | None = None
-    """Machine name of the error, see ``ApiError``."""
-
-    def with_text(self, text: str) -> Chunk:
-        return Chunk(text, self.error_code, self.finish_reason, self.usage, self.token_ids, self.logprobs, self.code)
-
-    def to_json(self, *, token_ids: bool = False) -> dict[str, Any]:
-        data: dict[str, Any] = {"text": self.text, "error_code": self.error_code}
-        if self.finish_reason is not None:
-            data["finish_reason"] = self.finish_reason
-        if self.usage is not None:
-            data["usage"] = self.usage.model_dump()
-        if self.logprobs:
-            data["logprobs"] = [{"text": t.text, "logprob": t.logprob, "top": t.top} for t in self.logprobs]
-        if token_ids and self.token_ids:
-            data["token_ids"] = self.token_ids
-        if self.code is not None:
-            data["code"] = self.code
-        return data
-
-    @classmethod
-    def of_error(cls, error: ApiError) -> Chunk:
-        return cls(error.message, error.error_code, code=error.code)
-
-
-def encode_chunk(chunk: Chunk, *, token_ids: bool = False) -> bytes:
-    """One chunk as it goes over the wire: JSON and a NUL byte."""
-    return json.dumps(chunk.to_json(token_ids=token_ids)).encode() + DELIMITER
-
-
-def decode_chunk(data: bytes) -> Chunk:
-    """Read one chunk, ours or the original's.
-
-    Raises:
-        ValueError: it is not a JSON object with a ``text`` and an ``error_code``.
-    """
-    values = json.loads(data)
-    if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-        raise ValueError("a chunk is a JSON object with a 'text'")
-    usage = values.get("usage")
-    return Chunk(
-        text=values["text"],
-        error_code=int(values.get("error_code", ERROR_NONE)),
-        finish_reason=values.get("finish_reason"),
-        usage=Usage(**usage) if isinstance(usage, dict) and usage.keys() >= Usage.model_fields.keys() else None,
-        token_ids=tuple(values.get("token_ids") or ()),
-        logprobs=tuple(
-            TokenLogprob(t["text"], t["logprob"], tuple((text, value) for text, value in t.get("top", ())))
-            for t in _list(values.get("logprobs"))
-        ),
-        code=values.get("code"),
-    )
-
-
-def _list(value: Any) -> list[dict[str, Any]]:
-    """FastChat's workers send ``logprobs`` as an object of another form; only ours are read."""
-    return value if isinstance(value, list) else []
-
-
-class StreamDecoder:
-    """Cut a byte stream into chunks; bytes come in any portions."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[Chunk]:
-        """Yield each chunk that ``data`` completes.
-
-        Raises:
-            ValueError: a chunk is longer than ``MAX_CHUNK_BYTES`` or not JSON.
-        """
-        self._buffer += data
-        while (end := self._buffer.find(DELIMITER)) >= 0:
-            piece = bytes(self._buffer[:end])
-            del self._buffer[: end + 1]
-            if piece:
-                yield decode_chunk(piece)
-        if len(self._buffer) > MAX_CHUNK_BYTES:
-            raise ValueError(f"a chunk is longer than {MAX_CHUNK_BYTES} bytes")
-
-    @property
-    def pending(self) -> int:
-        """Bytes of a chunk that has not ended."""
-        return len(self._buffer)

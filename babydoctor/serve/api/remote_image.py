@@ -17,7 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpcore
 
-from babydoctor.serve.api.protocol import ApiError
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.settings import RemoteImages
 
 MAX_REDIRECTS = 3
@@ -38,7 +38,7 @@ def is_public(address: str) -> bool:
 
 
 def _refused(message: str) -> ApiError:
-    return ApiError(422, "image_url_refused", message, param="messages")
+    return ApiError("image_url_refused", message, param="messages")
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
@@ -124,5 +124,5 @@ async def _read(response: httpcore.Response, max_bytes: int) -> bytes:
     async for part in response.aiter_stream():
         data += part
         if len(data) > max_bytes:
-            raise ApiError(413, "image_too_large", f"The image is larger than {max_bytes} bytes.", param="messages")
+            raise ApiError("image_too_large", f"The image is larger than {max_bytes} bytes.", param="messages")
     return bytes(data)

@@ -1,32 +1,66 @@
 """An answer on its way: filled by a worker's engine or a controller's relay, read by an HTTP response.
 
-The two sides run at their own speed. What the reader has not fetched is merged into one chunk, so a slow client costs
-neither memory nor a slot. However the response ends, the answer is closed, and that stops the work behind it.
+Both sides run at their own speed. What the reader has not fetched is merged into one delta, so a slow client costs
+neither memory nor a request slot. However the response ends, the answer is closed, and that stops the work behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Any
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
-
-from babydoctor.serve.api.protocol import ERROR_NONE, ApiError, Chunk
-from babydoctor.serve.logs import log
-
-logger = logging.getLogger(__name__)
+from babydoctor.engine.request import TokenLogprob, Usage
+from babydoctor.serve.api.errors import ApiError
 
 HEADERS_WITHIN_S = 4.0
-"""A stream's headers are sent after this time even where the work has not begun: clients give up after 10 s."""
+"""Send a stream's headers after this time even if the work has not begun: LLaVA's clients give up after 10 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """What is new in an answer since the delta before. The last one has a ``finish_reason`` or an ``error``.
+
+    ``text`` precedes ``error``: a delta with both is text that arrived and an error that followed.
+    """
+
+    text: str = ""
+    finish_reason: str | None = None
+    """``stop`` or ``length``."""
+    usage: Usage | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    error: ApiError | None = None
+    index: int = 0
+    """Which of several answers to one request (``n``)."""
+
+    def then(self, later: AnswerDelta) -> AnswerDelta:
+        """Both deltas as one."""
+        return AnswerDelta(
+            self.text + later.text,
+            later.finish_reason or self.finish_reason,
+            later.usage or self.usage,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.error or self.error,
+            self.index,
+        )
 
 
 class EndOfAnswer(Exception):
     """There is nothing more to read."""
+
+
+class Readable(Protocol):
+    """What a response reads: one answer, or several to one request."""
+
+    async def next(self, timeout_s: float) -> AnswerDelta | None:
+        """The next delta; None if none came in time. Raises ``EndOfAnswer``."""
+
+    async def aclose(self) -> None:
+        """Stop the work behind it. May be called more than once."""
 
 
 class Answer:
@@ -38,7 +72,7 @@ class Answer:
 
     def __init__(self, on_close: Callable[[], Awaitable[None]]) -> None:
         self._on_close = on_close
-        self._pending: Chunk | None = None
+        self._pending: AnswerDelta | None = None
         self._ended = False
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
@@ -52,15 +86,11 @@ class Answer:
     def ended(self) -> bool:
         return self._ended
 
-    def put(self, chunk: Chunk) -> None:
-        """Add a chunk; its text is the whole answer so far, without the prompt."""
+    def put(self, delta: AnswerDelta) -> None:
+        """Append a delta; after the end this does nothing."""
         if self._ended:
             return
-        old = self._pending
-        if old is not None:
-            ids, logprobs = old.token_ids + chunk.token_ids, old.logprobs + chunk.logprobs
-            chunk = Chunk(chunk.text, chunk.error_code, chunk.finish_reason, chunk.usage, ids, logprobs, chunk.code)
-        self._pending = chunk
+        self._pending = delta if self._pending is None else self._pending.then(delta)
         self._wake()
 
     def finish(self) -> None:
@@ -69,18 +99,18 @@ class Answer:
 
     def fail(self, error: ApiError) -> None:
         """End with an error."""
-        self.put(Chunk.of_error(error))
+        self.put(AnswerDelta(error=error))
         self.finish()
 
-    async def next(self, timeout_s: float) -> Chunk | None:
-        """The next chunk; None where none came in time.
+    async def next(self, timeout_s: float) -> AnswerDelta | None:
+        """The next delta; None if none came in time.
 
         Raises:
-            EndOfAnswer: all has been read.
+            EndOfAnswer: everything has been read.
         """
         if self._pending is None and not self._ended:
-            # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that comes together with a result, and
-            # the client who left would be answered to the end.
+            # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that arrives together with a result, and
+            # the answer of a client that left would be generated to the end.
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
             timer = loop.call_later(timeout_s, self._wake)
@@ -91,10 +121,10 @@ class Answer:
                 self._waiter = None
             if self._pending is None and not self._ended:
                 return None
-        chunk, self._pending = self._pending, None
-        if chunk is None:
+        delta, self._pending = self._pending, None
+        if delta is None:
             raise EndOfAnswer
-        return chunk
+        return delta
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -112,8 +142,78 @@ class Answer:
                     callback()
 
 
-async def start_opening(opening: Awaitable[Answer]) -> asyncio.Future[Answer]:
-    """Open an answer; come back early where that takes long, so that the headers of a stream can go out.
+class AnswerGroup:
+    """Several answers to one request, read as one stream of deltas that carry their answer's ``index``."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        self._answers = answers
+        self._reads: dict[asyncio.Future[AnswerDelta | None], int] = {}
+        self._left = list(range(len(answers)))
+        self._ready: list[AnswerDelta] = []
+
+    async def next(self, timeout_s: float) -> AnswerDelta | None:
+        """The next delta of any answer; None if none came in time.
+
+        Raises:
+            EndOfAnswer: all answers have been read.
+        """
+        while not self._ready:
+            if not self._left:
+                raise EndOfAnswer
+            for index in set(self._left) - set(self._reads.values()):
+                self._reads[asyncio.ensure_future(self._answers[index].next(timeout_s))] = index
+            done, _ = await asyncio.wait(self._reads, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                return None
+            silent = True
+            for read in done:
+                silent = self._take(read, self._reads.pop(read)) and silent
+            if silent and self._left:
+                return None
+        return self._ready.pop(0)
+
+    def _take(self, read: asyncio.Future[AnswerDelta | None], index: int) -> bool:
+        """Book one finished read. True if it brought nothing."""
+        try:
+            delta = read.result()
+        except EndOfAnswer:
+            self._left.remove(index)
+            return True
+        if delta is None:
+            return True
+        self._ready.append(dataclasses.replace(delta, index=index))
+        return False
+
+    async def aclose(self) -> None:
+        """Stop the work behind all answers."""
+        for read in self._reads:
+            read.cancel()
+        await asyncio.gather(*self._reads, return_exceptions=True)
+        await asyncio.gather(*(answer.aclose() for answer in self._answers))
+
+
+async def open_all(openings: Sequence[Awaitable[Answer]]) -> Readable:
+    """Open the answers to one request. If one is refused, close the others.
+
+    Raises:
+        ApiError: an answer was refused.
+    """
+    if len(openings) == 1:
+        return await openings[0]
+    tasks = [asyncio.ensure_future(opening) for opening in openings]
+    try:
+        return AnswerGroup(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Answer):
+                await result.aclose()
+        raise
+
+
+async def start_opening(opening: Awaitable[Readable]) -> asyncio.Future[Readable]:
+    """Open an answer; return early if that takes long, so that the headers of a stream can be sent.
 
     Raises:
         ApiError: the request was refused.
@@ -123,171 +223,3 @@ async def start_opening(opening: Awaitable[Answer]) -> asyncio.Future[Answer]:
     if task.done():
         task.result()
     return task
-
-
-class AnswerResponse(Response, ABC):
-    """A response that reads an answer, and closes it whatever happens: end, error, deadline, a client that left.
-
-    Args:
-        opening: from ``start_opening``.
-        timeout_s: for the whole response.
-        tick_s: longest silence.
-    """
-
-    def __init__(self, opening: asyncio.Future[Answer], *, timeout_s: float, tick_s: float) -> None:
-        super().__init__()
-        self._opening = opening
-        self._deadline = time.monotonic() + timeout_s
-        self._tick_s = tick_s
-
-    @abstractmethod
-    async def write(self, send: Send) -> None:
-        """Send the whole response."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self.write(send))
-        leaving = asyncio.ensure_future(_until_disconnect(receive))
-        try:
-            # The writer keeps the deadline itself; this one is for a client that does not read.
-            spare_s = self._deadline - time.monotonic() + 5
-            await asyncio.wait({writing, leaving}, timeout=spare_s, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                log(logger, logging.INFO, "client left" if leaving.done() else "client does not read")
-        finally:
-            for task in (writing, leaving):
-                task.cancel()
-            await self._close()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
-        if not writing.cancelled():
-            writing.result()
-
-    async def _close(self) -> None:
-        if not self._opening.done():
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
-        if not self._opening.cancelled() and self._opening.exception() is None:
-            await self._opening.result().aclose()
-
-    async def next_chunk(self) -> Chunk | None:
-        """The next chunk, None for a moment of silence. Errors come as chunks.
-
-        Raises:
-            EndOfAnswer: all has been read.
-        """
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            return Chunk.of_error(
-                ApiError(504, "deadline", "The answer took longer than this server allows and was stopped.")
-            )
-        wait_s = min(self._tick_s, left_s)
-        if not self._opening.done():
-            await asyncio.wait({self._opening}, timeout=wait_s)
-            if not self._opening.done():
-                return None
-        try:
-            return await self._opening.result().next(wait_s)
-        except ApiError as error:
-            return Chunk.of_error(error)
-
-
-async def _until_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class StreamedAnswer(AnswerResponse):
-    """Chunks as they come.
-
-    Args:
-        encode: a chunk (None: a moment of silence) -> bytes to send.
-        trailer: sent at the end.
-    """
-
-    def __init__(
-        self,
-        opening: asyncio.Future[Answer],
-        encode: Callable[[Chunk | None], bytes],
-        *,
-        media_type: str,
-        timeout_s: float,
-        tick_s: float,
-        trailer: bytes = b"",
-    ) -> None:
-        self.media_type = media_type
-        super().__init__(opening, timeout_s=timeout_s, tick_s=tick_s)
-        # The length is not known; nginx must not hold the stream back.
-        del self.headers["content-length"]
-        self.headers["x-accel-buffering"] = "no"
-        self.headers["cache-control"] = "no-store"
-        self._encode = encode
-        self._trailer = trailer
-
-    async def write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        while True:
-            try:
-                chunk = await self.next_chunk()
-            except EndOfAnswer:
-                break
-            if data := self._encode(chunk):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            if chunk is not None and chunk.error_code != ERROR_NONE:
-                break
-        await send({"type": "http.response.body", "body": self._trailer, "more_body": False})
-
-
-class CollectedAnswer(AnswerResponse):
-    """The whole answer as one JSON document.
-
-    Args:
-        build: all that was generated, as one chunk -> the document.
-    """
-
-    def __init__(
-        self,
-        opening: asyncio.Future[Answer],
-        build: Callable[[Chunk], Any],
-        *,
-        timeout_s: float,
-        tick_s: float,
-    ) -> None:
-        super().__init__(opening, timeout_s=timeout_s, tick_s=tick_s)
-        self._build = build
-
-    async def write(self, send: Send) -> None:
-        # Everything is merged by one more Answer, as it would be for a slow client.
-        whole = Answer(_nothing)
-        try:
-            while True:
-                chunk = await self.next_chunk()
-                if chunk is None:
-                    continue
-                if chunk.error_code != ERROR_NONE:
-                    return await self._send(send, status_of(chunk), error_of(chunk).body())
-                whole.put(chunk)
-        except EndOfAnswer:
-            whole.finish()
-        try:
-            merged = await whole.next(0)
-        except EndOfAnswer:
-            merged = Chunk("", finish_reason="stop")
-        assert merged is not None
-        await self._send(send, 200, self._build(merged))
-
-    async def _send(self, send: Send, status: int, document: Any) -> None:
-        response = JSONResponse(document, status)
-        await send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": False})
-
-
-async def _nothing() -> None:
-    pass
-
-
-def status_of(chunk: Chunk) -> int:
-    """The HTTP status of an error that came as a chunk."""
-    return {"deadline": 504, "no_worker": 503, "worker_lost": 503, "draining": 503}.get(chunk.code or "", 500)
-
-
-def error_of(chunk: Chunk) -> ApiError:
-    return ApiError(status_of(chunk), chunk.code or "worker_failed", chunk.text, error_code=chunk.error_code)

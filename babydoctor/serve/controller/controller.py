@@ -1,6 +1,6 @@
-"""The controller: knows the workers, passes requests on to them, speaks every wire that they speak.
+"""The controller's backend: keeps the registry of workers and passes requests on to them.
 
-Nothing here waits for a worker in a way that others would feel: every call is asynchronous and bounded in time.
+Every call to a worker is asynchronous and bounded in time, so that one slow worker delays no other request.
 """
 
 from __future__ import annotations
@@ -10,44 +10,36 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.requests import Request
 
-from babydoctor import __version__
 from babydoctor.conversation import Template, get_template
 from babydoctor.schema import UserError
-from babydoctor.serve.api.admission import Keys, bearer_key, check_request
-from babydoctor.serve.api.middleware import Gate, add_error_handlers
+from babydoctor.serve.api.admission import bearer_key, check_request
+from babydoctor.serve.api.errors import ApiCode, ApiError, code_of_status, known_code
 from babydoctor.serve.api.protocol import (
-    ApiError,
     AttentionRequest,
     CountTokenRequest,
     FleetStatus,
     GenerateRequest,
-    HeartBeat,
     ModelRequest,
     RegisterRequest,
     WorkerStatus,
 )
-from babydoctor.serve.api.routes import BODY_ERRORS, OPEN_PATHS, WORK_ERRORS, add_common_routes, errors
 from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.controller.fleet import Fleet
 from babydoctor.serve.controller.registry import Registry, WorkerRecord, check_worker_url
-from babydoctor.serve.controller.relay import Fleet, Relay
-from babydoctor.serve.logs import REQUEST_ID, log
+from babydoctor.serve.controller.relay import Relay
+from babydoctor.serve.logs import log
 from babydoctor.serve.metrics import ControllerMetrics
 from babydoctor.serve.settings import Secrets, ServeSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 3.0
-
-WORKER_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
-"""Called by workers, which show the registration secret instead of a client's key."""
 
 
 class Controller:
@@ -64,7 +56,7 @@ class Controller:
         self._num_open = 0
         self.draining = False
         timeout = httpx.Timeout(own.worker_silence_s, connect=own.connect_timeout_s)
-        # Connections are given up before uvicorn, on the other side, would (5 s). Proxies from the environment are
+        # Idle connections expire before uvicorn on the other side closes them (5 s). Proxies from the environment are
         # not used: patients' images go to the worker and nowhere else.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
         self.fleet = Fleet(
@@ -91,7 +83,7 @@ class Controller:
         try:
             return get_template(name)
         except UserError:
-            raise ApiError(500, "worker_failed", "The model's template is not known to this controller.") from None
+            raise ApiError("worker_failed", "The model's template is not known to this controller.") from None
 
     def unready(self) -> str | None:
         if self.draining:
@@ -100,10 +92,10 @@ class Controller:
 
     async def open(self, request: GenerateRequest) -> Answer:
         if self.draining:
-            raise ApiError(503, "draining", "The server is shutting down.", retry_after_s=5)
+            raise ApiError("draining", "The server is shutting down.")
         check_request(request, self.settings.limits)
         if self._num_open >= self.settings.limits.max_open:
-            raise ApiError(429, "queue_full", "The server is busy. Please try again soon.", retry_after_s=5)
+            raise ApiError("queue_full", "The server is busy. Please try again soon.")
         self._num_open += 1
         try:
             answer = await Relay(self.fleet, request).open()
@@ -136,7 +128,7 @@ class Controller:
         )
 
     def check_registrant(self, request: Request, worker_name: str) -> str:
-        """The worker's URL, if whoever sends this may speak for that worker.
+        """The worker's URL, if the sender may register it.
 
         Raises:
             ApiError: 403 without the secret (without one set: from another machine), 422 for a bad URL.
@@ -144,15 +136,15 @@ class Controller:
         try:
             url = check_worker_url(worker_name)
         except UserError as error:
-            raise ApiError(422, "bad_worker_name", f"{error}.", param="worker_name") from None
+            raise ApiError("bad_worker_name", f"{error}.", param="worker_name") from None
         if url in self._trusted:
             return url
         if self._secret is None:
-            allowed = _is_from_this_machine(request)
+            allowed = is_from_this_machine(request)
         else:
             allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
         if not allowed:
-            raise ApiError(403, "bad_secret", "Registering a worker needs the registration secret of this controller.")
+            raise ApiError("bad_secret", "Registering a worker needs the registration secret of this controller.")
         return url
 
     async def register(self, url: str, body: RegisterRequest) -> None:
@@ -161,7 +153,7 @@ class Controller:
             status = await self._fetch_status(url)
             if status is None:
                 raise ApiError(
-                    422, "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
+                    "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
                 )
         record = self.registry.register(url, status, body.check_heart_beat, time.monotonic())
         self.fleet.seen_models.update(status.model_names)
@@ -169,19 +161,19 @@ class Controller:
 
     def heart_beat(self, url: str, queue_length: int) -> WorkerRecord | None:
         record = self.registry.report(url, queue_length, time.monotonic())
-        # The original's workers register before they listen, so the first probe comes with the first heartbeat.
+        # The original's workers register before they listen, so the first probe waits for the first heartbeat.
         if record is not None and (record.failed or not record.proven):
             self._probe_soon(record)
         return record
 
     async def refresh(self) -> None:
-        """Ask every worker how it is. Those in rotation stay there meanwhile; several calls share one round."""
+        """Ask every worker for its status. Those in rotation stay there meanwhile; concurrent calls share one round."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.ensure_future(self._probe_all())
         await asyncio.shield(self._refresh)
 
     async def watch(self) -> None:
-        """Drop silent workers and try failed ones again, for ever."""
+        """Drop silent workers and probe failed ones again, forever."""
         while True:
             await asyncio.sleep(min(1.0, self.settings.controller.heart_beat_expiry_s / 4))
             for record in self.registry.expire(time.monotonic()):
@@ -191,7 +183,7 @@ class Controller:
                     self._probe_soon(record)
 
     async def drain(self) -> None:
-        """Take nothing new and let what is open finish."""
+        """Take nothing new and let open requests finish."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
         while self._num_open and time.monotonic() < deadline:
@@ -226,7 +218,7 @@ class Controller:
     async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
         status = await self._fetch_status(record.url)
         if self.registry.records.get(record.url) is not record:
-            return  # registered anew meanwhile
+            return  # registered again meanwhile
         if status is None:
             if not (record.failed or record.doubtful):
                 log(logger, logging.WARNING, "worker cannot be reached", worker=record.worker_id)
@@ -248,133 +240,35 @@ class Controller:
             return None
 
     async def _ask(self, model: str, path: str, body: BaseModel) -> dict[str, Any]:
-        """Pass a small question on to a worker and its answer back."""
+        """Pass a small request on to a worker and its reply back."""
         record = self._worker_for(model)
         self.registry.begin(record)
         try:
             response = await self.fleet.client.post(
                 record.url + path,
                 content=body.model_dump_json(),
-                headers=self.fleet.headers
-                | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""},
+                headers=self.fleet.call_headers(),
             )
             data = json.loads(response.content)
         except (httpx.TransportError, ValueError):
             if response_failed := not record.failed:
                 self._probe_soon(record)
             log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=response_failed)
-            raise ApiError(503, "worker_lost", "The worker did not answer. Please try again soon.") from None
+            raise ApiError("worker_lost", "The worker did not answer. Please try again soon.") from None
         finally:
             self.registry.end(record)
         if response.status_code == 200 and isinstance(data, dict):
             return data
         error = data.get("error") if isinstance(data, dict) else None
         if not isinstance(error, dict) or response.status_code in (401, 403):
-            raise ApiError(
-                404 if response.status_code == 404 else 500, "unsupported", "The model's worker cannot answer this."
-            )
-        raise ApiError(response.status_code, str(error.get("code")), str(error.get("message")))
+            code: ApiCode = "unsupported" if response.status_code == 404 else code_of_status(response.status_code)
+            raise ApiError(code, "The model's worker cannot answer this.")
+        raise ApiError(known_code(error.get("code")), str(error.get("message")))
 
 
-def _is_from_this_machine(request: Request) -> bool:
-    """Whether a caller is a program here, and not a stranger behind a proxy or a page in somebody's browser."""
+def is_from_this_machine(request: Request) -> bool:
+    """Whether the caller is a program on this machine, not behind a proxy and not a web page in a browser."""
     headers = request.headers
     is_forwarded = any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin"))
     is_local = request.client is not None and is_loopback(request.client.host)
     return is_local and not is_forwarded and is_loopback(request.url.hostname or "")
-
-
-def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
-    """The controller as an ASGI application."""
-    controller = Controller(settings, secrets)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.ensure_future(controller.watch())
-        yield
-        watching.cancel()
-        await controller.close()
-
-    app = FastAPI(
-        title="BabyDoctor controller",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        description="LLaVA's controller wire, FastChat's additions and OpenAI's chat completions. Research use only.",
-        lifespan=lifespan,
-    )
-    app.state.backend = controller
-    app.state.drain = controller.drain
-    add_error_handlers(app)
-    _add_controller_routes(app, controller)
-    add_common_routes(app, controller)
-    keys = (*secrets.api_keys, *([secrets.registration] if secrets.registration else ())) if secrets.api_keys else ()
-    app.add_middleware(
-        Gate,
-        keys=Keys(keys),
-        open_paths=(*OPEN_PATHS, *WORKER_PATHS),
-        limits=settings.limits,
-        metrics=controller.metrics,
-    )
-    return app
-
-
-def _add_controller_routes(app: FastAPI, controller: Controller) -> None:
-    @app.post("/register_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def register_worker(body: RegisterRequest, request: Request) -> None:
-        """Take a worker in. Needs the registration secret; without one set, only from this machine."""
-        await controller.register(controller.check_registrant(request, body.worker_name), body)
-
-    @app.post("/receive_heart_beat", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
-        """A worker is alive. `exist` false: register again; `reachable` false: nobody reaches it at its address."""
-        url = controller.check_registrant(request, body.worker_name)
-        record = controller.heart_beat(url, body.queue_length)
-        return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
-
-    @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
-    async def unregister_worker(body: HeartBeat, request: Request) -> None:
-        """A worker takes nothing new any more; what runs on it goes on."""
-        record = controller.registry.records.get(controller.check_registrant(request, body.worker_name))
-        if record is not None:
-            record.status = record.status.model_copy(update={"draining": True})
-            log(logger, logging.INFO, "worker drains", worker=record.worker_id)
-
-    @app.post("/refresh_all_workers", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def refresh_all_workers() -> None:
-        """Ask every worker how it is."""
-        await controller.refresh()
-
-    @app.post("/list_models", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def list_models() -> dict[str, list[str]]:
-        """The models that can be asked now."""
-        return {"models": controller.model_names()}
-
-    @app.post("/get_worker_address", tags=["LLaVA"], responses=errors(*BODY_ERRORS))
-    async def get_worker_address(body: ModelRequest) -> dict[str, str]:
-        """The address of a worker for a model; empty where there is none."""
-        record = controller.registry.pick(body.model, time.monotonic())
-        if record is None:
-            return {"address": ""}
-        controller.registry.hand_out(record)
-        return {"address": record.url}
-
-    @app.post("/worker_get_status", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
-    async def worker_get_status() -> FleetStatus:
-        """All workers taken together, so that a controller can register with another one."""
-        return controller.status()
-
-    @app.get("/workers", tags=["operators"], responses=errors(*(401, *WORK_ERRORS)))
-    async def workers() -> list[dict[str, Any]]:
-        """Each worker with the id under which the log names it."""
-        return [
-            {
-                "id": record.worker_id,
-                "address": record.url,
-                "models": record.status.model_names,
-                "load": record.load,
-                "failed": record.failed,
-                "draining": record.status.draining,
-            }
-            for record in controller.registry.records.values()
-        ]

@@ -1,7 +1,7 @@
-"""Which workers there are, and which one gets the next request. Pure: no clock, no network.
+"""The registered workers, and which one gets the next request. Pure: no clock, no network.
 
-A worker is in rotation while its heartbeats come and no connection to it has failed. Its load is what it reported
-last plus what was sent to it since, so nothing drifts: each report sets the count anew.
+A worker is in rotation while its heartbeats arrive and no connection to it has failed. Its load is what it reported
+last plus what was sent to it since; each report resets the count, so errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WorkerRecord:
     proven: bool = False
     """The controller has reached it at this URL."""
     doubtful: bool = False
-    """The controller has tried to and could not; it is asked where there is no other."""
+    """The controller could not reach it; it gets requests only if there is no other."""
     inflight: int = 0
     """Requests that this controller has open on it."""
     unreported: int = 0
@@ -45,8 +45,11 @@ class WorkerRecord:
 
     @property
     def load(self) -> float:
-        """Requests running and waiting, per unit of speed."""
-        return max(0, self.status.queue_length + self.unreported) / self.status.speed
+        """Requests running and waiting, per unit of speed.
+
+        A report may cross a request on its way to the worker, so what this controller has open there counts at least.
+        """
+        return max(self.status.queue_length + self.unreported, self.inflight, 0) / self.status.speed
 
 
 def check_worker_url(url: str) -> str:
@@ -62,9 +65,12 @@ def check_worker_url(url: str) -> str:
         port_is_valid, parts = False, urlsplit("")
     plain = not (parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_valid or not plain:
-        raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002")
+        raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002", code="address_invalid")
     if parts.hostname in ("0.0.0.0", "::"):
-        raise UserError(f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine")
+        raise UserError(
+            f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine",
+            code="address_invalid",
+        )
     return url.rstrip("/")
 
 
@@ -78,7 +84,7 @@ class Registry:
         self._rng = rng or random.Random()
 
     def register(self, url: str, status: WorkerStatus, check_heart_beat: bool, now_s: float) -> WorkerRecord:
-        """Take a worker in, or take it in anew after a restart."""
+        """Register a worker, or register it again after a restart."""
         old = self.records.get(url)
         record = WorkerRecord(url, status, check_heart_beat, now_s)
         if old is not None:
@@ -99,7 +105,7 @@ class Registry:
         return record
 
     def note_status(self, record: WorkerRecord, status: WorkerStatus, now_s: float) -> None:
-        """A probe succeeded: the worker is reachable and says this of itself."""
+        """A probe succeeded: the worker is reachable and reports this."""
         record.status = status
         record.unreported = 0
         record.last_seen_s = now_s
@@ -114,7 +120,7 @@ class Registry:
         return gone
 
     def is_current(self, record: WorkerRecord) -> bool:
-        """Whether this record still stands: not expired, not replaced by a restart, not failed."""
+        """Whether the record is neither expired, nor replaced after a restart, nor failed."""
         return self.records.get(record.url) is record and not record.failed
 
     def in_rotation(self, now_s: float) -> list[WorkerRecord]:
@@ -126,7 +132,7 @@ class Registry:
         return sorted({name for r in self.in_rotation(now_s) for name in r.status.model_names})
 
     def pick(self, model: str, now_s: float, exclude: Collection[WorkerRecord] = ()) -> WorkerRecord | None:
-        """Choose a worker for one request; None where no worker in rotation serves the model."""
+        """Choose a worker for one request; None if no worker in rotation serves the model."""
         able = [r for r in self.in_rotation(now_s) if model in r.status.model_names and r not in exclude]
         able = [r for r in able if not r.doubtful] or able
         if not able:
@@ -147,5 +153,5 @@ class Registry:
         record.unreported -= 1
 
     def hand_out(self, record: WorkerRecord) -> None:
-        """A client was told this address and will call it itself; the next report takes it from there."""
+        """A client got this address and will call it itself; the next report corrects the count."""
         record.unreported += 1

@@ -1,7 +1,7 @@
-"""The page for clinicians: ``babydoctor web``. A Gradio application behind our own server, with everything local.
+"""The web UI for clinicians as an ASGI application: ``babydoctor web``. A Gradio application with everything local.
 
-Uploads come in over a route of ours and stay in memory; Gradio's own would be written to a disk. Browsers are told by a
-content security policy to load nothing from elsewhere.
+Uploads use a route of their own and stay in memory; Gradio's upload would write them to disk. A content security policy
+tells browsers to load nothing from other servers.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-import secrets
 import tempfile
-import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys
-from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.uploads import Uploads, read_upload
 
-MAX_UPLOAD_BYTES = 128 * 2**20
-"""A multi-frame DICOM file may be as large; what is sent to the model is one frame of it as a PNG."""
+FOLDER = Path(__file__).parent
 
-MAX_WAITING_UPLOADS = 16
-UPLOAD_LIFE_S = 60.0
+SWEEP_S = 30.0
+"""How often the sessions of closed tabs are deleted."""
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -48,36 +46,11 @@ CONTENT_SECURITY_POLICY = "; ".join(
 )
 
 
-class Uploads:
-    """Files on their way from the upload route to the session that asks for them, in memory."""
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-
-    def put(self, data: bytes) -> str:
-        """Keep a file for a minute; returns the token under which it can be taken once."""
-        now_s = time.monotonic()
-        old = [token for token, (since_s, _) in self._waiting.items() if now_s - since_s > UPLOAD_LIFE_S]
-        for token in old:
-            del self._waiting[token]
-        while len(self._waiting) >= MAX_WAITING_UPLOADS:
-            self._waiting.popitem(last=False)
-        token = secrets.token_urlsafe(16)
-        self._waiting[token] = (now_s, data)
-        return token
-
-    def take(self, token: str) -> bytes:
-        """Raises ``PageError`` where the file is not there any more."""
-        if token not in self._waiting:
-            raise PageError("upload_gone")
-        return self._waiting.pop(token)[1]
-
-
 class PageGuard:
     """ASGI middleware: security headers on every response and, where keys are given, HTTP Basic sign-in.
 
     Args:
-        keys: one of them must be the password; the user's name does not matter. Empty: nobody is asked.
+        keys: one of them must be the password; any user name will do. Empty: no sign-in.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
@@ -124,39 +97,46 @@ def build_page_app(
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
 ) -> FastAPI:
-    """The page as an ASGI application.
+    """The web UI as an ASGI application.
 
     Args:
-        controller_url: where models are asked.
-        api_key: what the controller wants to see.
-        sign_in_keys: what users of the page must sign in with; none: it is open.
-        feedback_file: JSON lines are appended there; None: the page takes no feedback.
+        controller_url: the controller that is asked.
+        api_key: the key that the controller wants.
+        sign_in_keys: keys of which users must enter one; none: the web UI is open.
+        feedback_file: JSON lines are appended there; None: no feedback is taken.
     """
-    # Read by Gradio when it is imported and when it starts.
+    # Gradio reads these when it is imported and when it starts.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Nothing of ours lands there; should Gradio ever write, then not where others read.
+    # Nothing is written there by the web UI itself. If Gradio writes, it must not be where others can read.
     folder = tempfile.TemporaryDirectory(prefix="babydoctor-page-")
     os.environ["GRADIO_TEMP_DIR"] = folder.name
 
     import gradio as gr
 
     from babydoctor.serve.page.controller_client import ControllerClient
-    from babydoctor.serve.page.page import Page
-    from babydoctor.serve.page.style import CSS, HEAD, build_theme
+    from babydoctor.serve.page.events import WebUI
+    from babydoctor.serve.page.layout import build_theme
 
     uploads = Uploads()
     client = ControllerClient(controller_url, api_key)
-    page = Page(client, uploads, feedback_file)
+    web_ui = WebUI(client, uploads, feedback_file)
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            web_ui.sessions.delete_old()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(sweep())
         yield
+        sweeping.cancel()
         await client.aclose()
         folder.cleanup()
 
-    app = FastAPI(title="BabyDoctor page", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.page = page
+    app = FastAPI(title="BabyDoctor web UI", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.web_ui = web_ui
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -164,46 +144,29 @@ def build_page_app(
 
     @app.post("/page/upload")
     async def upload(request: Request) -> dict[str, str]:
-        """Take a file as the body; answers with its token, or with the code of a sentence."""
+        """Take a file as the body. The reply is its token, or the code of an error."""
         try:
-            return {"token": uploads.put(await _read_upload(request))}
+            return {"token": uploads.put(await read_upload(request))}
         except PageError as error:
             return {"error": error.code}
 
-    demo = page.build()
-    demo.queue(default_concurrency_limit=64)
+    app.mount("/page/static", StaticFiles(directory=FOLDER / "static"))
+    demo = web_ui.build()
     app = gr.mount_gradio_app(
         app,
         demo,
         path="/",
         theme=build_theme(),
-        css=CSS,
-        head=HEAD,
+        css_paths=FOLDER / "static" / "page.css",
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         show_error=False,
         enable_monitoring=False,
-        max_file_size=1,  # Gradio's own upload route is not used
+        max_file_size=1,  # byte: Gradio's own upload route is not used
     )
     app.add_middleware(PageGuard, keys=Keys(sign_in_keys))
     return app
-
-
-async def _read_upload(request: Request) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > MAX_UPLOAD_BYTES:
-                raise PageError("upload_too_large")
-            parts.append(part)
-    except PageError:
-        raise
-    except Exception:  # the browser has left
-        raise PageError("upload_broken") from None
-    return b"".join(parts)
 
 
 def run_page(
@@ -215,7 +178,7 @@ def run_page(
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
 ) -> None:
-    """Serve the page until a signal comes.
+    """Serve the web UI until a signal comes.
 
     Raises:
         UserError: the port is taken, or the host is not one of this machine's.
@@ -226,7 +189,7 @@ def run_page(
     app: Any = build_page_app(controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file)
 
     async def drain() -> None:
-        app.state.page.close()
+        app.state.web_ui.sessions.stop_all()
         await asyncio.sleep(0.2)
 
     run_server(app, sock, drain)

@@ -1,59 +1,98 @@
-"""What happens when a question is asked, stopped, asked again or forgotten."""
+"""Handlers of the conversation and of a finished answer: ask, stop, where it looked, feedback, export."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from pathlib import Path
 
 import gradio as gr
 
 from babydoctor.schema import IMAGE_TOKEN
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
-from babydoctor.serve.page.errors import PageError
-from babydoctor.serve.page.handlers import Changes, Handlers, told
-from babydoctor.serve.page.session import Exchange, Sampling, Session
+from babydoctor.serve.page.controller_client import ControllerClient
+from babydoctor.serve.page.feedback import VERDICTS, build_row, export_session, save_row
+from babydoctor.serve.page.handlers import Changes, Handlers, as_page_error, shows_errors, shows_errors_async
+from babydoctor.serve.page.layout import Layout
+from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
+from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
+from babydoctor.serve.page.texts import PageError
+
+Number = float | None
+"""Of a number box, which may be empty."""
 
 
 class ConversationHandlers(Handlers):
-    """Handlers of the conversation."""
+    """Handlers of the conversation.
 
+    An answer is written by a task of its session, so it survives a reload or a broken connection. The tab's timer
+    calls ``on_follow`` while an answer is being written.
+    """
+
+    @shows_errors_async
     async def on_ask(
-        self, question: str, model: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
-    ) -> AsyncIterator[Changes]:
-        """A question; yields the answer as it grows."""
-        try:
-            session = self.sessions.accepted(request.session_hash)
-            exchange = self._begin(session, question, model, Sampling(temperature, top_p, int(max_tokens)))
-        except PageError as error:
-            yield {self.ui.status: self.sentence(error)}
-            return
-        async for changes in self._answer(session, exchange):
-            yield changes
+        self, question: str, model: str, temperature: Number, top_p: Number, max_tokens: Number, request: gr.Request
+    ) -> Changes:
+        """Start to answer a question."""
+        session = self.sessions.accepted(request.session_hash)
+        exchange = self._check(session, question, model, _sampling(temperature, top_p, max_tokens))
+        return self._start(session, exchange) | {self.ui.question: ""}
 
+    @shows_errors_async
     async def on_again(
-        self, model: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
-    ) -> AsyncIterator[Changes]:
-        """The last question once more, with the present image and settings."""
+        self, model: str, temperature: Number, top_p: Number, max_tokens: Number, request: gr.Request
+    ) -> Changes:
+        """Ask the last question once more, with the current image and settings."""
+        session = self.sessions.accepted(request.session_hash)
+        last = session.last
+        if last is None:
+            raise PageError("no_answer")
+        exchange = self._check(session, last.question, model, _sampling(temperature, top_p, max_tokens))
+        session.exchanges.pop()
+        return self._start(session, exchange)
+
+    async def on_follow(self, question: str, request: gr.Request) -> Changes:
+        """The answer so far; the last call also shows how it ended."""
         try:
             session = self.sessions.accepted(request.session_hash)
-            last = session.last
-            if last is None:
-                raise PageError("no_answer")
-            if not last.ended:
-                raise PageError("still_answering")
-            session.exchanges.pop()
-            try:
-                exchange = self._begin(session, last.question, model, Sampling(temperature, top_p, int(max_tokens)))
-            except PageError:
-                session.exchanges.append(last)
-                raise
         except PageError as error:
-            yield {self.ui.status: self.sentence(error)}
-            return
-        async for changes in self._answer(session, exchange):
-            yield changes
+            return {self.ui.status: self.sentence(error), self.ui.follow: gr.Timer(active=False)}
+        return {self.ui.chat: show.chat(session)} if session.is_answering else self.finished(session, question)
 
-    def _begin(self, session: Session, question: str, model: str, sampling: Sampling) -> Exchange:
-        question = question.strip()
+    def finished(self, session: Session, question: str) -> Changes:
+        """The conversation at rest. A question that got no answer goes back into its box, if that is empty."""
+        changes: Changes = {}
+        last = session.last
+        if session.problem:
+            error = PageError(session.problem, retry_after_s=session.problem_retry_s)
+            changes[self.ui.status] = self.sentence(error)
+            if last is not None and not last.answer and not (question or "").strip():
+                session.exchanges.pop()
+                changes[self.ui.question] = last.question
+            session.problem = ""
+        return self.chat(session) | changes
+
+    async def on_stop(self, request: gr.Request) -> Changes:
+        """Ask the running answer to end; the next ``on_follow`` shows what there is."""
+        try:
+            self.sessions.get(request.session_hash).stop()
+        except PageError as error:
+            return {self.ui.status: self.sentence(error)}
+        return {self.ui.stop: gr.Button(visible=False)}
+
+    @shows_errors
+    def on_clear(self, request: gr.Request) -> Changes:
+        """Begin a new conversation about the same image."""
+        session = self.sessions.accepted(request.session_hash)
+        session.start_over()
+        return self.chat(session) | self.no_overlay()
+
+    def on_starter(self, event: gr.EventData) -> str:
+        """One of the ready-made questions was chosen."""
+        return str((event._data or {}).get("question", ""))
+
+    def _check(self, session: Session, question: str, model: str, sampling: AnswerSettings) -> Exchange:
+        question = (question or "").strip()
         if session.view is None:
             raise PageError("no_image")
         if not question:
@@ -62,52 +101,130 @@ class ConversationHandlers(Handlers):
             raise PageError("image_in_question")
         if not model:
             raise PageError("no_model")
-        if session.last is not None and not session.last.ended:
+        if session.is_answering:
             raise PageError("still_answering")
-        return Exchange(question, model, sampling, session.view)
+        return Exchange(question, model, sampling, session.view, session.image_name)
 
-    async def _answer(self, session: Session, exchange: Exchange) -> AsyncIterator[Changes]:
+    def _start(self, session: Session, exchange: Exchange) -> Changes:
         turns = session.turns(exchange.question)
         session.exchanges.append(exchange)
         session.words = []
-        yield {
-            self.ui.chat: show.messages(session),
-            self.ui.question: "",
-            self.ui.send: gr.Button(visible=False),
-            self.ui.stop: gr.Button(visible=True),
-            self.ui.status: show.status(""),
-            self.ui.overlay: "",
-            self.ui.words: "",
-        }
-        problem = ""
-        try:
-            async for _ in self.client.answer(exchange, turns):
-                yield {self.ui.chat: show.messages(session)}
-        except Exception as error:
-            problem = self.sentence(error)
-            exchange.ended = "error"
-            exchange.note = "This answer broke off." if exchange.answer else ""
-        finally:
-            exchange.ended = exchange.ended or "stopped"
-        changes = self.idle(session) | {self.ui.status: problem}
-        if problem and not exchange.answer and exchange in session.exchanges:
-            # Nothing came: the question goes back into its box, to be sent again.
-            session.exchanges.remove(exchange)
-            changes |= self.idle(session) | {self.ui.question: exchange.question, self.ui.status: problem}
-        yield changes
+        session.problem = ""
 
-    async def on_stop(self, request: gr.Request) -> Changes:
-        """Ask the running answer to end; its own handler then shows what there is."""
-        self.sessions.get(request.session_hash).stop()
-        return {self.ui.stop: gr.Button(visible=False)}
+        async def write() -> None:
+            try:
+                async for _ in self.client.answer(exchange, turns):
+                    if session.is_abandoned:
+                        exchange.stop_requested = True
+            except Exception as error:
+                shown = as_page_error(error)
+                if exchange in session.exchanges:
+                    session.problem, session.problem_retry_s = shown.code, shown.retry_after_s
+                exchange.ended = "error"
+            finally:
+                exchange.ended = exchange.ended or "stopped"
 
-    @told
-    def on_clear(self, request: gr.Request) -> Changes:
-        """A new conversation about the same image."""
+        session.task = asyncio.create_task(write())
+        return self.chat(session) | self.no_overlay()
+
+
+class AnswerHandlers(Handlers):
+    """Handlers of a finished answer.
+
+    Args:
+        feedback_file: None: no feedback is taken.
+    """
+
+    def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, feedback_file: Path | None) -> None:
+        super().__init__(ui, sessions, client)
+        self.feedback_file = feedback_file
+
+    @shows_errors
+    def on_export(self, request: gr.Request) -> Changes:
+        """The session as a file. The browser saves it; nothing is written on the server."""
         session = self.sessions.accepted(request.session_hash)
-        session.start_over()
-        return self.idle(session)
+        try:
+            return {self.ui.exported: export_session(session)}
+        except PageError as error:
+            return {self.ui.exported: "", self.ui.status: self.sentence(error)}
 
-    def on_starter(self, event: gr.EventData) -> str:
-        """One of the ready-made questions."""
-        return str((event._data or {}).get("question", ""))
+    @shows_errors_async
+    async def on_look(self, request: gr.Request) -> Changes:
+        """Fetch the attention of the last answer and show it for the whole answer."""
+        session = self.sessions.accepted(request.session_hash)
+        exchange = session.last
+        if exchange is None or not exchange.answer:
+            raise PageError("no_answer")
+        if not exchange.ended:
+            raise PageError("still_answering")
+        reply = await self.client.attention(exchange)
+        session.image_mode = await self.client.image_mode(exchange.model)
+        session.words = group_words(reply["tokens"], *reply["grid"])
+        if not session.words:
+            raise PageError("no_answer")
+        buttons = show.word_buttons([word for word, _ in session.words])
+        return {self.ui.words: buttons, self.ui.overlay: self._overlay(session, exchange, 0)}
+
+    @shows_errors
+    def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """Another word of the answer was chosen."""
+        session = self.sessions.accepted(request.session_hash)
+        index = int((event._data or {}).get("word", 0))
+        if session.last is None or not 0 <= index < len(session.words):
+            raise PageError("no_answer")
+        return {self.ui.overlay: self._overlay(session, session.last, index)}
+
+    def _overlay(self, session: Session, exchange: Exchange, index: int) -> str:
+        view = exchange.view
+        word, grid = session.words[index]
+        weights = place_on_image(grid, view.width, view.height, session.image_mode)
+        return show.overlay(view, to_data_url(weights), word)
+
+    @shows_errors
+    def on_save(
+        self,
+        verdict: str | None,
+        errors: list[str],
+        comment: str,
+        consent: bool,
+        with_image: bool,
+        request: gr.Request,
+    ) -> Changes:
+        """Save feedback, if the user consents."""
+        session = self.sessions.accepted(request.session_hash)
+        try:
+            if session.last is None or not session.last.ended or self.feedback_file is None:
+                raise PageError("no_answer")
+            if not consent:
+                raise PageError("no_consent")
+            if verdict not in VERDICTS and not errors and not comment.strip():
+                raise PageError("no_verdict")
+            row = build_row(
+                session,
+                session.last,
+                verdict=verdict,
+                errors=errors,
+                comment=comment,
+                with_image=with_image,
+            )
+            save_row(self.feedback_file, row)
+        except PageError as error:
+            return {self.ui.saved: self.sentence(error)}
+        thanks = "Saved with the image. Thank you." if with_image else "Saved without the image. Thank you."
+        return {
+            self.ui.verdict: None,
+            self.ui.errors: [],
+            self.ui.comment: "",
+            self.ui.consent: False,
+            self.ui.with_image: False,
+            self.ui.saved: show.status(thanks, "info"),
+        }
+
+
+def _sampling(temperature: Number, top_p: Number, max_tokens: Number) -> AnswerSettings:
+    """The settings within their limits; an empty box counts as its default."""
+    return AnswerSettings(
+        temperature=min(max(temperature if temperature is not None else 0.0, 0.0), 2.0),
+        top_p=min(max(top_p if top_p is not None else 1.0, 0.05), 1.0),
+        max_new_tokens=int(min(max(max_tokens if max_tokens is not None else 256, 16), MAX_NEW_TOKENS)),
+    )

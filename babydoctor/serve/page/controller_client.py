@@ -1,10 +1,9 @@
-"""The page as a client of the controller: which models there are, a streamed answer, attention. No Gradio."""
+"""The web UI as a client of the controller: list of models, a streamed answer, attention. No Gradio."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,16 +11,16 @@ import httpx
 
 from babydoctor.conversation import Template, get_template, prompt_text, render_prompt
 from babydoctor.schema import Turn, UserError
-from babydoctor.serve.api.protocol import ERROR_NO_WORKER, ERROR_NONE, ERROR_UNREACHABLE, OVERFLOW, Chunk, StreamDecoder
-from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.streaming import EndOfAnswer
+from babydoctor.serve.client import LlavaStream, open_llava_stream, refusal_of
 from babydoctor.serve.page.session import Exchange
+from babydoctor.serve.page.texts import PageError
 
 TIMEOUT = httpx.Timeout(60, connect=5)
 
 POLL_S = 0.05
-"""How often a running answer looks whether it should stop, and the shortest time between two updates of the page."""
-
-_CODES = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
+"""How often a running answer checks whether it should stop, and the shortest time between two updates."""
 
 
 class ControllerClient:
@@ -56,8 +55,16 @@ class ControllerClient:
         """How the model makes a picture square: ``pad`` or ``square``."""
         return str((await self._post("/model_details", {"model": model})).get("image_mode", "pad"))
 
+    async def shows_attention(self, model: str) -> bool:
+        """True where the model's worker can tell where it looked. Workers for other servers cannot."""
+        try:
+            details = await self._post("/model_details", {"model": model})
+        except PageError:
+            return False
+        return int(details.get("image_tokens") or 0) > 0
+
     async def attention(self, exchange: Exchange) -> dict[str, Any]:
-        """Attention of each piece of an answer to the image's patches, see ``protocol.AttentionReply``."""
+        """Attention of each piece of an answer to the image patches, see ``protocol.AttentionReply``."""
         body = {
             "model": exchange.model,
             "prompt": exchange.prompt,
@@ -72,7 +79,7 @@ class ControllerClient:
         Leaving the iteration, or ``exchange.stop_requested``, closes the connection, and that stops the model.
 
         Raises:
-            PageError: it was refused or broke off; ``exchange.answer`` keeps what had come.
+            PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
         """
         template = await self.template(exchange.model)
         exchange.prompt = prompt_text(render_prompt(turns, template))
@@ -80,6 +87,7 @@ class ControllerClient:
         body = {
             "model": exchange.model,
             "prompt": exchange.prompt,
+            "turns": [{"role": turn.role, "text": turn.text} for turn in turns],
             "images": [base64.b64encode(exchange.view.png).decode()],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -88,12 +96,11 @@ class ControllerClient:
             "echo": False,
         }
         try:
-            async with self._http.stream("POST", "/worker_generate_stream", json=body) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise _error_of(response)
-                async for _ in _read(response, exchange):
+            async with open_llava_stream(self._http, body) as stream:
+                async for _ in _read(stream, exchange):
                     yield
+        except ApiError as error:
+            raise _page_error(error) from None
         except httpx.HTTPError as error:
             raise _transport_error(error, has_begun=bool(exchange.answer)) from None
 
@@ -103,68 +110,41 @@ class ControllerClient:
         except httpx.HTTPError as error:
             raise _transport_error(error, has_begun=False) from None
         if response.status_code != 200:
-            raise _error_of(response)
+            raise _page_error(refusal_of(response))
         return dict(response.json())
 
 
-async def _read(response: httpx.Response, exchange: Exchange) -> AsyncIterator[None]:
-    """Read chunks until the end or until the user stops it; merges what comes faster than the page is updated."""
-    decoder = StreamDecoder()
-    stream = response.aiter_bytes()
-    coming: asyncio.Future[bytes] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(_next(stream))
-            done, _ = await asyncio.wait({coming}, timeout=POLL_S)
-            if exchange.stop_requested:
-                exchange.ended = "stopped"
-                return
-            if not done:
-                continue
-            data, coming = coming.result(), None
-            if not data:
-                # An original worker says no finish reason; a stream that ends without an error is whole.
-                exchange.ended = exchange.ended or "stop"
-                return
-            try:
-                chunks = list(decoder.feed(data))
-            except ValueError:
-                raise PageError("worker_lost") from None
-            before = exchange.answer
-            for chunk in chunks:
-                _take(chunk, exchange)
-            if exchange.answer != before:
+async def _read(stream: LlavaStream, exchange: Exchange) -> AsyncIterator[None]:
+    """Read deltas until the end or until the user stops it; yields at most every ``POLL_S`` seconds."""
+    last_update = 0.0
+    changed = False
+    while True:
+        try:
+            delta = await stream.next(POLL_S)
+        except EndOfAnswer:
+            # An original worker sends no finish reason; a stream that ends without an error is complete.
+            exchange.ended = exchange.ended or "stop"
+            if changed:
                 yield
-                await asyncio.sleep(POLL_S)
-    finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
+            return
+        except ValueError:
+            raise PageError("worker_lost") from None
+        if exchange.stop_requested:
+            exchange.ended = "stopped"
+            return
+        if delta is not None:
+            exchange.answer += delta.text
+            changed = changed or bool(delta.text)
+            exchange.ended = delta.finish_reason or exchange.ended
+            if delta.error is not None:
+                raise _page_error(delta.error)
+        if changed and time.monotonic() - last_update >= POLL_S:
+            yield
+            last_update, changed = time.monotonic(), False
 
 
-async def _next(stream: AsyncIterator[bytes]) -> bytes:
-    async for data in stream:
-        if data:
-            return data
-    return b""
-
-
-def _take(chunk: Chunk, exchange: Exchange) -> None:
-    if chunk.code == OVERFLOW:
-        raise PageError(OVERFLOW)
-    if chunk.error_code != ERROR_NONE:
-        raise PageError(chunk.code or _CODES.get(chunk.error_code, "worker_failed"))
-    exchange.answer = chunk.text
-    exchange.ended = chunk.finish_reason or exchange.ended
-
-
-def _error_of(response: httpx.Response) -> PageError:
-    try:
-        code = str(response.json()["error"]["code"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        code = {413: "body_too_large", 429: "queue_full", 401: "bad_key"}.get(response.status_code, "internal")
-    wait = response.headers.get("retry-after", "")
-    return PageError(code, retry_after_s=float(wait) if wait.isdigit() else None)
+def _page_error(error: ApiError) -> PageError:
+    return PageError(error.code, retry_after_s=error.retry_after_s)
 
 
 def _transport_error(error: httpx.HTTPError, *, has_begun: bool) -> PageError:

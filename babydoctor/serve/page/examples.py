@@ -1,9 +1,8 @@
-"""Example cases: phantoms drawn at start, and real images that ship with pydicom. Nothing is downloaded."""
+"""Example cases: held-out phantoms drawn at start, and real images that ship with pydicom. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from babydoctor.serve.page.errors import PageError
 from babydoctor.serve.page.scan import open_scan
+from babydoctor.serve.page.texts import PageError
 
 PHANTOM_SIZE = 224
 THUMBNAIL_SIZE = 112
@@ -21,7 +20,7 @@ THUMBNAIL_SIZE = 112
 _PHANTOMS = (("radiograph", "effusion"), ("ct", "nodule"), ("mr", "cyst"), ("ultrasound", "none"))
 _MODALITY_NAMES = {"radiograph": "radiograph", "ct": "CT", "mr": "MR", "ultrasound": "ultrasound"}
 
-# Name in pydicom.examples, what stands under it. RT, waveform and DICOMDIR hold no picture to ask about.
+# Name in pydicom.examples, and its title. RT, waveform and DICOMDIR files hold no picture.
 _REAL = (
     ("ct", "Real CT, spine"),
     ("overlay", "Real MR, abdomen"),
@@ -32,7 +31,7 @@ _REAL = (
 
 @dataclass(frozen=True)
 class ExampleCase:
-    """A case to try. ``load`` gives the file's bytes; ``truth`` is known for phantoms only."""
+    """A case to try. ``load`` returns the bytes of the file; ``truth`` is known for phantoms only."""
 
     key: str
     title: str
@@ -43,7 +42,7 @@ class ExampleCase:
 
 
 def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
-    """Draw the phantoms and look for pydicom's files; those that are not installed are left out."""
+    """Draw the phantoms and find pydicom's files; those that are not installed are left out."""
     return [*_phantoms(num_phantoms_of_each), *_real_ones()]
 
 
@@ -51,7 +50,7 @@ def _phantoms(num_of_each: int) -> list[ExampleCase]:
     from babydoctor.phantom.case import build_cases
     from babydoctor.phantom.drawing import draw
 
-    # The seed is the page's own; held-out cases are none that a model has trained on.
+    # Held-out cases: no model has trained on them.
     cases = build_cases("held_out", 240, 20260)
     examples = []
     for modality, finding in _PHANTOMS:
@@ -88,21 +87,10 @@ def _real_ones() -> list[ExampleCase]:
 def _thumbnail(data: bytes) -> str:
     view = open_scan(data).view()
     image = Image.open(io.BytesIO(view.png)).convert("RGB")
-    # The middle as a square: thin pictures would leave thin thumbnails.
+    # Crop the center square, so that all thumbnails have one shape.
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     image = image.crop((left, top, left + edge, top + edge)).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def gallery_html(examples: list[ExampleCase]) -> str:
-    """The cases as buttons with pictures."""
-    buttons = (
-        f'<button type="button" class="bd-example" data-example="{html.escape(example.key)}">'
-        f'<img src="{example.thumbnail}" alt="" width="{THUMBNAIL_SIZE}" height="{THUMBNAIL_SIZE}">'
-        f"<span>{html.escape(example.title)}</span></button>"
-        for example in examples
-    )
-    return f'<div class="bd-examples" role="group" aria-label="Example cases">{"".join(buttons)}</div>'

@@ -1,22 +1,20 @@
-"""Feedback as JSON lines, and a session as one file that a browser can show and a program can read."""
+"""Feedback as JSON lines, and the export of a session as one HTML file with the same data as JSON inside."""
 
 from __future__ import annotations
 
 import base64
 import datetime
-import html
 import json
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from babydoctor import __version__
-from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import describe
 from babydoctor.serve.page.session import Exchange, Session
-from babydoctor.serve.page.style import EXPORT_CSS, RESEARCH_NOTICE
+from babydoctor.serve.page.texts import RESEARCH_NOTICE, PageError
 
 VERDICTS = {"up": "Good", "down": "Bad"}
 
@@ -28,7 +26,7 @@ ERROR_KINDS = {
     "style": "Style: wording, length, form",
 }
 
-_lock = threading.Lock()
+_ENDINGS = {"stopped": " (stopped)", "length": " (cut at the set length)", "error": " (broken off)"}
 
 
 def build_row(
@@ -61,13 +59,14 @@ def save_row(path: Path, row: dict[str, Any]) -> None:
     Raises:
         PageError: it cannot be written.
     """
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     try:
-        with _lock:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write to a file opened for appending: lines of several threads do not mix.
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            file.write(line)
+            os.fsync(file.fileno())
     except OSError:
         raise PageError("not_saved") from None
 
@@ -82,7 +81,7 @@ def _sampling(exchange: Exchange) -> dict[str, float]:
 
 
 def export_session(session: Session) -> str:
-    """The session as an HTML document that needs nothing from outside, with the same as JSON inside.
+    """The session as an HTML document without references to other files, with the same data as JSON inside.
 
     Raises:
         PageError: there is no answer yet.
@@ -103,6 +102,7 @@ def export_session(session: Session) -> str:
                 "asked_at": exchange.asked_at,
                 "model": exchange.model,
                 "sampling": _sampling(exchange),
+                "image": exchange.image_name,
                 "view": views.index(exchange.view),
                 "question": exchange.question,
                 "answer": exchange.answer,
@@ -111,33 +111,19 @@ def export_session(session: Session) -> str:
             for exchange in session.exchanges
         ],
     }
-    parts = [
-        f"<h1>BabyDoctor session</h1><p class=notice>{html.escape(RESEARCH_NOTICE)}</p>",
-        f"<p class=meta>Exported {data['exported_at']} · BabyDoctor {__version__}</p>",
-        "<dl>" + "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts) + "</dl>",
-    ]
     shown = None
+    exchanges = []
     for exchange in session.exchanges:
-        if exchange.view is not shown:
-            shown = exchange.view
-            caption = html.escape(shown.caption or "as loaded")
-            parts.append(
-                f'<figure><img src="{shown.data_url}" alt="the image as the model got it">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
         sampling = exchange.sampling
-        meta = (
-            f"{exchange.model} · temperature {sampling.temperature:g}, top-p {sampling.top_p:g} · {exchange.asked_at}"
+        settings = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+        exchanges.append(
+            {
+                "new_view": exchange.view if exchange.view is not shown else None,
+                "question": exchange.question,
+                "answer": exchange.answer,
+                "ending": _ENDINGS.get(exchange.ended, ""),
+                "meta": f"{exchange.source} · {settings} · {exchange.asked_at}",
+            }
         )
-        ended = {"stopped": " (stopped)", "length": " (cut at the set length)", "error": " (broken off)"}
-        parts.append(
-            f"<section><h2>{html.escape(exchange.question)}</h2><p class=answer>{html.escape(exchange.answer)}"
-            f"<em>{ended.get(exchange.ended, '')}</em></p><p class=meta>{html.escape(meta)}</p></section>"
-        )
-    # "</" inside a script would end it.
-    block = json.dumps(data, ensure_ascii=False, indent=1).replace("<", "\\u003c")
-    return (
-        '<!doctype html><html lang=en><meta charset="utf-8"><meta name=viewport content="width=device-width">'
-        f"<title>BabyDoctor session</title><style>{EXPORT_CSS}</style><body>{''.join(parts)}"
-        f'<script type="application/json" id="session">{block}</script></body></html>'
-    )
+        shown = exchange.view
+    return show.export(data, exchanges)

@@ -1,7 +1,7 @@
-"""What the page's groups of event handlers share.
+"""What the groups of event handlers share.
 
-A handler gets Gradio's session hash, finds the session, changes it, and returns how the page changes. A ``PageError``
-becomes a sentence above the question box; nothing else reaches the user.
+A handler gets Gradio's session hash, finds the session, changes it, and returns the changes of the components. A
+``PageError`` becomes a sentence; nothing else about an error reaches the user.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import gradio as gr
 from babydoctor.serve.logs import log
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
-from babydoctor.serve.page.errors import PageError
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.texts import PageError
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ class Handlers:
     """A group of handlers.
 
     Args:
-        ui: the page's elements.
-        sessions: what the page remembers of its tabs.
+        ui: the components.
+        sessions: all tabs.
         client: asks the controller.
     """
 
@@ -40,50 +40,68 @@ class Handlers:
         self.sessions = sessions
         self.client = client
 
-    def sentence(self, error: Exception) -> str:
-        """An error as it is shown."""
-        if not isinstance(error, PageError):
-            log(logger, logging.ERROR, "page failed", exception=type(error).__name__, place=_place(error))
-            error = PageError("internal")
-        return show.status(error.sentence)
+    @property
+    def status(self) -> Any:
+        """The component that shows this group's errors."""
+        return self.ui.status
 
-    def idle(self, session: Session) -> Changes:
-        """The page while no answer runs."""
+    def sentence(self, error: Exception) -> str:
+        """An error as HTML. An unexpected one is logged and shown without its text."""
+        return show.status(as_page_error(error).sentence)
+
+    def chat(self, session: Session) -> Changes:
+        """The conversation and its buttons, with or without a running answer."""
+        is_answering = session.is_answering
         return {
-            self.ui.chat: show.messages(session),
-            self.ui.send: gr.Button(visible=True),
-            self.ui.stop: gr.Button(visible=False),
-            self.ui.overlay: "",
-            self.ui.words: "",
+            self.ui.chat: show.chat(session),
+            self.ui.send: gr.Button(visible=not is_answering),
+            self.ui.stop: gr.Button(visible=is_answering),
+            self.ui.follow: gr.Timer(active=is_answering),
         }
 
+    def no_overlay(self) -> Changes:
+        """Clear "Where it looked"."""
+        return {self.ui.overlay: "", self.ui.words: ""}
 
-def told(handler: Callable[..., Changes]) -> Callable[..., Changes]:
-    """Show a ``PageError`` as a sentence, and any other error as one without its text."""
+
+def as_page_error(error: Exception) -> PageError:
+    """The error itself, or ``internal`` for one that nobody expected, which is logged."""
+    if isinstance(error, PageError):
+        return error
+    log(logger, logging.ERROR, "web UI handler failed", exception=type(error).__name__, place=_place(error))
+    return PageError("internal")
+
+
+def shows_errors(handler: Callable[..., Changes]) -> Callable[..., Changes]:
+    """Show the error of a handler in the group's status line; a handler that changed something clears the line."""
 
     @functools.wraps(handler)
     def call(self: Handlers, *args: Any) -> Changes:
         try:
-            return {self.ui.status: show.status("")} | handler(self, *args)
+            changes = handler(self, *args)
+            return {self.status: ""} | changes if changes else {self.status: gr.skip()}
         except Exception as error:
-            return {self.ui.status: self.sentence(error)}
+            return {self.status: self.sentence(error)}
 
     return call
 
 
-def told_async(handler: Callable[..., Any]) -> Callable[..., Any]:
+def shows_errors_async(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """``shows_errors`` for a coroutine."""
+
     @functools.wraps(handler)
     async def call(self: Handlers, *args: Any) -> Changes:
         try:
-            return {self.ui.status: show.status("")} | await handler(self, *args)
+            changes = await handler(self, *args)
+            return {self.status: ""} | changes if changes else {self.status: gr.skip()}
         except Exception as error:
-            return {self.ui.status: self.sentence(error)}
+            return {self.status: self.sentence(error)}
 
     return call
 
 
 def _place(error: Exception) -> str:
-    """Where in the code it happened; the message stays out of the log, for it may quote a file."""
+    """File and line of the error. Its message stays out of the log, because it may quote a file."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,118 +1,145 @@
-"""Pieces of HTML that show a session. Everything that comes from outside is escaped here."""
+"""Session -> HTML. The Jinja2 templates in ``templates/`` escape everything that comes from outside."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from babydoctor.serve.page import texts
+from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.scan import Scan, View, describe
-from babydoctor.serve.page.session import Session
-from babydoctor.serve.page.style import BURNED_IN_NOTE, BURNED_IN_WARNING, RESEARCH_NOTICE
+from babydoctor.serve.page.session import Exchange, Session
 
-BANNER = f'<div class="bd-banner" role="note">{html.escape(RESEARCH_NOTICE)}</div>'
+OVERLAY_HEIGHT_PX = 380
 
-TITLE = (
-    '<div class="bd-title"><h1>BabyDoctor</h1><p>Ask a small radiology vision-language model about one image</p></div>'
-)
 
-QUESTIONS = (
-    "What kind of scan is this?",
-    "What is the main finding?",
-    "On which side of the patient is the finding?",
-    "Describe the image.",
-)
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("babydoctor.serve.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
-_ENDINGS = {
-    "stopped": "Stopped by you.",
-    "length": "Cut off at the set length; “Longest answer” under Settings makes room for more.",
-}
+
+def _render(name: str, **values: Any) -> str:
+    return _environment().get_template(name).render(values).strip()
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    """Markdown without raw HTML and without images. markdown-it refuses ``javascript:`` and similar links."""
+    parser = MarkdownIt("js-default", {"html": False, "linkify": False, "breaks": True}).disable("image")
+
+    def open_link(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        tokens[index].attrSet("target", "_blank")
+        tokens[index].attrSet("rel", "noopener noreferrer nofollow")
+        return str(renderer.renderToken(tokens, index, options, env))
+
+    parser.add_render_rule("link_open", open_link)
+    return parser
+
+
+def markdown(text: str) -> Markup:
+    """Markdown -> safe HTML. Tags in the text are shown as text."""
+    return Markup(_markdown().render(text))
+
+
+def banner() -> str:
+    """The notice that stays on top."""
+    return _render("banner.html", notice=texts.RESEARCH_NOTICE)
+
+
+def title() -> str:
+    return _render("title.html")
+
+
+def drop_zone(max_bytes: int) -> str:
+    """The place for a file, with the progress of its upload."""
+    return _render("drop.html", max_bytes=max_bytes)
+
+
+def gallery(examples: Sequence[ExampleCase]) -> str:
+    """The example cases as buttons with pictures."""
+    return _render("gallery.html", examples=examples, edge=THUMBNAIL_SIZE)
 
 
 def status(text: str, kind: str = "error") -> str:
-    """A line above the question box that screen readers announce; empty text shows nothing."""
-    role = "alert" if kind == "error" else "status"
-    return f'<div class="bd-status {kind}" role="{role}">{html.escape(text)}</div>' if text else ""
+    """A line that screen readers announce; empty for no text.
+
+    Args:
+        kind: ``error``, ``warning`` or ``info``.
+    """
+    return _render("status.html", text=text, kind=kind) if text else ""
 
 
 def viewer(view: View | None) -> str:
     """The image as the model gets it."""
-    if view is None:
-        return (
-            '<div class="bd-view"><div class="bd-empty">No image yet. Load one above, or choose an example.</div></div>'
-        )
-    caption = html.escape(view.caption or "as loaded")
-    return (
-        '<figure class="bd-view"><div class="bd-stage">'
-        f'<img class="bd-main" src="{view.data_url}" alt="The loaded image, as the model gets it"></div>'
-        f"<figcaption>What the model gets · {caption}</figcaption></figure>"
-    )
+    return _render("viewer.html", view=view)
 
 
 def facts(scan: Scan | None) -> str:
-    """What may be told about the image, and the warning about burned-in text."""
+    """The facts about the image that may be shown, and the warning about burned-in text."""
     if scan is None:
         return ""
-    pairs = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in describe(scan))
-    notes = []
-    if scan.num_identifying:
-        notes.append(
-            f'<p class="bd-note">The file’s header holds {scan.num_identifying} identifying tags. They are not shown, '
-            "not logged and not sent to the model.</p>"
-        )
-    if scan.facts.get("burned_in_annotation") == "YES":
-        notes.append(f'<p class="bd-note strong">{html.escape(BURNED_IN_WARNING)}</p>')
-    else:
-        notes.append(f'<p class="bd-note">{html.escape(BURNED_IN_NOTE)}</p>')
-    if scan.truth:
-        notes.append(
-            '<details class="bd-note"><summary>What was drawn in this phantom</summary>'
-            f"{html.escape(scan.truth)}</details>"
-        )
-    title = f"<div><dt>Example</dt><dd>{html.escape(scan.title)}</dd></div>" if scan.title else ""
-    return f'<dl class="bd-facts">{title}{pairs}</dl>{"".join(notes)}'
+    is_warning = scan.facts.get("burned_in_annotation") == "YES"
+    note = texts.BURNED_IN_WARNING if is_warning else texts.BURNED_IN_NOTE
+    return _render("facts.html", scan=scan, rows=describe(scan), note=note, is_warning=is_warning)
 
 
-def messages(session: Session) -> list[dict[str, Any]]:
-    """The conversation for Gradio's chatbot."""
-    shown: list[dict[str, Any]] = []
-    for exchange in session.exchanges:
-        shown.append({"role": "user", "content": exchange.question})
-        answer = exchange.answer.strip()
-        note = exchange.note or _ENDINGS.get(exchange.ended, "")
-        if not answer:
-            answer = "…" if not exchange.ended else "(no words)"
-        shown.append({"role": "assistant", "content": f"{answer}\n\n({note})" if note else answer})
-    return shown
+def chat(session: Session | None) -> str:
+    """The conversation. Each answer names the image, frame, window and model that it belongs to."""
+    messages = [_message(exchange) for exchange in session.exchanges] if session else []
+    return _render("chat.html", messages=messages, placeholder=texts.CHAT_PLACEHOLDER)
 
 
-def chips(labels: Iterable[str], key: str) -> str:
-    """Buttons that carry their label as ``data-<key>``."""
-    buttons = (
-        f'<button type="button" data-{key}="{html.escape(label)}">{html.escape(label)}</button>' for label in labels
-    )
-    return f'<div class="bd-chips" role="group" aria-label="Questions to begin with">{"".join(buttons)}</div>'
+def _message(exchange: Exchange) -> dict[str, Any]:
+    answer = exchange.answer.strip()
+    return {
+        "question": exchange.question,
+        "answer": markdown(answer or ("(no words)" if exchange.ended else "…")),
+        "note": texts.ENDINGS.get(exchange.ended, ""),
+        "thumbnail": exchange.view.thumbnail,
+        "source": exchange.source,
+        "copy_text": answer if exchange.ended else "",
+    }
+
+
+def chips(labels: Iterable[str]) -> str:
+    """Questions to begin with, as buttons."""
+    return _render("chips.html", labels=labels)
 
 
 def word_buttons(words: Sequence[str]) -> str:
-    """The answer's words as buttons; the first stands for all of it."""
-    buttons = (
-        f'<button type="button" data-word="{index}" aria-pressed="{str(index == 0).lower()}">'
-        f"{html.escape(word) if index else 'Whole answer'}</button>"
-        for index, word in enumerate(words)
-    )
-    label = "Words of the answer"
-    return f'<div class="bd-chips bd-words" role="group" aria-label="{label}">{"".join(buttons)}</div>'
+    """The words of an answer as buttons; the first one stands for the whole answer."""
+    return _render("words.html", words=words)
 
 
 def overlay(view: View, overlay_url: str, word: str) -> str:
-    """The image with the overlay on it."""
-    what = f"“{html.escape(word)}”" if word else "the whole answer"
+    """The image with the attention overlay on it."""
     ratio = view.width / view.height
-    size = f"width:min(100%,{380 * ratio:.0f}px);aspect-ratio:{ratio:.4f}"
-    return (
-        f'<div class="bd-overlay"><div class="bd-pair" style="{size}">'
-        f'<img src="{view.data_url}" alt="The image">'
-        f'<img src="{overlay_url}" alt="Where the model looked for {what}"></div>'
-        f'<p>Attention for {what}: less<span class="bd-scale"></span>more</p></div>'
+    return _render(
+        "overlay.html",
+        view=view,
+        overlay_url=overlay_url,
+        what=f"“{word}”" if word else "the whole answer",
+        width_px=round(OVERLAY_HEIGHT_PX * ratio),
+        ratio=f"{ratio:.4f}",
     )
+
+
+def export(data: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -> str:
+    """A session as one HTML document; ``data`` is also inside as JSON."""
+    css = (files("babydoctor.serve.page") / "static" / "export.css").read_text(encoding="utf-8")
+    # "</" inside a script element would end it.
+    block = json.dumps(data, ensure_ascii=False, indent=1).replace("<", "\\u003c")
+    return _render("export.html", data=data, exchanges=exchanges, css=Markup(css), block=Markup(block))

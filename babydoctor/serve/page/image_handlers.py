@@ -1,20 +1,24 @@
-"""What happens when an image is loaded and looked at: upload, examples, frames, window."""
+"""Handlers of the image: upload, examples, frames, window."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import gradio as gr
 
 from babydoctor.serve.page import html as show
-from babydoctor.serve.page.app import MAX_UPLOAD_BYTES, Uploads
 from babydoctor.serve.page.controller_client import ControllerClient
-from babydoctor.serve.page.errors import PageError
 from babydoctor.serve.page.examples import ExampleCase
-from babydoctor.serve.page.handlers import Changes, Handlers, told
+from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors
 from babydoctor.serve.page.layout import Layout
-from babydoctor.serve.page.scan import FILE_WINDOW, open_scan
+from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES, Uploads
+
+ROUNDING = 1e-3
+"""Level and width are shown rounded to this."""
 
 
 class ImageHandlers(Handlers):
@@ -37,81 +41,109 @@ class ImageHandlers(Handlers):
         self.uploads = uploads
         self.examples = examples
 
-    @told
+    @property
+    def status(self) -> Any:
+        return self.ui.image_status
+
+    @shows_errors
     def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """A file has come, or did not come whole."""
+        """A file has arrived, or its upload failed."""
         session = self.sessions.accepted(request.session_hash)
         values = event._data or {}
         if "token" not in values:
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
-        return self._show_new(session, self.uploads.take(str(values["token"])), "", "", None)
+        return self._load(session, open_scan(self.uploads.take(str(values["token"]))))
 
-    @told
+    @shows_errors
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
         """An example was chosen."""
         session = self.sessions.accepted(request.session_hash)
         example = self.examples[str((event._data or {}).get("example"))]
-        return self._show_new(session, example.load(), example.title, example.truth, example.question)
+        scan = open_scan(example.load())
+        scan.title, scan.truth = example.title, example.truth
+        return self._load(session, scan) | {self.ui.question: example.question}
 
-    def _show_new(self, session: Session, data: bytes, title: str, truth: str, question: str | None) -> Changes:
-        scan = open_scan(data)
-        scan.title, scan.truth = title, truth
-        session.start_over()
-        session.scan = scan
-        changes = self._show_scan(session, moves_sliders=True) | self.idle(session)
-        return changes | ({self.ui.question: question} if question else {})
-
-    @told
-    def on_frame(self, frame: float, request: gr.Request) -> Changes:
+    @shows_errors
+    def on_frame(self, frame: float | None, request: gr.Request) -> Changes:
         """Another frame of a multi-frame file."""
-        session = self._with_scan(request)
-        assert session.scan is not None
-        session.scan.frame = min(max(int(frame), 1), session.scan.num_frames) - 1
-        return self._show_scan(session, moves_sliders=False)
+        session, scan = self._with_scan(request)
+        wanted = 1 if frame is None else int(min(max(frame, 1), scan.num_frames))
+        scan.frame = wanted - 1
+        changes = self._show_view(session, scan)
+        if scan.has_window:  # each frame may bring a window of its own
+            changes |= self._window_sliders(scan)
+        return changes if wanted == frame else changes | {self.ui.frame: gr.Slider(value=wanted)}
 
-    @told
-    def on_preset(self, preset: str, request: gr.Request) -> Changes:
+    @shows_errors
+    def on_preset(self, preset: str | None, request: gr.Request) -> Changes:
         """The file's own window, or one of the presets for CT."""
-        session = self._with_scan(request)
-        assert session.scan is not None
-        session.scan.center = session.scan.width = None
-        session.scan.preset = preset if preset in session.scan.presets and preset != FILE_WINDOW else None
-        return self._show_scan(session, moves_sliders=True)
+        session, scan = self._with_scan(request)
+        scan.center = scan.width = None
+        scan.preset = preset if preset in scan.presets and preset != scan.own_window else None
+        return self.show_scan(session)
 
-    @told
-    def on_window(self, center: float, width: float, request: gr.Request) -> Changes:
-        """The sliders were moved."""
-        session = self._with_scan(request)
-        assert session.scan is not None
-        session.scan.preset = None
-        session.scan.center, session.scan.width = float(center), max(1.0, float(width))
-        return self._show_scan(session, moves_sliders=False) | {self.ui.preset: gr.Dropdown(value=None)}
+    @shows_errors
+    def on_window(self, center: float | None, width: float | None, request: gr.Request) -> Changes:
+        """Level or width was moved or typed. The sliders grow where a typed value lies beyond them."""
+        session, scan = self._with_scan(request)
+        if center is None or width is None:  # a box is empty while its user types
+            return {}
+        at = scan.window_range()
+        if abs(center - at.center) < ROUNDING and abs(width - at.width) < ROUNDING:  # a box was left as it was
+            return {}
+        try:
+            scan.set_window(center, width)
+        except PageError as error:
+            return self._window_sliders(scan) | {self.status: self.sentence(error)}
+        at = scan.window_range()
+        return self._show_view(session, scan) | {
+            self.ui.preset: gr.Dropdown(value=None),
+            self.ui.center: gr.Slider(minimum=at.low, maximum=at.high),
+            self.ui.width: gr.Slider(maximum=at.widest),
+        }
 
-    def _with_scan(self, request: gr.Request) -> Session:
-        session = self.sessions.accepted(request.session_hash)
-        if session.scan is None:
-            raise PageError("no_image")
-        return session
-
-    def _show_scan(self, session: Session, *, moves_sliders: bool) -> Changes:
+    def show_scan(self, session: Session) -> Changes:
+        """The image with all its controls."""
         scan = session.scan
-        assert scan is not None
-        session.view = scan.view()
-        changes: Changes = {self.ui.viewer: show.viewer(session.view)}
-        if not moves_sliders:  # under the user's hand
-            return changes
-        changes |= {
+        if scan is None:
+            return {self.ui.viewer: show.viewer(None)}
+        changes = self._show_view(session, scan) | {
             self.ui.facts: show.facts(scan),
             self.ui.window_group: gr.Group(visible=scan.has_window),
-            self.ui.preset: gr.Dropdown(choices=scan.presets, value=scan.preset or FILE_WINDOW),
+            self.ui.preset: gr.Dropdown(choices=scan.presets, value=_choice(scan)),
             self.ui.frame: gr.Slider(
                 maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
             ),
         }
-        if scan.has_window:
-            at = scan.window_range()
-            changes |= {
-                self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=round(at.center, 3)),
-                self.ui.width: gr.Slider(minimum=1, maximum=at.widest, step=at.step, value=round(at.width, 3)),
-            }
-        return changes
+        return changes | self._window_sliders(scan) if scan.has_window else changes
+
+    def _window_sliders(self, scan: Scan) -> Changes:
+        at = scan.window_range()
+        return {
+            self.ui.center: gr.Slider(minimum=at.low, maximum=at.high, step=at.step, value=_short(at.center)),
+            self.ui.width: gr.Slider(minimum=at.narrowest, maximum=at.widest, step=at.step, value=_short(at.width)),
+        }
+
+    def _load(self, session: Session, scan: Scan) -> Changes:
+        session.load(scan)
+        return self.show_scan(session) | self.chat(session) | self.no_overlay() | {self.ui.status: ""}
+
+    def _show_view(self, session: Session, scan: Scan) -> Changes:
+        session.view = scan.view()
+        return {self.ui.viewer: show.viewer(session.view)}
+
+    def _with_scan(self, request: gr.Request) -> tuple[Session, Scan]:
+        session = self.sessions.accepted(request.session_hash)
+        if session.scan is None:
+            raise PageError("no_image")
+        return session, session.scan
+
+
+def _choice(scan: Scan) -> str | None:
+    """What the list of windows shows; nothing where the sliders were moved."""
+    return scan.preset or (None if scan.center is not None else scan.own_window)
+
+
+def _short(value: float) -> float:
+    """Six digits are enough for a slider, whatever the unit."""
+    return float(f"{value:.6g}")

@@ -1,40 +1,106 @@
-"""The page's layout: which components there are, what they are called and in which order the keyboard reaches them."""
+"""Layout of the web UI: the components, their labels and the order in which the keyboard reaches them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
-from babydoctor.serve.page.app import MAX_UPLOAD_BYTES
+from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
 from babydoctor.serve.page.scan import FILE_WINDOW
-from babydoctor.serve.page.style import BUTTONS_SCRIPT, DROP_HTML, DROP_SCRIPT, GATE_TEXT, OVERLAY_NOTE
+from babydoctor.serve.page.session import KEEP_MIN
+from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS
+from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
 
-REFRESH_S = 15
-"""How often an open page asks which models there are."""
+REFRESH_S = 5
+"""How often an open tab asks which models are running."""
+
+BUTTONS = "buttons(element, trigger)"
+
+FOLLOW_S = 0.25
+"""How often an open tab asks for the answer that is being written."""
+
+
+def script(call: str, arguments: str = "") -> str:
+    """JavaScript that calls a function of ``static/page.js``.
+
+    Args:
+        call: for example ``dropZone(element, trigger)``.
+        arguments: parameter names, to get a function for Gradio's ``js=``; empty: a statement for ``js_on_load``.
+    """
+    load = f"import(new URL('page/static/page.js', document.baseURI)).then((page) => page.{call})"
+    return f"({arguments}) => {load}" if arguments else load
+
+
+def build_theme() -> Any:
+    """System fonts; text contrast of at least 4.5:1 in light and dark."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        spacing_size=gr.themes.sizes.spacing_md,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "Liberation Mono", "monospace"],
+    ).set(
+        body_background_fill="#f4f6f8",
+        body_background_fill_dark="#0d1318",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#161e25",
+        block_border_color="#d9e0e6",
+        block_border_color_dark="#2a353e",
+        block_label_text_color="#334155",
+        block_label_text_color_dark="#cbd5e1",
+        block_title_text_weight="600",
+        button_primary_background_fill="#0f766e",
+        button_primary_background_fill_hover="#115e59",
+        button_primary_background_fill_dark="#0f766e",
+        button_primary_background_fill_hover_dark="#14857b",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        button_secondary_border_color="#c3ccd5",
+        button_secondary_border_color_dark="#3a4752",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#10171d",
+        input_border_color="#b6c2cc",
+        input_border_color_dark="#3a4752",
+        slider_color="#0f766e",
+        slider_color_dark="#2dd4bf",
+        background_fill_primary_dark="#161e25",
+        background_fill_secondary_dark="#10171d",
+        body_text_color_subdued="#52606d",
+        body_text_color_subdued_dark="#9fb0be",
+    )
 
 
 class Layout:
-    """The components, by name. Made inside ``gr.Blocks``; what they do is connected by ``web_page.Page``.
+    """The components, by name. Made inside ``gr.Blocks``; ``events.WebUI`` connects them with handlers.
 
     Args:
-        gallery: the example cases as HTML.
-        takes_feedback: whether there is a place to save it.
+        examples: the example cases.
+        takes_feedback: False hides the feedback form.
     """
 
-    def __init__(self, gallery: str, takes_feedback: bool) -> None:
+    def __init__(self, examples: Sequence[ExampleCase], takes_feedback: bool) -> None:
+        # Kept in the browser's local storage; neither value is a secret.
         self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
+        self.preferences = gr.BrowserState(None, storage_key="babydoctor-settings", secret="not a secret")
+        self.tab = gr.Textbox(visible=False)
         self.timer = gr.Timer(REFRESH_S)
-        _html(show.BANNER, "bd-banner")
+        self.follow = gr.Timer(FOLLOW_S, active=False)
+        _html(show.banner(), "bd-banner")
         with gr.Row(elem_id="bd-header"):
-            _html(show.TITLE, "bd-title")
+            _html(show.title(), "bd-title")
             self.model = gr.Dropdown([], label="Model", elem_id="bd-model", scale=0, min_width=260, visible=False)
             self.theme = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="bd-theme")
+        self.model_status = _html("", "bd-model-status")
         self._build_gate()
         with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
             with gr.Column(scale=5, min_width=340):
-                self._build_image(gallery)
+                self._build_image(examples)
             with gr.Column(scale=6, min_width=340):
                 self._build_chat()
                 self._build_look_and_settings()
@@ -42,14 +108,14 @@ class Layout:
 
     def _build_gate(self) -> None:
         with gr.Column(elem_id="bd-gate", visible=True) as self.gate:
-            gr.Markdown(GATE_TEXT)
+            gr.Markdown(GATE_TEXT.format(keep_min=KEEP_MIN))
             self.agree = gr.Checkbox(False, label="I have read this and will use BabyDoctor for research only")
             self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
 
-    def _build_image(self, gallery: str) -> None:
-        script = DROP_SCRIPT.replace("MAX_BYTES", str(MAX_UPLOAD_BYTES))
-        self.drop = _html(DROP_HTML, "bd-drop", script)
-        self.gallery = _html(gallery, "bd-gallery", BUTTONS_SCRIPT)
+    def _build_image(self, examples: Sequence[ExampleCase]) -> None:
+        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES), "bd-drop", "dropZone(element, trigger)")
+        self.image_status = _html("", "bd-image-status")
+        self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
         self.viewer = _html(show.viewer(None), "bd-viewer")
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
             self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
@@ -64,27 +130,13 @@ class Layout:
         self.facts = _html("", "bd-facts")
 
     def _build_chat(self) -> None:
-        self.chat = gr.Chatbot(
-            [],
-            label="Conversation",
-            show_label=False,  # on a phone it would lie over the first message
-            elem_id="bd-chat",
-            height=360,
-            layout="bubble",
-            render_markdown=False,
-            latex_delimiters=[],
-            allow_tags=False,
-            feedback_options=None,
-            buttons=["copy"],
-            group_consecutive_messages=False,
-            placeholder="Load an image, then ask about it.",
-        )
+        self.chat = _html(show.chat(None), "bd-chat", "chat(element)")
         self.status = _html("", "bd-status")
-        self.starters = _html(show.chips(show.QUESTIONS, "question"), "bd-starters", BUTTONS_SCRIPT)
+        self.starters = _html(show.chips(QUESTIONS), "bd-starters", BUTTONS)
         with gr.Row(elem_id="bd-ask"):
             self.question = gr.Textbox(
                 label="Question",
-                placeholder="Ask about the image; Enter sends",
+                placeholder="Your question",
                 lines=1,
                 max_lines=6,
                 max_length=8000,
@@ -101,14 +153,14 @@ class Layout:
         self.exported = gr.Textbox(visible=False)
 
     def _build_look_and_settings(self) -> None:
-        with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel"):
+        with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel", visible=False) as self.look_panel:
             self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
             self.overlay = _html("", "bd-overlay")
-            self.words = _html("", "bd-words", BUTTONS_SCRIPT)
+            self.words = _html("", "bd-words", BUTTONS)
             gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
         with gr.Accordion("Settings", open=False, elem_id="bd-settings"):
             self.temperature = gr.Slider(
-                0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words, the same answer every time"
+                0, 2, 0, step=0.05, label="Temperature", info="0: the most likely words, the same answer every time"
             )
             self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="smaller: fewer unlikely words")
             self.max_tokens = gr.Slider(
@@ -134,6 +186,7 @@ class Layout:
             self.saved = _html("", "bd-saved")
 
 
-def _html(value: str, elem_id: str, script: str | None = None) -> gr.HTML:
-    """A piece of HTML in our own style."""
-    return gr.HTML(value, js_on_load=script, elem_id=elem_id, apply_default_css=False, min_width=200)
+def _html(value: str, elem_id: str, call: str = "") -> gr.HTML:
+    """A piece of HTML; ``call`` sets it up in the browser, see ``script``."""
+    on_load = script(call) if call else None
+    return gr.HTML(value, js_on_load=on_load, elem_id=elem_id, apply_default_css=False, min_width=200)

@@ -1,4 +1,4 @@
-"""Attention weights -> words and see-through pictures that lie over the image. Pure."""
+"""Attention weights -> words, and transparent pictures that are laid over the image. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 MAX_EDGE = 512
-"""Of an overlay's picture. Its content is as coarse as the model's patches anyway."""
+"""Long edge of an overlay. Its content is as coarse as the model's patches."""
 
 MAX_WORDS = 300
-"""Longer answers get overlays for their first words."""
+"""Longer answers get overlays for their first words only."""
 
-# Yellow to red as weights grow: visible on grey, and ordered in lightness too for those who do not see colours.
+# Yellow to red as weights grow: visible on gray, and ordered in lightness for readers who do not see color.
 _STOPS = np.array([0.0, 0.5, 1.0])
 _COLORS = np.array([[255, 237, 111], [253, 141, 60], [189, 0, 38]], float)
 
@@ -26,7 +26,7 @@ Grid = np.ndarray
 def group_words(tokens: Sequence[dict[str, Any]], rows: int, columns: int) -> list[tuple[str, Grid]]:
     """Pieces of an answer -> (word, weights ``[rows, columns]``), the whole answer first.
 
-    A word's weights are the mean of its pieces'. A piece that begins with a space begins a word.
+    The weights of a word are the mean over its pieces. A piece that begins with a space begins a word.
     """
     words: list[tuple[str, list[Grid]]] = []
     begins_new = True
@@ -51,8 +51,8 @@ def place_on_image(grid: Grid, width: int, height: int, mode: str) -> np.ndarray
     """Weights of the model's square -> weights on the picture, ``[h, w]`` from 0 to 1, ``max(h, w) <= MAX_EDGE``.
 
     Args:
-        mode: ``pad``: the square holds the picture with borders; ``square``: it is the middle of the picture, and
-            what lies outside was not seen.
+        mode: ``pad``: the square is the whole picture with borders. ``square``: it is the center of the picture;
+            the model did not see the rest.
     """
     scale = MAX_EDGE / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -69,7 +69,7 @@ def place_on_image(grid: Grid, width: int, height: int, mode: str) -> np.ndarray
 
 
 def to_data_url(weights: np.ndarray) -> str:
-    """Weights ``[h, w]`` from 0 to 1 -> a see-through PNG as a data URL; nothing where the weight is small."""
+    """Weights ``[h, w]`` from 0 to 1 -> a transparent PNG as a data URL; clear where the weight is small."""
     colors = np.stack([np.interp(weights, _STOPS, _COLORS[:, channel]) for channel in range(3)], axis=-1)
     alpha = np.clip((weights - 0.15) / 0.85, 0, 1) ** 0.8 * 190
     rgba = np.concatenate([colors, alpha[..., None]], axis=-1).astype(np.uint8)

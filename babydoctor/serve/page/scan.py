@@ -1,7 +1,7 @@
-"""The image of a page's user: a picture or a DICOM file in memory, and the view of it that is shown and sent.
+"""The user's image: a picture or a DICOM file in memory, and the view of it that is shown and sent.
 
-A ``View`` holds the very PNG that stands on the page, so what the model gets is what the user sees. Nothing is written
-to disk, and of a DICOM file's header only ``dicom.harmless_facts`` leave this module.
+A ``View`` holds the PNG that the browser shows, so the model gets what the user sees. Nothing is written to disk. Of a
+DICOM file's header only ``dicom.harmless_facts`` leave this module.
 """
 
 from __future__ import annotations
@@ -15,30 +15,55 @@ from typing import Any
 
 from PIL import Image
 
-from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, read_dicom, render
-from babydoctor.imaging.load import is_dicom, load_image
+from babydoctor.errors import UserErrorCode
+from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
+from babydoctor.imaging.isolation import load_image, render
 from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
-from babydoctor.serve.page.errors import PageError
+from babydoctor.serve.page.texts import PageError
 
 MAX_VIEW_EDGE = 1536
-"""Larger pictures are shown and sent shrunk to this edge: towers see 224 to 448 pixels, screens not many more."""
+"""Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
+
+THUMBNAIL_EDGE = 72
 
 FILE_WINDOW = "as stored in the file"
-"""Name of the choice that shows the file's own window."""
+"""Choice that shows the file's own window."""
+
+AUTO_WINDOW = "automatic"
+"""The same choice for a file that stores no window: the window is made from the frame's values."""
+
+CT_DEFAULT = "soft-tissue"
+"""Preset with which a CT opens that stores no window: level 40, width 400."""
+
+MAX_WINDOW = 1e6
+"""Largest level and width that may be typed, in the units of the frame's values."""
+
+_FILE_NAME = "the file"
+
+_PAGE_CODES: dict[UserErrorCode, str] = {
+    "image_too_large": "too_many_pixels",
+    "image_bad_shape": "odd_shape",
+    "dicom_without_image": "dicom_without_image",
+    "dicom_without_decoder": "dicom_without_decoder",
+    "image_decode_failed": "image_decode_failed",
+    "image_decode_timeout": "image_decode_timeout",
+}
+"""The web UI's codes for those of ``UserError``."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-_WINDOW = re.compile(r"centre (\S+), width (\S+)")
+_WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made."""
+    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL."""
 
     png: bytes = field(repr=False)
     width: int
     height: int
     caption: str
+    thumbnail: str = field(default="", repr=False)
 
     @property
     def data_url(self) -> str:
@@ -47,7 +72,7 @@ class View:
 
 @dataclass
 class WindowRange:
-    """Where the sliders stand and how far they go, in the units of the frame's values (HU for CT)."""
+    """Values and ends of the window sliders, in the units of the frame's values (HU for CT)."""
 
     center: float
     width: float
@@ -58,12 +83,17 @@ class WindowRange:
     @property
     def step(self) -> float:
         """Whole numbers where the values are large, else a 200th of the range."""
-        return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-6)
+        return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-12)
+
+    @property
+    def narrowest(self) -> float:
+        """The smallest width that the slider gives."""
+        return min(1.0, self.step)
 
 
 @dataclass
 class Scan:
-    """What the user has loaded. ``dicom`` is None for plain pictures."""
+    """The loaded image. ``dicom`` is None for plain pictures."""
 
     dicom: DicomImage | None
     picture: Image.Image | None
@@ -85,8 +115,29 @@ class Scan:
         return self.dicom is not None and self.dicom.photometric in ("MONOCHROME1", "MONOCHROME2")
 
     @property
+    def stores_window(self) -> bool:
+        """True where the file brings a window or a VOI LUT."""
+        return self.dicom is not None and bool(self.dicom.windows or self.dicom.dataset.get("VOILUTSequence"))
+
+    @property
+    def own_window(self) -> str:
+        """Name of the choice without a preset."""
+        return FILE_WINDOW if self.stores_window else AUTO_WINDOW
+
+    @property
     def presets(self) -> list[str]:
-        return [FILE_WINDOW, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
+        return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
+
+    def set_window(self, center: float, width: float) -> None:
+        """Take a level and a width that the user chose, within the sliders or beyond them. Widths below 1 become 1.
+
+        Raises:
+            PageError: one of them is not finite or beyond ``MAX_WINDOW``, or the width is negative.
+        """
+        if not (abs(center) <= MAX_WINDOW and 0 <= width <= MAX_WINDOW):
+            raise PageError("bad_window")
+        self.preset = None
+        self.center, self.width = float(center), max(1.0, float(width))
 
     def view(self) -> View:
         """Render the chosen frame under the chosen window.
@@ -102,11 +153,12 @@ class Scan:
         except UserError as error:
             raise dicom_error(error) from None
         window = str(image.info.get("window", ""))
+        window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
         return _to_view(image, frame + window)
 
     def window_range(self) -> WindowRange:
-        """The present window and the sliders' ends: those of CT in HU, else around the file's own window."""
+        """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""
         assert self.dicom is not None and self.has_window
         if self.preset is not None:
             center, width = CT_PRESETS[self.preset].center, CT_PRESETS[self.preset].width
@@ -117,21 +169,23 @@ class Scan:
         if self.facts.get("modality") == "CT":
             return WindowRange(center, width, min(-1024.0, center), max(3071.0, center), max(4096.0, width))
         own_center, own_width = self._own_window()
-        reach = max(2 * own_width, 1.0)
-        low, high = math.floor(own_center - reach), math.ceil(own_center + reach)
-        return WindowRange(center, width, min(low, center), max(high, center), max(math.ceil(4 * own_width), width))
+        reach, widest = 2 * own_width, 4 * own_width
+        low, high = own_center - reach, own_center + reach
+        if high - low >= 50:
+            low, high, widest = math.floor(low), math.ceil(high), math.ceil(widest)
+        return WindowRange(center, width, min(low, center), max(high, center), max(widest, width))
 
     def _own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
-        if found:  # a file with a VOI LUT has none
-            return float(found[1]), max(1.0, float(found[2]))
+        if found:  # a VOI LUT has no center and width
+            return float(found[1]), float(found[2])
         bits = int(self.dicom.dataset.get("BitsStored") or 12)
         return 2.0 ** (bits - 1), 2.0**bits
 
 
 def open_scan(data: bytes) -> Scan:
-    """Read an uploaded file; its kind is told by its content, and its name is never known here.
+    """Read an uploaded file. Its kind is decided by its content; its name is never known here.
 
     Raises:
         PageError: it is empty, no image, damaged or too large.
@@ -139,12 +193,8 @@ def open_scan(data: bytes) -> Scan:
     if not data:
         raise PageError("empty_file")
     looks_like_image = data.startswith(_IMAGE_MAGIC)
-    if is_dicom(data) or not looks_like_image:
-        try:
-            return _open_dicom(data)
-        except PageError:
-            if is_dicom(data):
-                raise
+    if is_dicom(data):
+        return _open_dicom(data)
     try:
         picture = load_image(data)
     except UserError as error:
@@ -154,34 +204,28 @@ def open_scan(data: bytes) -> Scan:
 
 def _open_dicom(data: bytes) -> Scan:
     try:
-        dicom = read_dicom(data, name="the file")
+        # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
+        load_image(data, name=_FILE_NAME)
+        dicom = read_dicom(data, name=_FILE_NAME)
         scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+        if scan.facts.get("modality") == "CT" and scan.has_window and not scan.stores_window:
+            scan.preset = CT_DEFAULT
+        return scan
     except UserError as error:
         raise dicom_error(error) from None
-    scan.view()  # so that a file whose pixels cannot be decoded is refused here
-    return scan
 
 
 def picture_error(error: UserError, looks_like_image: bool) -> PageError:
-    """Which sentence belongs to what ``load_image`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "strip" in text:
-        return PageError("odd_shape")
-    return PageError("damaged_image" if looks_like_image else "not_an_image")
+    """The web UI's error for one of ``load_image``."""
+    code = _PAGE_CODES.get(error.code)
+    return PageError(code or ("damaged_image" if looks_like_image else "not_an_image"))
 
 
 def dicom_error(error: UserError) -> PageError:
-    """Which sentence belongs to what ``read_dicom`` or ``render`` found wrong."""
-    text = str(error)
-    if "limit is" in text or "too large" in text:
-        return PageError("too_many_pixels")
-    if "holds no image" in text:
-        return PageError("dicom_without_image")
-    if "decoder is missing" in text:
-        return PageError("dicom_without_decoder")
-    return PageError("odd_shape" if "strip" in text else "bad_dicom")
+    """The web UI's error for one of ``read_dicom`` or ``render``."""
+    if error.code == "dicom_unsupported":  # these reasons hold no text of the file, only coded values
+        return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{_FILE_NAME}: "))
+    return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
 
 
 def _to_view(image: Image.Image, caption: str) -> View:
@@ -189,13 +233,20 @@ def _to_view(image: Image.Image, caption: str) -> View:
         image = image.copy()
         image.thumbnail((MAX_VIEW_EDGE, MAX_VIEW_EDGE), Image.Resampling.LANCZOS)
     image.info = {}  # a PNG's text fields may name a patient
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
+    thumbnail = f"data:image/jpeg;base64,{base64.b64encode(_encoded(small, 'JPEG', quality=80)).decode()}"
+    return View(_encoded(image, "PNG", compress_level=3), image.width, image.height, caption, thumbnail)
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=3)
-    return View(buffer.getvalue(), image.width, image.height, caption)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def describe(scan: Scan) -> list[tuple[str, str]]:
-    """Names and values of what may be told about a scan, in the order in which they are shown."""
+    """Names and values of the facts about a scan that may be shown, in display order."""
     facts = scan.facts
     if scan.dicom is None:
         return [("Kind", "picture"), ("Size", f"{facts['columns']} × {facts['rows']} pixels")]
@@ -214,5 +265,5 @@ def describe(scan: Scan) -> list[tuple[str, str]]:
     if scan.num_frames > 1:
         rows.append(("Frames", str(scan.num_frames)))
     if facts.get("photometric") == "MONOCHROME1":
-        rows.append(("Grey scale", "MONOCHROME1: low values are bright; shown that way"))
+        rows.append(("Gray scale", "MONOCHROME1: low values are bright; shown that way"))
     return rows

@@ -1,23 +1,38 @@
-"""What the page remembers of one browser tab: in memory only, and gone when the tab is closed."""
+"""What the web UI keeps of one browser tab: in memory only, and deleted some minutes after the tab is closed.
+
+A tab is known by a random token that its browser keeps over a reload. Gradio's session hash changes with each reload,
+so ``Sessions`` maps hashes to tokens.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import re
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from babydoctor.schema import IMAGE_TOKEN, Turn
-from babydoctor.serve.page.errors import PageError
 from babydoctor.serve.page.scan import Scan, View
+from babydoctor.serve.page.texts import PageError
 
 MAX_SESSIONS = 256
-"""The tab that was used longest ago is forgotten beyond this number."""
+"""Beyond this number the session that was used longest ago is deleted."""
+
+KEEP_MIN = 15
+"""Minutes for which the session of a closed tab is kept."""
+
+ABANDONED_S = 60.0
+"""A running answer is stopped when its tab has been gone for this many seconds."""
+
+_TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AnswerSettings:
     """Settings of one answer."""
 
     temperature: float
@@ -31,17 +46,22 @@ class Exchange:
 
     question: str
     model: str
-    sampling: Sampling
+    sampling: AnswerSettings
     view: View
+    image_name: str = ""
     prompt: str = ""
     answer: str = ""
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
-    note: str = ""
     stop_requested: bool = False
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )
+
+    @property
+    def source(self) -> str:
+        """Which image, frame, window and model the answer belongs to."""
+        return " · ".join(part for part in (self.image_name, self.view.caption, f"model {self.model}") if part)
 
 
 @dataclass
@@ -51,25 +71,59 @@ class Session:
     has_accepted: bool = False
     scan: Scan | None = None
     view: View | None = None
+    num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
     image_mode: str = "pad"
+    problem: str = ""
+    """Code of what went wrong with the last answer, until it has been shown."""
+    problem_retry_s: float | None = None
+    missing_model: str = ""
+    """The chosen model, while it is not running."""
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    """Writes the running answer, whether or not a browser is connected."""
+    connections: set[str] = field(default_factory=set)
+    left_at_s: float | None = None
+    """When the last connection went (``time.monotonic``)."""
 
     @property
     def last(self) -> Exchange | None:
         return self.exchanges[-1] if self.exchanges else None
+
+    @property
+    def is_answering(self) -> bool:
+        return self.last is not None and not self.last.ended
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self.left_at_s is not None and time.monotonic() - self.left_at_s > ABANDONED_S
+
+    @property
+    def image_name(self) -> str:
+        """The image as named under an answer. The file's own name is never known here."""
+        if self.scan is None:
+            return ""
+        kind = self.scan.title or str(self.scan.facts.get("modality") or "picture")
+        return f"Image {self.num_images}: {kind}"
 
     def stop(self) -> None:
         """Ask the running answer to end."""
         for exchange in self.exchanges:
             exchange.stop_requested = True
 
+    def load(self, scan: Scan) -> None:
+        """Take a new image, which begins a new conversation."""
+        self.start_over()
+        self.scan = scan
+        self.num_images += 1
+
     def start_over(self) -> None:
-        """Forget the conversation; the image stays."""
+        """Delete the conversation; the image stays."""
         self.stop()
         self.exchanges = []
         self.words = []
+        self.problem = ""
 
     def turns(self, question: str) -> list[Turn]:
         """The conversation with one more question; the image stands in the first one, as in training."""
@@ -83,40 +137,83 @@ class Session:
 
 
 class Sessions:
-    """All tabs, by Gradio's session hash."""
+    """All tabs."""
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._tokens: OrderedDict[str, str] = OrderedDict()
 
-    def get(self, key: str | None) -> Session:
-        """The tab's session; a new one where there is none."""
-        key = key or ""
-        session = self._sessions.setdefault(key, Session())
-        self._sessions.move_to_end(key)
+    def attach(self, connection: str | None, token: str) -> Session:
+        """Connect a page load with its tab's session, a new one where there is none.
+
+        Args:
+            connection: Gradio's session hash.
+            token: 32 hexadecimal digits; anything else begins a session that a reload does not find again.
+        """
+        connection = connection or ""
+        token = token if _TOKEN.fullmatch(token) else f"connection {connection}"
+        self.delete_old()
+        self._tokens[connection] = token
+        while len(self._tokens) > 4 * MAX_SESSIONS:
+            self._tokens.popitem(last=False)
+        session = self._sessions.setdefault(token, Session())
+        self._use(connection, token, session)
         while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)[1].stop()
+            self._delete(next(iter(self._sessions)))
         return session
 
-    def accepted(self, key: str | None) -> Session:
-        """The session of a tab whose user has passed the gate.
+    def get(self, connection: str | None) -> Session:
+        """The tab's session.
 
         Raises:
-            PageError: there is none any more: what the tab shows is not what we would send.
+            PageError: there is none any more, so what the tab shows is not what would be sent.
         """
-        session = self.get(key)
+        token = self._tokens.get(connection or "", "")
+        session = self._sessions.get(token)
+        if session is None:
+            raise PageError("session_lost")
+        self._use(connection or "", token, session)
+        return session
+
+    def accepted(self, connection: str | None) -> Session:
+        """The session of a tab whose user has accepted the notice.
+
+        Raises:
+            PageError: see ``get``.
+        """
+        session = self.get(connection)
         if not session.has_accepted:
             raise PageError("session_lost")
         return session
 
-    def forget(self, key: str | None) -> None:
-        """The tab was closed."""
-        if (session := self._sessions.pop(key or "", None)) is not None:
-            session.stop()
+    def leave(self, connection: str | None) -> None:
+        """A tab was closed, reloaded or lost its network; its session is kept for ``KEEP_MIN`` minutes."""
+        session = self._sessions.get(self._tokens.get(connection or "", ""))
+        if session is not None:
+            session.connections.discard(connection or "")
+            if not session.connections:
+                session.left_at_s = time.monotonic()
+        self.delete_old()
+
+    def delete_old(self) -> None:
+        """Delete the sessions of tabs that were closed ``KEEP_MIN`` minutes ago."""
+        oldest_s = time.monotonic() - KEEP_MIN * 60
+        old = [key for key, each in self._sessions.items() if each.left_at_s is not None and each.left_at_s < oldest_s]
+        for key in old:
+            self._delete(key)
 
     def stop_all(self) -> None:
-        """The page ends."""
+        """Stop all running answers."""
         for session in self._sessions.values():
             session.stop()
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def _use(self, connection: str, token: str, session: Session) -> None:
+        session.connections.add(connection)
+        session.left_at_s = None
+        self._sessions.move_to_end(token)
+
+    def _delete(self, token: str) -> None:
+        self._sessions.pop(token).stop()

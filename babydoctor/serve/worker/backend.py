@@ -1,10 +1,11 @@
-"""What both kinds of workers have in common: one model under one name, places for requests, an end that drains."""
+"""What both kinds of workers share: one model under one name, request slots, a shutdown that drains."""
 
 from __future__ import annotations
 
 from babydoctor.conversation import Template, get_template
-from babydoctor.serve.api.admission import Places
-from babydoctor.serve.api.protocol import ERROR_NO_WORKER, ApiError, WorkerStatus
+from babydoctor.serve.api.admission import RequestSlots
+from babydoctor.serve.api.errors import ApiError, model_not_found
+from babydoctor.serve.api.protocol import WorkerStatus
 from babydoctor.serve.metrics import WorkerMetrics
 from babydoctor.serve.settings import ServeSettings
 
@@ -13,7 +14,7 @@ class SingleModelBackend:
     """The part of a worker's backend that does not depend on where the model runs.
 
     Args:
-        name: the model's, for clients.
+        name: the model's name for clients; ``worker.aliases`` adds more.
         template: the template in which clients send prompts.
         num_running: requests that are answered at the same time.
     """
@@ -22,13 +23,13 @@ class SingleModelBackend:
         self.settings = settings
         self.metrics = WorkerMetrics()
         self.name = name
-        self.places = Places(num_running, settings.limits.max_queue)
+        self.slots = RequestSlots(num_running, settings.limits.max_queue)
         self.draining = False
         self._template = get_template(template)
-        self.metrics.gauge("queue_length", "Requests running and waiting", lambda: self.places.taken)
+        self.metrics.gauge("queue_length", "Requests running and waiting", lambda: self.slots.taken)
 
     def model_names(self) -> list[str]:
-        return [self.name]
+        return list(dict.fromkeys((self.name, *self.settings.worker.aliases)))
 
     def template(self, model: str) -> Template:
         self._check_model(model)
@@ -36,22 +37,24 @@ class SingleModelBackend:
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(
-            model_names=[self.name],
+            model_names=self.model_names(),
             speed=self.settings.worker.speed,
-            queue_length=self.places.taken,
+            queue_length=self.slots.taken,
             template=self._template.name,
             draining=self.draining,
         )
 
     def _check_model(self, model: str) -> None:
-        if model not in ("", self.name):
-            raise ApiError(
-                404, "model_not_found", "This worker serves another model.", error_code=ERROR_NO_WORKER, param="model"
-            )
+        if model and model not in (names := self.model_names()):
+            raise model_not_found(model, names)
 
     def _check_not_draining(self) -> None:
         if self.draining:
-            raise ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+            raise draining_error()
 
     async def _nothing(self) -> None:
         pass
+
+
+def draining_error() -> ApiError:
+    return ApiError("draining", "The worker is shutting down.")

@@ -1,4 +1,4 @@
-"""From a request's text to what the engine takes: token ids, pixels, limits. Runs beside the event loop, in threads."""
+"""From a request's text to the engine's input: token ids, pixels, sampling. Runs in threads beside the event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import split_images
+from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
+from babydoctor.engine.constraint import JsonConstraint, JsonGrammars
 from babydoctor.engine.request import (
     EngineClosedError,
     EngineError,
@@ -22,16 +23,13 @@ from babydoctor.engine.request import (
     PromptTooLongError,
     QueueFullError,
 )
-from babydoctor.imaging.load import load_image, to_pixels
-from babydoctor.schema import IGNORE_INDEX, Example, Segment, UserError
+from babydoctor.errors import UserError
+from babydoctor.imaging.isolation import load_pixels
+from babydoctor.imaging.limits import DecodeLimits
+from babydoctor.schema import IGNORE_INDEX, Example, Segment, Turn
 from babydoctor.serve.api.admission import decode_image
-from babydoctor.serve.api.protocol import (
-    MAX_NEW_TOKENS,
-    ApiError,
-    AttentionRequest,
-    GenerateRequest,
-    overflow_error,
-)
+from babydoctor.serve.api.errors import ApiError, code_of_user_error, overflow_error
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, AttentionRequest, GenerateRequest
 from babydoctor.serve.logs import REQUEST_ID
 from babydoctor.serve.settings import Limits
 from babydoctor.serve.worker.resume import ResumedText, drops_first_space, label_rows
@@ -41,12 +39,15 @@ if TYPE_CHECKING:
     from babydoctor.model.run_dir import Run
 
 PIXEL_CACHE_SIZE = 64
-"""Images whose pixels are kept, so that each turn of a chat does not decode its image again. 0.6 MB each at 224 px."""
+"""Images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px."""
+
+CONTEXT_TOKENS = 8
+"""Prompt tokens before a continued answer that its first token is decoded with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that has passed every check. ``generation`` is None where nothing is left to generate."""
+    """A request that passed every check. ``generation`` is None if nothing is left to generate."""
 
     prompt_tokens: int
     images: tuple[bytes, ...] = field(repr=False)
@@ -54,8 +55,8 @@ class Prepared:
     generation: GenerationRequest | None
 
 
-class Preparer:
-    """Knows the run's tokenizer and image settings. All methods may be called from several threads."""
+class Preprocessor:
+    """Applies the run's tokenizer and image settings. All methods are thread-safe."""
 
     def __init__(self, run: Run, engine: Engine, limits: Limits) -> None:
         self._run = run
@@ -63,30 +64,44 @@ class Preparer:
         self._limits = limits
         self._num_patches = run.model.num_patches
         self._drops_first_space = drops_first_space(run.tokenizer)
+        self._grammars = JsonGrammars(run.tokenizer, engine.vocab_size, engine.eos)
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def encode(self, prompt: str) -> Example:
-        """A prompt with ``<image>`` where an image stands -> ids and image slots."""
+        """A prompt with ``<image>`` for each image -> ids and image positions."""
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
+    def _encode_request(self, request: GenerateRequest) -> Example:
+        """Encode the turns where the client sent messages, so that nothing in their text can become a control token.
+
+        A client of the LLaVA protocol writes the whole prompt itself, control tokens included.
+        """
+        if not request.turns:
+            return self.encode(request.prompt)
+        turns = [Turn(turn.role, turn.text) for turn in request.turns]
+        template = get_template(self._run.manifest.template)
+        render = render_continuation if request.continues else render_prompt
+        return encode(render(turns, template, system=request.system), self._run.tokenizer, self._num_patches)
+
     def prepare(self, request: GenerateRequest) -> Prepared:
-        """Decode the images, tokenise the prompt and check that there is room for an answer.
+        """Decode the images, tokenize the prompt and check that there is room for an answer.
 
         Raises:
             ApiError: 413 or 422.
         """
         images = tuple(decode_image(text, index) for index, text in enumerate(request.images or ()))
-        example = self.encode(request.prompt)
+        example = self._encode_request(request)
         resume_ids = tuple(request.resume_ids or ())
         if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
-            raise ApiError(422, "bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+            raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+        spelled_after = _last_text_ids(example) if request.continues else ()
         max_new_tokens = min(request.max_new_tokens, MAX_NEW_TOKENS, self._engine.max_context - len(example))
         if max_new_tokens < 1:
             raise overflow_error()
         num_left = max_new_tokens - len(resume_ids)
         resumed = None
         if resume_ids:
-            resumed = ResumedText(self._run.tokenizer, resume_ids, request.stops, self._engine.eos)
+            resumed = ResumedText(self._run.tokenizer, resume_ids, request.stops, self._engine.eos, spelled_after)
             if resumed.ended or num_left < 1:
                 return Prepared(len(example), images, resumed, None)
         generation = GenerationRequest(
@@ -95,46 +110,57 @@ class Preparer:
             images=tuple(self.load(data, index) for index, data in enumerate(images)),
             max_new_tokens=num_left,
             temperature=max(0.0, request.temperature),
-            # 0 is allowed on the wire and means the likeliest token alone.
+            # 0 is allowed in the protocol and means the likeliest token alone.
             top_p=max(request.top_p, 1e-6),
+            top_k=max(0, request.top_k),
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=tuple((request.logit_bias or {}).items()),
             stop=request.stops,
             seed=request.seed,
             logprobs=min(20, int(request.logprobs) - 1) if request.logprobs else None,
             timeout_s=self._limits.request_timeout_s,
+            ignore_eos=request.ignore_eos,
+            constraint=self._constraint(request.json_schema, resume_ids),
+            num_resumed=len(resume_ids),
+            spelled_after=spelled_after,
             request_id=REQUEST_ID.get() or "",
         )
         return Prepared(len(example), images, resumed, generation)
 
+    def _constraint(self, schema: dict[str, Any] | None, resume_ids: tuple[int, ...]) -> JsonConstraint | None:
+        if schema is None:
+            return None
+        try:
+            return self._grammars.constraint(schema, resume_ids)
+        except InvalidRequestError as error:
+            raise ApiError("bad_schema", f"{error}.", param="response_format") from None
+
     def load(self, data: bytes, index: int) -> ImageInput:
-        """Decode an image, or find its pixels. The key is its content and the settings: never a name or a size."""
+        """Decode an image, or find its pixels. The cache key is content and settings, never a name or a size."""
         settings = self._run.manifest.image
         key = hashlib.sha256(repr(settings).encode() + b"\0" + data).hexdigest()
         pixels = self._pixels.get(key)
         if pixels is None:
             try:
-                pixels = to_pixels(load_image(data, max_pixels=self._limits.max_pixels), settings)
+                pixels = load_pixels(data, settings, limits=decode_limits(self._limits))
             except UserError as error:
-                text = str(error)
-                too_large = "limit is" in text or "too large" in text
-                raise ApiError(
-                    413 if too_large else 422,
-                    "image_too_large" if too_large else "bad_image",
-                    text,
-                    param=f"images[{index}]",
-                ) from None
+                raise image_error(error, index) from None
             self._pixels[key] = pixels
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
         return ImageInput(key, pixels)
 
-    def look(self, request: AttentionRequest) -> dict[str, Any]:
-        """Attention of an answer's words to the image, as ``/worker_attention`` gives it. Waits for the engine.
+    def attention(self, request: AttentionRequest) -> dict[str, Any]:
+        """Attention of an answer's words to the image, as ``/worker_attention`` replies. Waits for the engine.
 
         Raises:
             ApiError: it cannot be computed.
         """
         images = tuple(self.load(decode_image(text, index), index) for index, text in enumerate(request.images))
-        # The answer is marked as supervised, so that the one place that tokenises says which tokens are its.
+        # The answer is marked as supervised, so that the labels say which tokens are its.
         answer_text = request.answer
         if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
             answer_text = f" {answer_text}"
@@ -144,24 +170,44 @@ class Preparer:
         generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
         answer_ids = whole.input_ids[answer].tolist()
         try:
-            looked = self._engine.attention_map(generation, answer_ids, self._limits.request_timeout_s)
+            weights = self._engine.attention_map(generation, answer_ids, self._limits.request_timeout_s)
         except EngineError as error:
             raise api_error(error) from None
         except (TimeoutError, concurrent.futures.TimeoutError):  # one class from Python 3.11 on
-            raise ApiError(504, "deadline", "The model was too busy to look again.") from None
+            raise ApiError("deadline", "The model was too busy to compute an attention map.") from None
         edge = math.isqrt(self._num_patches)
         assert edge * edge == self._num_patches, self._num_patches
-        return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, looked, request.answer)}
+        return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, weights, request.answer)}
+
+
+def _last_text_ids(example: Example) -> tuple[int, ...]:
+    """The last tokens of a prompt, back to its last image: enough to spell what follows them."""
+    tail = example.input_ids[-CONTEXT_TOKENS:]
+    is_image = example.image_mask[-CONTEXT_TOKENS:]
+    start = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
+    return tuple(tail[start:].tolist())
+
+
+def decode_limits(limits: Limits) -> DecodeLimits:
+    """What decoding one image of a request may cost."""
+    return DecodeLimits(
+        max_pixels=limits.max_pixels, seconds=limits.decode_seconds, memory_bytes=limits.decode_memory_bytes
+    )
+
+
+def image_error(error: UserError, index: int) -> ApiError:
+    """The API's error for an image that cannot be decoded."""
+    return ApiError(code_of_user_error(error), str(error), param=f"images[{index}]")
 
 
 def api_error(error: EngineError) -> ApiError:
-    """The engine's reason in the words of the wire."""
+    """The engine's error as an API error."""
     if isinstance(error, PromptTooLongError):
         return overflow_error()
     if isinstance(error, QueueFullError):
-        return ApiError(429, "queue_full", "The model is busy. Please try again soon.", retry_after_s=5)
+        return ApiError("queue_full", "The model is busy. Please try again soon.")
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "draining", "The worker is shutting down.", retry_after_s=5)
+        return ApiError("draining", "The worker is shutting down.")
     if isinstance(error, InvalidRequestError):
-        return ApiError(422, "bad_request", "The request contradicts itself.")
-    return ApiError(500, "worker_failed", "The model failed at this request; the others go on.")
+        return ApiError("bad_request", f"The request cannot be run: {error}.")
+    return ApiError("worker_failed", "The model failed at this request; the others go on.")

@@ -1,4 +1,4 @@
-"""A worker's side of the registry: register, send heartbeats, register again where the controller forgot."""
+"""A worker's side of the registry: register, send heartbeats, register again if the controller forgot."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import httpx
 
+from babydoctor.serve.api.errors import ApiCode
 from babydoctor.serve.api.protocol import WorkerStatus
+from babydoctor.serve.client import refusal_of
 from babydoctor.serve.logs import log
+from babydoctor.serve.settings import SECRET_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,8 @@ RETRY_S = 2.0
 
 
 _UNREACHABLE = "controller cannot be reached"
+_NOT_REACHED = "controller cannot reach this worker"
+_ADDRESS_HINT = "set worker.address to a URL that the controller reaches, and worker.host=0.0.0.0 if it runs elsewhere"
 
 
 class Registration:
@@ -49,9 +54,9 @@ class Registration:
                 await asyncio.sleep(self._heart_beat_s if is_registered else min(RETRY_S, self._heart_beat_s))
 
     async def leave(self) -> None:
-        """Tell the controller that nothing new should come. An original controller does not know this call."""
-        # Where everything is being stopped, the controller may be gone already.
-        self._state = _UNREACHABLE
+        """Tell the controller to send nothing new. The original's controller does not know this call."""
+        # When everything is being stopped, the controller may be gone already.
+        self._state = f"{_UNREACHABLE} "
         async with httpx.AsyncClient(timeout=2, trust_env=False) as client:
             await self._post(client, "/unregister_worker", self._heart_beat())
 
@@ -62,7 +67,9 @@ class Registration:
         if response is None:
             return False
         if response.status_code != 200:
-            self._note(logging.ERROR, "controller refuses this worker", status=response.status_code)
+            code = refusal_of(response).code
+            hint = _hint(code, has_secret=bool(self._headers))
+            self._note(logging.ERROR, "controller refuses this worker", code=code, hint=hint)
             return False
         self._note(logging.INFO, "registered with the controller")
         return True
@@ -75,7 +82,7 @@ class Registration:
             answer = response.json()
             if response.status_code == 200 and answer["exist"]:
                 if answer.get("reachable") is False:
-                    self._note(logging.ERROR, "controller cannot reach this worker; check worker.address")
+                    self._note(logging.ERROR, _NOT_REACHED, hint=_ADDRESS_HINT)
                 else:
                     self._note(logging.INFO, "registered with the controller")
                 return True
@@ -95,6 +102,20 @@ class Registration:
 
     def _note(self, level: int, event: str, **fields: object) -> None:
         """Log a state when it changes, not at every heartbeat."""
-        if event != self._state:
-            self._state = event
+        state = f"{event} {fields.get('code', '')}"
+        if state != self._state:
+            self._state = state
             log(logger, level, event, **fields)
+
+
+def _hint(code: ApiCode, *, has_secret: bool) -> str:
+    """What to set when a controller refuses the worker."""
+    if code == "bad_secret":
+        problem = "differs from the controller's" if has_secret else "is not set for this worker"
+        return (
+            f"{SECRET_VARIABLE} {problem}: set the same value for controller and worker. `babydoctor serve` makes a "
+            "random secret at each start unless the variable is set before"
+        )
+    if code in ("worker_unreachable", "bad_worker_name"):
+        return _ADDRESS_HINT
+    return "see the controller's log; is worker.controller the URL of a controller?"

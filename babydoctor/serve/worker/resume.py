@@ -1,4 +1,4 @@
-"""Text of given tokens: of an answer that another worker began, and of one that is looked at again."""
+"""Text of given tokens: of an answer that another worker began, and of one whose attention is asked for."""
 
 from __future__ import annotations
 
@@ -13,36 +13,49 @@ from babydoctor.schema import IGNORE_INDEX, Segment
 
 
 class ResumedText:
-    """Decodes all tokens as one answer, so that words, characters and stop strings may lie across the seam.
+    """Decodes all tokens as one answer, so that words, characters and stop strings may span the break.
 
     Args:
         token_ids: what was generated before.
         stops: strings that end the answer.
         eos: tokens that end it.
+        spelled_after: tokens of the prompt whose text the answer continues.
     """
 
-    def __init__(self, tokenizer: Any, token_ids: Sequence[int], stops: Sequence[str], eos: Container[int]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self,
+        tokenizer: Any,
+        token_ids: Sequence[int],
+        stops: Sequence[str],
+        eos: Container[int],
+        spelled_after: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, spelled_after)
         self._filter = StopFilter(stops)
-        self._text = ""
         self.ended = bool(token_ids) and token_ids[-1] in eos
-        self.add(token_ids)
+        self._unread = ""
+        self._unread = self.add(token_ids)
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """Take more tokens; returns the whole text so far. ``ended`` is set when a stop string is complete."""
+        """Append tokens and return the new text; the first call also returns that of the tokens given at the start.
+
+        ``ended`` is set when a stop string is complete.
+        """
+        text, self._unread = self._unread, ""
         for token_id in token_ids:
             if self._filter.found is None:
-                self._text += self._filter.add(self._detokenizer.add(token_id))
+                text += self._filter.add(self._detokenizer.add(token_id))
         self.ended = self.ended or self._filter.found is not None
-        return self._text
+        return text
 
     def flush(self) -> str:
-        """No token will follow; returns the whole text."""
+        """The rest of the text when no token will follow."""
+        text, self._unread = self._unread, ""
         if self._filter.found is None:
-            self._text += self._filter.add(self._detokenizer.flush())
+            text += self._filter.add(self._detokenizer.flush())
         if self._filter.found is None:
-            self._text += self._filter.flush()
-        return self._text
+            text += self._filter.flush()
+        return text
 
 
 def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text: str) -> list[dict[str, Any]]:
@@ -61,7 +74,7 @@ def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text:
         if piece:
             pieces.append((piece, waiting))
             waiting = []
-    # A tokenizer may drop the space in front and such; the pieces shall join to the text that was given.
+    # A tokenizer may drop the leading space; the pieces must join to the given text.
     joined = "".join(piece for piece, _ in pieces)
     start = text.find(joined)
     if pieces and joined != text and start >= 0:
@@ -71,9 +84,9 @@ def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text:
 
 
 def drops_first_space(tokenizer: Any) -> bool:
-    """Whether the space in front of an answer's first word is lost in decoding, as SentencePiece tokenizers do.
+    """True where decoding loses the space before an answer's first word, as with SentencePiece tokenizers.
 
-    Then an answer that was received without it was generated with it, in other tokens.
+    Such an answer was generated with the space, in other tokens than its text alone would give.
     """
     example = encode((Segment("a"), Segment(" a", supervised=True)), tokenizer, num_patches=0)
     token_ids = example.input_ids[example.labels != IGNORE_INDEX].tolist()

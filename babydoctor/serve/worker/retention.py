@@ -1,6 +1,6 @@
-"""Keep requests and answers on disk, where the operator has turned that on. Off by default.
+"""Keep requests and answers on disk if the operator has turned that on. Off by default.
 
-Whoever turns it on keeps patients' data: the folder is made for its owner only.
+The folder then holds patients' data, so only its owner may read it.
 """
 
 from __future__ import annotations

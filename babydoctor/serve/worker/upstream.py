@@ -1,55 +1,47 @@
 """A worker without a model: it passes requests on to an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...).
 
-To controller and clients it is a worker like any other: admission, deadlines, errors and metrics are its own. A client
-that leaves closes the connection to the server behind, which is how such servers learn that nobody listens.
+To controller and clients it is a worker like any other, with its own admission, deadlines, errors and metrics. When a
+client leaves, the connection to the server behind is closed, which stops the answer there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from babydoctor.imaging.load import load_image
-from babydoctor.schema import IMAGE_TOKEN, UserError
-from babydoctor.serve.api.admission import check_request, decode_image
-from babydoctor.serve.api.protocol import (
-    MAX_NEW_TOKENS,
-    ApiError,
-    AttentionRequest,
-    Chunk,
-    CountTokenRequest,
-    GenerateRequest,
-    TokenLogprob,
-    Usage,
-)
-from babydoctor.serve.api.streaming import Answer
-from babydoctor.serve.prompt_turns import prompt_to_turns
+from babydoctor.engine.request import Usage
+from babydoctor.schema import UserError
+from babydoctor.serve.api.admission import check_request
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import AttentionRequest, CountTokenRequest, GenerateRequest
+from babydoctor.serve.api.responses import late_error
+from babydoctor.serve.api.streaming import Answer, AnswerDelta
 from babydoctor.serve.settings import ServeSettings
-from babydoctor.serve.worker.backend import SingleModelBackend
+from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
+from babydoctor.serve.worker.preprocess import decode_limits
+from babydoctor.serve.worker.upstream_api import chat_body, lost, read_events, read_logprob, refusal
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
 
+_BROKE_OFF = "The server behind this worker broke off."
+
 NUM_RUNNING = 16
-"""Requests that are passed on at the same time; the server behind has a queue of its own."""
+"""Requests passed on at the same time; the server behind has a queue of its own."""
 
 
 @dataclass(eq=False)
-class _Job:
-    """One request on its way."""
+class _PassedRequest:
+    """One request that was passed on."""
 
     answer: Answer
     received_s: float
-    text: str = ""
-    num_chunks: int = 0
+    has_text: bool = False
     usage: Usage | None = None
     finish_reason: str | None = None
     first_token_s: float | None = None
@@ -79,7 +71,7 @@ class UpstreamWorker(SingleModelBackend):
         self._client: httpx.AsyncClient | None = None
         self._probing: asyncio.Task[None] | None = None
         self._unreachable: str | None = None
-        self._jobs: set[_Job] = set()
+        self._open: set[_PassedRequest] = set()
 
     def unready(self) -> str | None:
         return "The worker is shutting down." if self.draining else self._unreachable
@@ -87,35 +79,35 @@ class UpstreamWorker(SingleModelBackend):
     async def open(self, request: GenerateRequest) -> Answer:
         self._check_model(request.model)
         self._check_not_draining()
-        if request.resume_ids:
-            raise ApiError(422, "bad_resume_ids", "This worker cannot continue another's answer.", param="resume_ids")
         check_request(request, self.settings.limits)
-        self.places.take()
+        self.slots.take()
         received_s = time.monotonic()
         try:
-            body = await asyncio.to_thread(self._to_chat, request)
+            body = await asyncio.to_thread(
+                chat_body, request, self.model, self._template, decode_limits(self.settings.limits)
+            )
         except BaseException:
-            self.places.give_back(time.monotonic() - received_s)
+            self.slots.free(time.monotonic() - received_s)
             raise
-        job = _Job(Answer(self._nothing), received_s)
-        job.answer = Answer(lambda: self._stop(job))
-        self._jobs.add(job)
-        job.task = asyncio.ensure_future(self._run(job, body))
-        # Until the server has taken the request, a refusal is an HTTP status and not a broken stream.
+        passed = _PassedRequest(Answer(self._nothing), received_s)
+        passed.answer = Answer(lambda: self._stop(passed))
+        self._open.add(passed)
+        passed.task = asyncio.ensure_future(self._run(passed, body))
+        # Until the server has accepted the request, a refusal is an HTTP status and not a broken stream.
         try:
-            await asyncio.wait([job.task, job.accepted], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([passed.task, passed.accepted], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            await self._stop(job)
+            await self._stop(passed)
             raise
-        if job.error is not None and not job.accepted.done():
-            raise job.error
-        return job.answer
+        if passed.error is not None and not passed.accepted.done():
+            raise passed.error
+        return passed.answer
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]:
-        raise ApiError(422, "not_supported", "This worker's model is on a server that does not show its attention.")
+        raise ApiError("unsupported", "This worker's model is on a server that gives no attention maps.")
 
     async def count_tokens(self, request: CountTokenRequest) -> int:
-        raise ApiError(422, "not_supported", "This worker's model is on a server that does not count tokens.")
+        raise ApiError("unsupported", "This worker's model is on a server that does not count tokens.")
 
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
@@ -124,157 +116,110 @@ class UpstreamWorker(SingleModelBackend):
     def start(self) -> None:
         """Called in the event loop before the first request."""
         timeout = httpx.Timeout(self.settings.limits.request_timeout_s, connect=CONNECT_TIMEOUT_S)
-        limits = httpx.Limits(max_connections=self.places.capacity + 1)
+        limits = httpx.Limits(max_connections=self.slots.capacity + 1)
         self._client = httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
         self._probing = asyncio.ensure_future(self._probe())
 
     async def drain(self) -> None:
-        """Take nothing new; let running answers finish within ``drain_s``, then break them off."""
+        """Take nothing new; let running answers finish within ``drain_s``, then end them."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
-        while self._jobs and time.monotonic() < deadline:
+        while self._open and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        for job in list(self._jobs):
-            job.answer.fail(ApiError(503, "draining", "The worker is shutting down."))
-            await self._stop(job)
+        for passed in list(self._open):
+            passed.answer.fail(draining_error())
+            await self._stop(passed)
 
     def close(self) -> None:
         if self._probing is not None:
             self._probing.cancel()
-        for job in list(self._jobs):
-            if job.task is not None:
-                job.task.cancel()
+        for passed in list(self._open):
+            if passed.task is not None:
+                passed.task.cancel()
 
     # One request.
 
-    def _to_chat(self, request: GenerateRequest) -> dict[str, Any]:
-        """LLaVA's prompt and images as OpenAI's messages."""
-        images = [decode_image(text, index) for index, text in enumerate(request.images or ())]
-        urls = [self._image_url(data, index) for index, data in enumerate(images)]
-        system, turns = prompt_to_turns(request.prompt, self._template)
-        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-        for turn in turns:
-            num_images = turn.text.count(IMAGE_TOKEN)
-            # An image stands on a line of its own, before the text; the server's chat template puts it there again.
-            text = turn.text.replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
-            parts: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": urls.pop(0)}} for _ in range(num_images)
-            ]
-            content = [*parts, {"type": "text", "text": text}] if parts else text
-            messages.append({"role": turn.role, "content": content})
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": min(request.max_new_tokens, MAX_NEW_TOKENS),
-            "temperature": 0.0 if request.temperature <= 1e-3 else request.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if request.top_p < 1:
-            body["top_p"] = max(request.top_p, 1e-6)
-        # The end-of-sequence token ends the answer there anyway, and not every server takes special tokens as stops.
-        if stops := [text for text in request.stops if text != self._template.stop]:
-            body["stop"] = stops
-        if request.seed is not None:
-            body["seed"] = request.seed
-        if request.logprobs:
-            body |= {"logprobs": True, "top_logprobs": max(0, int(request.logprobs) - 1)}
-        return body
-
-    def _image_url(self, data: bytes, index: int) -> str:
-        """A data URL; what only we can read (DICOM, TIFF, 16 bits) becomes a PNG."""
-        try:
-            image = load_image(data, max_pixels=self.settings.limits.max_pixels)
-        except UserError as error:
-            raise ApiError(422, "bad_image", str(error), param=f"images[{index}]") from None
-        if data[:2] == b"\xff\xd8":
-            return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-    async def _run(self, job: _Job, body: dict[str, Any]) -> None:
+    async def _run(self, passed: _PassedRequest, body: dict[str, Any]) -> None:
         reason = "cancelled"
         limit_s = self.settings.limits.request_timeout_s
-        timer = asyncio.get_running_loop().call_later(limit_s, self._expire, job)
+        timer = asyncio.get_running_loop().call_later(limit_s, self._expire, passed)
         try:
-            await self._stream(job, body)
-            reason = job.finish_reason or "stop"
-            job.answer.put(Chunk(job.text, finish_reason=reason, usage=job.usage))
+            await self._stream(passed, body)
+            reason = passed.finish_reason or "stop"
+            passed.answer.put(AnswerDelta(finish_reason=reason, usage=passed.usage))
         except asyncio.CancelledError:
-            if not job.expired:
+            if not passed.expired:
                 raise
             reason = "deadline"
-            self._fail(job, ApiError(504, "deadline", "The answer took longer than this server allows."))
+            self._fail(passed, late_error())
         except ApiError as error:
             reason = "error"
-            self._fail(job, error)
+            self._fail(passed, error)
         except httpx.HTTPError:
             reason = "error"
-            self._fail(job, _lost("The server behind this worker broke off." if job.num_chunks else None))
+            self._fail(passed, lost(_BROKE_OFF) if passed.has_text else lost())
         finally:
             timer.cancel()
             now_s = time.monotonic()
-            job.answer.finish()
-            self._jobs.discard(job)
-            self.places.give_back(now_s - job.received_s)
+            passed.answer.finish()
+            self._open.discard(passed)
+            self.slots.free(now_s - passed.received_s)
             self.metrics.finished.labels(reason).inc()
-            if job.usage is not None:
-                self.metrics.prompt_tokens.inc(job.usage.prompt_tokens)
-                self.metrics.generated_tokens.inc(job.usage.completion_tokens)
+            if passed.usage is not None:
+                self.metrics.prompt_tokens.inc(passed.usage.prompt_tokens)
+                self.metrics.generated_tokens.inc(passed.usage.completion_tokens)
 
-    async def _stream(self, job: _Job, body: dict[str, Any]) -> None:
+    async def _stream(self, passed: _PassedRequest, body: dict[str, Any]) -> None:
         assert self._client is not None, "start() comes before the first request"
         async with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
             if response.status_code != 200:
-                raise _api_error(response.status_code, await response.aread(), response.headers)
-            job.accepted.set_result(None)
+                raise refusal(response.status_code, await response.aread(), response.headers)
+            passed.accepted.set_result(None)
             ended = False
-            async for event in _events(response):
+            async for event in read_events(response):
                 if event is None:
                     ended = True
                     break
-                self._on_event(job, event)
-        if not ended and job.finish_reason is None:
-            raise _lost("The server behind this worker broke off.")
+                self._on_event(passed, event)
+        if not ended and passed.finish_reason is None:
+            raise lost(_BROKE_OFF)
 
-    def _on_event(self, job: _Job, event: dict[str, Any]) -> None:
+    def _on_event(self, passed: _PassedRequest, event: dict[str, Any]) -> None:
         if "error" in event:
-            raise _api_error(500, json.dumps(event).encode(), httpx.Headers())
-        if (usage := event.get("usage")) is not None:
-            job.usage = Usage(**{key: usage.get(key) or 0 for key in Usage.model_fields})
+            raise refusal(500, json.dumps(event).encode(), httpx.Headers())
+        if isinstance(usage := event.get("usage"), dict):
+            passed.usage = Usage(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
         for choice in event.get("choices") or ():
             text = (choice.get("delta") or {}).get("content") or ""
-            logprobs = tuple(_logprob(item) for item in (choice.get("logprobs") or {}).get("content") or ())
+            logprobs = tuple(read_logprob(item) for item in (choice.get("logprobs") or {}).get("content") or ())
             if text or logprobs:
-                if job.first_token_s is None:
-                    job.first_token_s = time.monotonic()
-                    self.metrics.first_token.observe(job.first_token_s - job.received_s)
-                job.text += text
-                job.num_chunks += 1
-                job.answer.put(Chunk(job.text, logprobs=logprobs))
+                if passed.first_token_s is None:
+                    passed.first_token_s = time.monotonic()
+                    self.metrics.first_token.observe(passed.first_token_s - passed.received_s)
+                passed.has_text = True
+                passed.answer.put(AnswerDelta(text, logprobs=logprobs))
             if choice.get("finish_reason"):
-                job.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
+                passed.finish_reason = "length" if choice["finish_reason"] == "length" else "stop"
 
     @staticmethod
-    def _fail(job: _Job, error: ApiError) -> None:
-        job.error = error
-        job.answer.fail(error)
+    def _fail(passed: _PassedRequest, error: ApiError) -> None:
+        passed.error = error
+        passed.answer.fail(error)
 
     @staticmethod
-    def _expire(job: _Job) -> None:
-        job.expired = True
-        if job.task is not None:
-            job.task.cancel()
+    def _expire(passed: _PassedRequest) -> None:
+        passed.expired = True
+        if passed.task is not None:
+            passed.task.cancel()
 
-    async def _stop(self, job: _Job) -> None:
+    async def _stop(self, passed: _PassedRequest) -> None:
         """The reader is done or has left: close the connection, so that the server behind stops too."""
-        if job.task is not None and not job.task.done():
-            job.task.cancel()
-            await asyncio.wait([job.task])
+        if passed.task is not None and not passed.task.done():
+            passed.task.cancel()
+            await asyncio.wait([passed.task])
 
     async def _probe(self) -> None:
-        """Keep an eye on the server, so that a controller is told when it has gone."""
+        """Check the server regularly, so that ``/readyz`` tells when it has gone."""
         assert self._client is not None
         while True:
             try:
@@ -289,7 +234,7 @@ class UpstreamWorker(SingleModelBackend):
 def load_upstream(
     url: str, model: str | None, template: str, settings: ServeSettings, api_key: str | None
 ) -> UpstreamWorker:
-    """A worker before the server at ``url``; without ``model``, before the first model that it lists.
+    """A worker for the server at ``url`` and its ``model``, by default the first that it lists.
 
     Raises:
         UserError: the server cannot be reached, or no model is named and it lists none.
@@ -315,51 +260,3 @@ def load_upstream(
 def api_root(url: str) -> str:
     """``http://host:8000`` and ``http://host:8000/v1/`` -> ``http://host:8000/v1``."""
     return url.rstrip("/").removesuffix("/v1") + "/v1"
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any] | None]:
-    """Server-sent events as JSON; None for the end mark."""
-    async for line in response.aiter_lines():
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if data == "[DONE]":
-            yield None
-        elif data:
-            try:
-                event = json.loads(data)
-            except json.JSONDecodeError:
-                raise _lost("The server behind this worker sent what is not JSON.") from None
-            if isinstance(event, dict):
-                yield event
-
-
-def _logprob(item: dict[str, Any]) -> TokenLogprob:
-    top = tuple((other.get("token", ""), float(other["logprob"])) for other in item.get("top_logprobs") or ())
-    return TokenLogprob(item.get("token", ""), float(item["logprob"]), top)
-
-
-def _lost(message: str | None) -> ApiError:
-    return ApiError(
-        503, "upstream_lost", message or "The server behind this worker cannot be reached.", retry_after_s=5
-    )
-
-
-def _api_error(status: int, body: bytes, headers: httpx.Headers) -> ApiError:
-    """The server's refusal; its words are passed on where the client can do something about it."""
-    if status == 429:
-        wait = headers.get("retry-after", "")
-        return ApiError(
-            429,
-            "queue_full",
-            "The model is busy. Please try again soon.",
-            retry_after_s=int(wait) if wait.isdigit() else 5,
-        )
-    if status in (400, 404, 413, 422):
-        try:
-            parsed = json.loads(body)
-            message = str((parsed.get("error") or parsed).get("message") or parsed.get("detail") or "")
-        except (ValueError, AttributeError):
-            message = ""
-        return ApiError(422, "upstream_refused", f"The server behind this worker refused: {message[:500] or status}")
-    if status in (401, 403):
-        return ApiError(500, "upstream_key", "The server behind this worker does not take its key.")
-    return ApiError(500, "worker_failed", "The server behind this worker failed at this request.")

@@ -1,0 +1,1 @@
+"""``babydoctor bench rehearse``: every command of the project in turn, on random weights in the published layouts."""

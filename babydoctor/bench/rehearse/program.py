@@ -1,0 +1,121 @@
+"""The rehearsal: steps that each run real commands; one that fails is reported, and the rest goes on where it can."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from babydoctor.bench.rehearse import products, serving, training
+from babydoctor.bench.rehearse.commands import StepError
+from babydoctor.bench.rehearse.context import STAGES, Context, Row, remove
+from babydoctor.bench.rehearse.report import print_table, write_guide
+from babydoctor.bench.rehearse.sizes import find_size
+from babydoctor.schema import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the rehearsal. It is skipped where one that it ``needs`` has failed in the same rehearsal."""
+
+    name: str
+    run: Callable[[Context], None]
+    needs: tuple[str, ...] = ()
+
+
+STEPS = (
+    Step("checkpoints", training.write_checkpoints),
+    Step("data", training.prepare_data),
+    *(
+        Step(stage, partial(training.train_stage, stage=stage), ("checkpoints", "data", *STAGES[:number]))
+        for number, stage in enumerate(STAGES)
+    ),
+    Step("plan", training.plan_last, ("instruct",)),
+    # These run on the last stage that has finished.
+    Step("strong", training.strengthen_last, ("align",)),
+    Step("chat", serving.chat, ("strong",)),
+    Step("eval", serving.evaluate, ("strong",)),
+    Step("serve", serving.serve, ("strong",)),
+    Step("reference", products.ask_reference, ("strong",)),
+    Step("merge", products.merge, ("reference",)),
+    Step("export", products.export_hf_and_gguf, ("reference",)),
+    Step("import", products.export_llava, ("reference",)),
+)
+STEP_NAMES = tuple(step.name for step in STEPS)
+
+
+def rehearse(
+    size_name: str, *, only: Sequence[str] = (), keep: Path | None = None, guide: bool = False, console: Console
+) -> bool:
+    """Run the rehearsal, or some of its steps, and print the table.
+
+    Args:
+        only: names of steps; empty: all. Their inputs must be in ``keep``.
+        keep: folder that everything is written to and stays in; None: a temporary one.
+        guide: write the table into the bench guide.
+
+    Returns:
+        Whether every command and every comparison was good.
+
+    Raises:
+        UserError: an unknown size or step, or ``keep`` holds another size.
+    """
+    size = find_size(size_name)
+    unknown = [name for name in only if name not in STEP_NAMES]
+    if unknown:
+        raise UserError(f"--only {unknown[0]!r} is not a step; there are {', '.join(STEP_NAMES)}")
+    if only and keep is None:
+        raise UserError("--only needs --keep DIR, the folder of an earlier rehearsal")
+    steps = [step for step in STEPS if not only or step.name in only]
+    work = (keep or Path(tempfile.mkdtemp(prefix="babydoctor-rehearse-"))).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        context = Context(size, work, console)
+        if only:
+            context.load()
+            context.rows = [row for row in context.rows if row.step not in only]
+        else:
+            remove(work / "runs")  # no step may take a stage of an earlier rehearsal
+        begun = time.monotonic()
+        run_steps(context, steps)
+        print_table(console, context.rows)
+        failed = [row for row in context.rows if not row.ok]
+        if guide:
+            write_guide(size.name, context.rows)
+        console.print(
+            f"size {size.name}: {time.monotonic() - begun:.0f} s, {len(failed)} of {len(context.rows)} failed"
+        )
+        return not failed
+    finally:
+        if keep is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def run_steps(context: Context, steps: Sequence[Step]) -> None:
+    """Run steps in order and record what came out after each."""
+    failed: set[str] = set()
+    begun = time.monotonic()
+    for number, step in enumerate(steps, 1):
+        context.step = step.name
+        missing = [name for name in step.needs if name in failed]
+        place = f"[{number}/{len(steps)}] {step.name} ({time.monotonic() - begun:.0f} s so far)"
+        context.console.print(place, style="bold", markup=False)
+        if missing:
+            failed.add(step.name)
+            context.rows.append(Row(step.name, step.name, note=f"skipped: {missing[0]} failed", ok=False))
+            context.console.print(f"    skipped: {missing[0]} failed", style="red")
+            continue
+        try:
+            step.run(context)
+        except (StepError, UserError, OSError, ValueError, KeyError) as error:
+            failed.add(step.name)
+            context.console.print(f"    FAILED: {error}", style="red", markup=False, soft_wrap=True)
+            if all(row.ok for row in context.rows if row.step == step.name):
+                context.rows.append(Row(step.name, step.name, note=f"{type(error).__name__}: {error}", ok=False))
+        context.save()

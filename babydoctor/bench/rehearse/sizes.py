@@ -1,0 +1,162 @@
+"""The three sizes of the rehearsal: which widths, how many layers, rows, steps and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from babydoctor.schema import UserError
+
+GIB = 2**30
+
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+CLIP_L_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 49408,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one rehearsal runs on.
+
+    Attributes:
+        language: sizes of the LLaMA, by the keys of its ``config.json``.
+        vision: sizes of CLIP's vision tower (224 px, patch 14 in every size).
+        text: sizes of CLIP's text tower, which nothing reads.
+        shard_bytes: largest shard of the published LLaMA; the published 7B has two shards.
+        steps, batch_size: of each training stage.
+        micro_batch_tokens: of each stage; empty: as shipped. Small ones make a small step accumulate.
+        num_threads: of each process; None: as many as there are cores. Tiny models are slower on several.
+        num_sample_answers: that the last stage gives while it trains; each takes a long time in wide models.
+        num_rows: rows of each training set.
+        answer_tokens: longest answer of chat, evaluation and the APIs.
+        greedy_tokens: tokens that are compared between a run and what was made of it.
+        dtype: in which runs and exports are compared. float32 shows small faults; 7B does not fit in it.
+        tolerance: largest difference of logits, relative to the largest logit, that passes for rounding.
+        gguf_dtype: of the exported GGUF.
+        checks_plan: whether peaks must agree with the plan. Tiny models are smaller than the noise.
+        deletes_products: whether merged and exported weights are deleted as soon as they were compared.
+        limit_s: a command that takes longer is stopped and counts as failed.
+    """
+
+    name: str
+    language: dict[str, int]
+    vision: dict[str, int]
+    text: dict[str, int]
+    shard_bytes: int
+    steps: int
+    batch_size: int
+    micro_batch_tokens: dict[str, int]
+    num_threads: int | None
+    num_sample_answers: int
+    num_rows: int
+    answer_tokens: int
+    greedy_tokens: int
+    dtype: str
+    tolerance: float
+    gguf_dtype: str
+    checks_plan: bool
+    deletes_products: bool
+    limit_s: float
+
+
+SIZES = {
+    "golden": Size(
+        name="golden",
+        language={
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": 2000,
+        },
+        vision={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2},
+        text={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 49408,
+        },
+        shard_bytes=400_000,
+        steps=3,
+        batch_size=4,
+        micro_batch_tokens={"align": 1024, "instruct": 2048, "radiology": 1024},
+        num_threads=1,
+        num_sample_answers=1,
+        num_rows=20,
+        answer_tokens=12,
+        greedy_tokens=8,
+        dtype="float32",
+        tolerance=0.02,
+        gguf_dtype="bfloat16",
+        checks_plan=False,
+        deletes_products=False,
+        limit_s=600,
+    ),
+    "wide": Size(
+        name="wide",
+        language={**LLAMA_2_7B, "num_hidden_layers": 2},
+        vision={**CLIP_L_VISION, "num_hidden_layers": 4},
+        text={**CLIP_L_TEXT, "num_hidden_layers": 2},
+        shard_bytes=300_000_000,
+        steps=2,
+        batch_size=2,
+        micro_batch_tokens={},
+        num_threads=None,
+        num_sample_answers=0,
+        num_rows=12,
+        answer_tokens=4,
+        greedy_tokens=4,
+        dtype="float32",
+        tolerance=0.02,
+        gguf_dtype="q8_0",
+        checks_plan=True,
+        deletes_products=True,
+        limit_s=1200,
+    ),
+    "7b": Size(
+        name="7b",
+        language=LLAMA_2_7B,
+        vision=CLIP_L_VISION,
+        text=CLIP_L_TEXT,
+        shard_bytes=10_000_000_000,
+        steps=2,
+        batch_size=2,
+        micro_batch_tokens={},
+        num_threads=None,
+        num_sample_answers=1,
+        num_rows=12,
+        answer_tokens=4,
+        greedy_tokens=3,
+        dtype="bfloat16",
+        tolerance=0.05,
+        gguf_dtype="q4_0",
+        checks_plan=True,
+        deletes_products=True,
+        limit_s=4 * 3600,
+    ),
+}
+
+
+def find_size(name: str) -> Size:
+    """A size by its name.
+
+    Raises:
+        UserError: there is no such size.
+    """
+    if name not in SIZES:
+        raise UserError(f"--size {name!r} is not one of {', '.join(SIZES)}")
+    return SIZES[name]

@@ -1,0 +1,188 @@
+"""Numbers and text of a DICOM data set, read so that one damaged or empty element spoils nothing else.
+
+Where an attribute may stand in several places, the functional group of the frame wins over the shared one, and that
+over the top level (PS3.3 C.7.6.16). An element without a usable value counts as absent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from babydoctor.imaging.windows import Window, WindowFunction
+
+_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files have
+_MAX_LABEL = 64
+
+MAX_SPACING_RATIO = 40
+"""Vertical over horizontal pixel spacing, or the other way round; more is taken for a mistake in the header."""
+
+
+def numbers(item: Any, keyword: str) -> list[float]:
+    """An element's numbers in their order, NaN for what is no number; empty where it is absent or empty."""
+    if item is None or keyword not in item:
+        return []
+    try:
+        value = item[keyword].value
+    except Exception:  # pydicom converts a value when it is asked for, and raises nearly anything
+        value = _raw_text(item, keyword)
+    if value is None or (isinstance(value, (str, bytes)) and not value.strip()):
+        return []
+    parts = [value] if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") else list(value)
+    return [_number(part) for part in parts]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _raw_text(item: Any, keyword: str) -> Any:
+    """The parts of an element that pydicom could not convert."""
+    raw = getattr(item.get_item(keyword), "value", None)
+    return raw.decode("latin-1").rstrip("\0 ").split("\\") if isinstance(raw, bytes) else None
+
+
+def number(item: Any, keyword: str) -> float | None:
+    """An element's first number where it is finite, else None."""
+    found = numbers(item, keyword)
+    return found[0] if found and math.isfinite(found[0]) else None
+
+
+def integer(item: Any, keyword: str) -> int | None:
+    """An element's first number where it is whole, else None."""
+    value = number(item, keyword)
+    return int(value) if value is not None and value == int(value) else None
+
+
+def text(item: Any, keyword: str) -> str:
+    """An element's text without outer blanks; the first part of several; empty where there is none."""
+    try:
+        value = item.get(keyword)
+    except Exception:
+        return ""
+    if value is None:
+        return ""
+    if not isinstance(value, str) and hasattr(value, "__iter__"):
+        value = next(iter(value), "")
+    return str(value).strip("\0 ")
+
+
+def code(item: Any, keyword: str) -> str:
+    """An element's text where it has the form of a code string, else empty: free text may name a person."""
+    value = text(item, keyword)
+    return value if _CODE_STRING.fullmatch(value) else ""
+
+
+def items(item: Any, keyword: str) -> list[Any]:
+    """The items of a sequence; empty where it is absent or damaged."""
+    try:
+        value = item.get(keyword)
+    except Exception:
+        return []
+    return [entry for entry in value if hasattr(entry, "get_item")] if hasattr(value, "__iter__") else []
+
+
+def places(dataset: Any, frame: int, group: str) -> Iterator[Any]:
+    """Where an attribute of a frame may stand, the first to look at first: per frame, shared, top level."""
+    per_frame = items(dataset, "PerFrameFunctionalGroupsSequence")
+    shared = items(dataset, "SharedFunctionalGroupsSequence")
+    for functional in (*per_frame[frame : frame + 1], *shared[:1]):
+        yield from items(functional, group)[:1]
+    yield dataset
+
+
+def rescale(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, float]:
+    """(slope, intercept) of a frame; what is not finite, or a slope of 0, is ignored with a warning."""
+    for item in places(dataset, frame, "PixelValueTransformationSequence"):
+        slopes, intercepts = numbers(item, "RescaleSlope"), numbers(item, "RescaleIntercept")
+        slope = slopes[0] if slopes else None
+        intercept = intercepts[0] if intercepts else None
+        if slope is not None and (not math.isfinite(slope) or slope == 0):
+            warnings.append(f"RescaleSlope {slope:g} is ignored")
+            slope = None
+        if intercept is not None and not math.isfinite(intercept):
+            warnings.append(f"RescaleIntercept {intercept:g} is ignored")
+            intercept = None
+        if slope is not None or intercept is not None:
+            return (1.0 if slope is None else slope), (0.0 if intercept is None else intercept)
+    return 1.0, 0.0
+
+
+def windows(dataset: Any, frame: int, warnings: list[str] | None = None) -> tuple[Window, ...]:
+    """A frame's own windows. A window that is not finite or not wider than 0 is left out with a warning."""
+    for item in places(dataset, frame, "FrameVOILUTSequence"):
+        found = _windows_of(item, warnings if warnings is not None else [])
+        if found:
+            return found
+    return ()
+
+
+def _windows_of(item: Any, warnings: list[str]) -> tuple[Window, ...]:
+    centers, widths = numbers(item, "WindowCenter"), numbers(item, "WindowWidth")
+    labels: Any = item.get("WindowCenterWidthExplanation") or []
+    labels = [labels] if isinstance(labels, str) else [str(label) for label in labels]
+    stated = text(item, "VOILUTFunction").upper() or "LINEAR"
+    function: WindowFunction = "LINEAR"
+    if stated in ("LINEAR_EXACT", "SIGMOID"):
+        function = stated  # type: ignore[assignment]
+    elif stated != "LINEAR" and centers:
+        warnings.append("the VOI LUT function is unknown; read as LINEAR")
+    found = []
+    for index, (center, width) in enumerate(zip(centers, widths, strict=False)):
+        label = (
+            labels[index][:_MAX_LABEL] if index < len(labels) else f"window {index + 1} of {len(centers)} in the file"
+        )
+        if math.isfinite(center) and math.isfinite(width) and width > 0:
+            found.append(Window(center, width, label, function))
+        else:
+            warnings.append(f"the file's window with center {center:g} and width {width:g} is ignored")
+    return tuple(found)
+
+
+def pixel_spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
+    """(row, column) spacing in mm, from the patient if it is there, else from the detector."""
+    for item in places(dataset, frame, "PixelMeasuresSequence"):
+        if pair := _positive_pair(numbers(item, "PixelSpacing")):
+            return pair
+    for keyword in ("ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        if pair := _positive_pair(numbers(dataset, keyword)):
+            return pair
+    return None
+
+
+def pixel_shape(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, float]:
+    """(height, width) of a pixel on any scale; square where the file says nothing or nothing that can be."""
+    shape = pixel_spacing(dataset, frame) or _positive_pair(numbers(dataset, "PixelAspectRatio")) or (1.0, 1.0)
+    if max(shape) / min(shape) > MAX_SPACING_RATIO:
+        warnings.append(f"the pixel spacing {shape[0]:g} x {shape[1]:g} cannot be; pixels are shown square")
+        return 1.0, 1.0
+    return shape
+
+
+def _positive_pair(values: list[float]) -> tuple[float, float] | None:
+    if len(values) == 2 and all(math.isfinite(value) and value > 0 for value in values):
+        return values[0], values[1]
+    return None
+
+
+def padding_range(dataset: Any, layout_bits: int, is_signed: bool | None) -> tuple[float, float] | None:
+    """(lowest, highest) padding value as stored, PS3.3 C.7.5.1.1.2. ``is_signed`` is None for float pixels.
+
+    The value's own type is often the wrong one of US and SS, so it is read as the pixels' type says.
+    """
+    found = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        kinds = (keyword,) if is_signed is not None else (f"Float{keyword}", f"DoubleFloat{keyword}", keyword)
+        value = next((v for v in (number(dataset, kind) for kind in kinds) if v is not None), None)
+        if value is None:
+            break
+        if is_signed is not None:
+            value %= 2**layout_bits
+            value -= 2**layout_bits if is_signed and value >= 2 ** (layout_bits - 1) else 0
+        found.append(value)
+    return (min(found), max(found)) if found else None

@@ -1,0 +1,95 @@
+"""A few decoding processes for any number of threads, and the memory that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from babydoctor.imaging.isolation.process import DecodeProcess
+from babydoctor.imaging.limits import DecodeLimits, ImageError
+
+MEMORY_BUDGET = 2**30
+"""Bytes that the large images being decoded may need together; a larger one is decoded alone."""
+
+
+class DecodePool:
+    """Up to ``size`` decoding processes, started when they are first needed. For any number of threads."""
+
+    def __init__(self, size: int | None = None, memory_budget: int = MEMORY_BUDGET) -> None:
+        self.size = size or min(4, os.cpu_count() or 1)
+        self.memory_budget = memory_budget
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._idle: list[DecodeProcess] = []
+        self._num_busy = 0
+        self._reserved = 0
+
+    def decode(
+        self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """(values, ``image.info``) of an image; waits for a free process and for memory.
+
+        Raises:
+            ImageError: the image cannot be decoded within the limits.
+        """
+        process = self._take()
+        try:
+            values, info = process.decode(data, name, request, limits, self._memory)
+        except ImageError:
+            raise
+        except BaseException:  # the process is in an unknown state
+            process.kill()
+            raise
+        finally:
+            self._give_back(process)
+        return values, info
+
+    def _take(self) -> DecodeProcess:
+        with self._changed:
+            while not self._idle and self._num_busy >= self.size:
+                self._changed.wait()
+            self._num_busy += 1
+            if self._idle:
+                return self._idle.pop()
+        try:
+            return DecodeProcess()
+        except BaseException:
+            with self._changed:
+                self._num_busy -= 1
+                self._changed.notify()
+            raise
+
+    def _give_back(self, process: DecodeProcess) -> None:
+        with self._changed:
+            self._num_busy -= 1
+            if process.is_alive:
+                self._idle.append(process)
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _memory(self, num_bytes: int) -> Iterator[None]:
+        """Wait until the need fits beside the others'."""
+        with self._changed:
+            while self._reserved and self._reserved + num_bytes > self.memory_budget:
+                self._changed.wait()
+            self._reserved += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reserved -= num_bytes
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the processes that are idle. Does nothing in a process that was forked from the pool's."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            processes, self._idle = self._idle, []
+        for process in processes:
+            process.kill()

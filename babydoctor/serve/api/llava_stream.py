@@ -1,0 +1,167 @@
+"""LLaVA's stream: JSON messages, a NUL byte after each, whose ``text`` is everything so far.
+
+The cumulative text exists here only; everything else in the package handles deltas. Source:
+``llava/serve/model_worker.py`` of the original, release 1.2; the fields beside ``text`` and ``error_code`` are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from babydoctor.engine.request import TokenLogprob, Usage
+from babydoctor.serve.api.errors import (
+    ERROR_NO_WORKER,
+    ERROR_NONE,
+    ERROR_UNREACHABLE,
+    OVERFLOW,
+    ApiCode,
+    ApiError,
+    known_code,
+    overflow_error,
+)
+from babydoctor.serve.api.streaming import AnswerDelta
+
+OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
+"""Sent with ``ERROR_NONE`` when the prompt leaves no room for an answer, word for word as the original does."""
+
+DELIMITER = b"\0"
+"""Ends each message. JSON escapes NUL, so it never occurs inside one."""
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""A worker that sends a longer message is broken."""
+
+STREAM_TYPE = "application/octet-stream"
+
+ERROR_HEADER = "x-babydoctor-error"
+"""Code of the error in a stream that begins with HTTP 200, so that a controller need not read the body."""
+
+NO_TOKEN_ID = -1
+"""The id in log-probabilities of a server that sends none."""
+
+_CODE_OF_NUMBER: dict[int, ApiCode] = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
+
+
+class LlavaWriter:
+    """Deltas -> messages.
+
+    Args:
+        front: what ``text`` begins with: the prompt, or nothing with ``echo: false``.
+        token_ids: whether messages carry the ids of new tokens.
+    """
+
+    def __init__(self, front: str, *, token_ids: bool = False) -> None:
+        self._text = front
+        self._token_ids = token_ids
+
+    def document(self, delta: AnswerDelta) -> dict[str, Any]:
+        """The message for a delta without error."""
+        self._text += delta.text
+        data: dict[str, Any] = {"text": self._text, "error_code": ERROR_NONE}
+        if delta.finish_reason is not None:
+            data["finish_reason"] = delta.finish_reason
+        if delta.usage is not None:
+            data["usage"] = usage_document(delta.usage)
+        if delta.logprobs:
+            data["logprobs"] = [
+                {"text": t.text, "logprob": t.logprob, "top": [(text, value) for _, text, value in t.top]}
+                for t in delta.logprobs
+            ]
+        if self._token_ids and delta.token_ids:
+            data["token_ids"] = delta.token_ids
+        return data
+
+    def encode(self, delta: AnswerDelta | None) -> bytes:
+        """The messages for one delta. In silence the last text is sent again, the only sign of life that the
+        original's clients know."""
+        delta = delta or AnswerDelta()
+        error = delta.error
+        if error is None:
+            return _frame(self.document(delta))
+        messages = _frame(self.document(delta)) if delta.text else b""
+        if error.code == OVERFLOW:
+            notice = {"text": self._text + OVERFLOW_NOTICE, "error_code": ERROR_NONE, "finish_reason": "length"}
+            return messages + _frame(notice | {"code": OVERFLOW})
+        return messages + _frame({"text": error.message, "error_code": error.error_code, "code": error.code})
+
+
+def usage_document(usage: Usage) -> dict[str, int]:
+    """Token counts with OpenAI's field names."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _frame(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + DELIMITER
+
+
+class LlavaReader:
+    """Bytes in any portions -> deltas.
+
+    Args:
+        front: what ``text`` begins with, see ``LlavaWriter``.
+        so_far: what another worker has sent of this answer; it is not repeated.
+    """
+
+    def __init__(self, front: str = "", so_far: str = "") -> None:
+        self._front = front
+        self._buffer = bytearray()
+        self.so_far = so_far
+
+    def feed(self, data: bytes) -> Iterator[AnswerDelta]:
+        """Yield a delta for each message that ``data`` completes; a sign of life is an empty one.
+
+        Raises:
+            ValueError: a message is longer than ``MAX_MESSAGE_BYTES``, or not JSON with a ``text``.
+        """
+        self._buffer += data
+        while (end := self._buffer.find(DELIMITER)) >= 0:
+            piece = bytes(self._buffer[:end])
+            del self._buffer[: end + 1]
+            if piece:
+                yield self._read(json.loads(piece))
+        if len(self._buffer) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message is longer than {MAX_MESSAGE_BYTES} bytes")
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a message that has not ended."""
+        return len(self._buffer)
+
+    def _read(self, message: Any) -> AnswerDelta:
+        if not isinstance(message, dict) or not isinstance(message.get("text"), str):
+            raise ValueError("a message is a JSON object with a 'text'")
+        text: str = message["text"]
+        number = int(message.get("error_code", ERROR_NONE))
+        if number != ERROR_NONE:
+            code = known_code(message.get("code"), _CODE_OF_NUMBER.get(number, "worker_failed"))
+            return AnswerDelta(error=ApiError(code, text))
+        if message.get("code") == OVERFLOW:
+            return AnswerDelta(error=overflow_error())
+        text = text.removeprefix(self._front)
+        # A worker that continues a lost one's answer begins where that one began.
+        new, self.so_far = text[len(self.so_far) :], max(text, self.so_far, key=len)
+        return AnswerDelta(
+            new,
+            message.get("finish_reason"),
+            _usage(message.get("usage")),
+            tuple(message.get("token_ids") or ()),
+            tuple(_logprobs(message.get("logprobs"))),
+        )
+
+
+def _usage(value: Any) -> Usage | None:
+    if not isinstance(value, dict) or not value.keys() >= {"prompt_tokens", "completion_tokens"}:
+        return None
+    return Usage(int(value["prompt_tokens"]), int(value["completion_tokens"]))
+
+
+def _logprobs(value: Any) -> Iterator[TokenLogprob]:
+    """FastChat's workers send ``logprobs`` as an object of another form; only ours are read."""
+    for item in value if isinstance(value, list) else ():
+        top = tuple((NO_TOKEN_ID, text, value) for text, value in item.get("top", ()))
+        yield TokenLogprob(NO_TOKEN_ID, item["text"], item["logprob"], top)

@@ -1,0 +1,177 @@
+"""HTTP responses that read an answer: as a stream, or collected into one JSON document."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer, Readable
+from babydoctor.serve.logs import log
+from babydoctor.serve.settings import Limits
+
+logger = logging.getLogger(__name__)
+
+
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """An ``ApiError`` as HTTP. OpenAI's clients expect 400 for a bad request where the others get 422."""
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    status = 400 if error.status == 422 and path.startswith("/v1/") else error.status
+    return JSONResponse(error.body(), status, headers)
+
+
+class AnswerResponse(Response, ABC):
+    """A response that reads an answer and closes it whatever happens: end, error, deadline, a client that left.
+
+    Args:
+        opening: from ``streaming.start_opening``.
+    """
+
+    def __init__(self, opening: asyncio.Future[Readable], limits: Limits) -> None:
+        super().__init__()
+        self._opening = opening
+        self._deadline = time.monotonic() + limits.request_timeout_s
+        self._tick_s = limits.keep_alive_s
+
+    @abstractmethod
+    async def write(self, scope: Scope, send: Send) -> None:
+        """Send the whole response."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self.write(scope, send))
+        leaving = asyncio.ensure_future(_until_disconnect(receive))
+        try:
+            # The writer keeps the deadline itself; this one is for a client that does not read.
+            spare_s = self._deadline - time.monotonic() + 5
+            await asyncio.wait({writing, leaving}, timeout=spare_s, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                log(logger, logging.INFO, "client left" if leaving.done() else "client does not read")
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await self._close()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+        if not writing.cancelled():
+            writing.result()
+
+    async def _close(self) -> None:
+        if not self._opening.done():
+            self._opening.cancel()
+            await asyncio.gather(self._opening, return_exceptions=True)
+        if not self._opening.cancelled() and self._opening.exception() is None:
+            await self._opening.result().aclose()
+
+    async def next_delta(self) -> AnswerDelta | None:
+        """The next delta, None after a while of silence. Errors come as deltas.
+
+        Raises:
+            EndOfAnswer: everything has been read.
+        """
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            return AnswerDelta(error=late_error())
+        wait_s = min(self._tick_s, left_s)
+        if not self._opening.done():
+            await asyncio.wait({self._opening}, timeout=wait_s)
+            if not self._opening.done():
+                return None
+        try:
+            return await self._opening.result().next(wait_s)
+        except ApiError as error:
+            return AnswerDelta(error=error)
+
+
+def late_error() -> ApiError:
+    """The error after ``limits.request_timeout_s``."""
+    return ApiError("deadline", "The answer took longer than this server allows and was stopped.")
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class StreamedAnswer(AnswerResponse):
+    """Deltas as they come.
+
+    Args:
+        encode: a delta (None: a while of silence) -> bytes to send.
+        trailer: sent at the end of an answer without error.
+    """
+
+    def __init__(
+        self,
+        opening: asyncio.Future[Readable],
+        encode: Callable[[AnswerDelta | None], bytes],
+        limits: Limits,
+        *,
+        media_type: str,
+        trailer: bytes = b"",
+    ) -> None:
+        self.media_type = media_type
+        super().__init__(opening, limits)
+        # The length is not known; nginx must not buffer the stream.
+        del self.headers["content-length"]
+        self.headers["x-accel-buffering"] = "no"
+        self.headers["cache-control"] = "no-store"
+        self._encode = encode
+        self._trailer = trailer
+
+    async def write(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while True:
+            try:
+                delta = await self.next_delta()
+            except EndOfAnswer:
+                break
+            if data := self._encode(delta):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            if delta is not None and delta.error is not None:
+                break
+        await send({"type": "http.response.body", "body": self._trailer, "more_body": False})
+
+
+class CollectedAnswer(AnswerResponse):
+    """The whole answer as one JSON document; an error keeps the HTTP status of its code.
+
+    Args:
+        build: everything that was generated, one delta for each answer -> the document.
+    """
+
+    def __init__(
+        self,
+        opening: asyncio.Future[Readable],
+        build: Callable[[list[AnswerDelta]], Any],
+        limits: Limits,
+        *,
+        num_answers: int = 1,
+    ) -> None:
+        super().__init__(opening, limits)
+        self._build = build
+        self._answers = [AnswerDelta(index=index) for index in range(num_answers)]
+
+    async def write(self, scope: Scope, send: Send) -> None:
+        response = await self._collect(scope["path"])
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": False})
+
+    async def _collect(self, path: str) -> JSONResponse:
+        try:
+            while True:
+                delta = await self.next_delta()
+                if delta is None:
+                    continue
+                if delta.error is not None:
+                    return error_response(delta.error, path)
+                self._answers[delta.index] = self._answers[delta.index].then(delta)
+        except EndOfAnswer:
+            return JSONResponse(self._build(self._answers))

@@ -1,0 +1,135 @@
+"""The workers and the connections to them; shared by all requests of a controller."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+
+from babydoctor.serve.api.errors import ApiError, model_not_found
+from babydoctor.serve.client import GENERATE_PATH, is_refusal, refusal_of
+from babydoctor.serve.controller.registry import Registry, WorkerRecord
+from babydoctor.serve.logs import REQUEST_ID, log
+from babydoctor.serve.metrics import ControllerMetrics
+from babydoctor.serve.settings import ControllerSettings
+
+logger = logging.getLogger(__name__)
+
+OUR_SILENCE_S = 20.0
+"""Our own workers send headers at once and a sign of life every few seconds."""
+
+
+class WorkerLost(Exception):
+    """The connection to a worker failed."""
+
+
+@dataclass(slots=True, eq=False)
+class Fleet:
+    """The registered workers and how they are called."""
+
+    registry: Registry
+    client: httpx.AsyncClient
+    settings: ControllerSettings
+    metrics: ControllerMetrics
+    headers: dict[str, str]
+    on_failure: Callable[[WorkerRecord], None]
+    """Takes a worker out of rotation."""
+    seen_models: set[str] = field(default_factory=set)
+
+    def no_worker(self, model: str) -> ApiError:
+        """The error for a model that nobody serves now."""
+        if model in self.seen_models:
+            message = "No worker for this model is up at the moment. Please try again soon."
+            return ApiError("no_worker", message, param="model")
+        return model_not_found(model, self.registry.models(time.monotonic()))
+
+    def silence_s(self, record: WorkerRecord) -> float:
+        """How long a worker may be silent before it counts as lost."""
+        silence_s = self.settings.worker_silence_s
+        return min(silence_s, OUR_SILENCE_S) if record.status.template is not None else silence_s
+
+    def call_headers(self) -> dict[str, str]:
+        return self.headers | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""}
+
+    async def start_stream(self, record: WorkerRecord, body: dict[str, object]) -> httpx.Response:
+        """Send a request to a worker; returns once its headers have arrived.
+
+        Raises:
+            WorkerLost: it cannot be reached.
+            ApiError: it refuses.
+        """
+        content = json.dumps(body).encode()
+        for is_last in (False, True):
+            request = self.client.build_request(
+                "POST", record.url + GENERATE_PATH, content=content, headers=self.call_headers()
+            )
+            try:
+                response = await self._send(request, self.silence_s(record))
+                break
+            except (httpx.ConnectError, httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
+                self.lose(record, error)
+            except (httpx.TransportError, OSError) as error:
+                # A kept-alive connection may be closed just as it is used again; that says nothing yet.
+                if is_last:
+                    self.lose(record, error)
+        await _check_refusal(response)
+        return response
+
+    def lose(self, record: WorkerRecord, error: Exception) -> None:
+        """Take a worker out of rotation.
+
+        Raises:
+            WorkerLost: always.
+        """
+        self.metrics.failed_connections.inc()
+        self.on_failure(record)
+        log(logger, logging.WARNING, "worker lost", worker=record.worker_id, reason=type(error).__name__)
+        raise WorkerLost from error
+
+    async def _send(self, request: httpx.Request, timeout_s: float) -> httpx.Response:
+        """Send and wait for the headers; a response that arrives after the caller has gone is closed.
+
+        Not asyncio.wait_for: a cancellation that meets the response would leave it open, or be lost itself.
+        """
+        sending = asyncio.ensure_future(self.client.send(request, stream=True))
+        try:
+            await asyncio.wait({sending}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            sending.cancel()
+            sending.add_done_callback(_close_late)
+            raise
+        if not sending.done():
+            sending.cancel()
+            sending.add_done_callback(_close_late)
+            raise TimeoutError
+        return sending.result()
+
+
+def _close_late(sending: asyncio.Future[httpx.Response]) -> None:
+    if not sending.cancelled() and sending.exception() is None:
+        closing = asyncio.ensure_future(sending.result().aclose())
+        closing.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+async def _check_refusal(response: httpx.Response) -> None:
+    """Raise a worker's refusal as an ``ApiError``."""
+    if not is_refusal(response):
+        return
+    try:
+        await asyncio.wait_for(response.aread(), 5)
+        error = refusal_of(response)
+    except (httpx.TransportError, TimeoutError, asyncio.TimeoutError):
+        error = ApiError("worker_failed", "The worker failed at this request.")
+    finally:
+        await response.aclose()
+    if response.status_code in (401, 403):
+        # This is between controller and worker; to the client it is a broken server.
+        log(logger, logging.ERROR, "worker refuses the controller's secret")
+        message = "The worker refuses this controller: both need the same registration secret."
+        error = ApiError("worker_refused", message)
+    raise error

@@ -1,0 +1,244 @@
+"""The web UI put together: which handler each component calls, the notice before it, and the list of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from babydoctor.serve.page import html as show
+from babydoctor.serve.page import texts
+from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHandlers
+from babydoctor.serve.page.controller_client import ControllerClient
+from babydoctor.serve.page.examples import build_examples
+from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
+from babydoctor.serve.page.image_handlers import ImageHandlers
+from babydoctor.serve.page.layout import Layout, script
+from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.uploads import Uploads
+
+# Nothing goes through Gradio's queue: its stream to the browser breaks with the connection, and a running answer with
+# it. Answers are written by tasks of the server, and a timer in the tab asks for them.
+#
+# Nothing goes through Gradio's own checks of values either: it refuses a number beyond a slider's ends, or a model that
+# is no longer in the list, with an error that the user does not see. Handlers check what they get.
+PRIVATE: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "queue": False,
+    "preprocess": False,
+}
+LATEST: dict[str, Any] = PRIVATE | {"trigger_mode": "always_last"}
+ONCE: dict[str, Any] = PRIVATE | {"trigger_mode": "once"}
+
+
+class WebUI:
+    """The web UI.
+
+    Args:
+        client: asks the controller.
+        uploads: files that wait to be taken.
+        feedback_file: None: no feedback is taken.
+    """
+
+    def __init__(self, client: ControllerClient, uploads: Uploads, feedback_file: Path | None) -> None:
+        self.client = client
+        self.uploads = uploads
+        self.feedback_file = feedback_file
+        self.sessions = Sessions()
+        self.examples = {example.key: example for example in build_examples()}
+
+    def build(self) -> gr.Blocks:
+        """Make the components and connect them with their handlers."""
+        with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
+            self.ui = Layout([*self.examples.values()], self.feedback_file is not None)
+            self.images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
+            self.talk = ConversationHandlers(self.ui, self.sessions, self.client)
+            self._connect_tab(demo)
+            self._connect_image()
+            self._connect_chat()
+        return demo
+
+    @property
+    def _image(self) -> list[Any]:
+        ui = self.ui
+        image = [ui.viewer, ui.window_group, ui.preset, ui.center, ui.width, ui.frame, ui.facts]
+        return [*image, ui.image_status]
+
+    @property
+    def _chat(self) -> list[Any]:
+        ui = self.ui
+        return [ui.chat, ui.question, ui.send, ui.stop, ui.follow, ui.status, ui.overlay, ui.words]
+
+    def _connect_tab(self, demo: gr.Blocks) -> None:
+        ui = self.ui
+        tab = TabHandlers(ui, self.sessions, self.client, self.images, self.talk)
+        models = [ui.model, ui.model_status, ui.look_panel]
+        settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
+        gate = [ui.gate, ui.main, ui.passed, *models]
+        restored = list(dict.fromkeys([*gate, *settings, *self._image, *self._chat]))
+        demo.load(
+            tab.on_load,
+            [ui.passed, ui.preferences, ui.tab],
+            restored,
+            js=script("restore(passed, preferences)", "passed, preferences, tab"),
+            **PRIVATE,
+        )
+        demo.unload(tab.on_unload)
+        ui.theme.click(None, js=script("toggleTheme()", "...none"))
+        ui.timer.tick(tab.on_tick, [ui.model], models, **PRIVATE)
+        ui.model.input(tab.on_tick, [ui.model], models, **LATEST)
+        ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [ui.agree], [ui.enter], **PRIVATE)
+        ui.enter.click(tab.on_enter, [ui.agree], gate, **PRIVATE)
+        # The browser keeps the settings: a change goes from the components to its local storage.
+        as_list = "(model, temperature, top_p, max_tokens) => [[model, temperature, top_p, max_tokens]]"
+        changes = [ui.model.change, ui.temperature.change, ui.top_p.change, ui.max_tokens.change]
+        gr.on(changes, None, settings, [ui.preferences], js=as_list)
+
+    def _connect_image(self) -> None:
+        ui = self.ui
+        loaded = [*self._image, *self._chat]
+        ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE).then(None, js=script("uploadDone()", "...none"))
+        ui.gallery.select(self.images.on_example, None, loaded, **PRIVATE)
+        ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST)
+        ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST)
+        # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
+        moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
+        gr.on(moved, self.images.on_window, [ui.center, ui.width], self._image, **LATEST)
+
+    def _connect_chat(self) -> None:
+        ui, talk = self.ui, self.talk
+        settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
+        gr.on([ui.send.click, ui.question.submit], talk.on_ask, [ui.question, *settings], self._chat, **PRIVATE)
+        ui.question.change(None, [ui.question], None, js=script("keepDraft(question)", "question"))
+        ui.again.click(talk.on_again, settings, self._chat, **PRIVATE)
+        ui.follow.tick(talk.on_follow, [ui.question], self._chat, **ONCE)
+        ui.stop.click(talk.on_stop, None, [ui.stop, ui.status], **PRIVATE)
+        ui.clear.click(talk.on_clear, None, self._chat, **PRIVATE)
+        ui.starters.select(talk.on_starter, None, [ui.question], **PRIVATE)
+        answers = AnswerHandlers(ui, self.sessions, self.client, self.feedback_file)
+        ui.export.click(answers.on_export, None, [ui.exported, ui.status], **PRIVATE).then(
+            None, [ui.exported], None, js=script("download(text)", "text")
+        )
+        ui.look.click(answers.on_look, None, [ui.overlay, ui.words, ui.status], **PRIVATE)
+        ui.words.select(answers.on_word, None, [ui.overlay, ui.status], **PRIVATE)
+        feedback = [ui.verdict, ui.errors, ui.comment, ui.consent, ui.with_image]
+        ui.save.click(answers.on_save, feedback, [*feedback, ui.saved, ui.status], **PRIVATE)
+
+
+class TabHandlers(Handlers):
+    """Handlers of a tab as a whole: loading, the notice before the web UI, the list of models.
+
+    Args:
+        images: shows the image again after a reload.
+        talk: shows the conversation again.
+    """
+
+    def __init__(
+        self,
+        ui: Layout,
+        sessions: Sessions,
+        client: ControllerClient,
+        images: ImageHandlers,
+        talk: ConversationHandlers,
+    ) -> None:
+        super().__init__(ui, sessions, client)
+        self.images = images
+        self.talk = talk
+
+    @property
+    def status(self) -> Any:
+        return self.ui.model_status
+
+    @shows_errors_async
+    async def on_load(self, passed: bool, preferences: Any, tab: str, request: gr.Request) -> Changes:
+        """A tab was opened or reloaded. A reload shows everything that the session holds."""
+        values = _tab_values(tab)
+        session = self.sessions.attach(request.session_hash, str(values.get("token", "")))
+        if passed is not True:
+            return {self.ui.gate: gr.Column(visible=True)}
+        was_known = session.has_accepted
+        model, settings = self._settings(preferences)
+        changes = settings | await self._open(session, model)
+        if was_known:
+            draft = str(values.get("draft") or "")
+            changes |= {self.ui.question: draft} | self.images.show_scan(session)
+            changes |= self.chat(session) if session.is_answering else self.talk.finished(session, draft)
+        elif values.get("reloaded"):
+            changes[self.ui.status] = show.status(texts.SENTENCES["session_gone"], "warning")
+        return changes
+
+    @shows_errors_async
+    async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
+        """The user has read the notice."""
+        if not agreed:
+            return {}
+        return await self._open(self.sessions.get(request.session_hash), None) | {self.ui.passed: True}
+
+    @shows_errors_async
+    async def on_tick(self, model: str | None, request: gr.Request) -> Changes:
+        """Refresh the list of models. A chosen model that is not running stays chosen, and the user is told."""
+        session = self.sessions.get(request.session_hash)
+        return await self._models(session, model) if session.has_accepted else {}
+
+    def on_unload(self, request: gr.Request) -> None:
+        """The tab was closed or reloaded, or its connection broke."""
+        self.sessions.leave(request.session_hash)
+
+    async def _open(self, session: Session, model: str | None) -> Changes:
+        session.has_accepted = True
+        opened: Changes = {self.ui.gate: gr.Column(visible=False), self.ui.main: gr.Row(visible=True)}
+        return opened | await self._models(session, model)
+
+    async def _models(self, session: Session, model: str | None) -> Changes:
+        try:
+            running = await self.client.models()
+        except PageError as error:
+            # The list stays as it is; what was chosen stays chosen.
+            return {
+                self.ui.model: gr.Dropdown(choices=[model] if model else [], value=model, visible=True),
+                self.ui.model_status: self.sentence(error),
+            }
+        choices: list[Any] = [*running]
+        note = ""
+        if model and model not in running:
+            choices = [(f"{model} (not running)", model), *choices]
+            session.missing_model = model
+            note = show.status(texts.model_gone(model), "warning")
+        elif model and model == session.missing_model:
+            session.missing_model = ""
+            note = show.status(texts.model_back(model), "info")
+        elif not running:
+            note = self.sentence(PageError("no_worker"))
+        chosen = model or (running[0] if running else None)
+        shows_attention = chosen in running and await self.client.shows_attention(str(chosen))
+        return {
+            self.ui.model: gr.Dropdown(choices=choices, value=chosen, visible=True),
+            self.ui.model_status: note,
+            self.ui.look_panel: gr.Accordion(visible=shows_attention),
+        }
+
+    def _settings(self, preferences: Any) -> tuple[str | None, Changes]:
+        """The model and the settings that this browser has used before."""
+        if not isinstance(preferences, list) or len(preferences) != 4:
+            return None, {}
+        model, *numbers = preferences
+        boxes = (self.ui.temperature, self.ui.top_p, self.ui.max_tokens)
+        changes: Changes = {
+            box: float(number)
+            for box, number in zip(boxes, numbers, strict=True)
+            if isinstance(number, (int, float)) and box.minimum <= number <= box.maximum
+        }
+        return (model if isinstance(model, str) and model else None), changes
+
+
+def _tab_values(text: Any) -> dict[str, Any]:
+    """What ``restore`` in ``page.js`` says about the tab."""
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,136 @@
+// Browser side of the web UI. Gradio components import this module by `_script` in layout.py.
+// Nothing here talks to another server, and nothing is stored but a random tab token, a draft, and the theme.
+
+const TAB_KEY = 'babydoctor-tab';
+const DRAFT_KEY = 'babydoctor-draft';
+const THEME_KEY = 'babydoctor-theme';
+const NEAR_END_PX = 24;
+
+const read = (storage, key) => {
+  try { return storage.getItem(key); } catch { return null; }
+};
+const write = (storage, key, value) => {
+  try { storage.setItem(key, value); } catch { /* storage is switched off: a reload starts anew */ }
+};
+
+const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
+  (byte) => byte.toString(16).padStart(2, '0')).join('');
+
+// A number box that is left empty gets its number back. Gradio would put the end of the slider there.
+const keepNumbers = () => {
+  const isNumber = (element) => element.matches?.('input[type=number]');
+  const before = new WeakMap();
+  document.addEventListener('focus', ({target}) => {
+    if (isNumber(target)) before.set(target, target.value);
+  }, true);
+  document.addEventListener('blur', ({target}) => {
+    if (!isNumber(target) || target.value !== '' || !before.get(target)) return;
+    target.value = before.get(target);
+    target.dispatchEvent(new Event('input', {bubbles: true}));
+  }, true);
+};
+
+// Called on load: applies the stored theme and tells the server which tab this is.
+export const restore = (passed, preferences) => {
+  keepNumbers();
+  const theme = read(localStorage, THEME_KEY);
+  if (theme) document.body.classList.toggle('dark', theme === 'dark');
+  const stored = read(sessionStorage, TAB_KEY);
+  const token = stored ?? newToken();
+  write(sessionStorage, TAB_KEY, token);
+  const draft = read(sessionStorage, DRAFT_KEY) ?? '';
+  return [passed, preferences, JSON.stringify({token, draft, reloaded: stored !== null})];
+};
+
+export const toggleTheme = () => {
+  const isDark = document.body.classList.toggle('dark');
+  write(localStorage, THEME_KEY, isDark ? 'dark' : 'light');
+};
+
+export const keepDraft = (question) => write(sessionStorage, DRAFT_KEY, question ?? '');
+
+export const download = (text) => {
+  if (!text) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'text/html'}));
+  link.download = `babydoctor-session-${new Date().toISOString().slice(0, 19).replace(/[:T]/g, '-')}.html`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+};
+
+// The file goes straight into the server's memory. Gradio's own upload would write it to disk, name included.
+const upload = (file, onProgress) => new Promise((resolve) => {
+  const request = new XMLHttpRequest();
+  request.open('POST', new URL('page/upload', document.baseURI));
+  request.responseType = 'json';
+  request.upload.onprogress = (event) => onProgress(event.loaded / Math.max(1, event.total));
+  request.onload = () => resolve(request.response ?? {error: 'upload_broken'});
+  request.onerror = request.onabort = () => resolve({error: 'upload_broken'});
+  request.send(file);
+});
+
+export const dropZone = (element, trigger) => {
+  const drop = element.querySelector('.bd-drop');
+  const input = element.querySelector('input');
+  const bar = element.querySelector('progress');
+  const label = element.querySelector('.bd-progress span');
+  const send = async (file) => {
+    if (!file) return;
+    let result = {error: 'upload_too_large'};
+    if (file.size <= Number(drop.dataset.maxBytes)) {
+      drop.setAttribute('aria-busy', 'true');
+      const show = (share) => {
+        bar.value = share;
+        label.textContent = share < 1 ? `Uploading: ${Math.round(100 * share)}%` : 'Reading the image…';
+      };
+      show(0);
+      result = await upload(file, show);
+    }
+    input.value = '';
+    trigger('upload', result);
+  };
+  input.addEventListener('change', () => send(input.files[0]));
+  for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event) => {
+    event.preventDefault();
+    drop.classList.add('over');
+  });
+  for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'));
+  drop.addEventListener('drop', (event) => {
+    event.preventDefault();
+    send(event.dataTransfer.files[0]);
+  });
+};
+
+// The server has answered: the image or a sentence stands beside the drop zone.
+export const uploadDone = () => document.querySelector('.bd-drop')?.removeAttribute('aria-busy');
+
+// One listener on the element survives new content, and the pressed button keeps the focus.
+export const buttons = (element, trigger) => {
+  element.addEventListener('click', (event) => {
+    const button = event.target.closest('button');
+    if (!button) return;
+    if (button.hasAttribute('aria-pressed')) {
+      element.querySelectorAll('button[aria-pressed]').forEach((other) =>
+        other.setAttribute('aria-pressed', String(other === button)));
+    }
+    trigger('select', {...button.dataset});
+  });
+};
+
+// Follow a growing answer only while the reader is at its end. Also handles "Copy".
+export const chat = (element) => {
+  const box = document.getElementById('bd-chat');
+  let atEnd = true;
+  box.addEventListener('scroll', () => {
+    atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END_PX;
+  });
+  const follow = () => { if (atEnd) box.scrollTop = box.scrollHeight; };
+  new MutationObserver(follow).observe(box, {childList: true, subtree: true, characterData: true});
+  follow();
+  element.addEventListener('click', async (event) => {
+    const button = event.target.closest('button[data-copy]');
+    if (!button) return;
+    await navigator.clipboard?.writeText(button.dataset.copy);
+    button.textContent = 'Copied';
+  });
+};

@@ -1,0 +1,158 @@
+"""Every sentence that the web UI shows: notices, questions to begin with, and one sentence for each error code.
+
+Error sentences are chosen by the error's code. The text that a server or a library wrote is never shown: it may quote
+a file, and it is written for programmers.
+"""
+
+from __future__ import annotations
+
+from babydoctor.serve.api.errors import OVERFLOW
+
+RESEARCH_NOTICE = (
+    "Research use only. BabyDoctor is not a medical device. It makes mistakes that sound certain; never use its "
+    "answers for diagnosis, treatment or any other decision about a patient."
+)
+
+GATE_TEXT = """
+## Before you begin
+
+BabyDoctor is a **research prototype** of a radiology vision-language model, trained on a small scale.
+
+- It is **not a medical device** and has not been validated for any clinical task. Its answers are often wrong, and
+  they sound just as certain when they are.
+- **Never use an answer** for diagnosis, treatment, triage or any other decision about a patient.
+- Load only images that you **may use for research**, without names or other identifying data. Header tags of DICOM
+  files are not shown and not sent to the model, but text that is burned into the pixels is part of the image.
+- Images and conversations are kept **in memory only**. They are deleted {keep_min} minutes after you close this tab;
+  until then a reload brings them back. Feedback is saved only when you allow it.
+"""
+
+QUESTIONS = (
+    "What kind of scan is this?",
+    "What is the main finding?",
+    "On which side of the patient is the finding?",
+    "Describe the image.",
+)
+
+CHAT_PLACEHOLDER = "Load an image, then ask about it."
+
+BURNED_IN_NOTE = (
+    "Text burned into the pixels (names, dates) cannot be ruled out automatically. Look at the image before you ask."
+)
+BURNED_IN_WARNING = (
+    "The file says that text is burned into its pixels. It may name a person, and the model would get it. "
+    "Do not ask about this image unless it is anonymous."
+)
+
+OVERLAY_NOTE = (
+    "Color shows which patches of the image the model drew on most while it wrote, averaged over its layers and "
+    "attention heads and scaled to its own maximum. It does **not** show that the answer is right, nor why it was "
+    "given: a wrong answer can look at the right place, and a right one elsewhere. It is as coarse as the model's "
+    "patches and does not outline a finding."
+)
+
+ENDINGS = {
+    "stopped": "Stopped by you.",
+    "length": "Cut off at the set length. Raise “Longest answer” under Settings for more.",
+    "error": "This answer broke off.",
+}
+"""Shown under an answer that did not end by itself, by ``Exchange.ended``."""
+
+_TOO_LONG = "The conversation is too long for the model. Press “Clear chat” and ask again."
+_TOO_LARGE = (
+    "The image is too large for the server. Export it smaller, for example as a PNG of 2000 pixels, and load it."
+)
+_LOST = (
+    "The model stopped before the answer was complete. Words that had already arrived are kept. "
+    "Please ask again; if it happens again, tell the person who runs this server."
+)
+_NO_MODEL_RUNS = "No model is running at the moment. Please try again soon, or tell the person who runs this server."
+_SET_UP = "The server with the models is not set up correctly. Tell the person who runs it."
+_GENERAL = "The server could not answer this request. Please try again; if it fails again, tell the person who runs it."
+
+SENTENCES: dict[str, str] = {
+    # Codes of the controller and its workers, see serve/api/errors.py.
+    "queue_full": "The model is busy with other people's questions. Please try again{when}.",
+    "draining": "The server is about to restart. Please try again in a minute.",
+    "no_worker": _NO_MODEL_RUNS,
+    "not_ready": _NO_MODEL_RUNS,
+    "model_not_found": "The chosen model is not running any more. Please choose another one from the list above.",
+    "worker_lost": _LOST,
+    "worker_unreachable": _LOST,
+    "upstream_lost": _LOST,
+    "upstream_refused": "The model refused this question. Please word it differently, or ask for a shorter answer.",
+    "upstream_key": _SET_UP,
+    "worker_refused": _SET_UP,
+    "worker_failed": "The model failed at this question. Your image is fine; please ask again or word it differently.",
+    "internal": "The server failed at this question. Please ask again; if it fails again, tell the person who runs it.",
+    "image_too_large": _TOO_LARGE,
+    "body_too_large": _TOO_LARGE,
+    "image_decode_failed": "The server could not read this image: its decoder failed. Please export it again.",
+    "image_decode_timeout": "The image takes too long to read; it may be damaged. Please export it again.",
+    "bad_image": "The server could not read this image. Please load it again.",
+    "prompt_too_long": _TOO_LONG,
+    OVERFLOW: _TOO_LONG,
+    "deadline": "The answer took longer than this server allows and was stopped. Please ask for a shorter answer.",
+    "bad_key": "The web UI may not use the server: its access key is wrong. Tell the person who runs it.",
+    "unsupported": "This model cannot show where it looked.",
+    # Codes of the web UI itself.
+    "no_controller": "The server with the models cannot be reached. Tell the person who runs it.",
+    "silent": "The server has stopped answering. Please try again soon.",
+    "no_model": "No model is chosen. Please choose one from the list above; if it is empty, no model is running.",
+    "no_image": "There is no image yet. Please load one or choose an example, then ask.",
+    "no_question": "Please write a question first.",
+    "image_in_question": "The question holds the text “<image>”, which the model uses as a mark. Please leave it out.",
+    "no_answer": "There is no answer yet. Ask a question first.",
+    "still_answering": "The model is still answering. Wait for the end, or press “Stop” first.",
+    "session_lost": "The server was restarted and has lost your image and conversation. Please reload this tab.",
+    "session_gone": "The server no longer has the image and the conversation of this tab. Please load the image again.",
+    "upload_too_large": "The file is larger than the limit of {limit_mb} MB. Export a single image of it.",
+    "upload_broken": "The file did not arrive whole. Please check the connection and try again.",
+    "upload_gone": "The file was not fetched in time. Please load it again.",
+    "empty_file": "The file is empty (0 bytes). Please export it again.",
+    "not_an_image": "This file is neither an image (PNG, JPEG, TIFF, WebP, BMP, GIF) nor a readable DICOM file.",
+    "bad_dicom": "This is a DICOM file, but its image cannot be read: it is damaged or of an unusual kind.",
+    "dicom_without_image": "This DICOM file holds no image: it may be a report, a plan or a DICOMDIR.",
+    "dicom_unsupported": "This DICOM file cannot be shown: {detail}. Export it uncompressed or as a PNG.",
+    "dicom_without_decoder": "This server cannot read the compression of this DICOM file. Export it uncompressed.",
+    "damaged_image": "The image file is damaged or cut off. Please export it again.",
+    "too_many_pixels": "The image has too many pixels. Please load a smaller version of it.",
+    "odd_shape": "The image is a very thin strip, which the model cannot use. Please load another one.",
+    "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
+    "no_consent": "Nothing was saved: tick the box that allows it first.",
+    "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
+    "not_saved": "The feedback could not be saved on the server. Tell the person who runs it.",
+}
+
+
+def model_gone(model: str) -> str:
+    """Said while the chosen model is not running."""
+    return (
+        f"The model “{model}” is not running any more. It stays chosen, and no other model answers in its place. "
+        "Wait for it to come back, or choose another one."
+    )
+
+
+def model_back(model: str) -> str:
+    """Said once, when the chosen model runs again."""
+    return f"The model “{model}” is running again."
+
+
+class PageError(Exception):
+    """A problem that the web UI tells its user.
+
+    Args:
+        code: a key of ``SENTENCES``. A code that is not there gets a general sentence.
+        retry_after_s: seconds after which the server wants to be asked again.
+        limit_mb: the upload limit in MB.
+        detail: why a file is not supported, without any text of the file.
+    """
+
+    def __init__(
+        self, code: str, *, retry_after_s: float | None = None, limit_mb: int | None = None, detail: str = ""
+    ) -> None:
+        super().__init__(code)
+        self.code = code
+        self.retry_after_s = retry_after_s
+        when = "in a few moments" if not retry_after_s else f"in about {retry_after_s:.0f} seconds"
+        self.sentence = SENTENCES.get(code, _GENERAL).format(when=f" {when}", limit_mb=limit_mb, detail=detail)

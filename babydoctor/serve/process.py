@@ -1,0 +1,81 @@
+"""One part of ``babydoctor serve`` as a child process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
+LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """End this process when the launching one ends, even if that is killed. Called first in a child."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
+    if os.getppid() != int(parent):  # it ended before this call
+        os._exit(1)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+@dataclass(eq=False)
+class Child:
+    """One part as a child process. ``ready_url`` answers 200 once it works."""
+
+    name: str
+    arguments: list[str]
+    ready_url: str
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] = field(init=False)
+    num_restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        # A session of its own: Ctrl-C reaches only the launcher, which ends the parts in the right order.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def exit_status(self) -> int | None:
+        return self.process.poll()
+
+    def terminate(self) -> None:
+        """Ask it to end. A second SIGTERM would mean "now", without finishing running answers."""
+        if self.exit_status is None:
+            self.process.terminate()
+
+    def wait(self, patience_s: float) -> None:
+        """Wait for its end; SIGKILL after ``patience_s``."""
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        if self.exit_status is None:
+            self.process.kill()
+            self.process.wait()

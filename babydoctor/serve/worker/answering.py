@@ -1,0 +1,102 @@
+"""A request on its way from the engine's events to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from babydoctor.engine.request import Delta, Event, Finished, GenerationHandle, Usage
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.protocol import GenerateRequest
+from babydoctor.serve.api.responses import late_error
+from babydoctor.serve.api.streaming import Answer, AnswerDelta
+from babydoctor.serve.worker.preprocess import api_error
+from babydoctor.serve.worker.resume import ResumedText
+
+_WAITED = "The model is busy: the request waited too long for its turn. Please try again soon."
+
+
+@dataclass(eq=False)
+class AnsweredRequest:
+    """One request between HTTP and engine. Only the event loop's thread calls the methods."""
+
+    answer: Answer
+    request: GenerateRequest
+    prompt_tokens: int
+    resumed: ResumedText | None
+    request_id: str
+    images: tuple[bytes, ...] = ()
+    """Kept only for retention."""
+    received_s: float = 0.0
+    first_token_s: float | None = None
+    text: str = ""
+    num_tokens: int = 0
+    cached_tokens: int = 0
+    handle: GenerationHandle | None = None
+
+    def take_delta(self, delta: Delta) -> None:
+        """Pass new tokens on."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic()
+        self.num_tokens += len(delta.token_ids)
+        text = delta.text if self.resumed is None else self.resumed.add(delta.token_ids)
+        self._put(AnswerDelta(text, token_ids=delta.token_ids, logprobs=delta.logprobs))
+        if self.resumed is not None and self.resumed.ended and self.handle is not None:
+            # A stop string that began with the lost worker and ended here; the engine saw only its end.
+            self._end("stop")
+            self.handle.cancel()
+
+    def take_end(self, finished: Finished) -> None:
+        """The engine is done with the request."""
+        reason = finished.finish_reason
+        self.cached_tokens = finished.usage.cached_tokens
+        if self.resumed is not None:
+            self._put(AnswerDelta(self.resumed.flush()))
+        elif reason in ("stop", "length"):
+            self.num_tokens = finished.usage.completion_tokens
+        if reason in ("stop", "length"):
+            self._end(reason)
+        elif reason == "deadline":
+            # A request that never got its turn met load, not a failure of the server.
+            has_waited = finished.queue_s >= finished.total_s
+            self.answer.fail(ApiError("queue_full", _WAITED) if has_waited else late_error())
+        elif reason == "error":
+            failure = ApiError("worker_failed", "The model failed at this request; the others go on.")
+            self.answer.fail(api_error(finished.error) if finished.error is not None else failure)
+        self.answer.finish()
+
+    def _put(self, delta: AnswerDelta) -> None:
+        if not self.answer.ended:
+            self.text += delta.text
+            self.answer.put(delta)
+
+    def _end(self, reason: str) -> None:
+        usage = Usage(self.prompt_tokens, self.num_tokens, self.cached_tokens)
+        self._put(AnswerDelta(finish_reason=reason, usage=usage))
+        self.answer.finish()
+
+
+class EventPump:
+    """Carries events from the engine's thread into the event loop, all of one decode step with one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[AnsweredRequest, Event], None]) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._events: deque[tuple[AnsweredRequest, Event]] = deque()
+        self._is_scheduled = False
+
+    def push(self, request: AnsweredRequest, event: Event) -> None:
+        """Called on the engine's thread."""
+        self._events.append((request, event))
+        if not self._is_scheduled and not self._loop.is_closed():
+            self._is_scheduled = True
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        # Cleared first: an event that is pushed from here on schedules another round.
+        self._is_scheduled = False
+        while self._events:
+            self._deliver(*self._events.popleft())

@@ -1,0 +1,83 @@
+"""A worker as an ASGI application, and how its model is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from babydoctor.schema import UserError
+from babydoctor.serve.api.application import build_application
+from babydoctor.serve.api.docs import BODY_ERRORS, errors
+from babydoctor.serve.api.protocol import WorkerStatus
+from babydoctor.serve.settings import Secrets, ServeSettings
+from babydoctor.serve.worker.registration import Registration
+from babydoctor.serve.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from babydoctor.serve.worker.upstream import UpstreamWorker
+
+
+def load_worker(path: Path, settings: ServeSettings) -> Worker:
+    """Load a run directory and start an engine over it.
+
+    Raises:
+        UserError: the run, the device or the engine's settings are wrong.
+    """
+    import torch
+
+    from babydoctor.engine.engine import Engine, EngineSettings
+    from babydoctor.model.run_dir import load_run
+
+    device = settings.worker.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = load_run(path, device=device)
+    known = {item.name for item in fields(EngineSettings)}
+    if unknown := sorted(settings.engine.keys() - known):
+        raise UserError(f"engine.{unknown[0]} is not a setting of the engine; it has {', '.join(sorted(known))}")
+    # Admission decides how many may wait, before an image is touched; the engine's own limit is above that.
+    values = {"max_queue": max(256, settings.limits.max_queue)} | settings.engine
+    engine = Engine(run.model, run.tokenizer, EngineSettings(**values)).start()
+    name = settings.worker.model_name or path.resolve().name
+    return Worker(run, engine, settings, name)
+
+
+def build_worker_app(worker: Worker | UpstreamWorker, secrets: Secrets, address: str | None) -> FastAPI:
+    """The worker as an ASGI application.
+
+    Args:
+        address: the URL to register with the controller; None: there is no controller.
+    """
+    own = worker.settings.worker
+    registration = None
+    if own.controller and address:
+        registration = Registration(own.controller, address, worker.status, secrets.registration, own.heart_beat_s)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        registering = asyncio.ensure_future(registration.run()) if registration else None
+        yield
+        if registering is not None:
+            registering.cancel()
+        worker.close()
+
+    async def drain() -> None:
+        worker.draining = True
+        if registration is not None:
+            await registration.leave()
+        await worker.drain()
+
+    def add_own_routes(app: FastAPI) -> None:
+        @app.post("/worker_get_status", tags=["LLaVA"], responses=errors(*BODY_ERRORS))
+        async def worker_get_status() -> WorkerStatus:
+            """Models, speed and queue of this worker."""
+            return worker.status()
+
+    return build_application("BabyDoctor worker", worker, secrets, lifespan, add_own_routes=add_own_routes, drain=drain)

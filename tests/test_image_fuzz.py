@@ -1,0 +1,136 @@
+"""Damaged files of every container and codec: a picture or an ``ImageError`` with a code, in bounded time and memory.
+
+Seeded. ``BABYDOCTOR_FUZZ=20000`` runs that many files instead of the few hundred of the ordinary test; about 3 ms
+each, and up to the limit for those that keep a decoder busy.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.image_files import dicom, png, tiff
+from PIL import Image
+from pydicom.data import get_testdata_file
+
+from babydoctor.imaging import isolation
+from babydoctor.imaging.isolation import DecodePool
+from babydoctor.imaging.limits import ERROR_CODES, DecodeLimits, ImageError
+
+NUM_FILES = int(os.environ.get("BABYDOCTOR_FUZZ", "400"))
+
+LIMITS = DecodeLimits(max_pixels=4_000_000, seconds=0.5)
+
+# One file for each transfer syntax, color space and odd header that pydicom brings.
+DICOM_FILES = (
+    *("CT_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless", "image_dfl"),
+    *(
+        "MR_small_jpeg_ls_lossless",
+        "JPGExtended",
+        "SC_rgb_jpeg_dcmtk",
+        "JPEG2000",
+        "SC_rgb_jpeg_gdcm",
+        "SC_rgb_small_odd",
+    ),
+    *("examples_palette", "examples_ybr_color", "examples_jpeg2k", "SC_ybr_full_422_uncompressed", "rtdose"),
+    *(
+        "SC_rgb_rle_16bit",
+        "JPEGLSNearLossless_16",
+        "rtdose_rle",
+        "liver_1frame",
+        "SC_rgb_jls_lossy_line",
+        "examples_overlay",
+    ),
+)
+
+
+def seeds() -> dict[str, bytes]:
+    """Whole files to damage, by name."""
+    rng = np.random.default_rng(1)
+    noise = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    found: dict[str, bytes] = {}
+    image = Image.fromarray(noise)
+    plain = ("JPEG", "WEBP", "GIF", "BMP", "PNG")
+    variants: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in plain}
+    variants |= {"progressive JPEG": ("JPEG", {"progressive": True}), "lossless WEBP": ("WEBP", {"lossless": True})}
+    for how in ("raw", "tiff_lzw", "packbits", "jpeg", "group4"):
+        variants[f"TIFF {how}"] = ("TIFF", {"compression": how})
+    for name, (kind, options) in variants.items():
+        file = io.BytesIO()
+        (image.convert("1") if "group4" in name else image).save(file, kind, **options)
+        found[name] = file.getvalue()
+    wide = rng.integers(0, 65536, (12, 14, 3), dtype=np.uint16)
+    found |= {"RGB16 PNG": png(wide, 2, 16), "RGB16 TIFF": tiff(wide, 2)}
+    found["float TIFF"] = tiff(wide[..., 0] / np.float32(7), 0)
+    found["made DICOM"] = dicom(wide[..., 0], BitsStored=12, HighBit=15, WindowCenter="9", WindowWidth="900")
+    for name in DICOM_FILES:
+        path = get_testdata_file(f"{name}.dcm", download=False)
+        if path:
+            found[name] = Path(str(path)).read_bytes()
+    return found
+
+
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flip, set, cut, repeat or insert, mostly near the beginning, where headers stand."""
+    changed = bytearray(data)
+    reach = len(data) if rng.random() < 0.4 else min(len(data), 2000)
+    for _ in range(int(rng.choice([1, 2, 5, 20]))):
+        place = int(rng.integers(0, reach))
+        kind = rng.integers(0, 7)
+        if kind <= 2:
+            changed[place : place + 1] = bytes([int(rng.integers(256))])
+        elif kind == 3:
+            changed[place : place + 1] = bytes([(changed[place : place + 1] or b"\0")[0] ^ 1 << int(rng.integers(8))])
+        elif kind == 4:
+            changed[place : place + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+        elif kind == 5 and rng.random() < 0.3:
+            del changed[place:]
+        else:
+            changed[place:place] = changed[max(0, place - 16) : place]
+    return bytes(changed)
+
+
+def test_damaged_files_cost_an_error_and_nothing_else() -> None:
+    files, rng = seeds(), np.random.default_rng(int(os.environ.get("BABYDOCTOR_FUZZ_SEED", "0")))
+    names = sorted(files)
+    assert len(names) > 30
+    pool, outcomes = DecodePool(size=1), dict[str, int]()
+    resident: list[int] = []
+    try:
+        for index in range(NUM_FILES):
+            name = names[index % len(names)]
+            started = time.monotonic()
+            try:
+                values, _ = pool.decode(damage(files[name], rng), name, {}, LIMITS)
+                outcome = "picture"
+                assert values.dtype == np.uint8 and values.shape[0] * values.shape[1] <= LIMITS.max_pixels
+            except ImageError as error:
+                outcome = error.code
+                assert outcome in ERROR_CODES and str(error).startswith(f"{name}: "), (name, str(error))
+                assert len(str(error)) < 800
+            assert time.monotonic() - started < 60, (name, index)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            if index % 50 == 49:
+                resident.append(_resident(os.getpid()))
+    finally:
+        pool.close()
+    print(f"\n{NUM_FILES:,} damaged files: {outcomes}")
+    assert outcomes["picture"] > NUM_FILES // 20 and len(outcomes) >= 3
+    if len(resident) > 4:
+        assert resident[-1] - resident[len(resident) // 2] < 64 * 2**20, "this process grows with each file"
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 8, 11, 12, 16, 33, 64, 131, 132, 133, 140])
+def test_beginnings_of_files_are_refused(length: int) -> None:
+    for name, data in seeds().items():
+        with pytest.raises(ImageError):
+            isolation.load_image(data[:length], name=name)
