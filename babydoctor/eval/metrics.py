@@ -194,7 +194,8 @@ def reliability_bins(
 ) -> list[dict[str, float | int]]:
     """Equal-width bins of confidence: bounds, count, mean confidence and accuracy. Empty bins are left out.
 
-    ``confidences`` are in [0, 1], ``correct`` is 0.0 or 1.0; both ``[N]``. A confidence on a bound belongs to the lower bin, and 0 to the first bin.
+    ``confidences`` are in [0, 1], ``correct`` is 0.0 or 1.0; both ``[N]``. A confidence on a bound belongs to the lower
+    bin, and 0 to the first bin.
     """
     confidence_array, correct_array = np.asarray(confidences, float), np.asarray(correct, float)
     assert confidence_array.shape == correct_array.shape, (confidence_array.shape, correct_array.shape)
