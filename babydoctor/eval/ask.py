@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.engine.request import TokenLogprob
-from babydoctor.eval.calibration import yes_no_confidence
 from babydoctor.eval.conditions import ConditionedImages
-from babydoctor.eval.metrics import parse_yes_no
+from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
 from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.schema import UserError

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from babydoctor.eval import calibration, captions, published
+from babydoctor.eval import captions, published
 from babydoctor.eval.intervals import NUM_RESAMPLES, bootstrap, paired_difference
 from babydoctor.eval.metrics import (
     Figure,
+    abstention_curve,
     exact_match,
+    expected_calibration_error,
     mean_figure,
     most_frequent,
     parse_yes_no,
+    reliability_bins,
     repetition,
     token_f1,
     token_recall,
@@ -248,7 +251,7 @@ def score_confidence(
     sure, right = [pair[0] for pair in kept], [pair[1] for pair in kept]
     return {
         "num_answers": len(kept),
-        "expected_calibration_error": calibration.expected_calibration_error(sure, right),
-        "bins": calibration.reliability_bins(sure, right),
-        "abstention": calibration.abstention_curve(sure, right),
+        "expected_calibration_error": expected_calibration_error(sure, right),
+        "bins": reliability_bins(sure, right),
+        "abstention": abstention_curve(sure, right),
     }
