@@ -176,9 +176,10 @@ class AnswerHandlers(Handlers):
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Another word of the answer was chosen."""
         session = self.sessions.accepted(request.session_hash)
-        index = event_values(event).get("word", 0)
-        if not isinstance(index, int):
+        word = str(event_values(event).get("word", 0))
+        if not word.isdecimal():
             raise PageError("bad_event")
+        index = int(word[:9])
         if session.last is None or not 0 <= index < len(session.words):
             raise PageError("no_answer")
         return {self.ui.overlay: self._overlay(session, session.last, index)}
