@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.image_files import dicom, png, tiff
+from helpers.image_files import damage, dicom, png, tiff
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -73,26 +73,6 @@ def seeds() -> dict[str, bytes]:
         if path:
             found[name] = Path(str(path)).read_bytes()
     return found
-
-
-def damage(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip, set, cut, repeat or insert, mostly near the beginning, where headers stand."""
-    changed = bytearray(data)
-    reach = len(data) if rng.random() < 0.4 else min(len(data), 2000)
-    for _ in range(int(rng.choice([1, 2, 5, 20]))):
-        place = int(rng.integers(0, reach))
-        kind = rng.integers(0, 7)
-        if kind <= 2:
-            changed[place : place + 1] = bytes([int(rng.integers(256))])
-        elif kind == 3:
-            changed[place : place + 1] = bytes([(changed[place : place + 1] or b"\0")[0] ^ 1 << int(rng.integers(8))])
-        elif kind == 4:
-            changed[place : place + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
-        elif kind == 5 and rng.random() < 0.3:
-            del changed[place:]
-        else:
-            changed[place:place] = changed[max(0, place - 16) : place]
-    return bytes(changed)
 
 
 def test_damaged_files_cost_an_error_and_nothing_else() -> None:

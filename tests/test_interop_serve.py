@@ -216,7 +216,7 @@ def test_errors_of_the_server_behind(tmp_path: Path) -> None:
         busy = ask("busy")
         assert (busy.status_code, busy.json()["error"]["code"]) == (429, "queue_full")
         refused = ask("too long")
-        assert refused.status_code == 422
+        assert refused.status_code == 400
         assert "maximum context length is 64" in refused.json()["error"]["message"]
         broken = ask("broken")
         assert broken.status_code == 500

@@ -157,3 +157,32 @@ def test_the_worker_answers_a_plain_string_as_image_url_with_one_sentence() -> N
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == "messages[0].content[1].image_url" and error["message"].endswith("not a string.")
+
+
+@pytest.mark.parametrize(
+    ("roles", "continues"), [("uu", False), ("a", False), ("", True), ("u", True), ("ua", False), ("aa", True)]
+)
+def test_turns_that_do_not_alternate_are_refused(roles: str, continues: bool) -> None:
+    """``turns`` may come from any client of the LLaVA protocol, not only from our controller."""
+    turns = [{"role": {"u": "user", "a": "assistant"}[role], "text": "a"} for role in roles]
+    body = generation(max_new_tokens=1, turns=turns, continues=continues)
+    response = requests.post(tiny_worker().url + "/worker_generate", json=body, timeout=60)
+    if not roles:
+        assert response.status_code == 200  # the prompt alone counts
+        return
+    error = response.json()["error"]
+    assert response.status_code == 422 and (error["code"], error["param"]) == ("bad_messages", "turns"), error
+
+
+def test_an_unknown_field_is_named_shortly() -> None:
+    for name, shown in (
+        ("tools_x", "tools_x"),
+        ("x" * 3000, "x" * 40),
+        ("", 'the field ""'),
+        ("a b", 'the field "a b"'),
+    ):
+        response = requests.post(
+            tiny_worker().url + "/v1/completions", json={"model": "tiny", "prompt": "a", name: [1]}, timeout=60
+        )
+        message = f"{shown} is not supported by this server; leave it out."
+        assert response.status_code == 400 and response.json()["error"]["message"] == message

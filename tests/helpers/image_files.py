@@ -1,4 +1,4 @@
-"""Small image files made byte by byte: DICOM with any header, PNG with any chunks, TIFF with any tags."""
+"""Image files made byte by byte: DICOM with any header, PNG with any chunks, TIFF with any tags; and damage to them."""
 
 from __future__ import annotations
 
@@ -135,3 +135,23 @@ def tiff(samples: np.ndarray, photometric: int, *extra: tuple[int, int, int], or
         body += struct.pack(f"{order}HHI", tag, type_, count) + inline
     header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", directory_at)
     return header + body + b"\0\0\0\0"
+
+
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flip, set, cut, repeat or insert, mostly near the beginning, where headers stand."""
+    changed = bytearray(data)
+    reach = len(data) if rng.random() < 0.4 else min(len(data), 2000)
+    for _ in range(int(rng.choice([1, 2, 5, 20]))):
+        place = int(rng.integers(0, reach))
+        kind = rng.integers(0, 7)
+        if kind <= 2:
+            changed[place : place + 1] = bytes([int(rng.integers(256))])
+        elif kind == 3:
+            changed[place : place + 1] = bytes([(changed[place : place + 1] or b"\0")[0] ^ 1 << int(rng.integers(8))])
+        elif kind == 4:
+            changed[place : place + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+        elif kind == 5 and rng.random() < 0.3:
+            del changed[place:]
+        else:
+            changed[place:place] = changed[max(0, place - 16) : place]
+    return bytes(changed)

@@ -12,7 +12,14 @@ from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.feedback import VERDICTS, build_row, export_session, save_row
-from babydoctor.serve.page.handlers import Changes, Handlers, as_page_error, shows_errors, shows_errors_async
+from babydoctor.serve.page.handlers import (
+    Changes,
+    Handlers,
+    as_page_error,
+    event_values,
+    shows_errors,
+    shows_errors_async,
+)
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
@@ -89,7 +96,7 @@ class ConversationHandlers(Handlers):
 
     def on_starter(self, event: gr.EventData) -> str:
         """One of the ready-made questions was chosen."""
-        return str((event._data or {}).get("question", ""))
+        return str(event_values(event).get("question", ""))
 
     def _check(self, session: Session, question: str, model: str, sampling: AnswerSettings) -> Exchange:
         question = (question or "").strip()
@@ -169,9 +176,10 @@ class AnswerHandlers(Handlers):
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
         """Another word of the answer was chosen."""
         session = self.sessions.accepted(request.session_hash)
-        index = (event._data or {}).get("word", 0)
-        if not isinstance(index, int):
+        word = str(event_values(event).get("word", 0))
+        if not word.isdecimal():
             raise PageError("bad_event")
+        index = int(word[:9])
         if session.last is None or not 0 <= index < len(session.words):
             raise PageError("no_answer")
         return {self.ui.overlay: self._overlay(session, session.last, index)}

@@ -33,7 +33,6 @@ _FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "fn_index": (int, "an integer"),
     "session_hash": (str, "a string"),
     "trigger_id": ((int, type(None)), "an integer or null"),
-    "event_data": ((dict, type(None)), "an object or null"),
 }
 
 
@@ -106,15 +105,16 @@ class GradioRoutes:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8, or a number is too long"
             raise ApiError("bad_json", f"The body is not valid JSON: {reason}.") from None
         self._check(call)
-        # Only what was checked goes on; Gradio takes further fields, among them one that stands for a whole request.
-        return json.dumps({name: call.get(name) for name in _FIELDS}).encode()
+        # Only these go on: Gradio takes further fields, among them one that stands for a whole request. Event data may
+        # be anything; the handlers that use it check it.
+        return json.dumps({name: call.get(name) for name in (*_FIELDS, "event_data")}).encode()
 
     def _check(self, call: Any) -> None:
         if not isinstance(call, dict):
             raise ApiError("bad_request", f"The body must be an object, not {describe(call)}.")
         for name, (types, wanted) in _FIELDS.items():
             value = call.get(name)
-            if not isinstance(value, types) or isinstance(value, bool):
+            if isinstance(value, bool) or not isinstance(value, types):
                 raise ApiError("bad_request", f"{name} must be {wanted}, not {describe(value)}.", param=name)
         number, data = call["fn_index"], call["data"]
         if number not in self.inputs:

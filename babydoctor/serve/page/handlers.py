@@ -64,6 +64,11 @@ class Handlers:
         return {self.ui.overlay: "", self.ui.words: ""}
 
 
+def event_values(event: gr.EventData) -> dict[str, Any]:
+    """What ``page.js`` sends with an event; nothing where it is no object."""
+    return event._data if isinstance(event._data, dict) else {}
+
+
 def as_page_error(error: Exception) -> PageError:
     """The error itself, or ``internal`` for one that nobody expected, which is logged."""
     if isinstance(error, PageError):

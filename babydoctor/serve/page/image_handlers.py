@@ -10,7 +10,7 @@ import gradio as gr
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import ExampleCase
-from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors
+from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
@@ -49,7 +49,7 @@ class ImageHandlers(Handlers):
     def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
         """A file has arrived, or its upload failed."""
         session = self.sessions.accepted(request.session_hash)
-        values = event._data or {}
+        values = event_values(event)
         if "token" not in values:
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
         return self._load(session, open_scan(self.uploads.take(str(values["token"]))))
@@ -58,7 +58,7 @@ class ImageHandlers(Handlers):
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
         """An example was chosen."""
         session = self.sessions.accepted(request.session_hash)
-        example = self.examples.get(str((event._data or {}).get("example")))
+        example = self.examples.get(str(event_values(event).get("example")))
         if example is None:
             raise PageError("bad_event")
         scan = open_scan(example.load())

@@ -75,13 +75,20 @@ class Preprocessor:
         """Encode the turns where the client sent messages, so that nothing in their text can become a control token.
 
         A client of the LLaVA protocol writes the whole prompt itself, control tokens included.
+
+        Raises:
+            ApiError: the turns do not alternate.
         """
         if not request.turns:
             return self.encode(request.prompt)
         turns = [Turn(turn.role, turn.text) for turn in request.turns]
         template = get_template(self._run.manifest.template)
         render = render_continuation if request.continues else render_prompt
-        return encode(render(turns, template, system=request.system), self._run.tokenizer, self._num_patches)
+        try:
+            segments = render(turns, template, system=request.system)
+        except UserError as error:
+            raise ApiError(code_of_user_error(error), f"{error}.", param="turns") from None
+        return encode(segments, self._run.tokenizer, self._num_patches)
 
     def prepare(self, request: GenerateRequest) -> Prepared:
         """Decode the images, tokenize the prompt and check that there is room for an answer.

@@ -82,6 +82,8 @@ def _conversation(request: GenerateRequest, template: Template) -> tuple[str | N
 
 
 def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
+    if turn.role == "assistant":  # there the mark is text
+        return {"role": turn.role, "content": turn.text}
     # An image is on a line of its own before the text; the server's chat template puts it there again.
     text = turn.text.replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
     parts = [{"type": "image_url", "image_url": {"url": next(images)}} for _ in range(turn.text.count(IMAGE_TOKEN))]

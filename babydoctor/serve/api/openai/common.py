@@ -88,7 +88,8 @@ def refuse_unknown(body: BaseModel) -> None:
     for name, value in (body.model_extra or {}).items():
         asks_nothing = value is None or value is False or value in ("", [], {}) or value in _NEUTRAL.get(name, ())
         if name not in WITHOUT_EFFECT and not asks_nothing:
-            raise unsupported(name if name.isidentifier() else f"the field {json.dumps(name[:MAX_SHOWN_CHARS])}")
+            short = name[:MAX_SHOWN_CHARS]
+            raise unsupported(short if short.isidentifier() else f"the field {json.dumps(short)}")
 
 
 def unsupported(param: str, reason: str = "is not supported by this server") -> ApiError:
