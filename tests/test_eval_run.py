@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import build_tiny_run
 from PIL import Image
-from serving import build_tiny_run
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions

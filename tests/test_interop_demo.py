@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_interop_gguf import regret
+from helpers.golden_answers import regret
 
 from babydoctor.demo.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
 from babydoctor.imaging.load import load_image
