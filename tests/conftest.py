@@ -177,7 +177,7 @@ def ask_old_llama_cpp(
     def ask(model: Path, questions: Sequence[tuple[Path, str, int]]) -> list[tuple[str, list[int], list[float]]]:
         asked, answered = tmp_path / "questions.json", tmp_path / "answers.json"
         asked.write_text(json.dumps([(str(png), *rest) for png, *rest in questions]))
-        script = Path(__file__).parent / "llama_cpp_before_mtmd.py"
+        script = Path(__file__).parent / "helpers" / "llama_cpp_before_mtmd.py"
         environment = os.environ | {"PYTHONPATH": str(folder)}
         command = [sys.executable, script, model, asked, answered]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

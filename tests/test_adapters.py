@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from probe import probe_logits
+from helpers.probe import probe_logits
 from torch import nn
 from transformers import LlamaForCausalLM
 

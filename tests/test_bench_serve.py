@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from serving import tiny_worker
+from helpers.serving import tiny_worker
 
 from babydoctor.bench.serve import DecodeCost, Timing, build_questions, drive, run_bench, summarize
 from babydoctor.bench.soak import SoakReport, run_soak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_packing import loss, make_example, with_prefix
+from helpers.packed_examples import loss, make_example, with_prefix
 from typer.testing import CliRunner
 
 from babydoctor.bench import paths as bench_paths

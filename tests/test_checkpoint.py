@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import small_disk
 from safetensors import safe_open
-from training import small_disk
 
 from babydoctor.files import write_text
 from babydoctor.schema import UserError

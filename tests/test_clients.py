@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from serving import (
+from helpers.serving import (
     Server,
     bare_base64,
     free_port,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from original_llava import continuation
-from serving import (
+from helpers.original_llava import continuation
+from helpers.serving import (
     Server,
     free_port,
     generation,
@@ -74,7 +74,7 @@ def models(server: Server) -> list[str]:
 
 def original(kind: str, folder: Path, *arguments: str) -> Server:
     port = free_port()
-    script = Path(__file__).with_name("original_llava.py")
+    script = Path(__file__).parent / "helpers" / "original_llava.py"
     with (folder / f"original-{port}.log").open("wb") as file:
         process = subprocess.Popen([sys.executable, str(script), kind, str(port), *arguments], stdout=file, stderr=file)
     return Server(f"http://127.0.0.1:{port}", process, folder / f"original-{port}.log")
@@ -394,7 +394,7 @@ def test_our_worker_behind_an_originals_controller(folder: Path):
         # The controller forgets its workers; ours is there again with the next heartbeat.
         theirs.kill()
         port = theirs.url.rpartition(":")[2]
-        script = Path(__file__).with_name("original_llava.py")
+        script = Path(__file__).parent / "helpers" / "original_llava.py"
         theirs.process = subprocess.Popen([sys.executable, str(script), "controller", port])
         wait_until(lambda: call(theirs, "/list_models").json()["models"] == ["tiny"], 180, "registration")
     finally:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from serving import png, start_worker, stop_all, tiny_run, wait_ready
+from helpers.serving import png, start_worker, stop_all, tiny_run, wait_ready
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner

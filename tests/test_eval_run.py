@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import build_tiny_run
 from PIL import Image
-from serving import build_tiny_run
 
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.serving import build_tiny_run
 from safetensors.torch import load_file
-from serving import build_tiny_run
 
 from babydoctor.model.weights import save_tensors
 from babydoctor.serve.page.feedback import save_row

@@ -6,8 +6,8 @@ import base64
 
 import openai
 import pytest
-from serving import png, tiny_worker
-from serving import user_message as user
+from helpers.serving import png, tiny_worker
+from helpers.serving import user_message as user
 
 from babydoctor.serve.api.admission import decode_image
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decoder import build_tiny, loss_and_gradients, packed_inputs
+from helpers.fused_values import values_and_gradients
+from helpers.packed_models import build_tiny, loss_and_gradients, packed_inputs
 
 from babydoctor.config import LoraConfig
 from babydoctor.model.lora import add_lora
@@ -23,21 +24,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def compiled() -> ElementwiseOps:
     return ElementwiseOps(compiled=True)
-
-
-def values_and_gradients(
-    ops: ElementwiseOps, length: int, dtype: torch.dtype, device: str = "cpu"
-) -> list[torch.Tensor]:
-    """Outputs of all operations on random inputs, and the gradients of their sum."""
-    norm = build_tiny().language_model.model.norm.to(device)
-    generator = torch.Generator().manual_seed(length)
-    x, y, seed = (torch.randn(length, 32, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
-    angle = torch.rand(length, 4, generator=generator)
-    cos, sin = (f(torch.cat((angle, angle), -1)).to(device, dtype) for f in (torch.cos, torch.sin))
-    query, key = ((z * 1).view(-1, 4, 8) for z in (x, y))  # new tensors: Liger rotates in place
-    outputs = [ops.swiglu(x, y), ops.rms_norm(x, norm)]
-    outputs += [turned.flatten(1) for turned in ops.rotate_pair(query, key, cos, sin)]
-    return [*outputs, *torch.autograd.grad(outputs, (x, y), [seed.detach()] * 4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +103,7 @@ def rsqrt(x):
 
 # The interpreter has no libdevice, where Liger finds this function on a GPU.
 liger_kernel.ops.rms_norm.rsqrt = rsqrt
-from test_fused_ops import values_and_gradients
+from helpers.fused_values import values_and_gradients
 from babydoctor.model.packed.fused_ops import PLAIN_OPS
 from babydoctor.model.packed.liger_ops import LigerOps
 ops = LigerOps(compiled=False)

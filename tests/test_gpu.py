@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_decoder import LENGTHS, packed_inputs, reference_attention
-from test_engine import build_model as build_engine_model
-from test_engine import build_request, reference, settings, tokenizer, tokens_of  # noqa: F401
+from helpers.engine_models import build_model as build_engine_model
+from helpers.engine_models import build_request, reference, settings, tokenizer, tokens_of  # noqa: F401
+from helpers.packed_models import LENGTHS, packed_inputs, reference_attention
 from torch import nn
 
 from babydoctor.bench.measure import matmul_flops_per_s, memory_bytes_per_s
@@ -84,7 +84,7 @@ def test_the_towers_attention(gpu: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("length", [7, 1000])
 def test_fused_elementwise_operations(gpu: str, length: int, dtype: torch.dtype) -> None:
-    from test_fused_ops import values_and_gradients
+    from helpers.fused_values import values_and_gradients
 
     expected = values_and_gradients(PLAIN_OPS, length, dtype)
     ours = values_and_gradients(fused_ops(gpu), length, dtype, device=gpu)

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from babydoctor.bench import gpu_check
-from babydoctor.bench.gpu_check import Section, list_sections, run_gpu_check
+from babydoctor.bench.gpu_check import CheckSection, list_sections, run_gpu_check
 from babydoctor.bench.gpu_report import BEGIN, END, fill_documents, read_report
 from babydoctor.cli.main import build_app
 from babydoctor.schema import UserError
@@ -25,12 +25,12 @@ def test_a_section_that_fails_or_hangs_ends_alone(tmp_path: Path, monkeypatch: p
     line = json.dumps({"kind": "serve", "num_users": 1})
     program = "import sys, time; print('begun'); {}"
 
-    def sections(preset: str, device: str, figures: Path) -> list[Section]:
+    def sections(preset: str, device: str, figures: Path) -> list[CheckSection]:
         write = f"open({str(figures)!r}, 'a').write({line!r} + chr(10)); sys.exit(3)"
         return [
-            Section("fails", (sys.executable, "-c", program.format(write))),
-            Section("hangs", (sys.executable, "-c", program.format("time.sleep(600)")), 0.5),
-            Section("passes", (sys.executable, "-c", program.format("pass"))),
+            CheckSection("fails", (sys.executable, "-c", program.format(write))),
+            CheckSection("hangs", (sys.executable, "-c", program.format("time.sleep(600)")), 0.5),
+            CheckSection("passes", (sys.executable, "-c", program.format("pass"))),
         ]
 
     monkeypatch.setattr(gpu_check, "list_sections", sections)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.golden_answers import regret
 from PIL import Image
-from test_interop_gguf import regret
 
 from babydoctor.config import TaskConfig
 from babydoctor.demo.demo import MAX_NEW_TOKENS

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.golden_answers import IMAGES, QUESTION, logits_and_greedy, regret
 from PIL import Image
-from test_interop_import import IMAGES, QUESTION, logits_and_greedy
 
-from babydoctor.conversation import get_template, render, render_prompt
+from babydoctor.conversation import get_template, render
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.run_dir import Run, load_run
+from babydoctor.model.run_dir import load_run
 from babydoctor.schema import Segment, Turn, UserError
 
 WORDS = QUESTION.removeprefix("<image>\n")
@@ -108,19 +108,6 @@ def as_llama_cpp_orders(model: BabyDoctor, *, moved: bool) -> Callable[[torch.Te
         return model.projector(hidden[:, 1:])
 
     return encode_images
-
-
-@torch.no_grad()
-def regret(run: Run, pixels: torch.Tensor, added: list[int], question: str = QUESTION) -> list[float]:
-    """How far below our best logit each added id is, given those before it."""
-    template = get_template("llava_llama_2")
-    prompt = encode(render_prompt([Turn("user", question)], template), run.tokenizer, run.model.num_patches)
-    ids = torch.tensor([[*prompt.input_ids.tolist(), *added]])
-    mask = torch.tensor([[*prompt.image_mask.tolist(), *[False] * len(added)]])
-    embeds = run.model.embed(ids, mask, run.model.encode_images(pixels[None]))
-    hidden = run.model.decode(embeds, torch.arange(ids.shape[1])[None], (ids.shape[1],))
-    logits = run.model.language_model.lm_head(hidden)[0, len(prompt) - 1 : -1]
-    return (logits.max(-1).values - logits.gather(1, torch.tensor(added)[:, None])[:, 0]).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.golden_answers import IMAGES, QUESTION, logits_and_greedy
 from PIL import Image
-from test_interop_import import IMAGES, QUESTION, logits_and_greedy
 
 from babydoctor.conversation import TEMPLATES, get_template, render, render_prompt
 from babydoctor.data.tokens import encode

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.golden_answers import IMAGES, logits_and_greedy
 from safetensors.torch import load_file, save_file
 
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.tokens import encode
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.run_dir import Run, load_run
-from babydoctor.schema import Turn, UserError
+from babydoctor.schema import UserError
 
 LAYOUTS = {
     "llava-pretrain": "projector_only",
@@ -26,34 +25,6 @@ LAYOUTS = {
     "llava-golden-merged": "lora",
     "llava-golden-merged-bin": "lora",
 }
-QUESTION = "<image>\nThe following image is a radiology scan. Deeply analyze and diagnose this image."
-IMAGES = ("ROCO_00278", "ROCO_01747")
-
-
-def logits_and_greedy(run: Run, pixels: torch.Tensor, num_new: int) -> tuple[torch.Tensor, list[int]]:
-    """Logits ``[T, V]`` of the golden prompt and the ids that greedy decoding adds."""
-    prompt = encode(
-        render_prompt([Turn("user", QUESTION)], get_template(run.manifest.template)),
-        run.tokenizer,
-        run.model.num_patches,
-    )
-    ids, mask = torch.from_numpy(prompt.input_ids).long(), torch.from_numpy(prompt.image_mask)
-    with torch.no_grad():
-        embeds = run.model.embed(ids[None], mask[None], run.model.encode_images(pixels[None]))
-        logits = first = None
-        greedy: list[int] = []
-        for _ in range(num_new):
-            length = embeds.shape[1]
-            hidden = run.model.decode(embeds, torch.arange(length)[None], (length,))
-            logits = run.model.language_model.lm_head(hidden)[0]
-            first = logits if first is None else first
-            greedy.append(int(logits[-1].argmax()))
-            if greedy[-1] == run.tokenizer.eos_token_id:
-                break
-            added = run.model.language_model.model.embed_tokens(torch.tensor([[greedy[-1]]]))
-            embeds = torch.cat([embeds, added], dim=1)
-    assert first is not None
-    return first, greedy
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe import probe_logits
+from helpers.probe import probe_logits
 
 from babydoctor.config import LoraConfig
 from babydoctor.interop.export import export_run

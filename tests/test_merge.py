@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from probe import probe_logits
+from helpers.probe import probe_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM

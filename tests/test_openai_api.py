@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from serving import PROMPT, generation, llava_answer, png, tiny_worker
-from serving import user_message as user
+from helpers.serving import PROMPT, generation, llava_answer, png, tiny_worker
+from helpers.serving import user_message as user
 
 from babydoctor.conversation import LLAVA_SYSTEM, get_template
 from babydoctor.serve.api.errors import ApiError

@@ -9,8 +9,8 @@ import openai
 import pydantic
 import pytest
 import requests
-from serving import generation, llava_answer, png, tiny_run, tiny_worker
-from serving import user_message as user
+from helpers.serving import generation, llava_answer, png, tiny_run, tiny_worker
+from helpers.serving import user_message as user
 
 MESSAGES = [{"role": "system", "content": ""}, user("Which modality is this?", png())]
 OPTIONS = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}

@@ -7,26 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.packed_examples import loss, make_example, with_prefix
 from hypothesis import given
 from hypothesis import strategies as st
 
 from babydoctor.config import LoraConfig
-from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import MIN_PREFIX, build_batch, common_prefix, pack, plan_bins
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import load_run
-from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
-
-
-def make_example(length: int, num_images: int = 0, seed: int = 0) -> Example:
-    """Image slots (4 each) after the first token, then text of which the second half is supervised."""
-    rng = np.random.default_rng(seed)
-    input_ids = rng.integers(3, 200, length).astype(np.int32)
-    image_mask = np.zeros(length, bool)
-    image_mask[1 : 1 + 4 * num_images] = True
-    labels = np.where(np.arange(length) >= (length + 4 * num_images) // 2, input_ids, IGNORE_INDEX).astype(np.int32)
-    return Example(str(seed), input_ids, labels, image_mask, tuple(f"{seed}-{i}" for i in range(num_images)))
+from babydoctor.schema import IGNORE_INDEX, Example, UserError
 
 
 @given(
@@ -59,18 +49,6 @@ def test_labels_shift_inside_each_document() -> None:
     assert batch.targets.tolist() == [*first[1:], IGNORE_INDEX, *second[1:], IGNORE_INDEX]
     assert batch.position_ids.tolist() == [*range(6), *range(5)]
     assert batch.document_lengths == (6, 5)
-
-
-def with_prefix(example: Example, text: list[int]) -> Example:
-    """The example behind words that are not supervised."""
-    head = np.array(text, np.int32)
-    return Example(
-        example.id,
-        np.concatenate([head, example.input_ids]),
-        np.concatenate([np.full(len(head), IGNORE_INDEX, np.int32), example.labels]),
-        np.concatenate([np.zeros(len(head), bool), example.image_mask]),
-        example.images,
-    )
 
 
 def test_what_all_begin_with_stands_once() -> None:
@@ -115,12 +93,6 @@ def model(tiny_run: Path) -> BabyDoctor:
     model = load_run(tiny_run, dtype=torch.float32).model
     model.projector.requires_grad_(True)
     return model
-
-
-def loss(model: BabyDoctor, batch: Batch) -> torch.Tensor:
-    size = model.vision.config.image_size
-    pixels = [torch.randn(3, size, size, generator=torch.Generator().manual_seed(hash(i) % 997)) for i in batch.images]
-    return model(HostBatch(batch, torch.stack(pixels) if pixels else None).to("cpu"))
 
 
 def test_packed_loss_and_gradients_equal_unpacked(model: BabyDoctor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import DEADLINE_S, wait_until
+from helpers.training import DEADLINE_S, wait_until
 
 from babydoctor.config import build_config, dump_config
 from babydoctor.train.checkpoint import list_checkpoints

@@ -17,11 +17,11 @@ from rich.console import Console
 from safetensors import safe_open
 
 from babydoctor.bench.rehearse import program
-from babydoctor.bench.rehearse.answers import Answer, differences
+from babydoctor.bench.rehearse.answers import AnswerTensors, differences
 from babydoctor.bench.rehearse.checkpoints import language_model_bytes, write_checkpoints
 from babydoctor.bench.rehearse.commands import StepError, run_process
 from babydoctor.bench.rehearse.context import STAGES, Context, Row
-from babydoctor.bench.rehearse.program import Step, rehearse, run_steps
+from babydoctor.bench.rehearse.program import RehearsalStep, rehearse, run_steps
 from babydoctor.bench.rehearse.report import write_guide
 from babydoctor.bench.rehearse.sizes import SIZES, find_size
 from babydoctor.bench.rehearse.training import same_run, stage_overrides
@@ -94,9 +94,9 @@ def test_only_paths_and_counts_are_overridden(tmp_path: Path) -> None:
         }
 
 
-def build_answer(**changes: np.ndarray) -> Answer:
+def build_answer(**changes: np.ndarray) -> AnswerTensors:
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
-    return replace(Answer(logits.argmax(-1), logits, np.arange(9)), **changes)
+    return replace(AnswerTensors(logits.argmax(-1), logits, np.arange(9)), **changes)
 
 
 def test_differences_of_answers_are_found() -> None:
@@ -169,9 +169,9 @@ def test_a_failed_command_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
         context.execute("break", [*PYTHON, "print('so far'); raise ValueError('the reason')"])
 
     steps = [
-        Step("one", fail),
-        Step("two", lambda context: ran.append("two"), needs=("one",)),
-        Step("three", lambda context: ran.append("three")),
+        RehearsalStep("one", fail),
+        RehearsalStep("two", lambda context: ran.append("two"), needs=("one",)),
+        RehearsalStep("three", lambda context: ran.append("three")),
     ]
     run_steps(context, steps)
     assert ran == ["three"]

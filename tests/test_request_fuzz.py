@@ -20,8 +20,8 @@ import pytest
 import requests
 from helpers.image_files import damage
 from helpers.request_mutations import Sent, api_seeds, mutate
+from helpers.serving import Server, bare_base64, generation, llava_answer, png, queue_length, stop_all, wait_until
 from helpers.web_ui import Parts
-from serving import Server, bare_base64, generation, llava_answer, png, queue_length, stop_all, wait_until
 
 from babydoctor.serve.api.errors import API_CODES
 

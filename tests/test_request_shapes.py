@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import requests
+from helpers.serving import data_url, generation, png, tiny_worker, user_message
 from pydantic import BaseModel, ValidationError
-from serving import data_url, generation, png, tiny_worker, user_message
 
 from babydoctor.serve.api.openai.chat import ChatRequest
 from babydoctor.serve.api.openai.completions import CompletionRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import STAGES, build_settings, losses, start_training, unfinish, wait_until
+from helpers.training import STAGES, build_settings, losses, start_training, unfinish, wait_until
 
 from babydoctor.config import build_config, dump_config
 from babydoctor.schema import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import start_training, wait_until
+from helpers.training import start_training, wait_until
 
 from babydoctor.config import dump_config, load_config
 from babydoctor.conversation import TEMPLATES

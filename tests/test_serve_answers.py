@@ -7,7 +7,7 @@ import json
 
 import pytest
 import requests
-from serving import generation, llava_answer, tiny_worker
+from helpers.serving import generation, llava_answer, tiny_worker
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.serve.api.errors import ApiError

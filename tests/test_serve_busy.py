@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from serving import start_controller, start_worker, stop_all, tiny_run, wait_until
+from helpers.serving import start_controller, start_worker, stop_all, tiny_run, wait_until
 
 from babydoctor.serve.api.errors import ERROR_KINDS, ApiCode, ApiError
 from babydoctor.serve.api.llava_stream import LlavaReader, LlavaWriter

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from serving import free_port, png, stop_all, tiny_run, wait_until
+from helpers.serving import free_port, png, stop_all, tiny_run, wait_until
 
 from babydoctor.schema import UserError
 from babydoctor.serve.client import Client

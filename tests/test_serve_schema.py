@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import requests
 import schemathesis
+from helpers.serving import Server, start_controller, stop_all, tiny_worker, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import checks
-from serving import Server, start_controller, stop_all, tiny_worker, wait_until
 
 CHECKS = [
     checks.status_code_conformance,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import DEADLINE_S, build_settings, losses, small_disk, start_training, unfinish, wait_until
+from helpers.training import DEADLINE_S, build_settings, losses, small_disk, start_training, unfinish, wait_until
 
 from babydoctor.config import build_config, dump_config, load_config
 from babydoctor.model.run_dir import read_manifest

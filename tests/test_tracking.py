@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import build_settings, unfinish
+from helpers.training import build_settings, unfinish
 
 from babydoctor.config import TrackingConfig, build_config
 from babydoctor.schema import UserError

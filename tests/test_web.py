@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from helpers.serving import png
 from PIL import Image
 from pydicom.examples import get_path
-from serving import png
 from starlette.testclient import TestClient
 
 from babydoctor.imaging.dicom import IDENTIFYING_TAGS

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.serving import png, wait_until
 from helpers.web_ui import (
     PATIENT,
     TIMEOUT_MS,
@@ -28,7 +29,6 @@ from helpers.web_ui import (
     window,
 )
 from pydicom.examples import get_path
-from serving import png, wait_until
 
 from babydoctor.serve.page.texts import SENTENCES
 

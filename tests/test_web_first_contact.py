@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serving import stop_all, wait_until
 from helpers.web_ui import (
     START_S,
     Parts,
@@ -32,7 +33,6 @@ from helpers.web_ui import (
     window,
 )
 from pydicom.examples import get_path
-from serving import stop_all, wait_until
 
 from babydoctor.serve.page.texts import SENTENCES, model_back, model_gone
 
@@ -217,7 +217,7 @@ def test_an_upload_shows_its_progress(tab: Any):
 
 def png_of_bytes(num_bytes: int) -> bytes:
     """A PNG of about this size: noise does not compress."""
-    from serving import png
+    from helpers.serving import png
 
     edge = round((num_bytes / 3) ** 0.5)
     return png(size=(edge, edge))

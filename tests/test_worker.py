@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from PIL import Image
-from serving import (
+from helpers.serving import (
     PROMPT,
     Server,
     bare_base64,
@@ -34,6 +33,7 @@ from serving import (
     wait_ready,
     wait_until,
 )
+from PIL import Image
 
 LONG = 900
 

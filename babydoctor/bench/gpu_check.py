@@ -36,7 +36,7 @@ TESTS_SHARE = 0.35
 
 
 @dataclass(frozen=True)
-class Section:
+class CheckSection:
     """A command whose last argument may be a file for its figures."""
 
     name: str
@@ -45,7 +45,7 @@ class Section:
     """Of the whole time."""
 
 
-def list_sections(preset: str, device: str, figures: Path) -> list[Section]:
+def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]:
     """What is run, in this order."""
     cli = (sys.executable, "-c", "from babydoctor.cli.main import main; main()", "bench")
     common = ("--preset", preset, "--device", device, "--json", str(figures))
@@ -56,14 +56,17 @@ def list_sections(preset: str, device: str, figures: Path) -> list[Section]:
     graphs = (*room, "engine.cuda_graphs=true") if device == "cuda" else room
     tests = (sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-m", "gpu")
     return [
-        Section("tests", (*tests, str(ROOT / "tests")), TESTS_SHARE),
-        *(Section(f"train {stage}", (*cli, "train", "--stage", stage, *steps, *cap, *common)) for stage in STAGES),
-        Section("serve bf16", (*cli, "serve", *graphs, "--engine-only", "--users", users, *asked, *common)),
-        Section("serve nf4", (*cli, "serve", *graphs, "--nf4", "--users", users, *asked, *common)),
-        Section(
+        CheckSection("tests", (*tests, str(ROOT / "tests")), TESTS_SHARE),
+        *(CheckSection(f"train {stage}", (*cli, "train", "--stage", stage, *steps, *cap, *common)) for stage in STAGES),
+        CheckSection("serve bf16", (*cli, "serve", *graphs, "--engine-only", "--users", users, *asked, *common)),
+        CheckSection("serve nf4", (*cli, "serve", *graphs, "--nf4", "--users", users, *asked, *common)),
+        CheckSection(
             "serve bf16 without graphs", (*cli, "serve", *room, "--engine-only", "--users", users, *asked, *common)
         ),
-        *(Section(f"paths {stage}", (*cli, "paths", "--stage", stage, "--steps", "2", *common)) for stage in STAGES),
+        *(
+            CheckSection(f"paths {stage}", (*cli, "paths", "--stage", stage, "--steps", "2", *common))
+            for stage in STAGES
+        ),
     ]
 
 
@@ -98,7 +101,7 @@ def run_gpu_check(out: Path, *, minutes: float, preset: str, device: str) -> boo
     return all(section["result"] in ("passed", "cut off", "no time left") for section in report["sections"])
 
 
-def _run_section(section: Section, limit_s: float, log: Path, out: Path, device: str) -> dict[str, Any]:
+def _run_section(section: CheckSection, limit_s: float, log: Path, out: Path, device: str) -> dict[str, Any]:
     """Run one section for at most ``limit_s`` seconds; its output is printed, and kept where it failed."""
     begun = time.monotonic()
     result, tail = "no time left", ""

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from babydoctor.bench import train as bench_train
-from babydoctor.bench.train import Job, measure_peak, prepare, run_steps
+from babydoctor.bench.train import BenchJob, measure_peak, prepare, run_steps
 from babydoctor.config import TrainConfig
 from babydoctor.data import layout, loader
 from babydoctor.data.layout import AttentionLayout, PackedBatch, Span
@@ -184,7 +184,7 @@ def bench_paths(
         yield PathResult(path, rates[True], rates[False], gain - 1, peaks[True], peaks[False])
 
 
-def _make_job(stage: str, path: FastPath, preset: str, device: str, batch_size: int, *, is_on: bool) -> Job:
+def _make_job(stage: str, path: FastPath, preset: str, device: str, batch_size: int, *, is_on: bool) -> BenchJob:
     job = prepare(
         stage,
         preset,
@@ -203,7 +203,7 @@ NUM_WARMUP = 2
 """Steps that are not counted, each with and without the path."""
 
 
-def _steps_in_turn(path: FastPath, jobs: dict[bool, Job], num_steps: int) -> dict[bool, list[float]]:
+def _steps_in_turn(path: FastPath, jobs: dict[bool, BenchJob], num_steps: int) -> dict[bool, list[float]]:
     """Seconds of each step, one with the path and one without it."""
     running = {is_on: run_steps(job, num_steps + NUM_WARMUP) for is_on, job in jobs.items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}

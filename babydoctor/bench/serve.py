@@ -41,7 +41,7 @@ READY_WITHIN_S = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class BenchQuestion:
     """One request: a question and an image file."""
 
     text: str
@@ -111,7 +111,7 @@ class Report:
         return row.decode_tokens_per_s / self.decode_cost.ceiling(row.num_users, self.memory_bytes_per_s)
 
 
-def build_questions(number: int, seed: int = 0) -> list[Question]:
+def build_questions(number: int, seed: int = 0) -> list[BenchQuestion]:
     """Distinct questions with distinct images, PNG of smooth noise."""
     from PIL import Image
 
@@ -123,7 +123,7 @@ def build_questions(number: int, seed: int = 0) -> list[Question]:
         buffer = io.BytesIO()
         Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG")
         text = f"In case {index} of {number}, is there {finding} on the {place} side? Say what you see and why."
-        questions.append(Question(text, buffer.getvalue()))
+        questions.append(BenchQuestion(text, buffer.getvalue()))
     return questions
 
 
@@ -142,7 +142,7 @@ def summarize(num_users: int, timings: list[Timing], wall_s: float) -> Figures:
 # Over HTTP.
 
 
-async def ask(client: Any, url: str, model: str, question: Question, max_new_tokens: int) -> Timing:
+async def ask(client: Any, url: str, model: str, question: BenchQuestion, max_new_tokens: int) -> Timing:
     """One request on the LLaVA protocol.
 
     Raises:
@@ -173,7 +173,7 @@ async def ask(client: Any, url: str, model: str, question: Question, max_new_tok
     return Timing(first, end, answer.usage.completion_tokens if answer.usage is not None else max_new_tokens)
 
 
-async def drive(url: str, model: str, num_users: int, questions: list[Question], max_new_tokens: int) -> Figures:
+async def drive(url: str, model: str, num_users: int, questions: list[BenchQuestion], max_new_tokens: int) -> Figures:
     """``num_users`` users work through the questions, each with one request at a time."""
     import httpx
 
@@ -263,7 +263,7 @@ def drive_engine(engine: Any, prepared: list[Any], num_users: int) -> Figures:
     return summarize(num_users, timings, time.perf_counter() - start)
 
 
-def prepare(questions: list[Question], model: BabyDoctor, tokenizer: Any, max_new_tokens: int) -> list[Any]:
+def prepare(questions: list[BenchQuestion], model: BabyDoctor, tokenizer: Any, max_new_tokens: int) -> list[Any]:
     """Engine requests for the questions."""
     from babydoctor.conversation import split_images
     from babydoctor.data.tokens import encode

@@ -147,7 +147,7 @@ def synthetic_samples(count: int) -> list[Sample]:
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """A stage made ready to run."""
 
     config: RunConfig
@@ -166,7 +166,7 @@ def prepare(
     batch_size: int,
     num_workers: int,
     overrides: Sequence[str] = (),
-) -> Job:
+) -> BenchJob:
     """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
     config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers, overrides=overrides)
     model = build_stage_model(config, preset, device)
@@ -180,10 +180,10 @@ def prepare(
     plan = build_plan(config, hardware, statistics=lengths, model=described)
     model.recompute_every = recompute_every(plan.gradient_checkpointing)
     dataset = StepDataset(samples, config, encoder, max_tokens=plan.micro_batch_tokens)
-    return Job(config, model, dataset, plan, device)
+    return BenchJob(config, model, dataset, plan, device)
 
 
-def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData]]:
+def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, StepData]]:
     """Train; yields each step's seconds, the seconds of these that it waited for data, and what it held."""
     from accelerate import Accelerator
 
@@ -209,7 +209,7 @@ def run_steps(job: Job, num_steps: int) -> Iterator[tuple[float, float, StepData
         begun = time.perf_counter()
 
 
-def measure_peak(job: Job) -> int:
+def measure_peak(job: BenchJob) -> int:
     """Peak bytes of two training steps: weights, optimizer and all."""
 
     def two_steps() -> None:
@@ -219,7 +219,7 @@ def measure_peak(job: Job) -> int:
     return tensor_bytes(job.model) + peak_allocated_bytes(two_steps, job.device)
 
 
-def bench_stage(job: Job, *, num_steps: int, ceiling: float, num_warmup: int = 2) -> StageResult:
+def bench_stage(job: BenchJob, *, num_steps: int, ceiling: float, num_warmup: int = 2) -> StageResult:
     """Run one stage and compare it with its plan."""
     if job.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from babydoctor.conversation import Template
     from babydoctor.data.problems import Problem
     from babydoctor.data.rows import ImageFolder
-    from babydoctor.data.sets.files import Prepared
+    from babydoctor.data.sets.files import PreparedSplit
     from babydoctor.schema import Example, Sample
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
@@ -124,7 +124,7 @@ def _original_files(source: Path | None, out: Path, download: bool) -> Path:
     return source
 
 
-def _report(prepared: Sequence[Prepared], *, download: bool) -> None:
+def _report(prepared: Sequence[PreparedSplit], *, download: bool) -> None:
     """Say what was written and what was left out. A download of another size than published is an error."""
     from babydoctor.schema import UserError
 

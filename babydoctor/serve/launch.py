@@ -109,7 +109,7 @@ def launched(
     known = Secrets(given.api_keys, given.registration or secrets.token_urlsafe(32))
     for part in ("controller", "worker", *(("page",) if page else ())):
         check_exposure(part, getattr(settings, part).host, settings, known)
-    parts = _Parts(run, config, overrides, settings, known.registration or "", log_level, num_workers)
+    parts = _ServeParts(run, config, overrides, settings, known.registration or "", log_level, num_workers)
     served = Launched([], parts.controller_url, [], None, parts.secret)
     previous = _raise_on_signals()
     try:
@@ -129,7 +129,7 @@ def launched(
             signal.signal(number, handler)
 
 
-class _Parts:
+class _ServeParts:
     """Builds the command of each part."""
 
     def __init__(

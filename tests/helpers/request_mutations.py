@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from serving import PROMPT, bare_base64, data_url, generation, png, user_message
+
+from helpers.serving import PROMPT, bare_base64, data_url, generation, png, user_message
 
 TEXTS = (
     *("", " ", "\0", "a", "x" * 3000, "\ud800", "🩻", "<image>", "<image><image>", "[INST]", "[/INST]", "</s>", "<s>"),

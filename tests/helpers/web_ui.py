@@ -23,7 +23,18 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from pydicom.examples import get_path
-from serving import Server, free_port, start, start_controller, start_worker, stop_all, tiny_run, wait_ready, wait_until
+
+from helpers.serving import (
+    Server,
+    free_port,
+    start,
+    start_controller,
+    start_worker,
+    stop_all,
+    tiny_run,
+    wait_ready,
+    wait_until,
+)
 
 CHROMIUM = os.environ.get("BABYDOCTOR_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerTensors:
     """``tokens`` ``[N]`` are the model's own greedy choice; ``logits`` ``[N, V]`` are at the reference's tokens.
 
     ``prompt`` ``[T]`` are the ids of the prompt's text, without image slots. ``without_lora`` ``[N, V]`` are the
@@ -22,7 +22,7 @@ class Answer:
     without_lora: np.ndarray | None = None
 
 
-def differences(reference: Answer, other: Answer, tolerance: float) -> tuple[str, list[str]]:
+def differences(reference: AnswerTensors, other: AnswerTensors, tolerance: float) -> tuple[str, list[str]]:
     """A sentence that says how near two roads are, and what is wrong.
 
     Greedy tokens must be equal. Where they part, the two candidates must be so near in the reference that rounding
@@ -47,7 +47,7 @@ def differences(reference: Answer, other: Answer, tolerance: float) -> tuple[str
     return told, faults
 
 
-def read_answer(path: Path) -> Answer:
+def read_answer(path: Path) -> AnswerTensors:
     """Read what ``main`` wrote."""
     with np.load(path) as arrays:
-        return Answer(arrays["tokens"], arrays["logits"], arrays["prompt"], arrays.get("without_lora"))
+        return AnswerTensors(arrays["tokens"], arrays["logits"], arrays["prompt"], arrays.get("without_lora"))

@@ -29,7 +29,7 @@ class StepError(Exception):
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedProcess:
     """What a process did.
 
     ``peak_bytes`` is the largest resident size of it or of one of its children. The kernel counts the process that
@@ -74,7 +74,7 @@ class Process:
         }
         if num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(num_threads)
-        self._finished: Finished | None = None
+        self._finished: FinishedProcess | None = None
         self.begun = time.monotonic()
         with self._file(".out").open("wb") as out, self._file(".err").open("wb") as err:
             self._child = subprocess.Popen(
@@ -86,7 +86,7 @@ class Process:
                 start_new_session=True,
             )
 
-    def poll(self) -> Finished | None:
+    def poll(self) -> FinishedProcess | None:
         """The result once the process has ended."""
         if self._finished is not None:
             return self._finished
@@ -95,7 +95,7 @@ class Process:
             return None
         self._child.returncode = os.waitstatus_to_exitcode(status)
         self._kill_group()  # data workers of a killed training process
-        self._finished = Finished(
+        self._finished = FinishedProcess(
             status=self._child.returncode,
             seconds=time.monotonic() - self.begun,
             peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
@@ -109,7 +109,7 @@ class Process:
         if self._finished is None:
             os.kill(self._child.pid, number)
 
-    def stop(self) -> Finished:
+    def stop(self) -> FinishedProcess:
         """Ask it to end as Ctrl-C in a terminal or a service manager would; kill it if it does not."""
         self.send(signal.SIGTERM)
         deadline = time.monotonic() + STOP_PATIENCE_S
@@ -141,7 +141,7 @@ def run_process(
     limit_s: float,
     num_threads: int | None = None,
     kill_when: Callable[[], bool] | None = None,
-) -> Finished:
+) -> FinishedProcess:
     """Run a program to its end.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from babydoctor.bench.rehearse.commands import Finished, StepError, python_module, run_process, shown
+from babydoctor.bench.rehearse.commands import FinishedProcess, StepError, python_module, run_process, shown
 from babydoctor.bench.rehearse.sizes import GIB, Size
 from babydoctor.schema import UserError
 
@@ -85,8 +85,8 @@ class Context:
         arguments: Sequence[str],
         *,
         kill_when: Callable[[], bool] | None = None,
-        plan_of: Callable[[Finished], int | None] = lambda finished: None,
-    ) -> Finished:
+        plan_of: Callable[[FinishedProcess], int | None] = lambda finished: None,
+    ) -> FinishedProcess:
         """Run a command and add its row.
 
         Args:
@@ -121,7 +121,7 @@ class Context:
             raise
         return finished
 
-    def execute_module(self, label: str, module: str, *arguments: str | Path) -> Finished:
+    def execute_module(self, label: str, module: str, *arguments: str | Path) -> FinishedProcess:
         """Run a module of this folder as a program."""
         return self.execute(label, python_module(f"babydoctor.bench.rehearse.{module}", *arguments))
 

@@ -21,7 +21,7 @@ from babydoctor.schema import UserError
 
 
 @dataclass(frozen=True)
-class Step:
+class RehearsalStep:
     """A part of the rehearsal. It is skipped where one that it ``needs`` has failed in the same rehearsal."""
 
     name: str
@@ -30,22 +30,22 @@ class Step:
 
 
 STEPS = (
-    Step("checkpoints", training.write_checkpoints),
-    Step("data", training.prepare_data),
+    RehearsalStep("checkpoints", training.write_checkpoints),
+    RehearsalStep("data", training.prepare_data),
     *(
-        Step(stage, partial(training.train_stage, stage=stage), ("checkpoints", "data", *STAGES[:number]))
+        RehearsalStep(stage, partial(training.train_stage, stage=stage), ("checkpoints", "data", *STAGES[:number]))
         for number, stage in enumerate(STAGES)
     ),
-    Step("plan", training.plan_last, ("instruct",)),
+    RehearsalStep("plan", training.plan_last, ("instruct",)),
     # These run on the last stage that has finished.
-    Step("strong", training.strengthen_last, ("align",)),
-    Step("chat", serving.chat, ("strong",)),
-    Step("eval", serving.evaluate, ("strong",)),
-    Step("serve", serving.serve, ("strong",)),
-    Step("reference", products.ask_reference, ("strong",)),
-    Step("merge", products.merge, ("reference",)),
-    Step("export", products.export_hf_and_gguf, ("reference",)),
-    Step("import", products.export_llava, ("reference",)),
+    RehearsalStep("strong", training.strengthen_last, ("align",)),
+    RehearsalStep("chat", serving.chat, ("strong",)),
+    RehearsalStep("eval", serving.evaluate, ("strong",)),
+    RehearsalStep("serve", serving.serve, ("strong",)),
+    RehearsalStep("reference", products.ask_reference, ("strong",)),
+    RehearsalStep("merge", products.merge, ("reference",)),
+    RehearsalStep("export", products.export_hf_and_gguf, ("reference",)),
+    RehearsalStep("import", products.export_llava, ("reference",)),
 )
 STEP_NAMES = tuple(step.name for step in STEPS)
 
@@ -97,7 +97,7 @@ def rehearse(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def run_steps(context: Context, steps: Sequence[Step]) -> None:
+def run_steps(context: Context, steps: Sequence[RehearsalStep]) -> None:
     """Run steps in order and record what came out after each."""
     failed: set[str] = set()
     begun = time.monotonic()

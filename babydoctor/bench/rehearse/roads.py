@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from babydoctor.bench.rehearse.answers import Answer, read_answer
+from babydoctor.bench.rehearse.answers import AnswerTensors, read_answer
 from babydoctor.schema import IMAGE_TOKEN, Turn
 
 
 @torch.no_grad()
-def answer_run(path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any) -> Answer:
+def answer_run(
+    path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any
+) -> AnswerTensors:
     """Ask a run directory. ``reference`` are token ids to compute logits at; None: the greedy ones."""
     from babydoctor.conversation import get_template, render_prompt
     from babydoctor.data.tokens import encode
@@ -56,11 +58,13 @@ def answer_run(path: Path, image: Path, question: str, num_tokens: int, dtype: t
             for name in layer.scaling:
                 layer.scaling[name] = 0.0
         without = logits_after(given[:-1], num_tokens).numpy()
-    return Answer(np.array(tokens), logits.numpy(), prompt.input_ids[~prompt.image_mask], without)
+    return AnswerTensors(np.array(tokens), logits.numpy(), prompt.input_ids[~prompt.image_mask], without)
 
 
 @torch.no_grad()
-def answer_hf(path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any) -> Answer:
+def answer_hf(
+    path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any
+) -> AnswerTensors:
     """Ask an export for transformers, as its README says: the processor, the chat template, ``generate``."""
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -83,7 +87,7 @@ def answer_hf(path: Path, image: Path, question: str, num_tokens: int, dtype: to
     output = model(input_ids=extended, attention_mask=torch.ones_like(extended), pixel_values=inputs["pixel_values"])
     logits = output.logits[0, -num_tokens:].float().numpy()
     prompt = ids[0][ids[0] != model.config.image_token_id].numpy()
-    return Answer(tokens.numpy(), logits, prompt)
+    return AnswerTensors(tokens.numpy(), logits, prompt)
 
 
 def main() -> None:

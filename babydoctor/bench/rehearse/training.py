@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from babydoctor.bench.rehearse.commands import Finished, StepError, cli
+from babydoctor.bench.rehearse.commands import FinishedProcess, StepError, cli
 from babydoctor.bench.rehearse.context import CONFIGS, STAGES, Context, remove
 from babydoctor.bench.rehearse.sizes import GIB
 
@@ -100,13 +100,13 @@ def train_stage(context: Context, stage: str) -> None:
         remove(whole / "checkpoints")
 
 
-def planned_bytes(finished: Finished) -> int | None:
+def planned_bytes(finished: FinishedProcess) -> int | None:
     """The peak that a command said it plans with: ``train`` in one line, ``plan`` in a table."""
     match = _PLAN_LINE.search(finished.stdout + finished.stderr) or _TOTAL_LINE.search(finished.stdout)
     return None if match is None else round(float(match[1]) * GIB)
 
 
-def check_output(context: Context, stage: str, finished: Finished) -> None:
+def check_output(context: Context, stage: str, finished: FinishedProcess) -> None:
     """Report noise that users would take for an error."""
     if "LOAD REPORT" in finished.stdout + finished.stderr:
         context.compare(f"{stage}: output", "transformers' LOAD REPORT is shown", ["the layout is the normal one"])

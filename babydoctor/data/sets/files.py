@@ -22,7 +22,7 @@ from babydoctor.schema import UserError
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSplit:
     """The result for one split.
 
     The source held ``num_read`` rows; ``num_expected`` are published (None: unknown). ``num_rows`` of them were good
@@ -161,7 +161,7 @@ def prepare_llava_rows(
     num_expected: int | None,
     copy: bool,
     share: bool = False,
-) -> Prepared:
+) -> PreparedSplit:
     """Write ``out/{name}.json`` with the good rows, ``out/{name}-left-out.jsonl`` with the others, and the images.
 
     ``share``: other splits bring other images into the same folder.
@@ -173,7 +173,7 @@ def prepare_llava_rows(
     left_out = write_left_out(
         list_path, ({"reason": p.reason, "id": p.id, "source": p.source, "detail": p.detail} for p in bad)
     )
-    return Prepared(
+    return PreparedSplit(
         rows=path,
         images=gather_images(images, out, seen, copy=copy) if copy or share else link_folder(images, out),
         num_rows=num_rows,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from babydoctor.data.sets.files import Prepared, prepare_llava_rows, unpack_zip
+from babydoctor.data.sets.files import PreparedSplit, prepare_llava_rows, unpack_zip
 from babydoctor.data.sets.hub import copy_sources, download_hub_file, download_url
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import UserError
@@ -28,7 +28,7 @@ def download_instruct(folder: Path) -> Path:
     return folder
 
 
-def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> Prepared:
+def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> PreparedSplit:
     """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``llava_instruct_80k.json`` and COCO's ``train2017.zip`` or the folder ``train2017`` (also under

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from babydoctor.data.sets.files import Prepared, prepare_llava_rows, unpack_zip
+from babydoctor.data.sets.files import PreparedSplit, prepare_llava_rows, unpack_zip
 from babydoctor.data.sets.hub import copy_sources, download_hub_file
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import UserError
@@ -26,7 +26,7 @@ def download_lcs(folder: Path) -> Path:
     return folder
 
 
-def prepare_lcs(source: Path, out: Path, *, copy: bool = False) -> Prepared:
+def prepare_lcs(source: Path, out: Path, *, copy: bool = False) -> PreparedSplit:
     """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``blip_laion_cc_sbu_558k.json`` and ``images.zip`` or its content, unpacked there or under

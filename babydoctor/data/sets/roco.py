@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from babydoctor.data.sets.files import Prepared, gather_images, prepare_llava_rows, write_left_out, write_rows
+from babydoctor.data.sets.files import PreparedSplit, gather_images, prepare_llava_rows, write_left_out, write_rows
 from babydoctor.data.sets.hub import copy_sources, download_hub_snapshot
 from babydoctor.data.sources import iter_rows
 from babydoctor.progress import show_progress
@@ -81,7 +81,7 @@ def build_row(digits: str, caption: str) -> dict[str, Any]:
 
 def prepare_roco(
     source: Path, split: str, out: Path, *, disjoint_from: Sequence[Path] = (), copy: bool = False
-) -> Prepared:
+) -> PreparedSplit:
     """Write ``out/{split}.json`` from ROCO's files: a row for each caption whose JPEG is there.
 
     The images are linked or copied into ``out/images``, which all splits can share: ROCO's numbers are unique.
@@ -112,7 +112,7 @@ def prepare_roco(
     left_out += [{"reason": "image_without_row", "id": "", "image": name} for name in sorted(present - known)]
     list_path = out / f"{split}-left-out.jsonl"
     kept_images = [row["image"] for row in rows]
-    return Prepared(
+    return PreparedSplit(
         rows=out / f"{split}.json",
         images=gather_images(images, out, kept_images, copy=copy),
         num_rows=write_rows(out / f"{split}.json", rows),
@@ -124,7 +124,7 @@ def prepare_roco(
     )
 
 
-def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: bool = False) -> Prepared:
+def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: bool = False) -> PreparedSplit:
     """Write ``out/{split}.json`` from the hub set. The hub has no images: ``source`` is ROCO's folder with them.
 
     The downloaded files stay in ``out/roco-instruct-65k``; files put there by hand are used instead.

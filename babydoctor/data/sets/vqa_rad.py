@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from babydoctor.data.sets.files import Prepared, gather_images, link_folder, unpack_zip, write_left_out, write_rows
+from babydoctor.data.sets.files import PreparedSplit, gather_images, link_folder, unpack_zip, write_left_out, write_rows
 from babydoctor.data.sets.hub import download_url
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
@@ -68,7 +68,7 @@ def build_row(question: dict[str, Any]) -> dict[str, Any]:
 
 def prepare_vqa_rad(
     source: Path, out: Path, *, hold_out_images: float = 0.0, seed: int = 0, copy: bool = False
-) -> list[Prepared]:
+) -> list[PreparedSplit]:
     """Write ``out/train.json`` and, where its rows are there, ``out/test.json`` (``phrase_type`` begins with "test").
 
     ``hold_out_images`` moves this share of the training images, with all their questions, to ``out/held_out.json``.
@@ -103,7 +103,7 @@ def prepare_vqa_rad(
             prepared.append(_write_split(name, rows, splits["train"], target, out, expected))
     # What was left out belongs to no split in particular, so it is reported once, with the first.
     first = prepared[0]
-    prepared[0] = Prepared(**{**vars(first), "left_out": counts, "left_out_list": list_path})
+    prepared[0] = PreparedSplit(**{**vars(first), "left_out": counts, "left_out_list": list_path})
     return prepared
 
 
@@ -114,11 +114,11 @@ def _write_split(
     images: Path,
     out: Path,
     expected: int | None,
-) -> Prepared:
+) -> PreparedSplit:
     names = {row["image"] for row in rows}
     shared = names & {row["image"] for row in train}
     note = f"{len(shared)} of its {len(names)} images are also in train" if name != "train" else ""
-    return Prepared(
+    return PreparedSplit(
         rows=out / f"{name}.json",
         images=images,
         num_rows=write_rows(out / f"{name}.json", rows),
