@@ -34,7 +34,7 @@ def step_data(stage: str) -> StepData:
     before, after = (1, 0) if stage == "align" else (76, 5)
     image = ImageSettings(224, "pad", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     encoder = SyntheticEncoder(32000, image, 256, before, after)
-    data = StepDataset(synthetic_samples(6), config, encoder, max_tokens=1400)[0]
+    data = StepDataset(synthetic_samples(6), config.data, config.train, encoder, max_tokens=1400)[0]
     assert len(data.batches) > 1 and any(batch.prefix_length for batch in data.batches) == (stage != "align")
     return data
 

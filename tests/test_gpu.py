@@ -256,7 +256,7 @@ def test_running_out_of_memory_says_what_to_change(gpu: str) -> None:
     config = stage_config("align", "mini", batch_size=2, num_workers=0)
     with (
         pytest.raises(UserError, match=r"out of memory.*train\.micro_batch_tokens=8192"),
-        explain_out_of_memory(config),
+        explain_out_of_memory(config.train),
     ):
         if gpu == "cpu":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB.")

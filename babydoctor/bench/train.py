@@ -179,7 +179,7 @@ def prepare(
     described = describe_model(config, configs=(model.language_model.config, model.vision.config))
     plan = build_plan(config, hardware, statistics=lengths, model=described)
     model.recompute_every = recompute_every(plan.gradient_checkpointing)
-    dataset = StepDataset(samples, config, encoder, max_tokens=plan.micro_batch_tokens)
+    dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=plan.micro_batch_tokens)
     return BenchJob(config, model, dataset, plan, device)
 
 

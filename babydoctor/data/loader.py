@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from babydoctor.config import DataConfig, RunConfig
+from babydoctor.config import DataConfig, TrainConfig
 from babydoctor.conversation import get_template, render
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import pack
@@ -128,7 +128,8 @@ class StepDataset(Dataset[StepData]):
     def __init__(
         self,
         samples: Sequence[Sample],
-        config: RunConfig,
+        data: DataConfig,
+        train: TrainConfig,
         encoder: Encoder,
         *,
         max_tokens: int,
@@ -137,12 +138,12 @@ class StepDataset(Dataset[StepData]):
     ) -> None:
         self.samples = samples
         self.encoder = encoder
-        self.images_dir = config.data.images
-        self.quarantine = config.data.on_bad == "quarantine"
+        self.images_dir = data.images
+        self.quarantine = data.on_bad == "quarantine"
         self.max_tokens = max_tokens
-        self.share_prefix = config.train.shares_prefix
+        self.share_prefix = train.shares_prefix
         self.rank, self.num_ranks = rank, num_ranks
-        self.sampler = StepSampler(len(samples), config.train.batch_size, config.train.seed)
+        self.sampler = StepSampler(len(samples), train.batch_size, train.seed)
 
     def __len__(self) -> int:
         return self.sampler.steps_per_epoch

@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     is_main, device = accelerator.is_main_process, accelerator.device
     full_disk = explain_full_disk("the run", run, "free some space and run the command again with --resume")
     output = OutputDirectory(config, resume=resume, is_main=is_main)
-    with StopSignals() as stop, full_disk, explain_out_of_memory(config), output:
+    with StopSignals() as stop, full_disk, explain_out_of_memory(config.train), output:
         with accelerator.main_process_first():
             output.find_checkpoint()
             manifest, projector_file = prepare_manifest(config)
@@ -76,7 +76,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         check_fits(config, plan)
         tokens = plan.micro_batch_tokens
         ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-        dataset = StepDataset(samples, config, encoder, max_tokens=tokens, **ranks)
+        dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=tokens, **ranks)
         total_steps = num_steps(config, len(dataset))
 
         # Where to begin: at the first step, or after the newest checkpoint.

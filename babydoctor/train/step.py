@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from babydoctor.config import RunConfig
+from babydoctor.config import TrainConfig
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import StepData
 from babydoctor.model.babydoctor import BabyDoctor
@@ -53,7 +53,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
+def explain_out_of_memory(settings: TrainConfig) -> Iterator[None]:
     """Turn an out-of-memory error into one sentence.
 
     Raises:
@@ -62,7 +62,7 @@ def explain_out_of_memory(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        settings, reason = config.train, str(error).split(". ")[0]
+        reason = str(error).split(". ")[0]
         raise UserError(
             f"the GPU ran out of memory with train.micro_batch_tokens={settings.micro_batch_tokens} and "
             f"train.gradient_checkpointing={settings.gradient_checkpointing} ({reason}). Continue with --resume and a "

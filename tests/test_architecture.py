@@ -1,0 +1,306 @@
+"""The rules of the package's structure, read from its sources.
+
+An allow-list names each exception with its reason. Remove an entry when its reason is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+
+import pytest
+from helpers.source_tree import (
+    PACKAGE,
+    annotated_with,
+    decisions_by_text,
+    find_cycle,
+    imported_modules,
+    imported_names,
+    long_strings,
+    module_state,
+    modules,
+    parse,
+    process_switches,
+)
+
+# From the bottom to the top: a folder or a module beside the folders imports from those before it only.
+FOLDERS = (
+    *("errors", "schema", "markers", "conversation", "progress", "config_file", "imaging", "config", "hub", "files"),
+    *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
+    *("demo", "bench", "cli"),
+)
+
+# Imports that close a cycle or go up, until their files are split.
+OPEN_IMPORTS = {
+    ("eval.tasks", "eval.formats"),
+    ("eval.tasks", "eval.hub"),
+    ("phantom.drawing", "phantom.write"),
+    ("phantom.text", "phantom.write"),
+    ("demo.demo", "cli.chat_session"),
+}
+
+# Programs that are started by name import the command line, which imports their folder.
+PROGRAMS = {"train.__main__"}
+
+MAX_LINES, MAX_FILES = 300, 16
+
+LONG_FILES = {
+    "cli/data.py": "one function for each of seven commands",
+    "data/sources.py": "one line over",
+    "bench/serve.py": "to be split",
+    "engine/engine.py": "being split",
+    "engine/decoder.py": "being split",
+    "interop/llava_import.py": "being split",
+    "eval/formats.py": "being split",
+    "phantom/drawing.py": "one drawing routine for each modality; being split",
+}
+
+LARGE_FOLDERS = {
+    "engine": "being split",
+    "eval": "scores, tasks, reports and published figures; a split into sub-folders is open",
+}
+
+SWITCHES = {
+    "engine/allocator.py": "moves to runtime.py",
+    "engine/engine.py": "the number of threads of the engine's process; moves to runtime.py",
+    "engine/threads.py": "moves to runtime.py",
+    "bench/measure.py": "the profiler's log level; moves to runtime.py",
+    "cli/denormals.py": "moves to runtime.py",
+    "serve/page/app.py": "Gradio reads its settings from the environment; moves to runtime.py",
+    "serve/process.py": "moves to runtime.py",
+}
+
+WHOLE_SETTINGS = {
+    "config.py": "defines RunConfig",
+    "serve/settings.py": "defines ServeSettings",
+    "train/loop.py": "runs a stage",
+    "train/stage.py": "runs a stage",
+    "train/output.py": "writes the whole configuration beside the run and compares it on resume",
+    "train/report.py": "writes the whole configuration to the tracker",
+    "train/tracking.py": "writes the whole configuration to the tracker",
+    "train/in_training_eval.py": "builds the evaluation from the sections data, train and in_training_eval",
+    "plan/plan.py": "plans the whole stage: every section decides on memory or time",
+    "plan/lengths.py": "plans the whole stage",
+    "plan/model.py": "plans the whole stage",
+    "plan/options.py": "plans the whole stage",
+    "bench/train.py": "builds and runs a whole stage",
+    "serve/launch.py": "starts all processes from one file",
+    "serve/controller/app.py": "builds the controller's process",
+    "serve/controller/controller.py": "reads the sections controller and limits",
+    "serve/worker/app.py": "builds the worker's process",
+    "serve/worker/backend.py": "chooses what the worker runs by the sections worker and engine",
+    "serve/worker/upstream.py": "reads the sections worker, upstream and limits",
+    "serve/worker/worker.py": "reads the sections worker and limits",
+}
+
+REPEATED_CLASSES = {
+    "Run": "engine.decoder is being split",
+    "Body": "phantom.drawing is being changed",
+    "Job": "engine.sequence is being renamed",
+    "Question": "demo.demo_score is being removed",
+}
+
+# Decisions by the text of an error whose class carries nothing else.
+ERROR_TEXT = {
+    "files.py": "safetensors gives the system's error number in its text only",
+    "imaging/pictures.py": "leaves a memory address out of what it quotes; decides nothing else",
+}
+
+HEAVY = {"torch", "transformers", "gradio", "datasets", "deepspeed", "matplotlib", "peft", "bitsandbytes", "fastapi"}
+
+# Free of torch even indirectly through our own modules: they run in processes that must start at once.
+TORCH_FREE = (
+    *("schema", "conversation", "data.packing", "config", "imaging.windows", "imaging.dicom", "imaging.load"),
+    *("data.rows", "data.sources", "files", "train.interrupt", "eval.metrics", "engine.request", "serve.api.protocol"),
+    *("serve.controller.registry", "serve.api.admission", "serve.controller.controller", "serve.page.app"),
+    *("serve.client", "cli.main", "config_file"),
+)
+
+
+def in_package(name: str) -> str:
+    return modules()[name].relative_to(PACKAGE).as_posix()
+
+
+# 1. No import cycle; folders in one order.
+
+
+def test_no_import_cycle_between_files() -> None:
+    edges = {name: imported_modules(path) - {name} for name, path in modules().items() if name}
+    for name, other in OPEN_IMPORTS:
+        edges.get(name, set()).discard(other)
+    assert find_cycle(edges) == []
+
+
+def test_every_module_belongs_to_a_folder_in_the_order() -> None:
+    assert {name.split(".")[0] for name in modules() if name} <= set(FOLDERS)
+
+
+def test_folders_import_those_before_them_only() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        if name and name not in PROGRAMS
+        for other in imported_modules(path)
+        if (name, other) not in OPEN_IMPORTS and FOLDERS.index(other.split(".")[0]) > FOLDERS.index(name.split(".")[0])
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("model", ("babydoctor.train", "babydoctor.engine")),
+        ("engine", ("fastapi", "uvicorn", "starlette", "babydoctor.serve", "babydoctor.data", "babydoctor.train")),
+        ("serve.controller", ("torch", "transformers")),
+        ("serve.page", ("torch", "transformers")),
+        ("eval.metrics", ("torch", "babydoctor.model")),
+    ],
+)
+def test_never(module: str, forbidden: tuple[str, ...]) -> None:
+    found = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        if name == module or name.startswith(module + ".")
+        for other in imported_names(parse(path))
+        if any(other == bad or other.startswith(bad + ".") for bad in forbidden)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("start", TORCH_FREE)
+def test_importing_these_does_not_load_torch(start: str) -> None:
+    known, seen, waiting = modules(), set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        loaded = {other.split(".")[0] for other in imported_names(parse(known[name]), only_at_import=True)}
+        assert not loaded & {"torch", "transformers", "peft", "accelerate"}, f"{start} loads {loaded & HEAVY} by {name}"
+        waiting += imported_modules(known[name], only_at_import=True)
+
+
+def test_commands_import_nothing_heavy_at_import() -> None:
+    for name, path in modules().items():
+        if name == "cli" or name.startswith("cli."):
+            loaded = {other.split(".")[0] for other in imported_names(parse(path), only_at_import=True)}
+            assert not loaded & HEAVY, (name, loaded & HEAVY)
+
+
+# 2. Small files and folders.
+
+
+def test_files_are_short() -> None:
+    lengths = {in_package(name): len(path.read_text("utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES and name not in LONG_FILES} == {}
+
+
+def test_folders_are_small() -> None:
+    counts: defaultdict[str, int] = defaultdict(int)
+    for path in modules().values():
+        counts[path.parent.relative_to(PACKAGE).as_posix()] += path.name != "__init__.py"
+    assert {name: count for name, count in counts.items() if count > MAX_FILES and name not in LARGE_FOLDERS} == {}
+
+
+# 3. Process-wide switches in runtime.py; no state in modules.
+
+
+def test_only_runtime_changes_the_process() -> None:
+    allowed = {"runtime.py", *SWITCHES}
+    found = {in_package(name): process_switches(parse(path)) for name, path in modules().items()}
+    assert {name: lines for name, lines in found.items() if lines and name not in allowed} == {}
+
+
+def test_only_the_command_line_calls_runtime() -> None:
+    callers = {name for name, path in modules().items() if "runtime" in imported_modules(path)}
+    assert {name for name in callers if name.split(".")[0] != "cli"} == set()
+
+
+def test_modules_keep_no_state() -> None:
+    found = {in_package(name): module_state(parse(path)) for name, path in modules().items()}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+# 4. Errors are told apart by their code.
+
+
+def test_no_decision_reads_the_text_of_an_error() -> None:
+    found = {in_package(name): decisions_by_text(parse(path)) for name, path in modules().items()}
+    assert {name: lines for name, lines in found.items() if lines and name not in ERROR_TEXT} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try: f()\nexcept E as error:\n    if 'limit' in str(error): g()",
+        "try: f()\nexcept E as error:\n    text = str(error)\n    if 'limit' in text: g()",
+        "def f(error: UserError):\n    return error.args[0].startswith('x')",
+        "try: f()\nexcept E as e:\n    x = re.search('a', str(e).lower())",
+        "def f(error: ApiError):\n    return error.message == 'x'",
+    ],
+)
+def test_the_rule_finds_such_decisions(source: str) -> None:
+    assert decisions_by_text(ast.parse(source))
+
+
+# 5. No HTML, CSS or JavaScript in the code.
+
+_MARKUP = re.compile(r"</\w+>|<\w+[^<>]*/?>\s*\n|\{\s*[\w-]+\s*:[^{}]*;|=>|\bfunction\s*\w*\(|\b(const|let|var) \w+ =")
+
+
+def test_no_markup_in_strings() -> None:
+    found = [
+        f"{in_package(name)}:{line}"
+        for name, path in modules().items()
+        for line, text in long_strings(parse(path), max_lines=3)
+        if _MARKUP.search(text)
+    ]
+    assert found == []
+
+
+# 6. A component takes its own section of the settings.
+
+
+def test_components_take_their_section_of_the_settings() -> None:
+    found = {
+        in_package(n): annotated_with(parse(path), {"RunConfig", "ServeSettings"}) for n, path in modules().items()
+    }
+    found = {name: lines for name, lines in found.items() if lines and not name.startswith("cli/")}
+    assert {name: lines for name, lines in found.items() if name not in WHOLE_SETTINGS} == {}
+
+
+# 7. One name per concept.
+
+
+def test_no_two_classes_of_one_name() -> None:
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for name, path in modules().items():
+        for node in parse(path).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(name)
+    assert {name: found for name, found in places.items() if len(found) > 1 and name not in REPEATED_CLASSES} == {}
+
+
+# 8. Tests share helpers; the package mocks nothing.
+
+
+def test_tests_import_helpers_only() -> None:
+    folder = PACKAGE.parent / "tests"
+    siblings = {path.stem for path in folder.glob("*.py")} | {"tests"}
+    found = [
+        f"{path.name}:{node.lineno} imports {module}"
+        for path in [*folder.glob("*.py"), *folder.glob("helpers/*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        if module.split(".")[0] in siblings
+    ]
+    assert found == []
+
+
+def test_no_mocks_in_the_package() -> None:
+    found = {
+        name for name, path in modules().items() if any(n.startswith("unittest") for n in imported_names(parse(path)))
+    }
+    assert found == set()
