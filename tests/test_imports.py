@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "babydoctor"
 
 # From the bottom up; a module imports from its own layer and those below. A name covers a module or a package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress"),
+    ("errors", "progress", "runtime"),
     ("schema",),
     ("files", "hub", "config_file", "conversation", "data.packing", "imaging.windows"),
     ("config",),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from babydoctor.cli.denormals import flush_denormals
+from babydoctor.runtime import prepare_engine, prepare_training
 
 
 class DefaultCommandGroup(TyperGroup):
@@ -101,7 +101,7 @@ def run(
             predictions=predictions,
             device=device,
             progress=advance,
-            engine=parse_overrides(overrides or []),
+            engine={**parse_overrides(overrides or []), "on_start": prepare_engine},
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
@@ -204,7 +204,7 @@ def stages(
     """Train with each stage left out in turn, and with all, and say what each one brings. Goes on where it stopped."""
     from babydoctor.demo.ablation import StagesConfig, run_stages, write_picture
 
-    flush_denormals()
+    prepare_training()
     table = run_stages(
         StagesConfig(
             out=out,

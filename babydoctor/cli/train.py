@@ -33,9 +33,12 @@ def train(
 
     settings = load_config(config, overrides or [])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from babydoctor.runtime import prepare_training, settle_training_memory
+
+    prepare_training()
     from babydoctor.train.loop import train as run_stage
 
-    run_stage(settings, resume=resume)
+    run_stage(settings, resume=resume, on_memory_stable=settle_training_memory)
 
 
 def merge(
@@ -78,6 +81,7 @@ def chat(
     """Ask a run about an image; the answer streams to the terminal."""
     from babydoctor.cli.chat_session import answer
     from babydoctor.engine.settings import parse_overrides
+    from babydoctor.runtime import prepare_engine
 
     words = list(overrides or [])
     if question is not None and re.match(r"engine\.\w+=", question):  # a conversation with settings
@@ -91,5 +95,5 @@ def chat(
         preset=preset,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        engine=parse_overrides(words),
+        engine={**parse_overrides(words), "on_start": prepare_engine},
     )
