@@ -132,15 +132,26 @@ class TrainConfig(Section):
         return self
 
 
-class EvalTaskConfig(Section):
-    """A task of ``babydoctor eval`` that training runs at intervals; see ``eval/tasks.py``."""
+class TaskConfig(Section):
+    """An evaluation task: which questions to ask. See ``eval/load.py``."""
 
     task: str = Field(description="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")
     data: str = Field(description="folder or file of the questions, or hub")
     images: str | None = Field(None, description="folder of the images; null: beside the data")
     split: str | None = Field(None, description="part of the data; null: the format's default")
-    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: at the end")
+    language: str = Field("en", description="SLAKE only: en, zh or all")
+    prompt: str = Field("{question}", description="how a question is asked; {question} is replaced")
+    max_questions: int = Field(0, ge=0, description="ask only this many questions, the first ones; 0: all")
+    train: tuple[str, ...] = Field(
+        (), description="rows (or a ROCO folder) that the model was trained on, to report leakage"
+    )
+
+
+class InTrainingTaskConfig(TaskConfig):
+    """A task of ``babydoctor eval`` that training runs at intervals."""
+
     max_questions: int = Field(200, ge=0, description="ask only this many questions, the first ones; 0: all")
+    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: at the end")
     images_as: tuple[str, ...] = Field(("right",), description="image conditions: right, shuffled, blank, noise")
     batch_size: int = Field(8, gt=0, description="questions answered at the same time")
 
@@ -163,7 +174,7 @@ class RunConfig(Section):
     lora: LoraConfig | None = None
     data: DataConfig
     train: TrainConfig = TrainConfig()
-    eval: EvalTaskConfig | None = None
+    eval: InTrainingTaskConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -54,6 +55,49 @@ def show_progress(items: Iterable[T], description: str, total: int | None = None
     """Pass items through and show how many have passed. ``total`` defaults to ``len(items)`` where it has one."""
     with progress_bars() as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextmanager
+def named_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield ``update(description, done, total)``. Each description gets a bar of its own.
+
+    A log file gets a line with the time left every ``_LOG_EVERY_S`` seconds.
+    """
+    tasks: dict[str, Any] = {}
+    started: dict[str, tuple[float, int]] = {}
+    logged = time.monotonic()
+
+    def update(description: str, done: int, total: int) -> None:
+        nonlocal logged
+        if description not in tasks:
+            tasks[description] = bars.add_task(description, total=total)
+            started[description] = time.monotonic(), done - 1
+        bars.update(tasks[description], completed=done)
+        now = time.monotonic()
+        if bars.disable and now - logged > _LOG_EVERY_S:
+            logged = now
+            start, done_before = started[description]
+            left = (total - done) * (now - start) / max(1, done - done_before)
+            print(f"{description}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    with progress_bars() as bars:
+        yield update
+
+
+def loss_progress(description: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Yield ``total`` times a function that takes the loss of a training step. Prints the smoothed loss at the end."""
+    smoothed: float | None = None
+
+    def report(loss: float) -> None:
+        nonlocal smoothed
+        smoothed = loss if smoothed is None else 0.95 * smoothed + 0.05 * loss
+
+    with named_progress() as update:
+        for step in range(1, total + 1):
+            yield report
+            update(description, step, total)
+    if smoothed is not None:
+        print(f"{description}: loss {smoothed:.3f} after {total} steps", file=sys.stderr, flush=True)
 
 
 class ByteProgress:

@@ -56,6 +56,11 @@ def prepare_training() -> None:
         keep_freed_memory(TRAINING_KEPT_BYTES)
 
 
+def prepare_inference() -> None:
+    """Switches for ``chat`` and ``eval``: the floating-point mode of training."""
+    flush_denormals()
+
+
 def prepare_bench() -> None:
     """Switches for ``bench``: those of training without the floating-point mode. Call before CUDA starts."""
     use_expandable_segments()

@@ -1,83 +1,65 @@
-"""The demo: its score cannot be gamed, its steps go on where they were, its stages are the real configurations."""
+"""The demo: its check, resuming, its stages as the shipped configurations, and its table."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from babydoctor.config import load_config
 from babydoctor.demo import demo
-from babydoctor.demo.demo_score import (
-    Answerer,
-    Question,
-    accuracies,
-    chance,
-    load_questions,
-    score,
-    shortfalls,
-    shuffled_images,
-)
+from babydoctor.demo.table import IN_TERMS, shortfalls, to_markdown
 from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings
-from babydoctor.phantom.text import KINDS, question_rows
-from babydoctor.phantom.write import build_cases, write_phantoms
+from babydoctor.phantom.text import KINDS
+from babydoctor.phantom.write import write_phantoms
 from babydoctor.schema import UserError
 
-
-@pytest.fixture(scope="module")
-def questions() -> list[Question]:
-    return [Question(**row) for case in build_cases("held_out", 480, 7) for row in question_rows(case)]
+CHANCE = {"modality": 0.25, "finding": 0.2, "side": 0.5, "level": 1 / 3}
+OVERALL_CHANCE = 536 / 1728
 
 
-def test_chance_is_the_best_constant_answer(questions: list[Question]) -> None:
-    assert chance(questions) == {"modality": 0.25, "finding": 0.2, "side": 0.5, "level": pytest.approx(1 / 3)}
+def made_up(right: float, in_terms: float, shuffled: dict[str, float] | None = None) -> dict[str, Any]:
+    """The parts of ``metrics.json`` that the demo reads."""
+    shuffled = CHANCE | {"all": OVERALL_CHANCE} | (shuffled or {})
 
-
-def test_shuffling_gives_each_case_another_image_whose_truth_agrees_as_often_as_chance(
-    questions: list[Question],
-) -> None:
-    other = shuffled_images(questions)
-    assert sorted(other) == sorted(other.values())
-    assert all(image != wrong for image, wrong in other.items())
-    assert other == shuffled_images(questions)
-    for kind, expected in chance(questions).items():
-        truth = {q.image: q.truth for q in questions if q.kind == kind}
-        pairs = [(truth[image], truth[other[image]]) for image in truth if other[image] in truth]
-        assert abs(sum(a == b for a, b in pairs) / len(pairs) - expected) < 0.02, kind
-
-
-def made_up(right: float, shuffled: dict[str, float], terms: float) -> dict[str, Any]:
-    def counts(share: float, in_terms: float) -> dict[str, int]:
-        return {
-            "total": 1000,
-            "correct": round(1000 * share),
-            "exact": round(1000 * share),
-            "terms": round(1000 * in_terms),
-        }
+    def condition(accuracies: dict[str, float], in_terms: float) -> dict[str, Any]:
+        by_kind = {kind: {"closed_accuracy": {"value": accuracies[kind]}} for kind in KINDS}
+        figures = {"closed_accuracy": {"value": accuracies["all"]}, IN_TERMS: {"value": in_terms}}
+        return {"figures": figures, "by_group": {"question_type": by_kind}}
 
     return {
-        "scores": {
-            "right image": {kind: counts(right, terms) for kind in KINDS},
-            "shuffled image": {kind: counts(shuffled[kind], terms) for kind in KINDS},
-        }
+        "num_questions": 1728,
+        "num_images": 480,
+        "chance": {"closed_accuracy": OVERALL_CHANCE, "by_question_type": CHANCE},
+        "conditions": {
+            "right": condition(dict.fromkeys((*KINDS, "all"), right), in_terms),
+            "shuffled": condition(shuffled, 0.0),
+            "blank": condition(shuffled, 0.0),
+        },
     }
 
 
-def test_a_score_falls_short_for_each_of_its_reasons(questions: list[Question]) -> None:
-    by_chance = chance(questions)
-    lay = made_up(0.8, by_chance, terms=0.0)
-    assert shortfalls(made_up(0.9, by_chance, terms=1.0), lay, by_chance) == []
-    (weak,) = shortfalls(made_up(0.8, by_chance, terms=1.0), lay, by_chance)
-    assert weak == "mean accuracy is 80.0%, below 85%"
-    assert len(shortfalls(made_up(0.7, by_chance, terms=1.0), lay, by_chance)) == 1 + len(KINDS)
-    (leak,) = shortfalls(made_up(0.9, by_chance | {"side": 0.6}, terms=1.0), lay, by_chance)
-    assert leak.startswith("side: 60.0% with shuffled images")
-    (words,) = shortfalls(made_up(0.9, by_chance, terms=0.5), lay, by_chance)
-    assert words.startswith("radiology terms: 50.0%")
+def test_each_threshold_of_the_check() -> None:
+    lay = made_up(0.9, 0.0)
+    assert shortfalls(made_up(0.9, 0.9), lay) == []
+    (weak,) = shortfalls(made_up(0.8, 0.8), lay)
+    assert weak == "accuracy in radiology terms is 80.0%, below 85%"
+    assert len(shortfalls(made_up(0.7, 0.7), lay)) == 1 + len(KINDS)
+    (leak,) = shortfalls(made_up(0.9, 0.9, {"side": 0.6}), lay)
+    assert leak == "side: 60.0% with shuffled images is more than 8% from chance (50.0%)"
+    (overall,) = shortfalls(made_up(0.9, 0.9, {"all": 0.4}), lay)
+    assert overall.startswith("all: 40.0% with shuffled images")
+    (words,) = shortfalls(made_up(0.9, 0.5), lay)
+    assert words.startswith("accuracy in radiology terms is 50.0%")
+    (early,) = shortfalls(made_up(0.9, 0.9), made_up(0.9, 0.2))
+    assert early.startswith("20.0% are in radiology terms before")
 
 
 def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +74,7 @@ def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatc
 
     (tmp_path / "first").write_text("")
     monkeypatch.setattr(demo, "build_steps", lambda work: [step("first"), step("second"), step("third")])
-    monkeypatch.setattr(demo, "print_scores", lambda work: ["mean accuracy is low"])
+    monkeypatch.setattr(demo, "print_scores", lambda work, update: ["accuracy is low"])
     monkeypatch.setattr(demo, "try_out", lambda work, ask_once: ran.append(f"chat, once: {ask_once}"))
     assert demo.run_demo(tmp_path, check=True) == 1
     assert ran == ["second", "third", "chat, once: True"]
@@ -114,7 +96,7 @@ def test_the_tiny_configurations_are_the_three_stages(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A demo in miniature, up to two steps of stage 1."""
+    """A small demo with two steps of stage 1."""
     folder = tmp_path_factory.mktemp("demo")
     write_phantoms(folder / "phantoms", num_train=24, num_held_out=12, seed=0, size=84)
     language = LanguageSettings(
@@ -124,58 +106,82 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_tiny_base(folder / "phantoms", folder / "base", TinySettings(language=language, tower=tower))
     from babydoctor.train.loop import train
 
-    overrides = ["train.max_steps=2", "train.batch_size=4", "data.eval_limit=2", "train.num_sample_answers=0"]
-    train(load_config(demo.CONFIGS / "align.yaml", [*demo.stage_overrides(folder, "align"), *overrides]))
+    train(load_config(demo.CONFIGS / "align.yaml", [*demo.stage_overrides(folder, "align"), *SHORT]))
     yield folder
 
 
-def test_every_question_is_asked_under_each_condition(work: Path) -> None:
-    from babydoctor.model.run_dir import load_run
-
-    result = score(load_run(work / "align"), work / "phantoms")
-    questions = load_questions(work / "phantoms")
-    assert set(result["answers"]) == {q.id for q in questions}
-    for counts in result["scores"].values():
-        assert {kind: counts[kind]["total"] for kind in KINDS} == {
-            kind: sum(q.kind == kind for q in questions) for kind in KINDS
-        }
-        assert 0 <= accuracies(counts)["mean"] <= 1
+SHORT = ["train.max_steps=2", "train.batch_size=4", "data.eval_limit=2", "train.num_sample_answers=1"]
 
 
-def test_the_same_question_about_the_same_image_is_generated_once(work: Path) -> None:
-    from babydoctor.model.run_dir import load_run
-
-    answerer = Answerer(load_run(work / "align"), work / "phantoms" / "images")
-    generated: list[int] = []
-    generate = answerer._generate
-
-    def counting(requests: Any, max_new_tokens: int) -> list[str]:
-        generated.append(len(requests))
-        return generate(requests, max_new_tokens)
-
-    answerer._generate = counting  # type: ignore[method-assign]
-    request = ("<image>\nWhat is the main finding?", "held_out_00000.png")
-    blind = ("What is the main finding?", None)
-    first = answerer.ask([request, blind, request], max_new_tokens=2)
-    assert first[0] == first[2] and sum(generated) == 2
-    answerer.ask([blind, request], max_new_tokens=2)
-    assert sum(generated) == 2
-
-
-def test_a_missing_phantom_folder_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="babydoctor data phantom"):
-        load_questions(tmp_path)
-
-
-def test_answers_that_look_like_markup_are_printed_as_they_are(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "phantoms").symlink_to(work / "phantoms")
-    (tmp_path / "scores").mkdir()
+def test_the_table_comes_from_the_phantom_task(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("phantoms", *demo.STAGES):
+        (tmp_path / folder).symlink_to(work / ("align" if folder in demo.STAGES else folder))
     for stage in demo.STAGES:
-        result = made_up(0.9, dict.fromkeys(KINDS, 0.5), terms=1.0)
-        result["scores"]["no image"] = result["scores"]["shuffled image"]
-        result["answers"] = {question.id: "[/INST] [bold]a mass" for question in load_questions(work / "phantoms")}
-        (tmp_path / "scores" / f"{stage}.json").write_text(json.dumps(result))
-    demo.print_scores(tmp_path)
+        demo.score_stage(tmp_path, stage)
+    questions = (work / "phantoms" / "questions.jsonl").read_text().splitlines()
+    metrics = demo.read_scores(tmp_path)["align"]
+    assert metrics["num_questions"] == len(questions)
+    assert list(metrics["conditions"]) == ["right", "shuffled", "blank"]
+    assert (tmp_path / "scores" / "align" / "report.html").is_file()
+
+    # An answer that looks like markup is printed unchanged, and the table goes between its markers.
+    for stage in demo.STAGES:
+        path = tmp_path / "scores" / stage / "predictions-right.jsonl"
+        rows = [json.loads(line) | {"answer": "[/INST] [bold]a mass"} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    guide = tmp_path / "GUIDE.md"
+    guide.write_text("before\n<!-- demo scores: begin -->\nold\n<!-- demo scores: end -->\nafter\n")
+    demo.print_scores(tmp_path, guide)
     assert capsys.readouterr().out.count("[/INST] [bold]a mass") == len(demo.STAGES)
+    table = to_markdown(demo.read_scores(tmp_path))
+    assert guide.read_text() == (f"before\n<!-- demo scores: begin -->\n{table}\n<!-- demo scores: end -->\nafter\n")
+    chance = metrics["chance"]
+    assert f"| chance |  | {100 * chance['by_question_type']['modality']:.1f} |" in table
+    assert f"| {100 * chance['closed_accuracy']:.1f} |  |" in table
+
+
+def test_a_file_without_markers_is_refused(tmp_path: Path) -> None:
+    from babydoctor.markers import write_section
+
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(UserError, match=r"demo scores: begin.*add them"):
+        write_section(tmp_path / "README.md", "demo scores", "table")
+
+
+def test_demo_and_train_give_bitwise_equal_stages(work: Path, tmp_path: Path) -> None:
+    """Both run as commands. The learning rate is so small that the LoRA's first values are denormal numbers.
+
+    They are kept or flushed to zero, depending on the floating-point mode.
+    """
+    settings = [*SHORT, "train.learning_rate=1.0e-39", "train.projector_learning_rate=1.0e-3"]
+    for folder in ("demo", "train"):
+        (tmp_path / folder).mkdir()
+        for name in ("phantoms", "base", "align"):
+            (tmp_path / folder / name).symlink_to(work / name)
+    # The demo command with its remaining steps cut down to the one stage.
+    script = f"""
+import sys
+from babydoctor.cli.main import main
+from babydoctor.demo import demo
+all_steps, overrides = demo.build_steps, demo.stage_overrides
+demo.build_steps = lambda work: [step for step in all_steps(work) if step.result == work / "instruct/manifest.json"]
+demo.stage_overrides = lambda work, stage: [*overrides(work, stage), *{settings!r}]
+demo.print_scores = lambda work, update: []
+demo.try_out = lambda work, ask_once: None
+sys.argv = ["babydoctor", "demo", "--check", "--dir", {str(tmp_path / "demo")!r}]
+main()
+"""
+    config = demo.CONFIGS / "instruct.yaml"
+    overrides = [*demo.stage_overrides(tmp_path / "train", "instruct"), *settings]
+    command = [sys.executable, "-m", "babydoctor.train", str(config), *overrides]
+    for arguments in ([sys.executable, "-c", script], command):
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    by_demo, by_train = (
+        load_file(tmp_path / folder / "instruct" / "adapter" / "adapter_model.safetensors")
+        for folder in ("demo", "train")
+    )
+    assert by_demo.keys() == by_train.keys()
+    assert all(by_demo[name].tobytes() == by_train[name].tobytes() for name in by_demo)
+    projectors = [(tmp_path / folder / "instruct" / "projector.safetensors") for folder in ("demo", "train")]
+    assert projectors[0].read_bytes() == projectors[1].read_bytes()

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from serving import build_tiny_run
 
+from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions
 from babydoctor.eval.compare import compare
-from babydoctor.eval.model_card import BEGIN, END, update_model_card
+from babydoctor.eval.load import load_task
+from babydoctor.eval.model_card import SECTION, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
-from babydoctor.eval.tasks import TaskConfig, load_task
 from babydoctor.schema import UserError
 
 SETTINGS = EvalConfig(
@@ -54,7 +55,7 @@ def _write_answers(path: Path, answers: list[str]) -> Path:
 
 
 def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Path, tmp_path: Path) -> None:
-    config = TaskConfig("rows", str(rows))
+    config = TaskConfig(task="rows", data=str(rows))
     counted: list[tuple[str, int, int]] = []
     result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
     assert counted[-1] == ("shuffled", 8, 8)
@@ -78,7 +79,7 @@ def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Pat
 
 
 def test_the_report_is_one_file(run: Path, rows: Path, tmp_path: Path) -> None:
-    evaluate(tmp_path, TaskConfig("rows", str(rows)), SETTINGS, run=run)
+    evaluate(tmp_path, TaskConfig(task="rows", data=str(rows)), SETTINGS, run=run)
     page = (tmp_path / "report.html").read_text()
     assert "Does it look?" in page
     assert "always yes" in page
@@ -95,7 +96,7 @@ def test_training_can_call_a_task(run: Path, rows: Path) -> None:
     loaded.model.train()
     settings = EvalConfig(images_as=("right",), generation=SETTINGS.generation, num_resamples=100)
     result = evaluate_task(
-        loaded.model, loaded.tokenizer, loaded.manifest, load_task(TaskConfig("rows", str(rows))), settings
+        loaded.model, loaded.tokenizer, loaded.manifest, load_task(TaskConfig(task="rows", data=str(rows))), settings
     )
     assert loaded.model.training
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
@@ -104,7 +105,7 @@ def test_training_can_call_a_task(run: Path, rows: Path) -> None:
 def test_somebody_elses_answers(rows: Path, tmp_path: Path) -> None:
     answers = ["yes", "no", "yes", "no", "no", "yes", "left lung", "The right lung."]
     predictions = _write_answers(tmp_path / "answers.jsonl", answers)
-    result = evaluate(tmp_path / "out", TaskConfig("rows", str(rows)), SETTINGS, predictions=predictions)
+    result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
     figures = result["conditions"]["right"]["figures"]
     assert figures["closed_accuracy"]["value"] == pytest.approx(4 / 6)
     assert figures["open_token_f1"]["value"] == pytest.approx((1 + 1 / 2) / 2)
@@ -112,7 +113,7 @@ def test_somebody_elses_answers(rows: Path, tmp_path: Path) -> None:
 
 
 def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
-    config = TaskConfig("rows", str(rows))
+    config = TaskConfig(task="rows", data=str(rows))
     for name, answers in (("a", ["no"] * 8), ("b", ["yes", "no", "yes", "no", "yes", "no", "left lung", "left lung"])):
         predictions = _write_answers(tmp_path / f"{name}.jsonl", answers)
         evaluate(tmp_path / name, config, SETTINGS, predictions=predictions)
@@ -121,7 +122,7 @@ def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
     assert 0 < found["p_value"] <= 1
     evaluate(
         tmp_path / "c",
-        TaskConfig("rows", str(rows), prompt="{question} Say it."),
+        TaskConfig(task="rows", data=str(rows), prompt="{question} Say it."),
         SETTINGS,
         predictions=tmp_path / "a.jsonl",
     )
@@ -131,12 +132,13 @@ def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
 
 def test_model_card_rows_are_replaced_and_others_stay(rows: Path, tmp_path: Path) -> None:
     predictions = _write_answers(tmp_path / "mine.jsonl", ["yes"] * 8)
-    result = evaluate(tmp_path / "out", TaskConfig("rows", str(rows)), SETTINGS, predictions=predictions)
+    result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
     card = tmp_path / "MODEL_CARD.md"
     card.write_text("before\n")
     with pytest.raises(UserError, match="markers"):
         update_model_card(card, result)
-    card.write_text(f"before\n{BEGIN}\n| slake | other | x | 1 | 2 | 3 | 4 |\n{END}\nafter\n")
+    begin, end = (f"<!-- {SECTION}: {word} -->" for word in ("begin", "end"))
+    card.write_text(f"before\n{begin}\n| slake | other | x | 1 | 2 | 3 | 4 |\n{end}\nafter\n")
     update_model_card(card, result)
     once = card.read_text()
     assert once.startswith("before\n")
@@ -156,11 +158,11 @@ def test_model_card_rows_are_replaced_and_others_stay(rows: Path, tmp_path: Path
     ],
 )
 def test_bad_prediction_files_are_named(tmp_path: Path, rows: Path, text: str, message: str) -> None:
-    from babydoctor.eval.tasks import load_task
+    from babydoctor.eval.load import load_task
 
     path = tmp_path / "answers.jsonl"
     path.write_text(text)
-    questions = load_task(TaskConfig("rows", str(rows))).questions
+    questions = load_task(TaskConfig(task="rows", data=str(rows))).questions
     with pytest.raises(UserError, match=message):
         match_predictions(path, questions)
 

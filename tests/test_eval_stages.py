@@ -69,7 +69,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
         "num_seeds": 2,
         "num_questions": 10,
         "variants": {"all stages": [_row(0.8, 0.3), _row(0.9, 0.2)], "without align": [_row(0.5, 0.3), _row(0.5, 0.3)]},
-        "baseline": {"closed_accuracy": 0.35},
+        "chance": 0.35,
         "overrides": [],
     }
     text = to_markdown(table)

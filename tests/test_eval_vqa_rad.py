@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from babydoctor.config import TaskConfig
 from babydoctor.data.sets.vqa_rad import prepare_vqa_rad
-from babydoctor.eval.baselines import CONSTANTS
+from babydoctor.eval.load import load_task
 from babydoctor.eval.run import EvalConfig, evaluate
-from babydoctor.eval.score import PUBLISHED_SOURCES, score_baselines
-from babydoctor.eval.tasks import Task, TaskConfig, load_task
+from babydoctor.eval.score import CONSTANT_ANSWERS, PUBLISHED_SOURCES, score_baselines
+from babydoctor.eval.tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,11 @@ def prepared(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def task(prepared: Path) -> Task:
-    return load_task(TaskConfig("vqa-rad", str(prepared / "held_out.json")))
+    return load_task(TaskConfig(task="vqa-rad", data=str(prepared / "held_out.json")))
 
 
 def test_the_official_file_is_read_whole(shared_dir: Path) -> None:
-    whole = load_task(TaskConfig("vqa-rad", str(shared_dir / "data" / "vqa-rad"), split="train"))
+    whole = load_task(TaskConfig(task="vqa-rad", data=str(shared_dir / "data" / "vqa-rad"), split="train"))
     assert len(whole.questions) == 1797
     assert sum(question.kind == "closed" for question in whole.questions) == 1027
 
@@ -41,7 +42,7 @@ def test_no_image_is_on_both_sides(prepared: Path, task: Task) -> None:
 
 @pytest.mark.parametrize("trap", ["yes no", "appears normal"])
 def test_traps_score_high_under_the_published_name_only(task: Task, trap: str) -> None:
-    assert trap in CONSTANTS
+    assert trap in CONSTANT_ANSWERS
     scored = score_baselines(task)
     assert scored[trap]["llava_med_closed_accuracy"] >= scored["always no"]["llava_med_closed_accuracy"] > 0.5
     ours = {name: value for name, value in scored[trap].items() if name not in PUBLISHED_SOURCES}
@@ -56,7 +57,7 @@ def test_yes_no_scores_over_nine_tenths_as_published(task: Task) -> None:
 def test_constants_are_at_chance_and_stand_beside_the_answers(prepared: Path, task: Task, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"id": q.id, "answer": q.references[0]}) + "\n" for q in task.questions))
-    config = TaskConfig("vqa-rad", str(prepared / "held_out.json"), train=(str(prepared / "train.json"),))
+    config = TaskConfig(task="vqa-rad", data=str(prepared / "held_out.json"), train=(str(prepared / "train.json"),))
     result = evaluate(tmp_path / "out", config, EvalConfig(num_resamples=200), predictions=answers)
     figures = result["conditions"]["right"]["figures"]
     assert figures["closed_accuracy"]["value"] == figures["open_token_f1"]["value"] == 1.0

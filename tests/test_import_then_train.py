@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from babydoctor.config import build_config
-from babydoctor.conversation import get_template, render_prompt
+from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.generate import generate
 from babydoctor.model.run_dir import load_run, read_manifest
-from babydoctor.schema import Turn
 from babydoctor.train.loop import train
 
 LAYOUTS = ("llava-pretrain", "llava-golden-lora", "llava-golden-merged", "llava-golden-merged-bin")
@@ -35,10 +33,11 @@ def stage_3(settings: dict[str, Any], start: Path, out: Path) -> dict[str, Any]:
 
 def answers(run_path: Path) -> list[str]:
     run = load_run(run_path)
-    prompt = render_prompt([Turn("user", "<image>\nWhich side?")], get_template(run.manifest.template))
-    torch.manual_seed(0)
-    pixels = torch.randn(1, 3, run.manifest.image_size, run.manifest.image_size)
-    return generate(run.model, run.tokenizer, [prompt], pixels, max_new_tokens=8)
+    size = run.manifest.image_size
+    pixels = np.random.default_rng(0).standard_normal((3, size, size), np.float32)
+    query = Query([user_turn("Which side?", has_image=True)], pixels, max_new_tokens=8)
+    with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query]) as inference:
+        return [inference.answer(query).text]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

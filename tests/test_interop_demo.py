@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_interop_gguf import regret
 
-from babydoctor.demo.demo_score import MAX_NEW_TOKENS, Answerer, Question, load_questions
+from babydoctor.config import TaskConfig
+from babydoctor.demo.demo import MAX_NEW_TOKENS
+from babydoctor.eval.ask import GenerationConfig, ask, build_inference
+from babydoctor.eval.conditions import ConditionedImages
+from babydoctor.eval.load import load_task
+from babydoctor.eval.tasks import Question
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
@@ -36,17 +42,20 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cases() -> list[Question]:
     """Questions of every kind about as many held-out phantoms as possible."""
-    questions = load_questions(DEMO / "phantoms")
-    return questions[:: len(questions) // NUM_CASES][:NUM_CASES]
+    questions = load_task(TaskConfig(task="phantom", data=str(DEMO / "phantoms"))).questions
+    return list(questions[:: len(questions) // NUM_CASES][:NUM_CASES])
 
 
 def our_answers(run: Run, cases: list[Question]) -> list[str]:
-    answerer = Answerer(run, DEMO / "phantoms" / "images")
-    return answerer.ask([(case.question, case.image) for case in cases])
+    config = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS)
+    images = ConditionedImages(cases, "right", run.manifest.image)
+    with build_inference(run.model, run.tokenizer, run.manifest, cases, config) as inference:
+        return [prediction.answer for prediction in ask(inference, cases, images, config)]
 
 
-def words(case: Question) -> str:
-    return case.question.replace(IMAGE_TOKEN, "").strip()
+def load(case: Question) -> Image.Image:
+    assert isinstance(case.image, Path)
+    return load_image(case.image)
 
 
 @pytest.mark.parametrize("stage", ["instruct", "radiology"])
@@ -58,10 +67,9 @@ def test_transformers(stage: str, cases: list[Question], tmp_path: Path) -> None
     model: Any = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "hf"), dtype=torch.float32).eval()
     answers = []
     for case in cases:
-        content = [{"type": "image"}, {"type": "text", "text": words(case)}]
+        content = [{"type": "image"}, {"type": "text", "text": case.prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        image = load_image(DEMO / "phantoms" / "images" / case.image)
-        inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
+        inputs = processor(images=load(case), text=text, return_tensors="pt", add_special_tokens=False)
         ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answers.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     assert answers == our_answers(load_run(DEMO / stage), cases)
@@ -73,10 +81,7 @@ def test_llama_cpp(
     stage: str, dtype: str, cases: list[Question], tmp_path: Path, ask_old_llama_cpp: Callable[..., Any]
 ) -> None:
     export_run(DEMO / stage, tmp_path / "gguf", format="gguf", dtype=dtype)
-    images = DEMO / "phantoms" / "images"
-    answers = ask_old_llama_cpp(
-        tmp_path / "gguf", [(images / case.image, words(case), MAX_NEW_TOKENS) for case in cases]
-    )
+    answers = ask_old_llama_cpp(tmp_path / "gguf", [(case.image, case.prompt, MAX_NEW_TOKENS) for case in cases])
     run = load_run(DEMO / stage)
     ours = our_answers(run, cases)
     assert len(set(ours)) > 5
@@ -85,8 +90,8 @@ def test_llama_cpp(
         if text.strip() == answer:
             continue
         # Stage 2 knows several wordings of each answer. Where two are equally likely, rounding may choose between them.
-        pixels = torch.from_numpy(to_pixels(load_image(images / case.image), run.manifest.image))
-        below = max(regret(run, pixels, written, case.question))
+        pixels = torch.from_numpy(to_pixels(load(case), run.manifest.image))
+        below = max(regret(run, pixels, written, f"{IMAGE_TOKEN}\n{case.prompt}"))
         assert stage == "instruct" and below < ROUNDING[dtype], (case, answer, text, below)
         num_other += 1
     print(f"{stage} {dtype}: {NUM_CASES - num_other} of {NUM_CASES} answers equal")

@@ -1,4 +1,4 @@
-"""Bootstrap and paired test by image; calibration."""
+"""Bootstrap and paired test by image; metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from babydoctor.eval import calibration
+from babydoctor.eval import metrics
 from babydoctor.eval.intervals import bootstrap, cluster_sums, paired_difference
 from babydoctor.eval.metrics import mean_figure
 
@@ -70,16 +70,16 @@ def test_paired_test_sees_a_clear_difference() -> None:
 def test_calibration_error_by_hand() -> None:
     # Bin (0.9, 1.0]: two answers at 0.95, one right: |0.95 - 0.5|. Bin (0.5, 0.6]: two at 0.6, both right: |0.6 - 1|.
     confidences, correct = [0.95, 0.95, 0.6, 0.6], [1.0, 0.0, 1.0, 1.0]
-    assert calibration.expected_calibration_error(confidences, correct) == pytest.approx(0.5 * 0.45 + 0.5 * 0.4)
-    bins = calibration.reliability_bins(confidences, correct)
+    assert metrics.expected_calibration_error(confidences, correct) == pytest.approx(0.5 * 0.45 + 0.5 * 0.4)
+    bins = metrics.reliability_bins(confidences, correct)
     assert [entry["count"] for entry in bins] == [2, 2]
-    assert math.isnan(calibration.expected_calibration_error([], []))
+    assert math.isnan(metrics.expected_calibration_error([], []))
 
 
 def test_abstention_by_hand() -> None:
     # 20 answers, the 5 least sure are wrong: all that is left after 25% abstain is right.
     confidences = [1 - place / 40 for place in range(20)]
-    curve = calibration.abstention_curve(confidences, [1.0] * 15 + [0.0] * 5)
+    curve = metrics.abstention_curve(confidences, [1.0] * 15 + [0.0] * 5)
     by_share = {entry["abstain"]: entry for entry in curve}
     assert by_share[0.0]["accuracy"] == pytest.approx(15 / 20)
     assert by_share[0.25] == {"abstain": 0.25, "num_left": 15, "accuracy": 1.0}
@@ -88,10 +88,10 @@ def test_abstention_by_hand() -> None:
 
 def test_yes_no_confidence_compares_yes_with_no() -> None:
     first_token = {" Yes": 0.5, "yes": 0.1, " No": 0.2, " left": 0.2}
-    assert calibration.yes_no_confidence(first_token, "Yes.") == pytest.approx(0.6 / 0.8)
-    assert calibration.yes_no_confidence(first_token, "no") == pytest.approx(0.2 / 0.8)
-    assert calibration.yes_no_confidence(first_token, "left") is None
-    assert calibration.yes_no_confidence({" left": 1.0}, "yes") is None
+    assert metrics.yes_no_confidence(first_token, "Yes.") == pytest.approx(0.6 / 0.8)
+    assert metrics.yes_no_confidence(first_token, "no") == pytest.approx(0.2 / 0.8)
+    assert metrics.yes_no_confidence(first_token, "left") is None
+    assert metrics.yes_no_confidence({" left": 1.0}, "yes") is None
     # A vocabulary without "Yes": "Y" begins it, and "No" is not the only candidate.
-    assert calibration.yes_no_confidence({"Y": 0.3, "No": 0.1, "left": 0.6}, "Yes") == pytest.approx(0.75)
-    assert calibration.yes_no_confidence({"No": 0.1}, "Yes") is None
+    assert metrics.yes_no_confidence({"Y": 0.3, "No": 0.1, "left": 0.6}, "Yes") == pytest.approx(0.75)
+    assert metrics.yes_no_confidence({"No": 0.1}, "Yes") is None

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from babydoctor.cli.chat_session import Chat
 from babydoctor.cli.main import build_app
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import GenerationRequest
 from babydoctor.engine.settings import EngineSettings, build_kv_cache, build_settings, parse_overrides
-from babydoctor.eval.ask import Asker, GenerationConfig
+from babydoctor.eval.ask import GenerationConfig, ask, build_inference
 from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.tasks import Question
+from babydoctor.inference import open_conversation, user_turn
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import UserError
 
@@ -73,17 +73,24 @@ def test_too_little_free_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_chat_holds_one_request(run: Run) -> None:
-    with Chat(run, None, question="Is this a lung?", max_new_tokens=7) as chat:
-        used = len(chat._encode(chat._add_turn("Is this a lung?"))) + 7
-        assert (chat.engine.kv_cache.capacity, chat.engine.kv_cache.num_slots) == (used, 1)
-        assert isinstance("".join(chat.ask("Is this a lung?")), str)
+    chat = open_conversation(run, None, question="Is this a lung?", max_new_tokens=7)
+    with chat.inference as inference:
+        memory, used = (
+            inference.engine.kv_cache,
+            len(inference.encode([user_turn("Is this a lung?", has_image=False)])) + 7,
+        )
+        assert (memory.capacity, memory.num_slots) == (used, 1)
+        answer = "".join(chat.ask("Is this a lung?"))
+        assert [turn.text for turn in chat.turns] == ["Is this a lung?", answer.strip()]
         with pytest.raises(UserError, match=rf"raise engine\.max_context={used}"):
             list(chat.ask("And what else? " * 20))
-    conversation = Chat(run, None, max_new_tokens=7)
+        assert len(chat.turns) == 2
     longest = run.model.language_model.config.max_position_embeddings
-    assert conversation.engine.kv_cache.capacity == min(run.manifest.max_length + 7, longest)
-    with Chat(run, None, question="Why?", engine={"max_context": 240, "kv_dtype": "bfloat16"}) as chat:
-        assert (chat.engine.kv_cache.capacity, chat.engine.kv_cache.dtype) == (240, torch.bfloat16)
+    engine = open_conversation(run, None, max_new_tokens=7).inference.engine
+    assert engine.kv_cache.capacity == min(run.manifest.max_length + 7, longest)
+    chat = open_conversation(run, None, question="Why?", engine={"max_context": 240, "kv_dtype": "bfloat16"})
+    with chat.inference as inference:
+        assert (inference.engine.kv_cache.capacity, inference.engine.kv_cache.dtype) == (240, torch.bfloat16)
         assert isinstance("".join(chat.ask("Why?")), str)
 
 
@@ -100,13 +107,15 @@ def test_a_bfloat16_cache_gives_nearly_the_same_probabilities(run: Run) -> None:
 
 def test_eval_holds_the_longest_question(run: Run) -> None:
     questions = [Question(f"{number}", None, "", "What is it? " * number, ("a lung",), "open") for number in (1, 9, 4)]
-    with Asker(run.model, run.tokenizer, run.manifest, questions, GenerationConfig(5, batch_size=2)) as asker:
-        assert asker.engine.max_context == len(asker._encode(questions[1])) + 5
+    config = GenerationConfig(5, batch_size=2)
+    with build_inference(run.model, run.tokenizer, run.manifest, questions, config) as inference:
+        prompt = inference.encode([user_turn(questions[1].prompt, has_image=False)])
+        assert inference.engine.max_context == len(prompt) + 5
         images = ConditionedImages(questions, "right", run.manifest.image)
-        answers = list(asker.ask(questions, images))
+        answers = list(ask(inference, questions, images, config))
     assert [answer.id for answer in answers] == ["1", "9", "4"]
     assert not any(answer.finish_reason.startswith("error") for answer in answers)
-    other = Asker(run.model, run.tokenizer, run.manifest, questions, engine={"max_running": 3})
+    other = build_inference(run.model, run.tokenizer, run.manifest, questions, config, {"max_running": 3})
     assert other.engine.kv_cache.max_running == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from babydoctor.eval.baselines import CONSTANTS, baseline_answers, majority_per_type
+from babydoctor.config import TaskConfig
 from babydoctor.eval.conditions import ConditionedImages, check_conditions, shuffle_images
 from babydoctor.eval.formats import with_optional_parts
 from babydoctor.eval.leakage import find_leakage
-from babydoctor.eval.tasks import Question, Task, TaskConfig, load_task
+from babydoctor.eval.load import load_task
+from babydoctor.eval.score import (
+    CONSTANT_ANSWERS,
+    MAJORITY_PER_TYPE,
+    baseline_answers,
+    is_right,
+    majority_per_type,
+    score_baselines,
+    score_chance,
+)
+from babydoctor.eval.tasks import Question, Task
 from babydoctor.imaging.preprocess import ImageSettings
+from babydoctor.phantom.case import build_cases
+from babydoctor.phantom.text import question_rows
 from babydoctor.schema import UserError
 
 
@@ -49,12 +62,12 @@ def test_vqa_rad_splits_by_phrase_type(tmp_path: Path) -> None:
     _image(tmp_path / "images" / "a.jpg")
     rows = [_vqa_rad_row(), _vqa_rad_row(qid=2, phrase_type="para", answer=4, answer_type="OPEN")]
     _json(tmp_path / "VQA_RAD.json", rows)
-    test = load_task(TaskConfig("vqa-rad", str(tmp_path)))
+    test = load_task(TaskConfig(task="vqa-rad", data=str(tmp_path)))
     assert [q.kind for q in test.questions] == ["closed"]
     assert test.questions[0].groups == {"question_type": "PRES", "organ": "CHEST"}
     assert test.questions[0].yes_no_reference == "yes"
     assert "202 of its 203" in test.notes[0]
-    train = load_task(TaskConfig("vqa-rad", str(tmp_path), split="train"))
+    train = load_task(TaskConfig(task="vqa-rad", data=str(tmp_path), split="train"))
     assert (train.questions[0].references, train.questions[0].kind) == (("4",), "open")
     assert test.fingerprint != train.fingerprint
 
@@ -63,13 +76,13 @@ def test_vqa_rad_without_test_rows_says_how_to_hold_out(tmp_path: Path) -> None:
     _image(tmp_path / "images" / "a.jpg")
     _json(tmp_path / "VQA_RAD.json", [_vqa_rad_row(phrase_type="para")])
     with pytest.raises(UserError, match="hold-out-images"):
-        load_task(TaskConfig("vqa-rad", str(tmp_path)))
+        load_task(TaskConfig(task="vqa-rad", data=str(tmp_path)))
 
 
 def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     _json(tmp_path / "VQA_RAD.json", [_vqa_rad_row()])
     with pytest.raises(UserError, match=r"1 images are missing, first .*a\.jpg.*--images"):
-        load_task(TaskConfig("vqa-rad", str(tmp_path)))
+        load_task(TaskConfig(task="vqa-rad", data=str(tmp_path)))
 
 
 def test_slake_takes_one_language(tmp_path: Path) -> None:
@@ -84,23 +97,23 @@ def test_slake_takes_one_language(tmp_path: Path) -> None:
         "content_type": "Modality",
     }
     _json(tmp_path / "test.json", [row | {"q_lang": "en", "qid": 1}, row | {"q_lang": "zh", "qid": 2}])
-    task = load_task(TaskConfig("slake", str(tmp_path)))
+    task = load_task(TaskConfig(task="slake", data=str(tmp_path)))
     assert [q.id for q in task.questions] == ["1"]
     assert task.questions[0].groups == {"question_type": "Modality", "organ": "Abdomen", "modality": "MRI"}
-    assert len(load_task(TaskConfig("slake", str(tmp_path), language="all")).questions) == 2
+    assert len(load_task(TaskConfig(task="slake", data=str(tmp_path), language="all")).questions) == 2
 
 
 def test_path_vqa_reads_json_and_refuses_pickles(tmp_path: Path) -> None:
     _image(tmp_path / "images" / "test_0001.jpg")
     (tmp_path / "test_qa.pkl").write_bytes(b"")
     with pytest.raises(UserError, match="pickle"):
-        load_task(TaskConfig("path-vqa", str(tmp_path)))
+        load_task(TaskConfig(task="path-vqa", data=str(tmp_path)))
     rows = [
         {"image": "test_0001", "question": "Is a cyst present?", "answer": "no"},
         {"image": "test_0001", "question": "What is shown?", "answer": "liver"},
     ]
     _json(tmp_path / "test.json", rows)
-    task = load_task(TaskConfig("path-vqa", str(tmp_path)))
+    task = load_task(TaskConfig(task="path-vqa", data=str(tmp_path)))
     assert [q.kind for q in task.questions] == ["closed", "open"]
 
 
@@ -110,7 +123,7 @@ def test_vqa_med_2019_alternatives_and_optional_text(tmp_path: Path) -> None:
         "synpic1|abnormality|what is abnormal?|(invasive aspergillosis with) septic emboli#abscess\n"
         "synpic1|modality|is this a ct?|yes\n"
     )
-    first, second = load_task(TaskConfig("vqa-med", str(tmp_path))).questions
+    first, second = load_task(TaskConfig(task="vqa-med", data=str(tmp_path))).questions
     assert first.references == ("invasive aspergillosis with septic emboli", "septic emboli", "abscess")
     assert first.groups == {"question_type": "abnormality"}
     assert second.kind == "closed"
@@ -120,10 +133,10 @@ def test_vqa_med_2020_and_2021_answers_in_a_second_file(tmp_path: Path) -> None:
     _image(tmp_path / "VQA_Images" / "synpic1.jpg")
     (tmp_path / "VQAMed2020-Task1-VQAnswering-Test-Questions.txt").write_text("synpic1|what is wrong?\n")
     with pytest.raises(UserError, match="ReferenceAnswers"):
-        load_task(TaskConfig("vqa-med", str(tmp_path)))
+        load_task(TaskConfig(task="vqa-med", data=str(tmp_path)))
     answers = tmp_path / "VQAMed2020-Task1-VQAnswering-Test-ReferenceAnswers.txt"
     answers.write_text("synpic1|hernia (internal)#ileus|volvulus\n")
-    (question,) = load_task(TaskConfig("vqa-med", str(tmp_path))).questions
+    (question,) = load_task(TaskConfig(task="vqa-med", data=str(tmp_path))).questions
     # Parentheses are optional text in 2019 only.
     assert question.references == ("hernia (internal)", "ileus", "volvulus")
 
@@ -131,7 +144,7 @@ def test_vqa_med_2020_and_2021_answers_in_a_second_file(tmp_path: Path) -> None:
 def test_vqa_med_train_format(tmp_path: Path) -> None:
     _image(tmp_path / "Val_images" / "synpic1.jpg")
     (tmp_path / "All_QA_Pairs_val.txt").write_text("synpic1|what plane is it?|axial\n")
-    (question,) = load_task(TaskConfig("vqa-med", str(tmp_path))).questions
+    (question,) = load_task(TaskConfig(task="vqa-med", data=str(tmp_path))).questions
     assert (question.prompt, question.references, question.kind) == ("what plane is it?", ("axial",), "open")
 
 
@@ -148,7 +161,7 @@ def test_roco_whole_and_article_disjoint(tmp_path: Path) -> None:
         (folder / "captions.txt").write_text("".join(f"ROCO_{n}\t Caption {n}. \n" for n in rows + "9"))
     (tmp_path / "test" / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_1,PMC7_x.jpg,CC\nROCO_2,PMC8_y.jpg,CC\n")
     (tmp_path / "train" / "licences.txt").write_text("ROCO_ID,PMC_ID,CC\nROCO_3,PMC7_z.jpg,CC BY\n")
-    task = load_task(TaskConfig("roco", str(tmp_path / "test"), train=(str(tmp_path / "train"),)))
+    task = load_task(TaskConfig(task="roco", data=str(tmp_path / "test"), train=(str(tmp_path / "train"),)))
     assert [(q.id, q.references, q.subsets, q.cluster) for q in task.questions] == [
         ("ROCO_1", ("Caption 1.",), (), "PMC7"),
         ("ROCO_2", ("Caption 2.",), ("article_disjoint",), "PMC8"),
@@ -160,7 +173,7 @@ def test_roco_whole_and_article_disjoint(tmp_path: Path) -> None:
 
 def test_real_roco_captions(shared_dir: Path) -> None:
     folder = shared_dir / "data" / "roco" / "validation" / "radiology"
-    task = load_task(TaskConfig("roco", str(folder)))
+    task = load_task(TaskConfig(task="roco", data=str(folder)))
     # Three images lie there; one of them has no caption.
     assert len(task.questions) == 2
     assert all(question.cluster.startswith("PMC") for question in task.questions)
@@ -171,7 +184,7 @@ def test_llava_rows_ask_every_turn(tmp_path: Path) -> None:
     turns = [("human", "<image>\nIs it CT?"), ("gpt", "No"), ("human", "What then?"), ("gpt", "MRI")]
     row = {"id": "x", "image": "a.jpg", "conversations": [{"from": who, "value": text} for who, text in turns]}
     _json(tmp_path / "rows.json", [row])
-    task = load_task(TaskConfig("rows", str(tmp_path / "rows.json"), prompt="Q: {question}"))
+    task = load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json"), prompt="Q: {question}"))
     assert [(q.id, q.prompt, q.kind) for q in task.questions] == [
         ("x-0", "Q: Is it CT?", "closed"),
         ("x-1", "Q: What then?", "open"),
@@ -183,7 +196,7 @@ def test_rows_of_other_trainers_are_asked_or_refused_by_name(tmp_path: Path) -> 
     messages = [{"role": "user", "content": "<image>\nIs it CT?"}, {"role": "assistant", "content": "No"}]
     row = {"id": "x", "images": ["a.jpg"], "messages": messages}
     _json(tmp_path / "rows.json", [row])
-    [question] = load_task(TaskConfig("rows", str(tmp_path / "rows.json"))).questions
+    [question] = load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json"))).questions
     assert (question.prompt, question.image, question.kind) == ("Is it CT?", tmp_path / "images" / "a.jpg", "closed")
     for bad, named in (
         (row | {"video": "a.mp4"}, "video"),
@@ -194,29 +207,51 @@ def test_rows_of_other_trainers_are_asked_or_refused_by_name(tmp_path: Path) -> 
     ):
         _json(tmp_path / "rows.json", [row, bad])
         with pytest.raises(UserError, match=rf"rows\.json#1: .*{named}"):
-            load_task(TaskConfig("rows", str(tmp_path / "rows.json")))
+            load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json")))
 
 
 def test_phantoms_count_in_terms_and_in_lay_words(tmp_path: Path) -> None:
     from babydoctor.phantom.write import write_phantoms
 
     write_phantoms(tmp_path, num_train=1, num_held_out=4, seed=0, size=56)
-    task = load_task(TaskConfig("phantom", str(tmp_path)))
+    task = load_task(TaskConfig(task="phantom", data=str(tmp_path)))
     modality = next(q for q in task.questions if q.groups["question_type"] == "modality")
     assert len(modality.references) == 3
     assert modality.references[1].startswith("This is ")
+    for trick in ("CT MRI", "CT or MRI", "", "This is"):
+        assert not is_right(modality, trick), trick
+
+
+def test_chance_is_the_best_constant_answer_to_each_type() -> None:
+    rows = [row for case in build_cases("held_out", 480, 7) for row in question_rows(case)]
+    questions = [
+        Question(row["id"], None, row["image"], "", (row["answer"],), "closed", {"question_type": row["kind"]})
+        for row in rows
+    ]
+    chance = score_chance(questions)
+    assert chance is not None
+    assert chance["by_question_type"] == {
+        "modality": 0.25,
+        "finding": 0.2,
+        "side": 0.5,
+        "level": pytest.approx(1 / 3),
+    }
+    assert chance["closed_accuracy"] == pytest.approx(536 / 1728)
+    baselines = score_baselines(Task("phantom", tuple(questions)))
+    assert baselines[MAJORITY_PER_TYPE]["closed_accuracy"] == pytest.approx(536 / 1728)
+    assert score_chance([replace(question, kind="open") for question in questions]) is None
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TaskConfig("vqa", "x"), "there are vqa-rad"),
-        (TaskConfig("slake", "/nowhere"), "no such file or folder"),
-        (TaskConfig("rows", "/nowhere.json"), "no such file"),
-        (TaskConfig("phantom", "/nowhere"), "data phantom"),
-        (TaskConfig("roco", "/nowhere"), r"captions\.txt"),
-        (TaskConfig("roco", "hub"), "give a folder"),
-        (TaskConfig("rows", "x", prompt="hello"), r"\{question\}"),
+        (TaskConfig(task="vqa", data="x"), "there are vqa-rad"),
+        (TaskConfig(task="slake", data="/nowhere"), "no such file or folder"),
+        (TaskConfig(task="rows", data="/nowhere.json"), "no such file"),
+        (TaskConfig(task="phantom", data="/nowhere"), "data phantom"),
+        (TaskConfig(task="roco", data="/nowhere"), r"captions\.txt"),
+        (TaskConfig(task="roco", data="hub"), "give a folder"),
+        (TaskConfig(task="rows", data="x", prompt="hello"), r"\{question\}"),
     ],
 )
 def test_mistakes_are_named(config: TaskConfig, message: str) -> None:
@@ -227,7 +262,7 @@ def test_mistakes_are_named(config: TaskConfig, message: str) -> None:
 def test_hub_offline_says_so() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="hf download"):
-        load_task(TaskConfig("path-vqa", "hub"))
+        load_task(TaskConfig(task="path-vqa", data="hub"))
 
 
 def _question(identity: str, answer: str, kind: Any = "closed", group: str = "PRES", image: str = "") -> Question:
@@ -244,7 +279,7 @@ def test_baselines_are_the_strongest_constants() -> None:
     ]
     assert majority_per_type(questions) == ["yes", "yes", "yes", "axial", "no"]
     answers = baseline_answers(questions)
-    assert set(CONSTANTS) < set(answers)
+    assert set(CONSTANT_ANSWERS) < set(answers)
     assert answers["most frequent answer"] == ["no"] * 5  # two of each: the first in the alphabet
 
 
@@ -306,7 +341,7 @@ def test_a_question_id_stands_once(tmp_path: Path) -> None:
     row = {"id": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     _json(tmp_path / "rows.json", [row, row])
     with pytest.raises(UserError, match="twice"):
-        load_task(TaskConfig("rows", str(tmp_path / "rows.json")))
+        load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json")))
 
 
 def test_fingerprint_is_of_the_questions() -> None:

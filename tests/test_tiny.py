@@ -15,7 +15,8 @@ from babydoctor.demo.tiny_tower import TowerSettings, caption_pieces
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.vision import load_vision_tower, num_patches, patch_features
 from babydoctor.phantom import text
-from babydoctor.phantom.write import build_cases, load_cases, write_phantoms
+from babydoctor.phantom.case import build_cases, load_cases
+from babydoctor.phantom.write import write_phantoms
 from babydoctor.schema import IGNORE_INDEX, Turn, UserError
 
 SMALL = TinySettings(

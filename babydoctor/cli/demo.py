@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,15 +18,19 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     check: Annotated[
-        bool, typer.Option("--check", help="ask for nothing; exit status 1 if the score falls short")
+        bool, typer.Option("--check", help="start no web UI; exit status 1 if the score is too low")
     ] = False,
-    dir: Annotated[Path, typer.Option("--dir", help="work directory; delete it to begin anew")] = Path(".demo"),
+    dir: Annotated[Path, typer.Option("--dir", help="work directory; delete it to start over")] = Path(".demo"),
+    update: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="write the score table between its markers in this Markdown file"),
+    ] = None,
 ) -> None:
-    """Make a tiny BabyDoctor from nothing: phantoms, base, three stages, score, page."""
+    """Train a tiny BabyDoctor from scratch: phantoms, base models, three stages, scores, web UI."""
     from babydoctor.demo.demo import run_demo
 
     prepare_training()
-    status = run_demo(dir, check=check)
+    status = run_demo(dir, check=check, update=update)
     if not check:
         from babydoctor.cli.serve import serve
 
@@ -36,10 +40,10 @@ def demo(
 
 def tiny_base(
     phantoms: Annotated[Path, typer.Option(help="folder that `babydoctor data phantom` wrote")],
-    out: Annotated[Path, typer.Option(help="folder for clip/ and llama/; what is there is kept")],
-    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for clip/ and llama/; existing ones are kept")],
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
 ) -> None:
-    """Train the tiny preset's base (CLIP tower, tokenizer, LLaMA) on phantoms."""
+    """Train the tiny preset's base models (CLIP tower, tokenizer, LLaMA) on phantoms."""
     from babydoctor.demo.tiny_language import TinySettings, make_tiny_base
 
     prepare_training()

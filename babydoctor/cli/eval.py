@@ -8,11 +8,11 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from babydoctor.runtime import prepare_engine, prepare_training
+from babydoctor.runtime import prepare_engine, prepare_inference, prepare_training
 
 
 class DefaultCommandGroup(TyperGroup):
-    """A group whose first word may be left out: ``eval RUN`` means ``eval run RUN``."""
+    """A group with a default command: ``eval RUN`` means ``eval run RUN``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -46,52 +46,65 @@ def run(
     task: Annotated[str, typer.Option(help="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")],
     data: Annotated[str, typer.Option(help="folder or file of the questions, or hub")],
     out: Annotated[Path, typer.Option(help="folder for metrics.json, report.html and the answers")],
-    images: Annotated[Optional[str], typer.Option(help="folder of the images; default: beside the data")] = None,  # noqa: UP045
-    split: Annotated[Optional[str], typer.Option(help="part of the data, where the format has several")] = None,  # noqa: UP045
+    images: Annotated[Optional[str], typer.Option(help="folder of the images; default: next to the data")] = None,  # noqa: UP045
+    split: Annotated[Optional[str], typer.Option(help="part of the data, if the format has several")] = None,  # noqa: UP045
     train: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="rows the model was trained on, for leakage; default: what the run's config names"),
+        typer.Option(help="rows that the model was trained on, to report leakage; default: those in the run's config"),
     ] = None,
-    predictions: Annotated[Optional[Path], typer.Option(help="score these answers (JSONL) and ask no model")] = None,  # noqa: UP045
-    images_as: Annotated[str, typer.Option(help="image conditions to ask under")] = "right,shuffled,blank,noise",
-    prompt: Annotated[str, typer.Option(help="how a question is asked")] = "{question}",
+    predictions: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="score the answers in this file (JSONL) instead of a model's"),
+    ] = None,
+    images_as: Annotated[str, typer.Option(help="image conditions")] = "right,shuffled,blank,noise",
+    prompt: Annotated[str, typer.Option(help="how a question is asked; {question} is replaced")] = "{question}",
+    template: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="conversation template; default: the run's"),
+    ] = None,
     language: Annotated[str, typer.Option(help="SLAKE: en, zh or all")] = "en",
-    max_questions: Annotated[int, typer.Option(min=0, help="ask only the first so many; 0: all")] = 0,
+    max_questions: Annotated[int, typer.Option(min=0, help="ask only this many questions, the first ones; 0: all")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="0: 160 for captions, 48 otherwise")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy")] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1, help="questions answered at the same time")] = 16,
     resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
-    seed: Annotated[int, typer.Option(help="of sampling, shuffling and resampling")] = 0,
-    metric: Annotated[Optional[list[str]], typer.Option(help="for captions also: meteor, bertscore")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="default: cuda where there is one")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="seed of sampling, shuffling and resampling")] = 0,
+    metric: Annotated[Optional[list[str]], typer.Option(help="further caption metrics: meteor, bertscore")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="default: cuda if available, else cpu")] = None,  # noqa: UP045
     update_model_card: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
     ] = None,
 ) -> None:
-    """Ask a run the questions of a task and score its answers; an interrupted evaluation continues."""
-
+    """Ask a run the questions of a task and score the answers. The same command continues an interrupted evaluation."""
+    from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
-    from babydoctor.eval.tasks import TaskConfig
-    from babydoctor.progress import progress_bars
+    from babydoctor.progress import named_progress
 
-    task_config = TaskConfig(task, data, images, split, language, prompt, max_questions, tuple(train or ()))
+    prepare_inference()
+    task_config = TaskConfig(
+        task=task,
+        data=data,
+        images=images,
+        split=split,
+        language=language,
+        prompt=prompt,
+        max_questions=max_questions,
+        train=tuple(train or ()),
+    )
     config = EvalConfig(
         images_as=tuple(name.strip() for name in images_as.split(",") if name.strip()),
-        generation=GenerationConfig(max_new_tokens, temperature, seed=seed, batch_size=batch_size),
+        generation=GenerationConfig(max_new_tokens, temperature, seed=seed, batch_size=batch_size, template=template),
         num_resamples=resamples,
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    with progress_bars() as bar:
-        bars: dict[str, Any] = {}
+    with named_progress() as update:
 
-        def advance(condition: str, number: int, total: int) -> None:
-            if condition not in bars:
-                bars[condition] = bar.add_task(f"{condition} image", total=total)
-            bar.update(bars[condition], completed=number)
+        def advance(condition: str, done: int, total: int) -> None:
+            update(f"{condition} image", done, total)
 
         result = evaluate(
             out,
@@ -148,7 +161,7 @@ def _with_interval(entry: dict[str, Any] | None) -> str:
 
 def compare(
     a: Annotated[Path, typer.Argument(help="folder that `babydoctor eval ... --out` wrote")],
-    b: Annotated[Path, typer.Argument(help="another one, of the same questions")],
+    b: Annotated[Path, typer.Argument(help="another such folder, of the same questions")],
     json_file: Annotated[Optional[Path], typer.Option("--json", help="also write the result here")] = None,  # noqa: UP045
     resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
 ) -> None:
@@ -179,30 +192,38 @@ def compare(
 
 
 def stages(
-    out: Annotated[Path, typer.Option(help="folder for the runs, their scores, the table and the picture")],
+    out: Annotated[Path, typer.Option(help="folder for runs, scores, table and plot")],
     config: Annotated[
         Optional[list[Path]],  # noqa: UP045
         typer.Option(help="config of each stage, in order; default: the tiny preset's"),
     ] = None,
     run: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="LABEL=DIR", help="score these runs and train nothing; equal labels are seeds"),
+        typer.Option(
+            metavar="LABEL=DIR",
+            help="score these runs instead of training; equal labels are seeds",
+        ),
     ] = None,
     task: Annotated[str, typer.Option(help="task that the runs are scored on")] = "phantom",
-    data: Annotated[Path, typer.Option(help="questions of the task; the tiny preset also trains on them")] = Path(
+    data: Annotated[Path, typer.Option(help="data of the task; the tiny preset also trains on them")] = Path(
         ".demo/phantoms"
     ),
     base: Annotated[Path, typer.Option(help="tiny base, with llama/ and clip/")] = Path(".demo/base"),
-    seeds: Annotated[int, typer.Option(min=1, help="how often everything is trained, each time with another seed")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds; each trains all variants")] = 3,
     override: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="[STAGE:]KEY=VALUE", help="setting for every stage, or for one"),
+        typer.Option(metavar="[STAGE:]KEY=VALUE", help="setting for all stages, or for one"),
     ] = None,
-    max_questions: Annotated[int, typer.Option(min=0, help="ask only the first so many; 0: all")] = 0,
-    picture: Annotated[Optional[Path], typer.Option(help="also write the picture here")] = None,  # noqa: UP045
+    max_questions: Annotated[int, typer.Option(min=0, help="ask only this many questions, the first ones; 0: all")] = 0,
+    update_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--update", metavar="FILE", help="write the table between its markers in this Markdown file"),
+    ] = None,
+    picture: Annotated[Optional[Path], typer.Option(help="also write the plot here")] = None,  # noqa: UP045
 ) -> None:
-    """Train with each stage left out in turn, and with all, and say what each one brings. Goes on where it stopped."""
-    from babydoctor.demo.ablation import StagesConfig, run_stages, write_picture
+    """Ablate the stages: train with all of them and with each one left out, and score the results. Can be resumed."""
+    from babydoctor.demo.ablation import SECTION, StagesConfig, run_stages, write_picture
+    from babydoctor.markers import write_section
 
     prepare_training()
     table = run_stages(
@@ -220,4 +241,8 @@ def stages(
     )
     if picture is not None:
         write_picture(picture, table)
-    print((out / "stages.md").read_text(encoding="utf-8"))
+    text = (out / "stages.md").read_text(encoding="utf-8")
+    print(text)
+    if update_file is not None:
+        write_section(update_file, SECTION, text)
+        print(f"updated: {update_file}")

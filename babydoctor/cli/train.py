@@ -1,9 +1,8 @@
-"""``babydoctor train | merge | chat``."""
+"""``babydoctor train | merge``."""
 
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -14,7 +13,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command()(train)
     app.command()(merge)
-    app.command()(chat)
 
 
 def train(
@@ -26,8 +24,9 @@ def train(
 ) -> None:
     """Train one stage.
 
-    Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint at the end of the step and stops with exit status 130, 143 or 138;
-    a second Ctrl-C ends at once. Exit status 2: a mistake that the message explains.
+    Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint after the current step and stops with exit status 130, 143 or 138.
+    A second Ctrl-C stops immediately. Exit status 2: an error in the configuration or the data; the message says how to
+    fix it.
     """
     from babydoctor.config import load_config
 
@@ -49,7 +48,7 @@ def merge(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
-    """Fold a run's LoRA into plain weights, checked by logits. After an interruption the same command continues."""
+    """Merge a run's LoRA into plain weights and check the logits. The same command continues an interrupted merge."""
     import torch
 
     from babydoctor.model.merge import merge_run
@@ -60,40 +59,6 @@ def merge(
     try:
         report = merge_run(run, out, dtype=getattr(torch, dtype) if dtype else None, device=device)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {out}.partial keeps what is finished. The same command continues there.", err=True)
+        typer.echo(f"interrupted; {out}.partial keeps the finished part. Run the same command to continue.", err=True)
         raise
     print(f"{out}: logits differ by at most {report.difference:.2g} (largest logit {report.scale:.3g})")
-
-
-def chat(
-    run: Annotated[Path, typer.Argument(help="run directory")],
-    question: Annotated[Optional[str], typer.Argument(help="without it, a conversation")] = None,  # noqa: UP045
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.max_context=1024"),
-    ] = None,
-    image: Annotated[Optional[Path], typer.Option(help="PNG, JPEG or DICOM")] = None,  # noqa: UP045
-    frame: Annotated[int, typer.Option(min=0, help="which frame of a DICOM loop, from 0")] = 0,
-    preset: Annotated[Optional[str], typer.Option(help="CT window of a DICOM: lung, bone, ...")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
-) -> None:
-    """Ask a run about an image; the answer streams to the terminal."""
-    from babydoctor.cli.chat_session import answer
-    from babydoctor.engine.settings import parse_overrides
-    from babydoctor.runtime import prepare_engine
-
-    words = list(overrides or [])
-    if question is not None and re.match(r"engine\.\w+=", question):  # a conversation with settings
-        words.insert(0, question)
-        question = None
-    answer(
-        run,
-        image,
-        question,
-        frame=frame,
-        preset=preset,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        engine={**parse_overrides(words), "on_start": prepare_engine},
-    )

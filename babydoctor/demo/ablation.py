@@ -1,7 +1,7 @@
-"""Do the stages earn their place? Train with each left out in turn, and with all, and score what comes out.
+"""Ablation of the stages: train with all of them and with each one left out, and score the results.
 
-Runs that two variants share (the first stage of "all" and of "without radiology") are trained once. What is finished
-is kept: an interrupted ablation goes on where it stopped.
+Runs that variants share, such as the first stage of "all stages" and "without radiology", are trained once. Finished
+runs and scores are kept, so an interrupted ablation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from babydoctor.config import RunConfig, load_config
+from babydoctor.config import RunConfig, TaskConfig, load_config
 from babydoctor.eval import plots
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.run import EvalConfig, evaluate
-from babydoctor.eval.tasks import TaskConfig
 from babydoctor.files import write_json, write_text
 from babydoctor.schema import UserError
 
@@ -29,16 +28,21 @@ SHOWN = (
     "open_token_f1",
     "rouge_l",
 )
-"""Figures of the table, of what the task has."""
+"""Figures in the table, if the task has them."""
+
+SECTION = "stage ablation"
+"""Name of the markers around the table in a Markdown file."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagesConfig:
     """What to train and how to score it.
 
-    - ``configs``: the stages in order; empty takes the tiny preset, on the phantoms ``data`` and the base ``base``.
-    - ``runs``: "LABEL=DIRECTORY" of runs that are there already: nothing is trained. Equal labels are seeds.
-    - ``overrides``: "KEY=VALUE" for every stage, or "STAGE:KEY=VALUE" for one.
+    Attributes:
+        out: folder for runs, scores, table and plot.
+        configs: configurations of the stages, in order; empty: the tiny preset on ``data`` and ``base``.
+        runs: "LABEL=DIRECTORY" of existing runs to score instead of training. Equal labels are seeds of one variant.
+        overrides: "KEY=VALUE" for all stages, or "STAGE:KEY=VALUE" for one.
     """
 
     out: Path
@@ -53,7 +57,7 @@ class StagesConfig:
 
 
 def variants(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The stages that each variant trains: all of them, and all but one."""
+    """The stages of each variant: all of them, and all but one."""
     result = {"all stages": tuple(names)}
     for left_out in names:
         result[f"without {left_out}"] = tuple(name for name in names if name != left_out)
@@ -61,21 +65,21 @@ def variants(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def run_stages(config: StagesConfig) -> dict[str, Any]:
-    """Train and score every variant with every seed; writes ``stages.json`` and ``stages.md`` to ``config.out``."""
+    """Train and score every variant with every seed. Writes ``stages.json``, ``.md`` and ``.png`` to ``config.out``."""
     config.out.mkdir(parents=True, exist_ok=True)
     runs = _given_runs(config) if config.runs else _train_all(config)
     rows: dict[str, list[dict[str, Any]]] = {}
-    baselines: dict[str, dict[str, float]] = {}
+    chance: dict[str, Any] | None = None
     for number, (label, run) in enumerate(runs):
         print(f"score: {label} ({run})", flush=True)
         result = _score(config, run, config.out / "scores" / (run.name if not config.runs else f"{number}-{run.name}"))
-        baselines = result["baselines"]
+        chance = result["chance"]
         rows.setdefault(label, []).append({"run": str(run), **_row(result)})
     table = {
         "task": config.task,
         "num_seeds": max(len(seeds) for seeds in rows.values()),
         "variants": rows,
-        "baseline": baselines.get("majority per question type", baselines.get("most frequent answer", {})),
+        "chance": chance["closed_accuracy"] if chance else None,
         "overrides": list(config.overrides),
         "num_questions": rows[next(iter(rows))][0]["num_questions"],
     }
@@ -90,7 +94,7 @@ def _given_runs(config: StagesConfig) -> list[tuple[str, Path]]:
     for given in config.runs:
         label, equals, directory = given.partition("=")
         if not equals or not Path(directory).is_dir():
-            raise UserError(f"--run {given}: write LABEL=DIRECTORY of a finished run")
+            raise UserError(f"--run {given}: give LABEL=DIRECTORY of a finished run")
         runs.append((label, Path(directory)))
     return runs
 
@@ -101,7 +105,7 @@ def _train_all(config: StagesConfig) -> list[tuple[str, Path]]:
         for needed in (config.data / "truth.jsonl", config.base / "llama", config.base / "clip"):
             if not needed.exists():
                 raise UserError(
-                    f"{needed} is not there; `babydoctor demo --check` makes phantoms and tiny base in .demo, or make "
+                    f"{needed} is missing; `babydoctor demo --check` makes phantoms and base models in .demo, or make "
                     "them with `babydoctor data phantom` and `babydoctor tiny-base` and give --data and --base"
                 )
     names = [load_config(path).name for path in paths]
@@ -114,7 +118,7 @@ def _train_all(config: StagesConfig) -> list[tuple[str, Path]]:
 
 
 def _train_chain(config: StagesConfig, paths: dict[str, Path], stages: Sequence[str], seed: int) -> Path:
-    """Train the stages one on the other, those that are not there yet; returns the last run."""
+    """Train the stages one after the other, except finished ones. Returns the last run."""
     from babydoctor.train.loop import train
 
     run: Path | None = None
@@ -131,9 +135,9 @@ def _train_chain(config: StagesConfig, paths: dict[str, Path], stages: Sequence[
 def stage_config(
     config: StagesConfig, path: Path, stage: str, seed: int, output: Path, init_from: Path | None
 ) -> RunConfig:
-    """The configuration of one stage: its file, where it reads and writes, its seed, the user's overrides.
+    """The configuration of one stage: its file with paths, seed and the user's overrides.
 
-    A stage without one before it begins at the base of the first config (a fresh projector).
+    Without ``init_from`` a stage starts from the base models of the first stage, with a new projector.
     """
     overrides = [f"output_dir={output}", f"train.seed={42 + seed}"]
     if not config.configs:
@@ -152,7 +156,7 @@ def stage_config(
         overrides.append(f"init_from={init_from}")
     for override in config.overrides:
         name, colon, rest = override.partition(":")
-        # A colon may also belong to a value ("key=a:b"), but then "=" comes before it.
+        # A colon can also be part of a value ("key=a:b"), after the "=".
         if colon and "=" not in name:
             overrides += [rest] if name == stage else []
         else:
@@ -161,7 +165,7 @@ def stage_config(
 
 
 def _score(config: StagesConfig, run: Path, out: Path) -> dict[str, Any]:
-    task = TaskConfig(config.task, str(config.data), max_questions=config.max_questions)
+    task = TaskConfig(task=config.task, data=str(config.data), max_questions=config.max_questions)
     settings = EvalConfig(
         images_as=("right", "shuffled"), generation=GenerationConfig(max_new_tokens=24, batch_size=32)
     )
@@ -184,7 +188,7 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_and_range(values: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Mean, lowest and highest of the seeds."""
+    """Mean, minimum and maximum over the seeds, or None without values."""
     known = [value for value in values if value is not None]
     return (statistics.mean(known), min(known), max(known)) if known else None
 
@@ -198,7 +202,7 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 def to_markdown(table: dict[str, Any]) -> str:
-    """The table for a README: mean over the seeds and, in brackets, lowest and highest."""
+    """The table in Markdown: mean over the seeds, with minimum and maximum in parentheses."""
     seeds = next(iter(table["variants"].values()))
     figures = [name for name in SHOWN if name in seeds[0]["right"]]
     kinds = list(seeds[0]["by_kind"])
@@ -212,10 +216,10 @@ def to_markdown(table: dict[str, Any]) -> str:
             _cell([row["distinct_share"] for row in rows]),
         ]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    best = table["baseline"].get(figures[0])
+    chance = table["chance"]
     note = (
-        f"\n{table['task']}, {table['num_questions']} questions, {table['num_seeds']} seed(s): mean (lowest–highest). "
-        f"The best constant answer to each kind of question: {'–' if best is None else f'{best:.1%}'}."
+        f"\n{table['task']}, {table['num_questions']} questions, {table['num_seeds']} seed(s): mean (minimum–maximum). "
+        f"Chance, the best constant answer to each type of question: {'–' if chance is None else f'{chance:.1%}'}."
     )
     if table["overrides"]:
         note += f" Settings changed: {', '.join(table['overrides'])}."
@@ -223,23 +227,23 @@ def to_markdown(table: dict[str, Any]) -> str:
 
 
 def write_picture(path: Path, table: dict[str, Any]) -> None:
-    """Bars of the first figures for each variant, right and shuffled images; a dot is a seed, the line is chance."""
+    """Bars of the first figures of each variant, right and shuffled images. Dots are seeds, the line is chance."""
     seeds = next(iter(table["variants"].values()))
     figures = [name for name in SHOWN if name in seeds[0]["right"]][:2]
     series = [(name, "right") for name in figures] + [(figures[0], "shuffled")]
-    colours = (plots.BLUE, plots.GREEN, plots.GREY) if len(series) == 3 else (plots.BLUE, plots.GREY)
+    colors = (plots.BLUE, plots.GREEN, plots.GREY) if len(series) == 3 else (plots.BLUE, plots.GREY)
     canvas, axes = plots.new_canvas(8.0, 3.6)
     width = 0.8 / len(series)
-    for place, rows in enumerate(table["variants"].values()):
+    for index, rows in enumerate(table["variants"].values()):
         for number, (name, condition) in enumerate(series):
             values = [row[condition][name] for row in rows if row[condition].get(name) is not None]
             if not values:
                 continue
-            x = place + (number - (len(series) - 1) / 2) * width
-            label = f"{name.replace('_', ' ')}, {condition} images" if place == 0 else None
-            axes.bar(x, statistics.mean(values), width * 0.92, color=colours[number], label=label)
+            x = index + (number - (len(series) - 1) / 2) * width
+            label = f"{name.replace('_', ' ')}, {condition} images" if index == 0 else None
+            axes.bar(x, statistics.mean(values), width * 0.92, color=colors[number], label=label)
             axes.scatter([x] * len(values), values, s=9, color="black", zorder=3)
-    chance = table["baseline"].get(figures[0])
+    chance = table["chance"]
     if chance is not None:
         axes.axhline(chance, color="black", linewidth=1, linestyle="--")
     axes.set_xticks(range(len(table["variants"])), list(table["variants"]))

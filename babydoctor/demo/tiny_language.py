@@ -1,11 +1,11 @@
-"""The tiny base: a CLIP tower, a tokenizer and a chat LLaMA, trained from scratch on the phantoms' train split.
+"""The tiny base models: a CLIP tower, a tokenizer and a chat LLaMA, trained from scratch on the training phantoms.
 
-It stands in for openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat where nothing can be downloaded. Saved
-as ordinary transformers directories (``clip/`` and ``llama/``), so to the rest of the code it is just another base.
+They replace openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat on machines without downloads. They are saved
+as ordinary transformers directories (``clip/`` and ``llama/``), so no other code treats them specially.
 
-The LLaMA learns language, never pictures: conversations in which a description in words stands where later the image
-stands, and plain sentences. So it knows the language and the form of the conversations; in its few hundred steps it
-does not become good at answering from a description. What is in an image it can only learn in the three stages.
+The LLaMA trains on text only: plain sentences, and conversations with a description in place of the image. It learns
+the vocabulary and the form of the conversations, but in a few hundred steps it does not learn to answer from a
+description. It learns to use images in the three stages only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from babydoctor.conversation import get_template, prompt_text, render
 from babydoctor.phantom import text
-from babydoctor.phantom.write import Case, load_cases
+from babydoctor.phantom.case import Case, load_cases
+from babydoctor.progress import loss_progress
 from babydoctor.schema import Turn, UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ WORD_START = "▁"
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """Sizes and optimisation of the language model."""
+    """Sizes and optimizer settings of the language model."""
 
     vocab_size: int = 1024
     hidden_size: int = 192
@@ -51,7 +52,7 @@ class LanguageSettings:
 
 
 def build_corpus(cases: Sequence[Case], count: int, seed: int) -> list[str]:
-    """Text that a chat model would have read: ``count`` pieces in seeded order, none of it beside an image."""
+    """Text-only training documents for a chat model: ``count`` documents in seeded order."""
     rng = np.random.default_rng([seed, 2])
     template = get_template(TEMPLATE)
     corpus: list[str] = []
@@ -76,12 +77,12 @@ def build_corpus(cases: Sequence[Case], count: int, seed: int) -> list[str]:
 
 
 def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer laid out like LLaMA-2's: ids 0-2 special, then 256 bytes, then pieces with ``▁``."""
+    """Train a BPE tokenizer with LLaMA-2's layout: three special tokens, 256 bytes, then pieces with ``▁``."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = np.random.default_rng(0)
-    # Every word that the three training sets use gets its piece, also the terms that only stage 3 speaks.
+    # Every word of the three training sets gets its own piece, including the terms that only stage 3 uses.
     words = [*corpus, text.REPORT_QUESTION]
     words += [text.report(case, rng) for case in cases[:500]]
     words += [question for wordings in text.QUESTIONS.values() for question in wordings]
@@ -92,7 +93,7 @@ def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: in
         [
             pre_tokenizers.Split(Regex("\n|</?s>"), "removed"),
             pre_tokenizers.Split(WORD_START, "merged_with_next"),
-            # Digits and marks are pieces of their own, so that "left." holds the piece "left".
+            # Digits and punctuation are separate pieces, so "left." contains the piece "left".
             pre_tokenizers.Split(Regex(r"[0-9.,:?!]"), "isolated"),
         ]
     )
@@ -129,11 +130,9 @@ def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: in
 def train_language_model(
     corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: LanguageSettings, seed: int
 ) -> LlamaForCausalLM:
-    """Train a LLaMA from scratch by plain language modelling on the corpus."""
+    """Train a LLaMA from scratch by language modeling on the corpus."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from babydoctor.demo.tiny_progress import steps
 
     torch.manual_seed(seed + 1)
     config = LlamaConfig(
@@ -151,7 +150,7 @@ def train_language_model(
     )
     model = LlamaForCausalLM(config)
     documents = sorted((tokenizer(piece)["input_ids"] for piece in corpus), key=len)
-    # Neighbours in length share a batch, so that little is padded; the batches come in random order.
+    # Documents of similar length share a batch to limit padding. The order of the batches is random.
     size = settings.batch_size
     groups = [documents[start : start + size] for start in range(0, len(documents), size)]
     rng = np.random.default_rng([seed, 3])
@@ -162,12 +161,12 @@ def train_language_model(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
-    for number, report in enumerate(steps("language model", settings.num_steps)):
+    for number, report in enumerate(loss_progress("language model", settings.num_steps)):
         group = groups[order[number]]
         longest = max(len(document) for document in group)
         input_ids = torch.zeros((len(group), longest), dtype=torch.long)
         labels = torch.full((len(group), longest), -100)
-        for row, document in enumerate(group):  # padded on the right: causal attention never looks there
+        for row, document in enumerate(group):  # right padding: causal attention never reaches it
             input_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
@@ -181,16 +180,16 @@ def train_language_model(
 
 @dataclass(frozen=True)
 class TinySettings:
-    """Everything about the tiny base."""
+    """Settings of the tiny base models."""
 
     seed: int = 0
     language: LanguageSettings = field(default_factory=LanguageSettings)
     tower: TowerSettings | None = None
-    """None: the tower's defaults."""
+    """None: the defaults."""
 
 
 def save_tower(tower: Tower, folder: Path) -> None:
-    """Write a tower with CLIP's preprocessor_config.json."""
+    """Save a tower with CLIP's preprocessor_config.json."""
     size = tower.model.config.image_size
     tower.model.save_pretrained(folder)
     processor = {
@@ -211,10 +210,10 @@ def save_tower(tower: Tower, folder: Path) -> None:
 
 
 def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = None) -> None:
-    """Make ``out/clip`` and ``out/llama`` from a phantom folder; what is there and whole is kept.
+    """Train ``out/clip`` and ``out/llama`` on a phantom folder. Existing ones are kept.
 
     Raises:
-        UserError: ``phantoms`` holds no phantoms.
+        UserError: ``phantoms`` has no training cases.
     """
     from babydoctor.demo.tiny_tower import TowerSettings, load_images, train_tower
     from babydoctor.files import atomic_directory
@@ -222,7 +221,7 @@ def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = No
     settings = settings or TinySettings()
     cases = load_cases(phantoms, "train")
     if not cases:
-        raise UserError(f"{phantoms / 'truth.jsonl'} holds no train case; make the phantoms anew")
+        raise UserError(f"{phantoms / 'truth.jsonl'} has no training case; run `babydoctor data phantom` again")
     if not (out / "clip").is_dir():
         tower = train_tower(
             cases, load_images(cases, phantoms / "images"), settings.tower or TowerSettings(), settings.seed

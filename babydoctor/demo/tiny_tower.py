@@ -1,6 +1,6 @@
-"""The tiny preset's vision tower: a small CLIP, trained from scratch against the phantoms' captions.
+"""The tiny preset's vision tower: a small CLIP, trained from scratch on the phantoms' captions.
 
-Shapes: ``B`` images, ``P`` patches, ``D`` vision width, ``E`` width of the shared space, ``C`` captions.
+Shapes: ``B`` images, ``P`` patches, ``D`` vision width, ``E`` width of the shared embedding space, ``C`` captions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
+from babydoctor.phantom.case import Case
 from babydoctor.phantom.text import caption
-from babydoctor.phantom.write import Case
+from babydoctor.progress import loss_progress
 
 PROJECTED_LAYER = -2
 """The hidden layer whose patches the projector reads, as in ``model.vision_layer``."""
@@ -24,7 +25,7 @@ PROJECTED_LAYER = -2
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """Sizes and optimisation of the tower."""
+    """Sizes and optimizer settings of the tower."""
 
     hidden_size: int = 96
     num_layers: int = 4
@@ -36,12 +37,12 @@ class TowerSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     max_shift: int = 3
-    """Images move by up to so many pixels in training: another patient never lies in the same place."""
+    """Training shifts images by up to this many pixels, because patients are never in exactly the same position."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A trained tower and the pixel statistics (of values in [0, 1]) that it expects."""
+    """A trained tower and its pixel statistics, for values in [0, 1]."""
 
     model: CLIPVisionModel
     mean: float
@@ -60,10 +61,10 @@ def load_images(cases: Sequence[Case], folder: Path) -> np.ndarray:
 
 
 def caption_pieces(case: Case) -> list[str | None]:
-    """A case's whole caption and four pieces of it, each a positive of its own; None where there is no such piece.
+    """A case's whole caption and four pieces of it: modality, finding, side, level. None if a piece does not apply.
 
-    Captions on the web tell now this, now that of an image. Pieces are compared with pieces of the same kind, so
-    that the easiest difference (the modality) does not drown the others.
+    Each piece is a positive of its own, because captions on the web describe different aspects of an image. Pieces are
+    contrasted with pieces of the same kind only, so the easiest one (the modality) does not dominate.
     """
     whole = caption(case)
     scan, rest = whole.split(" with ", 1)
@@ -75,7 +76,7 @@ def caption_pieces(case: Case) -> list[str | None]:
 
 
 class _Captions:
-    """All pieces as padded word ids for CLIP's text half, and which piece each case has of each kind."""
+    """All pieces as padded word ids for CLIP's text encoder, and the index of each case's piece of each kind."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         pieces = [caption_pieces(case) for case in cases]
@@ -84,7 +85,7 @@ class _Captions:
         self.piece_of = torch.tensor([[index[piece] for piece in row] for row in pieces])  # [N, kinds], -1: none
         words = sorted({word for text in texts for word in text.split()})
         self.end = len(words)
-        """The end-of-text id: the largest, where CLIP pools."""
+        """The end-of-text id. CLIP pools at the largest id."""
         number = {word: i for i, word in enumerate(words)}
         rows = [torch.tensor([number[word] for word in text.split()]) for text in texts]
         self.length = max(len(row) for row in rows) + 1
@@ -117,7 +118,7 @@ def _build_clip(settings: TowerSettings, image_size: int, captions: _Captions) -
         },
     )
     clip = CLIPModel(config)
-    # CLIP's initial scales suit thousands of steps; here the tower must see content and place from the first one on.
+    # CLIP's initial scales suit thousands of steps. Larger ones make content and position matter from the first step.
     embeddings = clip.vision_model.embeddings
     nn.init.normal_(embeddings.patch_embedding.weight, std=0.04)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
@@ -125,7 +126,7 @@ def _build_clip(settings: TowerSettings, image_size: int, captions: _Captions) -
 
 
 def _shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Move each image ``[B, S, S]`` by up to ``most`` pixels; the border is repeated."""
+    """Shift each image ``[B, S, S]`` by up to ``most`` pixels. The border is repeated."""
     size = images.shape[-1]
     padded = np.pad(images, ((0, 0), (most, most), (most, most)), mode="edge")
     corners = rng.integers(0, 2 * most + 1, (len(images), 2))
@@ -135,10 +136,12 @@ def _shifted(images: np.ndarray, most: int, rng: np.random.Generator) -> np.ndar
 def _contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, pieces: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """InfoNCE in both directions for each kind of piece; equal captions are positives of one another.
+    """InfoNCE in both directions for each kind of piece. Equal captions are positives of each other.
 
     Args:
-        images: ``[B, E]``, texts: ``[C, E]``, both of length 1; pieces: ``[B, kinds]`` rows of ``texts``, -1: none.
+        images: ``[B, E]``, unit norm.
+        texts: ``[C, E]``, unit norm.
+        pieces: ``[B, kinds]``, rows of ``texts``; -1: none.
     """
     similarity = scale.exp() * images @ texts.T
     total = similarity.new_zeros(())
@@ -154,7 +157,7 @@ def _contrastive_loss(
 
 
 def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless batches of indices; each epoch in a new order."""
+    """Endless batches of indices, reshuffled each epoch."""
     while True:
         order = rng.permutation(count)
         for start in range(0, count - size + 1, size):
@@ -162,49 +165,46 @@ def _batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.nda
 
 
 def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettings, seed: int) -> Tower:
-    """Train a CLIP on images ``[N, S, S]`` (uint8) and the cases' captions; returns its vision half.
+    """Train a CLIP on images ``[N, S, S]`` (uint8) and the cases' captions. Returns its vision encoder.
 
-    Two embeddings of an image are trained. One is CLIP's (class token, projected) plus a linear reading of all
-    patches: with the class token alone, a tower from scratch takes minutes to find out that the place of a patch
-    matters, and the reading gives every patch a direct gradient. The other is a reading of one random patch of the
-    layer that LLaVA projects, so that patches learn to tell of the whole image, as those of a large CLIP do. Both
-    readings are thrown away afterwards with the text half.
+    Two embeddings of each image are trained. The first is CLIP's (projected class token) plus a linear readout of all
+    patches, which gives every patch a direct gradient: with the class token alone, training from scratch takes minutes
+    to use patch positions. The second is a readout of one random patch of the layer that LLaVA projects, so patches
+    learn to describe the whole image, as in a large CLIP. Both readouts are discarded with the text encoder.
     """
-    from babydoctor.demo.tiny_progress import steps
-
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     captions = _Captions(cases)
     clip = _build_clip(settings, images.shape[-1], captions)
     num_patches = (images.shape[-1] // settings.patch_size) ** 2
-    reading = nn.Linear(num_patches * settings.hidden_size, settings.embed_size)
-    patch_reading = nn.Sequential(
+    readout = nn.Linear(num_patches * settings.hidden_size, settings.embed_size)
+    patch_readout = nn.Sequential(
         nn.LayerNorm(settings.hidden_size), nn.Linear(settings.hidden_size, settings.embed_size)
     )
     mean, std = float(images.mean() / 255), float(images.std() / 255)
-    parameters = [*clip.parameters(), *reading.parameters(), *patch_reading.parameters()]
+    parameters = [*clip.parameters(), *readout.parameters(), *patch_readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.1
     )
     batches = _batches(len(images), min(settings.batch_size, len(images)), rng)
-    for report in steps("vision tower", settings.num_steps):
+    for report in loss_progress("vision tower", settings.num_steps):
         chosen = next(batches)
         pixels = _shifted(images[chosen], settings.max_shift, rng)
         pixel_values = ((torch.from_numpy(pixels) / 255 - mean) / std)[:, None].expand(-1, 3, -1, -1)
         output = clip.vision_model(pixel_values, output_hidden_states=True)
         patches = clip.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
-        image_embeds = clip.visual_projection(output.pooler_output) + reading(patches.flatten(1))
+        image_embeds = clip.visual_projection(output.pooler_output) + readout(patches.flatten(1))
         projected = output.hidden_states[PROJECTED_LAYER][:, 1:]
         one_patch = projected[torch.arange(len(chosen)), torch.randint(num_patches, (len(chosen),))]
         used, pieces = torch.unique(captions.piece_of[torch.from_numpy(chosen)], return_inverse=True)
-        missing = int(used[0] < 0)  # -1 comes first where it occurs
+        missing = int(used[0] < 0)  # -1 sorts first
         text_embeds = normalize(
             clip.text_projection(clip.text_model(captions.ids[used[missing:]]).pooler_output), dim=-1
         )
         loss = sum(
             _contrastive_loss(normalize(embeds, dim=-1), text_embeds, pieces - missing, clip.logit_scale)
-            for embeds in (image_embeds, patch_reading(one_patch))
+            for embeds in (image_embeds, patch_readout(one_patch))
         )
         assert isinstance(loss, torch.Tensor)
         optimizer.zero_grad()
@@ -217,6 +217,6 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
         report(loss.item())
     model = CLIPVisionModel(clip.vision_model.config)
     state = clip.vision_model.state_dict()
-    # Releases of transformers 5 differ in whether CLIPVisionModel nests the tower once more.
+    # Releases of transformers 5 differ in whether CLIPVisionModel wraps the tower in ``vision_model``.
     getattr(model, "vision_model", model).load_state_dict(state)
     return Tower(model.eval(), mean, std)

@@ -1,4 +1,4 @@
-"""Answers from a model: questions go through the engine in batches, predictions are written as they come."""
+"""Ask a model the questions of a task, and read and write the predictions."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.tokens import encode
-from babydoctor.engine.engine import Engine
-from babydoctor.engine.request import (
-    Delta,
-    EngineError,
-    GenerationHandle,
-    GenerationRequest,
-    ImageInput,
-    TokenLogprob,
-)
-from babydoctor.engine.settings import build_settings
-from babydoctor.eval.calibration import yes_no_confidence
-from babydoctor.eval.conditions import ConditionedImages, pixel_key
-from babydoctor.eval.metrics import parse_yes_no
+from babydoctor.engine.request import TokenLogprob
+from babydoctor.eval.conditions import ConditionedImages
+from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
-from babydoctor.schema import IMAGE_TOKEN, Example, Turn, UserError
+from babydoctor.inference import Inference, Query, user_turn
+from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from babydoctor.model.babydoctor import BabyDoctor
     from babydoctor.model.run_dir import Manifest
 
 _TOP_LOGPROBS = 10
-_MAX_NEW_TOKENS = {"caption": 160, "vqa": 48}
+MAX_NEW_TOKENS_CAPTION = 160
+MAX_NEW_TOKENS_VQA = 48
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """How answers are drawn; greedy by default. ``max_new_tokens`` 0 takes 160 for captions and 48 otherwise."""
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: longest answer; 0: 160 tokens for captions, 48 otherwise.
+        temperature: 0: greedy.
+        batch_size: questions answered at the same time.
+        template: conversation template; None: the run's.
+    """
 
     max_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 16
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One answer. ``confidence`` is that of a yes/no answer, or None; ``finish_reason`` is the engine's."""
+    """An answer to a question.
+
+    ``confidence`` is the confidence of a yes/no answer, or None. ``finish_reason`` is the engine's, or starts with
+    "error" if the question could not be asked; the answer is then empty.
+    """
 
     id: str
     answer: str
@@ -61,101 +64,62 @@ class Prediction:
     num_tokens: int = 0
 
 
-class Asker:
-    """A model, ready to be asked. Use as a context manager: it owns an engine.
+def build_inference(
+    model: BabyDoctor,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest,
+    questions: Sequence[Question],
+    config: GenerationConfig,
+    engine: Mapping[str, Any] | None = None,
+) -> Inference:
+    """Build the inference for these questions. The KV cache is as long as the longest question and answer need."""
+    return Inference.for_queries(
+        model,
+        tokenizer,
+        manifest,
+        (_query(question, None, config) for question in questions),
+        template=config.template,
+        batch_size=config.batch_size,
+        engine=engine,
+    )
 
-    The KV cache is as long as the longest of the questions needs, with its answer.
-    """
 
-    def __init__(
-        self,
-        model: BabyDoctor,
-        tokenizer: PreTrainedTokenizerBase,
-        manifest: Manifest,
-        questions: Sequence[Question],
-        config: GenerationConfig | None = None,
-        engine: Mapping[str, Any] | None = None,
-    ) -> None:
-        """``questions``: those that will be asked. ``engine``: settings of the engine that replace the defaults."""
-        self.config = config or GenerationConfig()
-        self.template = get_template(manifest.template)
-        self.image_settings = manifest.image
-        self._tokenizer = tokenizer
-        self._num_patches = model.num_patches
-        size = self.config.batch_size
-        longest = max(
-            (len(self._encode(question)) + self._max_new_tokens(question) for question in questions), default=1
-        )
-        context = min(longest, model.language_model.config.max_position_embeddings)
-        settings = build_settings(engine or {}, max_running=size, max_queue=4 * size, max_context=context)
-        self.engine = Engine(model, tokenizer, settings)
+def ask(
+    inference: Inference, questions: Sequence[Question], images: ConditionedImages, config: GenerationConfig
+) -> Iterator[Prediction]:
+    """Yield the predictions in the order of the questions. Images are loaded as the engine needs them."""
+    asked: deque[Question] = deque()
 
-    def __enter__(self) -> Asker:
-        self.engine.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.close()
-
-    def ask(self, questions: Sequence[Question], images: ConditionedImages) -> Iterator[Prediction]:
-        """Yield the answers in the order of the questions. A question that fails has an empty answer and says why."""
-        waiting: deque[tuple[Question, GenerationHandle | EngineError]] = deque()
-        # Twice the batch: the engine never waits for an image to be read.
+    def queries() -> Iterator[Query]:
         for question in questions:
-            waiting.append((question, self._submit(question, images)))
-            if len(waiting) >= 2 * self.config.batch_size:
-                yield self._collect(*waiting.popleft())
-        while waiting:
-            yield self._collect(*waiting.popleft())
+            asked.append(question)
+            yield _query(question, images.pixels(question), config)
 
-    def _encode(self, question: Question) -> Example:
-        text = question.prompt if question.image is None else f"{IMAGE_TOKEN}\n{question.prompt}"
-        return encode(render_prompt([Turn("user", text)], self.template), self._tokenizer, self._num_patches)
+    for answer in inference.answers(queries()):
+        question = asked.popleft()
+        confidence = answer_confidence(answer.text, answer.logprobs)
+        yield Prediction(question.id, answer.text, confidence, answer.finish_reason, answer.num_tokens)
 
-    def _max_new_tokens(self, question: Question) -> int:
-        return self.config.max_new_tokens or _MAX_NEW_TOKENS["caption" if question.kind == "caption" else "vqa"]
 
-    def _submit(self, question: Question, images: ConditionedImages) -> GenerationHandle | EngineError:
-        pixels = images.pixels(question)
-        prompt = self._encode(question)
-        room = self.engine.max_context - len(prompt)
-        try:
-            return self.engine.submit(
-                GenerationRequest(
-                    input_ids=prompt.input_ids,
-                    image_mask=prompt.image_mask,
-                    images=() if pixels is None else (ImageInput(pixel_key(pixels), pixels),),
-                    # A prompt without room for an answer is the engine's to refuse.
-                    max_new_tokens=max(1, min(self._max_new_tokens(question), room)),
-                    temperature=self.config.temperature,
-                    top_p=self.config.top_p,
-                    # By the question and not by its place: a resumed evaluation draws what it would have drawn.
-                    seed=self.config.seed + zlib.crc32(question.id.encode()),
-                    stop=(self.template.stop,),
-                    logprobs=_TOP_LOGPROBS if question.yes_no_reference else None,
-                    request_id=question.id,
-                )
-            )
-        except EngineError as error:
-            return error
-
-    def _collect(self, question: Question, handle: GenerationHandle | EngineError) -> Prediction:
-        if isinstance(handle, EngineError):
-            return Prediction(question.id, "", None, f"error: {handle}")
-        logprobs: list[TokenLogprob] = []
-        for event in handle:
-            if isinstance(event, Delta):
-                logprobs += event.logprobs
-        finished = handle.result()
-        answer = finished.text.strip()
-        confidence = answer_confidence(answer, logprobs)
-        return Prediction(question.id, answer, confidence, finished.finish_reason, finished.usage.completion_tokens)
+def _query(question: Question, pixels: np.ndarray | None, config: GenerationConfig) -> Query:
+    longest = MAX_NEW_TOKENS_CAPTION if question.kind == "caption" else MAX_NEW_TOKENS_VQA
+    return Query(
+        turns=[user_turn(question.prompt, has_image=question.image is not None)],
+        pixels=pixels,
+        max_new_tokens=config.max_new_tokens or longest,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        # Seeded by the question's id, not its position, so a resumed evaluation draws the same answers.
+        seed=config.seed + zlib.crc32(question.id.encode()),
+        logprobs=_TOP_LOGPROBS if question.yes_no_reference else None,
+        id=question.id,
+    )
 
 
 def answer_confidence(answer: str, logprobs: Sequence[TokenLogprob]) -> float | None:
-    """Confidence of a yes/no answer: p(given) / (p(yes) + p(no)) at the first token that is a word.
+    """Confidence of a yes/no answer: p(given) / (p(yes) + p(no)) at the first token that is not blank.
 
-    Where that token does not even begin the word, it is the probability of the whole answer.
+    If that token is not a prefix of "yes" or "no", the confidence is the probability of the whole answer.
     """
     if parse_yes_no(answer) is None or not logprobs:
         return None
@@ -167,10 +131,13 @@ def answer_confidence(answer: str, logprobs: Sequence[TokenLogprob]) -> float | 
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Read a predictions file, ours or somebody else's: JSONL or a JSON list of objects.
+    """Read a file of predictions, from this or another program: JSONL, or a JSON list of objects.
 
-    Keys: ``id`` (or ``question_id``, ``qid``) and ``answer`` (or ``text``, ``prediction``, ``pred``). The last line
-    may be cut off, as an interruption leaves it.
+    Keys: ``id`` (or ``question_id``, ``qid``) and ``answer`` (or ``text``, ``prediction``, ``pred``). An incomplete
+    last line, left by an interruption, is ignored.
+
+    Raises:
+        UserError: the file does not exist, is not valid JSON, or a prediction lacks a key.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such predictions file")
@@ -216,7 +183,11 @@ def _prediction(path: Path, number: int, row: Any) -> Prediction:
 
 
 def match_predictions(path: Path, questions: Sequence[Question]) -> list[Prediction]:
-    """The predictions of a file in the order of the questions; all questions must have one."""
+    """The predictions of a file, in the order of the questions.
+
+    Raises:
+        UserError: a question has no prediction.
+    """
     by_id = {prediction.id: prediction for prediction in read_predictions(path)}
     missing = [question.id for question in questions if question.id not in by_id]
     if missing:
@@ -228,7 +199,7 @@ def match_predictions(path: Path, questions: Sequence[Question]) -> list[Predict
 
 
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-    """Write each prediction as it comes, one JSON line, and hand it on."""
+    """Append each prediction to a JSONL file and pass it on."""
     with path.open("a", encoding="utf-8") as file:
         for prediction in predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
@@ -237,7 +208,7 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> Iterato
 
 
 def unanswered(path: Path, questions: Sequence[Question]) -> list[Question]:
-    """The questions that an interrupted evaluation has still to ask; a line cut off is removed from the file."""
+    """The questions that an interrupted evaluation has not asked yet. Removes an incomplete last line from the file."""
     if not path.is_file():
         return list(questions)
     done = read_predictions(path)

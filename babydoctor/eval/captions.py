@@ -1,10 +1,11 @@
-"""Scores of captions (one reference each). BLEU and ROUGE come from kept libraries, CIDEr-D is written out here.
+"""Scores of captions, with one reference each. BLEU and ROUGE come from libraries, CIDEr-D is implemented here.
 
-pycocoevalcap, where CIDEr usually comes from, was last released in 2020 and ships 100 MB of Java. On the same tokens
-our numbers are its numbers to rounding (``tests/test_captions.py`` compares where it is installed); the tokens are
-sacrebleu's 13a here and the Stanford tokeniser's there.
+pycocoevalcap, the usual implementation of CIDEr, was last released in 2020 and ships 100 MB of Java. On the same tokens
+the results agree up to rounding (``tests/test_captions.py`` compares them if it is installed). The tokenizers differ:
+sacrebleu's 13a here, Stanford's there.
 
-METEOR needs NLTK's WordNet data, BERTScore needs a language model: both are options that say what is missing.
+METEOR needs NLTK's WordNet data and BERTScore needs a language model. Both are optional, and the error says what is
+missing.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ def caption_figures(answers: Sequence[str], references: Sequence[str]) -> list[F
 
 
 def bleu_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figure]:
-    """Corpus BLEU-1..4 in [0, 1], lower case, 13a tokens, unsmoothed: sacrebleu's counts, summed by `Figure`.
+    """Corpus BLEU-1..4 in [0, 1]: lower case, 13a tokens, no smoothing. ``Figure`` sums sacrebleu's counts.
 
-    The columns are sacrebleu's statistics of one sentence: answer length, reference length, four counts of matches,
-    four counts of n-grams.
+    The columns are sacrebleu's statistics of one sentence: answer length, reference length, four counts of matching
+    n-grams, four counts of n-grams.
     """
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(lowercase=True, tokenize="13a", smooth_method="none", effective_order=False)
-    # The private call is the only one that gives the counts of one sentence, which a bootstrap needs.
+    # Only this private method returns counts per sentence, which the bootstrap needs.
     columns = np.array(bleu._extract_corpus_statistics(list(answers), [list(references)]), float)
     columns = columns.reshape(len(answers), 2 + 2 * MAX_ORDER)
 
@@ -61,7 +62,7 @@ def bleu_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figu
         totals = sums[..., 2 + MAX_ORDER : 2 + MAX_ORDER + order]
         precisions = ratio(hits, totals)
         with np.errstate(divide="ignore"):
-            # No n-gram at all counts as no match: the answers are too short for this order.
+            # Answers too short for this order have no n-gram, which counts as no match.
             logs = np.log(np.where(np.isnan(precisions), 0.0, precisions)).mean(axis=-1)
         brevity = np.minimum(0.0, 1.0 - ratio(sums[..., 1], sums[..., 0]))
         return np.where(sums[..., 0] == 0, 0.0, np.exp(logs + np.nan_to_num(brevity)))
@@ -75,8 +76,7 @@ def bleu_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figu
 def cider_scores(answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """CIDEr-D of each answer, on the scale of the published figures (times 10).
 
-    The document frequencies are those of the references given, so the score of one answer depends on all of them:
-    scores of different test sets do not compare.
+    Document frequencies come from the given references, so scores of different test sets are not comparable.
 
     Source: Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015.
     """
@@ -89,7 +89,7 @@ def cider_scores(answers: Sequence[str], references: Sequence[str]) -> list[floa
     log_documents = math.log(max(len(references), 1))
 
     def vectors(grams: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        """TF-IDF vectors of the four orders, their norms, and the length in bigrams (which CIDEr-D compares)."""
+        """TF-IDF vectors of the four orders, their norms, and the length in bigrams, which CIDEr-D compares."""
         by_order: list[dict[tuple[str, ...], float]] = [{} for _ in range(MAX_ORDER)]
         for gram, count in grams.items():
             idf = log_documents - math.log(max(1.0, document_frequency[gram]))
@@ -123,15 +123,16 @@ def _all_ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def optional_figure(name: str, answers: Sequence[str], references: Sequence[str]) -> Figure:
-    """A caption metric that needs data or weights from elsewhere: "meteor" or "bertscore".
+    """A caption metric that needs extra data or weights: "meteor" or "bertscore".
 
-    Raises UserError with what is missing and how to get it.
+    Raises:
+        UserError: the metric is unknown, or its data or weights are missing.
     """
     if name == "meteor":
         return mean_figure("meteor", _meteor_scores(answers, references))
     if name == "bertscore":
         return mean_figure("imageclef_bertscore", _bert_scores(answers, references))
-    raise UserError(f"--metric {name}: no such metric; the optional ones are {', '.join(OPTIONAL_METRICS)}")
+    raise UserError(f"--metric {name}: no such metric; optional metrics are {', '.join(OPTIONAL_METRICS)}")
 
 
 def _meteor_scores(answers: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -150,7 +151,7 @@ def _meteor_scores(answers: Sequence[str], references: Sequence[str]) -> list[fl
 
 
 def _bert_scores(answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """BERTScore F with idf of the references on ImageCLEF's preprocessed texts."""
+    """BERTScore F with idf weights from the references, on ImageCLEF's preprocessed texts."""
     try:
         from bert_score import BERTScorer
     except ImportError as error:

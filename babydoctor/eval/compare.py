@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions, side by side: ``babydoctor eval compare A B``."""
+"""Comparison of two evaluations of the same questions: ``babydoctor eval compare A B``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from babydoctor.schema import UserError
 
 
 def load_questions(folder: Path) -> list[Question]:
-    """The questions of a finished evaluation, without their images."""
+    """The questions of a finished evaluation, without images."""
     path = folder / "questions.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {folder} is no folder that `babydoctor eval ... --out` wrote")
+        raise UserError(f"{path}: no such file; give a folder that `babydoctor eval ... --out` wrote")
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return [
         Question(
@@ -38,17 +38,17 @@ def load_questions(folder: Path) -> list[Question]:
 def compare(a: Path, b: Path, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Compare two evaluation folders figure by figure.
 
-    Returns ``{"a", "b", "num_questions", "figures": {name: {"a", "b", "value", "low", "high", "p_value"}}}``, where
+    Returns ``{"a", "b", "num_questions", "figures": {name: {"a", "b", "value", "low", "high", "p_value"}}}``.
     ``value`` is B minus A.
 
     Raises:
-        UserError: the two asked different questions.
+        UserError: the evaluations have different questions.
     """
     fingerprints = [read_json(folder / "metrics.json")["data_fingerprint"] for folder in (a, b)]
     if fingerprints[0] != fingerprints[1]:
         raise UserError(
-            f"{a} and {b} asked different questions (data fingerprints {fingerprints[0][:12]} and "
-            f"{fingerprints[1][:12]}): evaluate both on the same data with the same prompt"
+            f"{a} and {b} have different questions (data fingerprints {fingerprints[0][:12]} and "
+            f"{fingerprints[1][:12]}); evaluate both on the same data with the same prompt"
         )
     questions = load_questions(a)
     answers = [

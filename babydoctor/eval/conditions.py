@@ -1,4 +1,7 @@
-"""Does it look? The same questions with the right image, another case's, a blank one, and noise."""
+"""Image conditions: the same questions with the right image, with another case's, with a blank image and with noise.
+
+A model that scores as well without the right image does not use it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ _KEPT_IMAGES = 64
 
 
 def check_conditions(names: Sequence[str]) -> tuple[str, ...]:
-    """The conditions in their order, "right" always among them. Raises UserError at an unknown name."""
+    """The conditions in canonical order, always including "right".
+
+    Raises:
+        UserError: a name is unknown.
+    """
     unknown = [name for name in names if name not in CONDITIONS]
     if unknown:
         raise UserError(f"--images-as {unknown[0]}: no such condition; there are {', '.join(CONDITIONS)}")
@@ -27,23 +34,27 @@ def check_conditions(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def shuffle_images(image_keys: Sequence[str], seed: int) -> dict[str, str]:
-    """Give every image another image: one random cycle through all of them (Sattolo), so that none keeps its own."""
+    """Map every image to another one: a random cycle through all images (Sattolo), so no image keeps its place.
+
+    Raises:
+        UserError: there are fewer than two images.
+    """
     keys = sorted(set(image_keys))
     if len(keys) < 2:
         raise UserError(f"images cannot be shuffled: the questions have {len(keys)} image; leave out 'shuffled'")
     order = list(keys)
     generator = np.random.default_rng(seed)
-    for place in range(len(order) - 1, 0, -1):
-        other = int(generator.integers(0, place))
-        order[place], order[other] = order[other], order[place]
+    for index in range(len(order) - 1, 0, -1):
+        other = int(generator.integers(0, index))
+        order[index], order[other] = order[other], order[index]
     return dict(zip(keys, order, strict=True))
 
 
 class ConditionedImages:
-    """The pixels that a question is asked with under one condition.
+    """The pixels for each question under one image condition.
 
-    Blank is the tower's mean colour (all zeros after normalisation). Noise is uniform, drawn anew for each image
-    from the seed and the image's name, so that a run repeats exactly.
+    Blank is the tower's mean color (zeros after normalization). Noise is uniform and seeded by the image's name, so a
+    run is reproducible.
     """
 
     def __init__(self, questions: Sequence[Question], condition: str, settings: ImageSettings, seed: int = 0) -> None:
@@ -64,18 +75,13 @@ class ConditionedImages:
             return np.zeros((3, size, size), np.float32)
         if self.condition == "noise":
             name = hashlib.sha256(f"{self.seed}:{question.image_key}".encode()).digest()
-            colours = np.random.default_rng(int.from_bytes(name[:8], "big")).random((3, size, size), np.float32)
+            colors = np.random.default_rng(int.from_bytes(name[:8], "big")).random((3, size, size), np.float32)
             mean = np.array(self.settings.mean, np.float32)[:, None, None]
             std = np.array(self.settings.std, np.float32)[:, None, None]
-            return (colours - mean) / std
+            return (colors - mean) / std
         return self._load(self._other.get(question.image_key, question.image_key))
 
     def _read(self, image_key: str) -> np.ndarray:
         source = self._source[image_key]
         assert isinstance(source, (Path, bytes)), type(source)
         return to_pixels(load_image(source), self.settings)
-
-
-def pixel_key(pixels: np.ndarray) -> str:
-    """Name pixels by their content, for the engine's cache."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The published test sets in the formats in which their authors give them out, read from local folders."""
+"""Readers of the published test sets, in their authors' formats, from local folders."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from babydoctor.config import TaskConfig
 from babydoctor.eval.tasks import (
     CAPTION_PROMPT,
     Question,
     Task,
-    TaskConfig,
     closed_or_open,
     load_llava_rows,
     normalize_group,
@@ -21,7 +21,7 @@ from babydoctor.eval.tasks import (
 from babydoctor.schema import UserError
 
 VQA_RAD_LEAKAGE = (
-    "VQA-RAD's official split is by question: 202 of its 203 test images are also in train. A score on it says "
+    "VQA-RAD's official split is by question: 202 of its 203 test images are also in train, so a score on it says "
     "little about new images."
 )
 _OPTIONAL_PART = re.compile(r"\(([^()]*)\)")
@@ -29,14 +29,14 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")
 
 
 def image_folder(config: TaskConfig, root: Path, *names: str) -> Path:
-    """The folder of the images: what the user gave, or the first of ``names`` that is there, or ``root``."""
-    if config.images:
-        return Path(config.images)
-    return next((root / name for name in names if (root / name).is_dir()), root)
+    """The image folder: the user's, or the first of ``names`` that exists, or ``root``."""
+    return (
+        Path(config.images) if config.images else next((root / name for name in names if (root / name).is_dir()), root)
+    )
 
 
 def _only_file(config: TaskConfig, *patterns: str) -> Path:
-    """The data file: ``data`` itself, or the one file in it that the first fitting pattern finds."""
+    """The data file: ``data`` itself, or the only file in it that matches the first matching pattern."""
     root = Path(config.data)
     if root.is_file():
         return root
@@ -45,7 +45,7 @@ def _only_file(config: TaskConfig, *patterns: str) -> Path:
     for pattern in patterns:
         found = sorted(root.glob(pattern))
         if len(found) > 1:
-            raise UserError(f"--data {root}: several files fit {pattern}; give one of them: {found[0]}, {found[1]}")
+            raise UserError(f"--data {root}: several files match {pattern}; give one of them: {found[0]}, {found[1]}")
         if found:
             return found[0]
     raise UserError(f"--data {root}: no file named like {' or '.join(patterns)} for --task {config.task}")
@@ -63,9 +63,9 @@ def _records(path: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def load_vqa_rad(config: TaskConfig) -> Task:
-    """VQA-RAD's official JSON, or rows that `babydoctor data vqa-rad` wrote from it.
+    """Read VQA-RAD's official JSON, or the rows that ``babydoctor data vqa-rad`` wrote from it.
 
-    Splits of the official file: "test" (``phrase_type`` begins with "test_"), "train" and "all".
+    Splits of the official file: "test" (``phrase_type`` starts with "test_"), "train" and "all".
 
     Source: Lau et al., Scientific Data 2018; https://osf.io/89kps.
     """
@@ -74,7 +74,7 @@ def load_vqa_rad(config: TaskConfig) -> Task:
     if rows and "conversations" in rows[0]:
         official_test = any(str(row.get("phrase_type", "")).startswith("test") for row in rows)
         notes = (VQA_RAD_LEAKAGE,) if official_test else ("Not the official test split.",)
-        return replace(load_llava_rows(replace(config, data=str(path))), name="vqa-rad", notes=notes)
+        return replace(load_llava_rows(config.model_copy(update={"data": str(path)})), name="vqa-rad", notes=notes)
     rows = _records(path, "image_name", "question", "answer", "answer_type", "phrase_type")
     images = image_folder(config, path.parent, "images", "VQA_RAD Image Folder")
     split = config.split or "test"
@@ -84,7 +84,7 @@ def load_vqa_rad(config: TaskConfig) -> Task:
     kept = [split == "all" or test == (split == "test") for test in is_test]
     if not any(kept):
         raise UserError(
-            f"{path}: none of its {len(rows)} rows belongs to split {split!r} (by phrase_type). "
+            f"{path}: none of its {len(rows)} rows belongs to split {split!r} (by phrase_type); "
             "`babydoctor data vqa-rad --hold-out-images 0.1` holds out a tenth of the images: give its held_out.json"
         )
     questions = tuple(vqa_rad_question(row, number, images) for number, row in enumerate(rows) if kept[number])
@@ -92,7 +92,7 @@ def load_vqa_rad(config: TaskConfig) -> Task:
 
 
 def vqa_rad_question(row: dict[str, Any], number: int, images: Path) -> Question:
-    """One object of VQA-RAD's file. Two answers are numbers and two ``answer_type`` end in a space."""
+    """One object of VQA-RAD's file. Two answers are numbers, and two ``answer_type`` values end in a space."""
     return Question(
         id=f"{row.get('qid', number)}-{number}",
         image=images / row["image_name"],
@@ -108,7 +108,7 @@ def vqa_rad_question(row: dict[str, Any], number: int, images: Path) -> Question
 
 
 def load_slake(config: TaskConfig) -> Task:
-    """SLAKE's ``test.json`` with ``imgs/``; English by default (``language`` "zh" or "all").
+    """Read SLAKE's ``test.json`` with ``imgs/``. ``language`` selects the questions: "en", "zh" or "all".
 
     Source: Liu et al., ISBI 2021; https://www.med-vqa.com/slake.
     """
@@ -136,16 +136,16 @@ def load_slake(config: TaskConfig) -> Task:
 
 
 def load_path_vqa(config: TaskConfig) -> Task:
-    """PathVQA as JSON: a list of ``{"image", "question", "answer"}``; images with or without ``.jpg``.
+    """Read PathVQA as JSON: a list of ``{"image", "question", "answer"}``. Image names may lack ``.jpg``.
 
-    The authors' own file is a pickle, which may run code when it is read: convert it, or take ``--data hub``.
+    The authors' own file is a pickle, which can run code when it is loaded, and is refused.
 
     Source: He et al., ACL 2021; https://github.com/UCSD-AI4H/PathVQA.
     """
     root = Path(config.data)
     if root.suffix == ".pkl" or (any(root.glob("*_qa.pkl")) and not any(root.glob("*.json"))):
         raise UserError(
-            f"--data {root}: a pickle can run code and is not read. Convert it in a place you trust "
+            f"--data {root}: a pickle can run code and is not loaded. Convert it on a machine you trust "
             "(json.dump(pickle.load(...))), or use --data hub"
         )
     path = _only_file(config, f"*{config.split or 'test'}*.json", "*.json")
@@ -170,11 +170,11 @@ def load_path_vqa(config: TaskConfig) -> Task:
 
 
 def load_vqa_med(config: TaskConfig) -> Task:
-    """ImageCLEF VQA-Med's text files.
+    """Read ImageCLEF VQA-Med's text files.
 
-    - 2019 test: ``image|category|question|answer``, alternatives split by "#", text in parentheses optional.
+    - 2019 test: ``image|category|question|answer``, alternatives separated by "#", text in parentheses optional.
     - 2019 train and validation, 2020: ``image|question|answer``.
-    - 2020 and 2021 test: ``image|question`` and a second file ``image|answer|answer...`` (2020 splits by "#").
+    - 2020 and 2021 test: ``image|question`` and a second file ``image|answer|answer...`` (2020 uses "#").
 
     Source: https://github.com/abachaa/VQA-Med-2019 (and -2020, -2021).
     """
@@ -185,7 +185,7 @@ def load_vqa_med(config: TaskConfig) -> Task:
     if width == 2:
         reference_file = next(iter(sorted(path.parent.glob("*Reference*Answers*.txt"))), None)
         if reference_file is None:
-            raise UserError(f"{path}: holds questions only, and no *ReferenceAnswers*.txt lies beside it")
+            raise UserError(f"{path}: has questions only, and there is no *ReferenceAnswers*.txt next to it")
         answers = {fields[0]: fields[1:] for fields in _split_lines(reference_file)}
     images = image_folder(config, path.parent, *(folder.name for folder in sorted(path.parent.glob("*[Ii]mages*"))))
     questions = []
@@ -208,8 +208,7 @@ def load_vqa_med(config: TaskConfig) -> Task:
 
 
 def _split_lines(path: Path) -> list[list[str]]:
-    text = path.read_text(encoding="utf-8-sig")
-    return [line.split("|") for line in text.splitlines() if line.strip()]
+    return [line.split("|") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def _vqa_med_fields(
@@ -221,20 +220,20 @@ def _vqa_med_fields(
         return fields[0], "unknown", fields[1], [fields[2]]
     if len(fields) == 2 and fields[0] in answers:
         return fields[0], "abnormality", fields[1], answers[fields[0]]
-    raise UserError(f"{path}:{number + 1}: {len(fields)} fields split by '|', or no reference answer for {fields[0]!r}")
+    raise UserError(f"{path}:{number + 1}: {len(fields)} fields between '|', or no reference answer for {fields[0]!r}")
 
 
 def with_optional_parts(answer: str, optional: bool) -> list[str]:
-    """All readings of a reference: each text in parentheses is there or not. Not ``optional``: the text as it is."""
+    """All variants of a reference: with and without each text in parentheses, or only the text if not ``optional``."""
     parts = _OPTIONAL_PART.split(answer)
     if not optional or len(parts) == 1:
         return [answer]
-    readings = []
-    # split() puts what was in parentheses at the odd places.
+    variants = []
+    # split() puts the texts in parentheses at odd indices.
     for kept in itertools.product((True, False), repeat=len(parts) // 2):
-        words = (part for place, part in enumerate(parts) if place % 2 == 0 or kept[place // 2])
-        readings.append(" ".join(" ".join(words).split()))
-    return [reading for reading in readings if reading]
+        words = (part for index, part in enumerate(parts) if index % 2 == 0 or kept[index // 2])
+        variants.append(" ".join(" ".join(words).split()))
+    return [variant for variant in variants if variant]
 
 
 def _with_suffix(images: Path, name: str) -> Path:
@@ -243,10 +242,10 @@ def _with_suffix(images: Path, name: str) -> Path:
 
 
 def load_roco(config: TaskConfig) -> Task:
-    """ROCO captions: a folder with ``captions.txt``, ``licences.txt`` and ``images/``; rows without an image go.
+    """Read ROCO captions: a folder with ``captions.txt``, ``licences.txt`` and ``images/``.
 
-    With ``train`` folders of the same kind, the test rows whose article (PMC id) is not in train are also scored
-    apart, as the subset ``article_disjoint``.
+    Captions without an image are left out, and a note says how many. If ``train`` names folders of the same layout, the
+    test rows whose article (PMC id) is not in train are also scored on their own, as the subset ``article_disjoint``.
 
     Source: Pelka et al., LABELS 2018; https://github.com/razorx89/roco-dataset.
     """
@@ -254,10 +253,8 @@ def load_roco(config: TaskConfig) -> Task:
     images = image_folder(config, root, "images")
     captions = read_captions(root / "captions.txt")
     article = read_articles(root / "licences.txt")
-    train_articles: set[str] = set()
     folders = [Path(folder) for folder in config.train if (Path(folder) / "licences.txt").is_file()]
-    for folder in folders:
-        train_articles |= set(read_articles(folder / "licences.txt").values())
+    train_articles = {name for folder in folders for name in read_articles(folder / "licences.txt").values()}
     questions, num_without_image = [], 0
     for key, caption in captions.items():
         image = images / f"{key}.jpg"
@@ -269,19 +266,19 @@ def load_roco(config: TaskConfig) -> Task:
         questions.append(
             Question(key, image, key, CAPTION_PROMPT, (caption,), "caption", {}, subsets, article.get(key, ""))
         )
-    notes = ["Intervals are drawn by article: the images of one article are alike."]
+    notes = ["Intervals resample articles, because the images of an article are similar."]
     if num_without_image:
         notes.append(f"{num_without_image} captions have no image in {images} and are left out.")
     if folders:
         num_shared = sum(not question.subsets for question in questions)
-        notes.append(f"{num_shared} of {len(questions)} images share an article with train; the rest is scored apart.")
+        notes.append(f"{num_shared} of {len(questions)} images share an article with train; the rest is a subset.")
     else:
-        notes.append("Articles shared with train are not known: give train's folder with --train.")
+        notes.append("Articles shared with train are unknown; give the train folder with --train.")
     return Task("roco", tuple(questions), tuple(notes))
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """ROCO's ``captions.txt``: id, tab, caption."""
+    """Read ROCO's ``captions.txt``: id, tab, caption."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; --data for roco is a folder with captions.txt, licences.txt and images/"
@@ -296,7 +293,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def read_articles(path: Path) -> dict[str, str]:
-    """ROCO's ``licences.txt``: id to PMC id (``PMC2766744_cios-1-176-g005.jpg`` -> ``PMC2766744``)."""
+    """Read ROCO's ``licences.txt``: id to PMC id (``PMC2766744_cios-1-176-g005.jpg`` -> ``PMC2766744``)."""
     if not path.is_file():
         return {}
     rows = (line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:])

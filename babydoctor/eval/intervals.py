@@ -1,7 +1,7 @@
-"""How sure a figure is: bootstrap intervals and paired tests, both by image. Pure.
+"""Uncertainty of figures: bootstrap intervals and paired tests, both by image. Pure functions.
 
-Questions about one image are not independent: an image that the model misreads costs all its questions at once. So
-images are drawn, with all their questions, and not questions (a cluster bootstrap).
+Questions about the same image are not independent, because misreading it affects all of them. The bootstrap therefore
+resamples images with all their questions (a cluster bootstrap).
 
 Shapes: ``N`` questions, ``C`` clusters (images), ``R`` resamples, ``K`` columns of a figure.
 """
@@ -20,7 +20,7 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with its 95% bootstrap interval. ``low`` and ``high`` are NaN where fewer than two images count."""
+    """A figure with its 95% bootstrap interval. ``low`` and ``high`` are NaN with fewer than two images."""
 
     value: float
     low: float
@@ -29,13 +29,13 @@ class Interval:
     num_images: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The fields; NaN becomes None, because JSON has no NaN."""
+        """The fields, with None for NaN, because JSON has no NaN."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Figure of B minus figure of A on the same questions, its 95% interval, and the p-value of "no difference"."""
+    """Figure of B minus figure of A on the same questions, its 95% interval and the p-value of "no difference"."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ class Difference:
 
 
 def cluster_indices(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
-    """Number the clusters in the order in which they appear: indices ``[N]`` and their count ``C``."""
+    """Number the clusters in order of appearance. Returns indices ``[N]`` and the number of clusters ``C``."""
     numbers: dict[Hashable, int] = {}
     indices = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
     return indices, len(numbers)
@@ -63,7 +63,7 @@ def cluster_sums(columns: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarra
 
 
 def draw_weights(num_clusters: int, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each image is drawn in each resample: ``[R, C]``, every row sums to ``C``."""
+    """How often each image is drawn in each resample: ``[R, C]``. Every row sums to ``C``."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=num_resamples)
 
@@ -71,9 +71,9 @@ def draw_weights(num_clusters: int, num_resamples: int, seed: int) -> np.ndarray
 def bootstrap(
     figure: Figure, clusters: Sequence[Hashable], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The figure with its percentile bootstrap interval (95%) over images.
+    """The figure with its 95% percentile bootstrap interval over images.
 
-    Resamples in which the figure is undefined (no question of its kind was drawn) are left out.
+    Resamples for which the figure is undefined, because no question of its kind was drawn, are left out.
     """
     sums = cluster_sums(figure.columns, clusters)
     counted = figure.columns.any(axis=1)
@@ -81,7 +81,7 @@ def bootstrap(
     num_images = int(counted_images.sum())
     low = high = float("nan")
     if num_images >= 2:
-        # Images without a question of this kind add nothing to any sum: leaving them out changes only the draw.
+        # Images without a question of this kind add nothing to the sums. Leaving them out changes only the draw.
         weights = draw_weights(num_images, num_resamples, seed)
         low, high = _percentiles(figure.combine(weights @ sums[counted_images]))
     return Interval(figure.value, low, high, int(counted.sum()), num_images)
@@ -92,8 +92,8 @@ def paired_difference(
 ) -> Difference:
     """Compare two sets of answers to the same questions, in the same order.
 
-    The interval is a paired bootstrap over images. The p-value is two-sided, of a permutation test that swaps A and B
-    image by image; with ``R`` permutations it is at least ``1 / (R + 1)``.
+    The interval is a paired bootstrap over images. The p-value is that of a two-sided permutation test that swaps A and
+    B image by image; with ``R`` permutations it is at least ``1 / (R + 1)``.
     """
     assert a.columns.shape == b.columns.shape, (a.columns.shape, b.columns.shape)
     sums_a, sums_b = cluster_sums(a.columns, clusters), cluster_sums(b.columns, clusters)

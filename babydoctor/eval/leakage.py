@@ -1,4 +1,4 @@
-"""What of a test set the model may have seen in training."""
+"""Leakage: test images and questions that are also in the training data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from babydoctor.eval.tasks import Question
 def find_leakage(questions: Sequence[Question], train: Sequence[str], images: str | None = None) -> dict[str, Any]:
     """Compare the test images with the images of training rows.
 
-    Two images are the same where their file names are the same or, where ``images`` (the folder of the training
-    images) is given, where their bytes are: a renamed copy is found, a re-encoded one is not.
+    Two images are the same if their file names are equal. If ``images`` (the folder of the training images) is given,
+    images with equal bytes are the same too: a renamed copy is found, a re-encoded one is not.
 
-    Returns counts and ready-made sentences; ``checked`` is False where ``train`` is empty.
+    Returns counts and notes for the report. ``checked`` is False if ``train`` is empty.
     """
     test_names = {Path(question.image_key).name for question in questions if question.image is not None}
     report: dict[str, Any] = {"checked": bool(train), "num_test_images": len(test_names), "notes": []}
     if not train:
-        report["notes"].append("Images shared with train are not known: give the training rows with --train.")
+        report["notes"].append("Images shared with train are unknown; give the training rows with --train.")
         return report
     train_names: dict[str, str] = {}
     train_pairs: set[tuple[str, str]] = set()
@@ -46,7 +46,7 @@ def find_leakage(questions: Sequence[Question], train: Sequence[str], images: st
     }
     report["notes"].append(f"{len(seen)} of {len(test_names)} test images are also in train.")
     if asked:
-        report["notes"].append(f"{asked} of {len(questions)} questions stand in train with the same image.")
+        report["notes"].append(f"{asked} of {len(questions)} questions are in train with the same image.")
     return report
 
 
@@ -60,7 +60,7 @@ def _questions_of(row: dict[str, Any]) -> list[str]:
 
 
 def _same_bytes(questions: Sequence[Question], train_images: Sequence[Path]) -> set[str]:
-    """Keys of test images whose bytes are those of a training image. Only files of equal size are read."""
+    """Keys of test images with the same bytes as a training image. Only files of equal size are read."""
     test: dict[int, dict[str, str]] = {}
     for question in questions:
         if question.image is None:
@@ -78,7 +78,7 @@ def _same_bytes(questions: Sequence[Question], train_images: Sequence[Path]) -> 
 
 
 def read_train_sources(run: Path) -> tuple[list[str], str | None]:
-    """The training rows and image folder that a run's ``config.yaml`` names, as far as they are on this machine."""
+    """The training rows and the image folder in a run's ``config.yaml``, if they exist on this machine."""
     import yaml
 
     path = run / "config.yaml"

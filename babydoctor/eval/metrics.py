@@ -1,7 +1,7 @@
-"""Scores of answers against references. Pure: text and numbers in, numbers out.
+"""Scores of answers against references, and calibration of confidences. Pure functions of text and numbers.
 
-Every figure is a function of sums over questions (`Figure`), so that an interval or a test needs the scores only
-once: resampling the questions means weighing the sums anew (see ``intervals.py``).
+Every figure is a function of sums over questions (``Figure``). Questions are scored once, and the bootstrap only
+reweights the sums (see ``intervals.py``).
 
 Shapes: ``N`` questions, ``K`` columns that are summed.
 """
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 YES, NO = "yes", "no"
+
+NUM_BINS = 10
+"""Bins of the calibration figures."""
 
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(_NUMBERS.split())} | {"none": "0"}
@@ -35,10 +38,10 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def normalize(text: str) -> str:
-    """Normalise an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
+    """Normalize an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
 
-    Lower case; punctuation goes (or becomes a space where it joins two words); number words up to ten become digits;
-    articles go; contractions get their apostrophe.
+    Converts to lower case, removes punctuation (or replaces it by a space between two words), converts number words up
+    to ten to digits, removes articles, and adds missing apostrophes to contractions.
 
     Source: Antol et al., "VQA: Visual Question Answering", ICCV 2015, and its evaluation code.
     """
@@ -46,7 +49,7 @@ def normalize(text: str) -> str:
     drop_all = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
-        # A mark that touches a space anywhere is deleted everywhere: the published rule, not ours.
+        # The published rule: a mark next to a space anywhere is deleted everywhere.
         at_word_edge = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if at_word_edge or drop_all else " ")
     result = _FULL_STOP.sub("", result)
@@ -55,9 +58,9 @@ def normalize(text: str) -> str:
 
 
 def parse_yes_no(answer: str) -> str | None:
-    """Read an answer as "yes" or "no"; None where it is neither, or both ("yes no").
+    """Parse an answer as "yes" or "no". None if it is neither, or both ("yes no").
 
-    Only the first word decides ("Yes, there is a fracture."), and the other word must not follow.
+    The first word decides ("Yes, there is a fracture."), and the other word must not follow.
     """
     words = normalize(answer).split()
     if not words or words[0] not in (YES, NO):
@@ -66,14 +69,14 @@ def parse_yes_no(answer: str) -> str | None:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1.0 where the normalised answer equals one of the normalised references."""
+    """1.0 if the normalized answer equals one of the normalized references, else 0.0."""
     return float(normalize(answer) in {normalize(reference) for reference in references})
 
 
 def token_overlap(answer: str, reference: str) -> tuple[float, float, float]:
-    """Precision, recall and F1 of the normalised words, each word counted as often as it stands in both texts.
+    """Precision, recall and F1 of the normalized words. A repeated word matches as often as it is in both texts.
 
-    Source: the SQuAD evaluation (Rajpurkar et al., 2016) with VQA's normalisation.
+    Source: the SQuAD evaluation (Rajpurkar et al., 2016) with VQA's normalization.
     """
     answer_words, reference_words = normalize(answer).split(), normalize(reference).split()
     if not answer_words or not reference_words:
@@ -92,7 +95,7 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def token_recall(answer: str, references: Sequence[str]) -> float:
-    """Best token recall over the references. A long answer can buy recall with words: read it beside F1."""
+    """Best token recall over the references. Long answers score high; compare with F1."""
     return max(token_overlap(answer, reference)[1] for reference in references)
 
 
@@ -100,8 +103,8 @@ def token_recall(answer: str, references: Sequence[str]) -> float:
 class Figure:
     """A score over questions: ``value = combine(columns.sum(axis=0))``.
 
-    ``columns`` is ``[N, K]``. ``combine`` takes sums of shape ``[..., K]`` and gives ``[...]``; it must give NaN,
-    not raise, where the sums leave the figure undefined (a resample without any question of that kind).
+    ``columns`` is ``[N, K]``. ``combine`` maps sums of shape ``[..., K]`` to ``[...]``. It returns NaN, and does not
+    raise, if the figure is undefined for the sums, as in a resample without any question of its kind.
     """
 
     name: str
@@ -114,22 +117,22 @@ class Figure:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide; NaN where the denominator is 0. Shapes ``[...]``."""
+    """Elementwise division; NaN where the denominator is 0. Shapes ``[...]``."""
     numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
     return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator != 0)
 
 
 def mean_figure(name: str, scores: Sequence[float | None]) -> Figure:
-    """The mean of the scores; None marks a question that the figure does not count."""
+    """The mean of the scores. None marks a question that does not count."""
     columns = np.array([(0.0, 0.0) if score is None else (score, 1.0) for score in scores], float).reshape(-1, 2)
     return Figure(name, columns, lambda sums: ratio(sums[..., 0], sums[..., 1]))
 
 
 def yes_no_figures(answers: Sequence[str], references: Sequence[str]) -> list[Figure]:
-    """Figures over yes/no questions; ``references`` are "yes" or "no", other questions are given as "".
+    """Figures over yes/no questions. ``references`` are "yes" or "no", or "" for other questions.
 
-    - ``yes_no_accuracy``: the parsed answer equals the reference; an unparseable one is wrong.
-    - ``yes_no_balanced_accuracy``: mean of the recalls of "yes" and of "no"; 0.5 is what any constant answer gets.
+    - ``yes_no_accuracy``: the parsed answer equals the reference. An unparseable answer is wrong.
+    - ``yes_no_balanced_accuracy``: mean recall of "yes" and "no". Any constant answer scores 0.5.
     - ``yes_f1``, ``no_f1``, ``yes_no_f1`` (their mean).
     - ``unparseable_rate``: share of answers that are neither yes nor no, or both.
     """
@@ -165,13 +168,13 @@ def yes_no_figures(answers: Sequence[str], references: Sequence[str]) -> list[Fi
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """The most frequent normalised answer; of equals, the first in the alphabet."""
+    """The most frequent normalized answer. Ties go to the alphabetically first."""
     counts = Counter(normalize(answer) for answer in answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def repetition(answers: Sequence[str], num_shown: int = 10) -> dict[str, object]:
-    """Does it repeat itself? Share of distinct normalised answers, and the most repeated ones with their share."""
+    """Repetition: the share of distinct normalized answers, and the most frequent ones with their share."""
     counts = Counter(normalize(answer) for answer in answers)
     total = max(len(answers), 1)
     return {
@@ -184,3 +187,81 @@ def repetition(answers: Sequence[str], num_shown: int = 10) -> dict[str, object]
             for answer, count in counts.most_common(num_shown)
         ],
     }
+
+
+def reliability_bins(
+    confidences: Sequence[float], correct: Sequence[float], num_bins: int = NUM_BINS
+) -> list[dict[str, float | int]]:
+    """Equal-width bins of confidence: bounds, count, mean confidence and accuracy. Empty bins are left out.
+
+    ``confidences`` are in [0, 1], ``correct`` is 0.0 or 1.0; both ``[N]``. A confidence on a bound belongs to the lower
+    bin, and 0 to the first bin.
+    """
+    confidence_array, correct_array = np.asarray(confidences, float), np.asarray(correct, float)
+    assert confidence_array.shape == correct_array.shape, (confidence_array.shape, correct_array.shape)
+    assert ((confidence_array >= 0) & (confidence_array <= 1)).all(), confidence_array
+    index = np.clip(np.ceil(confidence_array * num_bins).astype(int) - 1, 0, num_bins - 1)
+    bins: list[dict[str, float | int]] = []
+    for number in range(num_bins):
+        inside = index == number
+        if inside.any():
+            bins.append(
+                {
+                    "low": number / num_bins,
+                    "high": (number + 1) / num_bins,
+                    "count": int(inside.sum()),
+                    "confidence": float(confidence_array[inside].mean()),
+                    "accuracy": float(correct_array[inside].mean()),
+                }
+            )
+    return bins
+
+
+def expected_calibration_error(
+    confidences: Sequence[float], correct: Sequence[float], num_bins: int = NUM_BINS
+) -> float:
+    """Mean distance between confidence and accuracy over the bins, weighted by count. NaN without answers.
+
+    Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017.
+    """
+    bins = reliability_bins(confidences, correct, num_bins)
+    total = sum(int(entry["count"]) for entry in bins)
+    if total == 0:
+        return float("nan")
+    return sum(entry["count"] * abs(entry["confidence"] - entry["accuracy"]) for entry in bins) / total
+
+
+def abstention_curve(confidences: Sequence[float], correct: Sequence[float]) -> list[dict[str, float | int]]:
+    """Accuracy of the remaining answers when the least confident k% are withheld, for k = 0, 5, ... 95.
+
+    Ties keep the order of the questions. At least one answer always remains.
+    """
+    correct_array = np.asarray(correct, float)
+    if len(correct_array) == 0:
+        return []
+    most_confident_first = np.argsort(-np.asarray(confidences, float), kind="stable")
+    accuracy = np.cumsum(correct_array[most_confident_first]) / np.arange(1, len(correct_array) + 1)
+    curve: list[dict[str, float | int]] = []
+    for percent in range(0, 100, 5):
+        num_left = max(1, round(len(correct_array) * (100 - percent) / 100))
+        curve.append({"abstain": percent / 100, "num_left": num_left, "accuracy": float(accuracy[num_left - 1])})
+    return curve
+
+
+def yes_no_confidence(first_token_probabilities: Mapping[str, float], answer: str) -> float | None:
+    """Confidence of a yes/no answer from the probabilities of the alternatives for its first token.
+
+    The confidence is p(given) / (p(yes) + p(no)), summed over tokens in any case and with or without a leading space.
+    A prefix of a word ("Y") counts as the word, because a small vocabulary may not have the whole word. None if the
+    answer is neither yes nor no, or none of the alternatives matches it.
+    """
+    mass = {YES: 0.0, NO: 0.0}
+    for token, probability in first_token_probabilities.items():
+        piece = normalize(token)
+        for word in mass:
+            if piece and word.startswith(piece):
+                mass[word] += probability
+    given = normalize(answer).split()[:1]
+    if not given or mass.get(given[0], 0.0) == 0:
+        return None
+    return mass[given[0]] / (mass[YES] + mass[NO])

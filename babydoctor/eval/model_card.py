@@ -1,22 +1,21 @@
-"""Figures of an evaluation, written into the table of MODEL_CARD.md between markers."""
+"""Writes the figures of an evaluation into the table of MODEL_CARD.md."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from babydoctor.eval.report import headline_figures
-from babydoctor.schema import UserError
+from babydoctor.markers import read_section, write_section
 
-BEGIN, END = "<!-- eval figures: begin -->", "<!-- eval figures: end -->"
+SECTION = "eval figures"
 _HEAD = "| Task | Run | Figure | Value [95% interval] | Best constant answer | Shuffled images | Questions |"
 _RULE = "|---|---|---|---|---|---|---|"
 
 
 def table_rows(result: Mapping[str, Any]) -> list[str]:
-    """One row for each headline figure."""
+    """One row per headline figure."""
     right = result["conditions"]["right"]["figures"]
     shuffled = result["conditions"].get("shuffled", {}).get("figures", {})
     name = result["run"]["manifest"]["name"] if result["run"] else Path(str(result["predictions"])).name
@@ -35,20 +34,14 @@ def table_rows(result: Mapping[str, Any]) -> list[str]:
 
 
 def update_model_card(path: Path, result: Mapping[str, Any]) -> None:
-    """Put the rows of this task and run into the table between the markers; other rows stay.
+    """Replace the rows of this task and run in the table between the markers. Other rows stay.
 
     Raises:
-        UserError: the file or its markers are not there.
+        UserError: the file or its markers do not exist.
     """
-    if not path.is_file():
-        raise UserError(f"--update-model-card {path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    found = re.search(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", text, re.DOTALL)
-    if found is None:
-        raise UserError(f"--update-model-card {path}: the markers {BEGIN} and {END} are missing; put them in")
+    option = "--update-model-card"
     new = table_rows(result)
     own = tuple({"|".join(row.split("|")[:3]) for row in new})
-    kept = [line for line in found[1].splitlines() if line.startswith("|") and line not in (_HEAD, _RULE)]
-    kept = [line for line in kept if not line.startswith(own)]
-    table = "\n".join([BEGIN, _HEAD, _RULE, *kept, *new, END])
-    path.write_text(text[: found.start()] + table + text[found.end() :], encoding="utf-8")
+    lines = read_section(path, SECTION, option=option).splitlines()
+    kept = [line for line in lines if line.startswith("|") and line not in (_HEAD, _RULE) and not line.startswith(own)]
+    write_section(path, SECTION, "\n".join([_HEAD, _RULE, *kept, *new]), option=option)

@@ -1,4 +1,4 @@
-"""The pictures of a report, as inline SVG or PNG. matplotlib is loaded when the first one is drawn."""
+"""Plots, as inline SVG or files. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 BLUE, ORANGE, GREY, RED, GREEN = "#2463a8", "#d9822b", "#8a939c", "#b83232", "#2e7d4f"
-CONDITION_COLOURS = {"right": BLUE, "shuffled": ORANGE, "blank": GREY, "noise": RED}
+CONDITION_COLORS = {"right": BLUE, "shuffled": ORANGE, "blank": GREY, "noise": RED}
 
 
-def new_canvas(width: float, height: float) -> tuple[Canvas, Any]:
-    """A canvas (inches) with one pair of axes in the report's plain style; no window system is touched."""
+def new_figure(width: float, height: float) -> Canvas:
+    """An empty figure (size in inches) that needs no display and no global state of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(width, height), layout="constrained")
+    canvas = Figure(figsize=(width, height))
     FigureCanvasAgg(canvas)
+    return canvas
+
+
+def new_canvas(width: float, height: float) -> tuple[Canvas, Any]:
+    """A figure (size in inches) with one set of axes in the report's plain style."""
+    canvas = new_figure(width, height)
+    canvas.set_layout_engine("constrained")
     axes = canvas.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=9)
@@ -29,7 +36,7 @@ def new_canvas(width: float, height: float) -> tuple[Canvas, Any]:
 
 
 def to_image_tag(canvas: Canvas, alt: str) -> str:
-    """The canvas as an ``<img>`` with its data inside."""
+    """The figure as an ``<img>`` with inline data."""
     import html
 
     buffer = io.BytesIO()
@@ -39,21 +46,21 @@ def to_image_tag(canvas: Canvas, alt: str) -> str:
 
 
 def save(canvas: Canvas, path: Path) -> None:
-    """Write the canvas to a file, in the format of its suffix."""
+    """Write the figure to a file. The suffix sets the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=150)
 
 
 def plot_groups(groups: Mapping[str, Mapping[str, Any]], figure: str, title: str, overall: float | None) -> Canvas:
-    """One bar for each value of a group, with its interval and count; a line marks all questions together."""
+    """One bar per value of a group, with interval and count. A line marks the figure over all questions."""
     names = [name for name in groups if groups[name].get(figure, {}).get("value") is not None]
     names.sort(key=lambda name: groups[name][figure]["num_questions"])
     canvas, axes = new_canvas(6.2, 0.9 + 0.32 * max(len(names), 1))
-    for place, name in enumerate(names):
+    for row, name in enumerate(names):
         entry = groups[name][figure]
-        axes.barh(place, entry["value"], color=BLUE, height=0.62)
+        axes.barh(row, entry["value"], color=BLUE, height=0.62)
         if entry["low"] is not None:
-            axes.plot([entry["low"], entry["high"]], [place, place], color="black", linewidth=1.2)
+            axes.plot([entry["low"], entry["high"]], [row, row], color="black", linewidth=1.2)
     axes.set_yticks(range(len(names)), [f"{name} (n={groups[name][figure]['num_questions']})" for name in names])
     if overall is not None:
         axes.axvline(overall, color=ORANGE, linewidth=1.2, linestyle="--")
@@ -67,13 +74,13 @@ def plot_conditions(conditions: Mapping[str, Any], figures: Sequence[str]) -> Ca
     canvas, axes = new_canvas(6.2, 3.0)
     width = 0.8 / max(len(conditions), 1)
     for number, (condition, scored) in enumerate(conditions.items()):
-        for place, figure in enumerate(figures):
+        for index, figure in enumerate(figures):
             entry = scored["figures"].get(figure)
             if entry is None or entry["value"] is None:
                 continue
-            x = place + (number - (len(conditions) - 1) / 2) * width
-            colour = CONDITION_COLOURS.get(condition, GREEN)
-            axes.bar(x, entry["value"], width * 0.92, color=colour, label=condition if place == 0 else None)
+            x = index + (number - (len(conditions) - 1) / 2) * width
+            color = CONDITION_COLORS.get(condition, GREEN)
+            axes.bar(x, entry["value"], width * 0.92, color=color, label=condition if index == 0 else None)
             if entry["low"] is not None:
                 axes.plot([x, x], [entry["low"], entry["high"]], color="black", linewidth=1.1)
     axes.set_xticks(range(len(figures)), [figure.replace("_", " ") for figure in figures])
@@ -83,7 +90,7 @@ def plot_conditions(conditions: Mapping[str, Any], figures: Sequence[str]) -> Ca
 
 
 def plot_calibration(calibration: Mapping[str, Any]) -> Canvas:
-    """Accuracy over confidence; on the diagonal, confidence means what it says. Dots grow with their counts."""
+    """Accuracy over confidence. A calibrated model lies on the diagonal. Dot size shows the number of answers."""
     canvas, axes = new_canvas(4.2, 3.4)
     bins = calibration["bins"]
     largest = max(entry["count"] for entry in bins)
@@ -98,7 +105,7 @@ def plot_calibration(calibration: Mapping[str, Any]) -> Canvas:
 
 
 def plot_abstention(calibration: Mapping[str, Any]) -> Canvas:
-    """Accuracy of what is left when the least sure abstain."""
+    """Accuracy of the remaining answers when the least confident ones are withheld."""
     canvas, axes = new_canvas(4.2, 3.4)
     curve = calibration["abstention"]
     axes.plot([e["abstain"] for e in curve], [e["accuracy"] for e in curve], color=BLUE, marker="o", markersize=3)

@@ -1,7 +1,7 @@
-"""Scores as others defined them, under their own names, so that our figures can stand beside their papers'.
+"""Scores by the definitions of published papers, under their own names, for comparison with those papers.
 
-They are kept with their faults and are never a headline of ours: a constant answer can score high under them, which
-``tests/test_metrics.py`` shows. Pure: text in, numbers out.
+They keep the flaws of the originals and are never a headline figure: constant answers can score high, as
+``tests/test_metrics.py`` shows. Pure functions of text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 from babydoctor.eval.metrics import NO, YES, normalize
 
-# Snowball's English stop words as NLTK carries them, without those that hold an apostrophe: punctuation is removed
-# before they are compared.
+# Snowball's English stop words from NLTK, without those with an apostrophe: punctuation is removed before comparing.
 _STOP_WORD_LIST = """
     i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
     its itself they them their theirs themselves what which who whom this that these those am is are was were be been
@@ -31,9 +30,9 @@ _NUMBER = re.compile(r"\d+")
 
 
 def llava_med_closed(answer: str, reference: str) -> float:
-    """LLaVA-Med's hit of a closed question: the reference is a substring of an answer that holds "yes" or "no".
+    """LLaVA-Med's hit for a closed question: the reference is a substring of an answer that contains "yes" or "no".
 
-    So "yes no" hits every yes/no question, and "the image appears normal" hits every "no" ("normal" contains "no").
+    "yes no" therefore hits every yes/no question, and "the image appears normal" hits every "no" ("normal").
 
     Source: microsoft/LLaVA-Med v1.0, ``llava/eval/run_eval.py``, as the paper's figures are computed.
     """
@@ -42,7 +41,7 @@ def llava_med_closed(answer: str, reference: str) -> float:
 
 
 def llava_med_pathvqa_closed(answer: str, reference: str) -> float | None:
-    """The same in LLaVA-Med's PathVQA script, which forgets to count a wrong yes/no answer: None, it is left out.
+    """The same in LLaVA-Med's PathVQA script, which leaves out wrong yes/no answers (None).
 
     Source: microsoft/LLaVA-Med v1.0, ``llava/eval/run_eval_pvqa.py``.
     """
@@ -53,9 +52,9 @@ def llava_med_pathvqa_closed(answer: str, reference: str) -> float | None:
 
 
 def llava_med_open_recall(answer: str, reference: str) -> float:
-    """LLaVA-Med's recall of an open question: hits are counted in the answer, misses in the reference.
+    """LLaVA-Med's recall for an open question: hits are counted in the answer, misses in the reference.
 
-    A word that the answer repeats therefore counts as often as it is repeated.
+    A word that the answer repeats counts each time.
 
     Source: microsoft/LLaVA-Med v1.0, ``llava/eval/eval_metrics/evaluate_metrics.py``, ``calculate_f1score``.
     """
@@ -67,19 +66,19 @@ def llava_med_open_recall(answer: str, reference: str) -> float:
 
 
 def vqa_med_accuracy(answer: str, references: Sequence[str]) -> float:
-    """ImageCLEF VQA-Med's accuracy: equal to one of the alternatives after VQA's normalisation.
+    """ImageCLEF VQA-Med's accuracy: equality with one of the alternatives after VQA's normalization.
 
-    Source: abachaa/VQA-Med-2020 and VQA-Med-2021, the evaluators there.
+    Source: evaluators of abachaa/VQA-Med-2020 and VQA-Med-2021.
     """
     return float(normalize(answer) in {normalize(reference) for reference in references})
 
 
 def vqa_med_bleu(answer: str, references: Sequence[str]) -> float:
-    """ImageCLEF VQA-Med's BLEU: best over the alternatives of a sentence BLEU on stemmed words without stop words.
+    """ImageCLEF VQA-Med's BLEU: best sentence BLEU over the alternatives, on stemmed words without stop words.
 
-    NLTK changed its unsmoothed sentence BLEU in version 3.3: since then an answer of fewer than four words scores
-    (nearly) 0 even where it is right. The published figures (BLEU above accuracy) are those of the older rule, which
-    leaves orders without a match out of the product; that rule is kept here.
+    NLTK 3.3 changed its unsmoothed sentence BLEU: since then an answer of fewer than four words scores nearly 0 even if
+    it is correct. The published figures (BLEU above accuracy) use the older rule, which leaves orders without a match
+    out of the product. This function does the same.
 
     Source: Ben Abacha et al., CLEF 2019-2021 working notes; abachaa/VQA-Med-2020, ``Evaluator-VQA-Med-2020.py``.
     """
@@ -96,7 +95,7 @@ def vqa_med_bleu(answer: str, references: Sequence[str]) -> float:
 
 
 def _sentence_bleu(answer: list[str], reference: list[str]) -> float:
-    """Sentence BLEU-4 that stops at the first order without a match, each order weighing a quarter (NLTK < 3.3)."""
+    """Sentence BLEU-4 that stops at the first order without a match; each order has weight 1/4 (NLTK < 3.3)."""
     if not answer or not reference:
         return float(answer == reference)
     log_precision = 0.0
@@ -117,7 +116,7 @@ def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
 
 
 def imageclef_text(caption: str) -> str:
-    """ImageCLEF caption's preprocessing: lower case, runs of digits become "number", punctuation goes.
+    """ImageCLEF caption's preprocessing: lower case, digit runs become "number", punctuation is removed.
 
     Source: the evaluation code of ImageCLEFmedical Caption 2023-2026.
     """
@@ -125,7 +124,7 @@ def imageclef_text(caption: str) -> str:
 
 
 def imageclef_rouge1(answer: str, reference: str) -> float:
-    """ImageCLEF caption's ROUGE-1 F without stemming, on the preprocessed texts; 1.0 where both are empty."""
+    """ImageCLEF caption's ROUGE-1 F without stemming, on the preprocessed texts. 1.0 if both are empty."""
     from rouge_score.rouge_scorer import RougeScorer
 
     if not answer and not reference:

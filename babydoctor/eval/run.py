@@ -1,4 +1,4 @@
-"""One evaluation from questions to figures: `evaluate_task` in memory, `evaluate` with files and a report."""
+"""An evaluation, from questions to figures: ``evaluate_task`` in memory, ``evaluate`` with files and a report."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.config import TaskConfig
 from babydoctor.eval.ask import (
-    Asker,
     GenerationConfig,
     Prediction,
     append_predictions,
+    ask,
+    build_inference,
     match_predictions,
     unanswered,
 )
 from babydoctor.eval.conditions import ConditionedImages, check_conditions
 from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.leakage import find_leakage, fingerprint_of, read_train_sources
-from babydoctor.eval.score import score_answers, score_baselines, score_confidence, score_gap
-from babydoctor.eval.tasks import Question, Task, TaskConfig, load_task
+from babydoctor.eval.load import load_task
+from babydoctor.eval.score import score_answers, score_baselines, score_chance, score_confidence, score_gap
+from babydoctor.eval.tasks import Question, Task
 from babydoctor.files import write_json, write_text
+from babydoctor.inference import Inference
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -35,12 +39,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 OnAnswer = Callable[[str, int, int], None]
-"""Called after each answer with the condition, the answers so far and their number at the end."""
+"""Called after each answer with the image condition, the number of answers so far and the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """How a task is asked and scored. ``images_as`` names the conditions of ``conditions.py``."""
+    """How a task is asked and scored. ``images_as`` names image conditions, see ``conditions.py``."""
 
     images_as: tuple[str, ...] = ("right", "shuffled", "blank", "noise")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -56,28 +60,25 @@ def evaluate_task(
     task: Task,
     config: EvalConfig,
 ) -> dict[str, Any]:
-    """Ask a model a task and score it, in memory: for training to call at intervals.
+    """Ask a model a task and score the answers, in memory. Training calls this at intervals.
 
-    Returns what `score_task` does. The model is used as it is, in evaluation mode, which is put back afterwards;
-    no second copy of its weights is made, and the KV cache is sized for the task's longest question.
+    Returns the result of ``score_task``. The weights are used in place, without a second copy, and the model's training
+    mode is restored.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with Asker(model, tokenizer, manifest, task.questions, config.generation, {"pack_weights": False}) as asker:
-            predictions = {
-                condition: list(asker.ask(task.questions, _images(task, condition, asker, config)))
-                for condition in _usable(task, config)
-            }
-    finally:
-        model.train(was_training)
+    options = {"pack_weights": False}
+    with build_inference(model, tokenizer, manifest, task.questions, config.generation, options) as inference:
+        predictions = {
+            name: list(ask(inference, task.questions, _images(task, name, inference, config), config.generation))
+            for name in _usable(task, config)
+        }
     return score_task(task, predictions, config)
 
 
 def score_task(task: Task, predictions: dict[str, list[Prediction]], config: EvalConfig) -> dict[str, Any]:
     """All figures of one task.
 
-    ``predictions`` holds, for each condition, one answer to each question in their order; "right" must be there.
+    Args:
+        predictions: for each image condition, one prediction per question, in order. "right" is required.
     """
     answers = {condition: [p.answer for p in given] for condition, given in predictions.items()}
     options: dict[str, Any] = {"num_resamples": config.num_resamples, "seed": config.seed}
@@ -93,6 +94,7 @@ def score_task(task: Task, predictions: dict[str, list[Prediction]], config: Eva
             if condition != "right"
         },
         "baselines": score_baselines(task),
+        "chance": score_chance(task.questions),
         "calibration": score_confidence(task.questions, right, [p.confidence for p in predictions["right"]]),
         "num_failed": {
             condition: sum(p.finish_reason.startswith("error") for p in given)
@@ -112,13 +114,13 @@ def evaluate(
     progress: OnAnswer | None = None,
     engine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Ask a run, or take a file of predictions, and write ``metrics.json`` and ``report.html`` to ``out``.
+    """Evaluate a run or a file of predictions. Writes ``metrics.json`` and ``report.html`` to ``out``.
 
-    Also written: ``questions.jsonl`` and ``predictions-CONDITION.jsonl`` (as they come, so that an interrupted
-    evaluation continues). Returns what ``metrics.json`` holds.
+    Also writes ``questions.jsonl`` and, answer by answer, ``predictions-CONDITION.jsonl``, from which an interrupted
+    evaluation continues. Returns the content of ``metrics.json``.
 
     Args:
-        engine: settings of the engine that replace the defaults; they change speed and memory, not what is asked.
+        engine: engine settings that replace the defaults. They change speed and memory only.
 
     Raises:
         UserError: neither or both of ``run`` and ``predictions`` are given, data are missing, or ``out`` holds
@@ -160,7 +162,7 @@ def describe(
     predictions: Path | None,
     origin: dict[str, Any],
 ) -> dict[str, Any]:
-    """What was evaluated: task, settings, lineage of the run, fingerprints, versions, command."""
+    """What was evaluated: task, settings, manifest of the run, fingerprints, versions and command."""
     from babydoctor.model.run_dir import describe_software, read_manifest
 
     manifest = read_manifest(run).model_dump(mode="json") if run is not None else None
@@ -171,7 +173,7 @@ def describe(
         "num_questions": len(task.questions),
         "num_images": len({question.image_key for question in task.questions}),
         "data_fingerprint": task.fingerprint,
-        "task_config": asdict(task_config),
+        "task_config": task_config.model_dump(mode="json"),
         "eval_config": asdict(config),
         "run": None if run is None else {"path": str(run), "manifest": manifest},
         "predictions": None if predictions is None else str(predictions),
@@ -190,13 +192,12 @@ def _claim(
     run: Path | None,
     predictions: Path | None,
 ) -> dict[str, Any]:
-    """Mark ``out`` as this evaluation's; refuse where it holds answers of another one."""
-
+    """Record in ``out`` which evaluation it holds. Refuse a folder with the answers of another one."""
     manifest = run / "manifest.json" if run is not None else None
     origin = {
         "task": task.name,
         "data_fingerprint": task.fingerprint,
-        "generation": asdict(config.generation),
+        "generation": _generation_values(config.generation),
         "seed": config.seed,
         "run": json.loads(manifest.read_text()) if manifest is not None and manifest.is_file() else None,
         "predictions": predictions is not None,
@@ -206,13 +207,19 @@ def _claim(
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in origin if before.get(key) != origin[key]]
         if changed:
-            raise UserError(
-                f"--out {out}: holds another evaluation (other {', '.join(changed)}); give another folder or delete it"
-            )
+            raise UserError(f"--out {out}: holds another evaluation (other {', '.join(changed)}); use another folder")
     write_json(path, origin)
     lines = (json.dumps(_question_row(question), ensure_ascii=False) + "\n" for question in task.questions)
     write_text(out / "questions.jsonl", "".join(lines))
     return origin
+
+
+def _generation_values(generation: GenerationConfig) -> dict[str, Any]:
+    """The settings that identify an evaluation. An unset template is left out: older evaluations do not record it."""
+    values = asdict(generation)
+    if generation.template is None:
+        del values["template"]
+    return values
 
 
 def _question_row(question: Question) -> dict[str, Any]:
@@ -238,10 +245,12 @@ def _ask_run(
     if any(left.values()):
         loaded = _load(run, device)
         questions = [question for condition in conditions for question in left[condition]]
-        with Asker(loaded.model, loaded.tokenizer, loaded.manifest, questions, config.generation, engine) as asker:
+        parts = (loaded.model, loaded.tokenizer, loaded.manifest)
+        with build_inference(*parts, questions, config.generation, engine) as inference:
             for condition in conditions:
-                images = _images(task, condition, asker, config)
-                answered = append_predictions(files[condition], asker.ask(left[condition], images))
+                images = _images(task, condition, inference, config)
+                predictions = ask(inference, left[condition], images, config.generation)
+                answered = append_predictions(files[condition], predictions)
                 for number, _ in enumerate(answered, start=len(task.questions) - len(left[condition]) + 1):
                     if progress is not None:
                         progress(condition, number, len(task.questions))
@@ -257,7 +266,7 @@ def _load(run: Path, device: str | None) -> Run:
 
 
 def _usable(task: Task, config: EvalConfig) -> tuple[str, ...]:
-    """The conditions that make sense: without two images there is nothing to shuffle, without any nothing to blank."""
+    """The conditions that apply. Shuffling needs two images, blank and noise need one."""
     conditions: Sequence[str] = check_conditions(config.images_as)
     images = {question.image_key for question in task.questions if question.image is not None}
     if not images:
@@ -265,14 +274,14 @@ def _usable(task: Task, config: EvalConfig) -> tuple[str, ...]:
     return tuple(name for name in conditions if name != "shuffled" or len(images) > 1)
 
 
-def _images(task: Task, condition: str, asker: Asker, config: EvalConfig) -> ConditionedImages:
-    return ConditionedImages(task.questions, condition, asker.image_settings, config.seed)
+def _images(task: Task, condition: str, inference: Inference, config: EvalConfig) -> ConditionedImages:
+    return ConditionedImages(task.questions, condition, inference.image_settings, config.seed)
 
 
 def _leakage(task: Task, task_config: TaskConfig, run: Path | None) -> dict[str, Any]:
-    """Leakage against the rows that were named, or else those of the run's own configuration."""
+    """Leakage from the training rows that the user named, or from those in the run's configuration."""
     if task.name == "roco":
-        return {"checked": bool(task_config.train), "notes": []}  # the task's notes tell it, by article
+        return {"checked": bool(task_config.train), "notes": []}  # the task's notes report it, by article
     train, images = list(task_config.train), None
     if not train and run is not None:
         train, images = read_train_sources(run)
@@ -280,7 +289,7 @@ def _leakage(task: Task, task_config: TaskConfig, run: Path | None) -> dict[str,
 
 
 def _finite(value: Any) -> Any:
-    """NaN becomes None all the way down: JSON has none."""
+    """Replace NaN by None at all levels, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,18 +1,23 @@
-"""Questions and answers in, every figure of a report out."""
+"""Figures of an evaluation: questions and answers in, the content of ``metrics.json`` out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from babydoctor.eval import calibration, captions, published
-from babydoctor.eval.baselines import baseline_answers
+from babydoctor.eval import captions, published
 from babydoctor.eval.intervals import NUM_RESAMPLES, bootstrap, paired_difference
 from babydoctor.eval.metrics import (
     Figure,
+    abstention_curve,
     exact_match,
+    expected_calibration_error,
     mean_figure,
+    most_frequent,
     parse_yes_no,
+    reliability_bins,
     repetition,
     token_f1,
     token_recall,
@@ -20,19 +25,28 @@ from babydoctor.eval.metrics import (
 )
 from babydoctor.eval.tasks import Question, Task
 
-PUBLISHED_SOURCES = {
-    "llava_med_closed_accuracy": "LLaVA-Med v1.0, run_eval.py: the reference is a substring of the answer",
-    "llava_med_pathvqa_closed_accuracy": "LLaVA-Med v1.0, run_eval_pvqa.py: wrong yes/no answers are not counted",
-    "llava_med_open_recall": "LLaVA-Med v1.0, evaluate_metrics.py: repeated words count again",
-    "vqa_med_accuracy": "ImageCLEF VQA-Med 2020/2021 evaluator",
-    "vqa_med_bleu": "ImageCLEF VQA-Med evaluator, with the sentence BLEU of NLTK before 3.3",
-    "imageclef_rouge1": "ImageCLEFmedical Caption: ROUGE-1 F on its preprocessing",
-    "imageclef_bertscore": "ImageCLEFmedical Caption: BERTScore F, deberta-xlarge-mnli, idf",
-}
-"""Figures that carry others' definitions. They stand apart and are no headline."""
+PUBLISHED_SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "llava_med_closed_accuracy": "LLaVA-Med v1.0, run_eval.py: the reference is a substring of the answer",
+        "llava_med_pathvqa_closed_accuracy": "LLaVA-Med v1.0, run_eval_pvqa.py: wrong yes/no answers are not counted",
+        "llava_med_open_recall": "LLaVA-Med v1.0, evaluate_metrics.py: repeated words count again",
+        "vqa_med_accuracy": "ImageCLEF VQA-Med 2020/2021 evaluator",
+        "vqa_med_bleu": "ImageCLEF VQA-Med evaluator, with the sentence BLEU of NLTK before 3.3",
+        "imageclef_rouge1": "ImageCLEFmedical Caption: ROUGE-1 F on its preprocessing",
+        "imageclef_bertscore": "ImageCLEFmedical Caption: BERTScore F, deberta-xlarge-mnli, idf",
+    }
+)
+"""Figures by others' definitions. They are listed separately and are never a headline."""
 
 HEADLINES = ("closed_accuracy", "yes_no_balanced_accuracy", "open_token_f1", "bleu_4", "rouge_l", "cider")
-"""What a table shows first, of what there is."""
+"""Figures that tables show first, if the task has them."""
+
+CONSTANT_ANSWERS: Mapping[str, str] = MappingProxyType(
+    {"always yes": "yes", "always no": "no", "yes no": "yes no", "appears normal": "The image appears normal"}
+)
+"""The last two score high under published definitions (see ``published.py``) and must not score high here."""
+
+MAJORITY_PER_TYPE = "majority per question type"
 
 _GROUP_FIGURES = ("closed_accuracy", "open_token_f1", "rouge_l")
 
@@ -40,7 +54,7 @@ _GROUP_FIGURES = ("closed_accuracy", "open_token_f1", "rouge_l")
 def figures(
     questions: Sequence[Question], answers: Sequence[str], *, caption_metrics: Sequence[str] = ()
 ) -> list[Figure]:
-    """All figures that make sense for these questions, ours first."""
+    """All figures that apply to these questions, our own definitions first."""
     assert len(questions) == len(answers), (len(questions), len(answers))
     if all(question.kind == "caption" for question in questions):
         references = [question.references[0] for question in questions]
@@ -78,12 +92,12 @@ def _published_figures(pairs: Sequence[tuple[Question, str]]) -> list[Figure]:
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether an answer goes to the "right" side of a gallery: exact match."""
+    """True if the answer matches a reference exactly, after normalization."""
     return exact_match(answer, question.references) == 1.0
 
 
 def clusters(questions: Sequence[Question]) -> list[str]:
-    """What intervals are drawn by: the image, or what the task names instead."""
+    """The unit that the bootstrap resamples for each question: the image, or the task's own cluster."""
     return [question.cluster or question.image_key for question in questions]
 
 
@@ -95,9 +109,9 @@ def score_answers(
     seed: int = 0,
     caption_metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Score one set of answers: figures with intervals, by group and subset, repetition, published figures apart.
+    """Score one set of answers: figures with intervals, in total, by group and by subset.
 
-    Returns ``{"figures", "published", "by_group", "subsets", "repetition"}``, ready for JSON.
+    Returns ``{"figures", "published", "by_group", "subsets", "repetition"}`` for JSON.
     """
     questions = task.questions
     options = {"num_resamples": num_resamples, "seed": seed}
@@ -115,8 +129,8 @@ def score_answers(
         "repetition": repetition(answers),
     }
     for subset in sorted({name for question in questions for name in question.subsets}):
-        inside = [place for place, question in enumerate(questions) if subset in question.subsets]
-        kept, kept_answers = [questions[place] for place in inside], [answers[place] for place in inside]
+        inside = [index for index, question in enumerate(questions) if subset in question.subsets]
+        kept, kept_answers = [questions[index] for index in inside], [answers[index] for index in inside]
         result["subsets"][subset] = {
             figure.name: bootstrap(figure, clusters(kept), **options).to_json()
             for figure in figures(kept, kept_answers)
@@ -133,7 +147,7 @@ def score_answers(
 def _by_group(
     questions: Sequence[Question], answers: Sequence[str], options: dict[str, int]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{group: {value: {figure: interval}}}`` for the few figures that plots show."""
+    """``{group: {value: {figure: interval}}}`` for the figures that plots show."""
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for group in sorted({key for question in questions for key in question.groups}):
         result[group] = {}
@@ -148,8 +162,52 @@ def _by_group(
     return result
 
 
+def baseline_answers(questions: Sequence[Question]) -> dict[str, list[str]]:
+    """The answers of each baseline, in the order of the questions. No baseline looks at the image.
+
+    The majorities come from the references being scored, so no other constant answer does better.
+    """
+    first_references = [question.references[0] for question in questions]
+    answers = {} if all(question.kind == "caption" for question in questions) else dict(CONSTANT_ANSWERS)
+    answers["most frequent answer"] = most_frequent(first_references)
+    constant = {name: [answer] * len(questions) for name, answer in answers.items()}
+    if any("question_type" in question.groups for question in questions):
+        constant[MAJORITY_PER_TYPE] = majority_per_type(questions)
+    return constant
+
+
+def majority_per_type(questions: Sequence[Question]) -> list[str]:
+    """For each question, the most frequent answer to questions of its type and kind."""
+    by_type: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for question in questions:
+        by_type[_type(question)].append(question.references[0])
+    majority = {key: most_frequent(answers) for key, answers in by_type.items()}
+    return [majority[_type(question)] for question in questions]
+
+
+def _type(question: Question) -> tuple[str, str]:
+    return question.groups.get("question_type", ""), question.kind
+
+
+def score_chance(questions: Sequence[Question]) -> dict[str, Any] | None:
+    """Chance: the accuracy of the best constant answer to each question type, over all closed questions.
+
+    Returns ``{"closed_accuracy", "by_question_type": {type: accuracy}}``, or None without closed questions.
+    """
+    closed = [question for question in questions if question.kind == "closed"]
+    if not closed:
+        return None
+    hits: dict[str, list[float]] = defaultdict(list)
+    for question, answer in zip(closed, majority_per_type(closed), strict=True):
+        hits[question.groups.get("question_type", "")].append(exact_match(answer, question.references))
+    return {
+        "closed_accuracy": sum(map(sum, hits.values())) / len(closed),
+        "by_question_type": {name: sum(values) / len(values) for name, values in hits.items() if name},
+    }
+
+
 def score_baselines(task: Task) -> dict[str, dict[str, float]]:
-    """Every figure of every constant-answer baseline, without intervals: ``{baseline: {figure: value}}``."""
+    """All figures of all constant-answer baselines, without intervals: ``{baseline: {figure: value}}``."""
     return {
         name: {figure.name: figure.value for figure in figures(task.questions, answers)}
         for name, answers in baseline_answers(task.questions).items()
@@ -164,7 +222,7 @@ def score_gap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures of ``answers`` minus those of ``other_answers`` (the same questions under another image)."""
+    """Figures of ``answers`` minus those of ``other_answers`` (the same questions with other images)."""
     here, there = figures(task.questions, answers), figures(task.questions, other_answers)
     by_name = {figure.name: figure for figure in there}
     return {
@@ -181,7 +239,7 @@ def score_confidence(
 ) -> dict[str, Any] | None:
     """Calibration of yes/no answers: bins, expected calibration error, abstention curve.
 
-    None where no answer to a yes/no question carries a confidence.
+    None if no answer to a yes/no question has a confidence.
     """
     kept = [
         (confidence, float(parse_yes_no(answer) == question.yes_no_reference))
@@ -193,7 +251,7 @@ def score_confidence(
     sure, right = [pair[0] for pair in kept], [pair[1] for pair in kept]
     return {
         "num_answers": len(kept),
-        "expected_calibration_error": calibration.expected_calibration_error(sure, right),
-        "bins": calibration.reliability_bins(sure, right),
-        "abstention": calibration.abstention_curve(sure, right),
+        "expected_calibration_error": expected_calibration_error(sure, right),
+        "bins": reliability_bins(sure, right),
+        "abstention": abstention_curve(sure, right),
     }

@@ -1,22 +1,23 @@
-"""Tasks: questions with references, whatever format they come in.
+"""A task: questions with references. Also the readers of LLaVA rows and phantoms.
 
-``load_task`` is the one way in. The formats of the published sets stand in ``formats.py``; here are the records,
-LLaVA rows and the phantoms.
+``formats.py`` reads the published test sets, and ``load.py`` chooses the reader.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from babydoctor.config import TaskConfig
 from babydoctor.data.problems import REASONS, RowError
 from babydoctor.data.row_formats import RowContent, read_row
 from babydoctor.data.sources import EMBEDDED, iter_rows, read_embedded
 from babydoctor.eval.metrics import NO, YES, normalize
+from babydoctor.phantom import text as phantom_text
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
 Kind = Literal["closed", "open", "caption"]
@@ -27,19 +28,23 @@ _GROUP_KEYS = {
     "image_modality": "modality",
     "modality": "modality",
 }
-# Misspelt types in VQA-RAD's official file.
-_MISSPELT = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
+# Misspelled types in VQA-RAD's official file.
+_MISSPELLED = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 CAPTION_PROMPT = "The following image is a radiology scan. Deeply analyze and diagnose this image."
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its references.
+    """One question with its reference answers.
 
-    ``image`` is a file, the encoded bytes, or None; ``image_key`` names it. ``prompt`` holds no image token.
-    ``references`` are alternatives; the first is the one to show. ``groups`` are what plots go by
-    ({"question_type": "PRES"}); ``subsets`` are scored apart ("article_disjoint"). ``cluster`` names what intervals
-    are drawn by; empty means the image.
+    Attributes:
+        image: a file, encoded bytes, or None.
+        image_key: name of the image; questions with the same key are about the same image.
+        prompt: the question, without an image token.
+        references: correct answers. The first one is shown in reports.
+        groups: attributes to break figures down by, for example ``{"question_type": "PRES"}``.
+        subsets: subsets that are also scored on their own, for example "article_disjoint".
+        cluster: unit that the bootstrap resamples; empty: the image.
     """
 
     id: str
@@ -54,7 +59,7 @@ class Question:
 
     @property
     def yes_no_reference(self) -> str:
-        """ "yes" or "no" where that is the only answer to a closed question, else ""."""
+        """ "yes" or "no" if that is the only reference of a closed question, else ""."""
         normalized = {normalize(reference) for reference in self.references}
         if self.kind != "closed" or len(normalized) != 1:
             return ""
@@ -64,7 +69,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Questions of one kind of task, in a fixed order. ``notes`` go into the report as they are."""
+    """The questions of one task, in a fixed order. ``notes`` appear in the report unchanged."""
 
     name: str
     questions: tuple[Question, ...] = field(repr=False)
@@ -76,7 +81,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, prompts, references and image names: equal fingerprints are the same test."""
+        """SHA-256 of ids, prompts, references and image names. Equal fingerprints mean the same test."""
         digest = hashlib.sha256()
         for question in self.questions:
             row = [question.id, question.image_key, question.prompt, list(question.references), question.kind]
@@ -84,72 +89,12 @@ class Task:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class TaskConfig:
-    """What to ask. ``task`` is a name of ``TASKS``; ``data`` a folder, a file, or "hub" for the published copy.
-
-    - ``images``: folder of the images; default is beside the data.
-    - ``split``: part of the data; each format has its own default.
-    - ``language``: SLAKE only.
-    - ``prompt``: how a question is asked; ``{question}`` is replaced.
-    - ``max_questions``: the first so many questions, 0 for all.
-    - ``train``: LLaVA JSON files (or a ROCO folder) that the model was trained on, for leakage and baselines.
-    """
-
-    task: str
-    data: str
-    images: str | None = None
-    split: str | None = None
-    language: str = "en"
-    prompt: str = "{question}"
-    max_questions: int = 0
-    train: tuple[str, ...] = ()
-
-
-def load_task(config: TaskConfig) -> Task:
-    """Read the questions of a task. Raises UserError that names what is missing and where it comes from."""
-    from babydoctor.eval import formats, hub
-
-    loaders: dict[str, Callable[[TaskConfig], Task]] = {
-        "vqa-rad": formats.load_vqa_rad,
-        "slake": formats.load_slake,
-        "path-vqa": formats.load_path_vqa,
-        "vqa-med": formats.load_vqa_med,
-        "roco": formats.load_roco,
-        "phantom": load_phantom,
-        "rows": load_llava_rows,
-    }
-    if config.task not in loaders:
-        raise UserError(f"--task {config.task}: no such task; there are {', '.join(loaders)}")
-    if "{question}" not in config.prompt:
-        raise UserError(f"--prompt {config.prompt!r}: must hold {{question}} where the question goes")
-    task = hub.load_from_hub(config) if config.data == "hub" else loaders[config.task](config)
-    questions = task.questions[: config.max_questions or None]
-    if not questions:
-        raise UserError(f"--task {config.task} --data {config.data}: no question is left in split {config.split!r}")
-    _check(questions, config)
-    questions = tuple(
-        replace(question, prompt=config.prompt.replace("{question}", question.prompt)) for question in questions
-    )
-    return replace(task, questions=questions)
-
-
-def _check(questions: tuple[Question, ...], config: TaskConfig) -> None:
-    missing = sorted({str(q.image) for q in questions if isinstance(q.image, Path) and not q.image.is_file()})
-    if missing:
-        raise UserError(
-            f"--task {config.task} --data {config.data}: {len(missing)} images are missing, first {missing[0]}; "
-            "give their folder with --images"
-        )
-    seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise UserError(f"--data {config.data}: the question id {question.id!r} stands there twice")
-        seen.add(question.id)
-
-
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a UserError names the file and what is wrong with it."""
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file does not exist or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -159,21 +104,21 @@ def read_json(path: Path) -> Any:
 
 
 def closed_or_open(references: tuple[str, ...]) -> Kind:
-    """A question is closed where every reference is "yes" or "no"; for formats that do not say it themselves."""
+    """Closed if every reference is "yes" or "no". For formats that do not mark closed questions."""
     return "closed" if {normalize(reference) for reference in references} <= {YES, NO} else "open"
 
 
 def normalize_group(value: str) -> str:
-    """One name for plots: of several question types ("PRES, ATTRIB") the first counts."""
+    """Normalize the name of a group for plots. Of several types ("PRES, ATTRIB") the first is used."""
     first = value.split(",")[0].strip().upper()
-    return _MISSPELT.get(first, first) or "UNKNOWN"
+    return _MISSPELLED.get(first, first) or "UNKNOWN"
 
 
 def load_llava_rows(config: TaskConfig) -> Task:
-    """Any LLaVA JSON: every question of the user whose answer stands in the row is asked by itself.
+    """Read LLaVA JSON: each user turn is asked on its own, and the next turn is its reference.
 
-    A question of a later turn is asked without the turns before it. Rows may carry ``answer_type`` (closed, open,
-    caption) and, for plots, ``question_type``, ``image_organ`` and ``modality``.
+    Later turns are asked without the turns before them. Rows may have ``answer_type`` (closed, open, caption) and, for
+    plots, ``question_type``, ``image_organ`` and ``modality``.
     """
     path = Path(config.data)
     images = Path(config.images) if config.images else path.parent / "images"
@@ -193,7 +138,11 @@ def load_llava_rows(config: TaskConfig) -> Task:
 
 
 def _read_llava_row(row: Any, where: str) -> tuple[RowContent, list[tuple[str, str]]]:
-    """A row with its questions and answers. Raises ``UserError`` naming the row and what is wrong with it."""
+    """A row with its (question, answer) pairs.
+
+    Raises:
+        UserError: the row is malformed; the message names the row and the problem.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a LLaVA row (needs conversations of from and value)")
     try:
@@ -204,7 +153,7 @@ def _read_llava_row(row: Any, where: str) -> tuple[RowContent, list[tuple[str, s
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(f"{where}: {REASONS['turn_order']} ({', '.join(turn.role for turn in turns[:8])})")
     if content.system is not None:
-        raise UserError(f"{where}: has a system prompt of its own, which evaluation does not ask with; remove it")
+        raise UserError(f"{where}: has its own system prompt, which the evaluation does not use; remove it")
     texts = [turn.text.strip() for turn in turns]
     return content, [
         (question.replace(IMAGE_TOKEN, "").strip(), answer)
@@ -226,17 +175,15 @@ def _row_kind(answer_type: object, references: tuple[str, ...]) -> Kind:
 
 
 def load_phantom(config: TaskConfig) -> Task:
-    """The closed questions about held-out phantoms (``questions.jsonl`` of `babydoctor data phantom`).
+    """The closed questions about held-out phantoms (``questions.jsonl`` of ``babydoctor data phantom``).
 
-    The truth is exact. It counts in radiology terms (the first reference, what stage 3 teaches) and in the lay
-    words of the earlier stages.
+    The first reference is the answer in radiology terms, which stage 3 teaches. The others are the answers in lay words
+    of the earlier stages.
     """
-    from babydoctor.phantom import text as phantom_text
-
     folder = Path(config.data)
     path = folder / "questions.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; make the phantoms with `babydoctor data phantom --out {folder}`")
+        raise UserError(f"{path} is missing; make the phantoms with `babydoctor data phantom --out {folder}`")
     images = Path(config.images) if config.images else folder / "images"
     questions = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -256,4 +203,4 @@ def load_phantom(config: TaskConfig) -> Task:
                 {"question_type": kind},
             )
         )
-    return Task("phantom", tuple(questions), ("Generated phantoms: nothing here says anything about real patients.",))
+    return Task("phantom", tuple(questions), ("Generated phantoms: these figures say nothing about real patients.",))

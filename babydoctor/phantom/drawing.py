@@ -1,26 +1,24 @@
-"""Drawing of the radiology phantoms: a case in, a small grey image out.
+"""Draws a radiology phantom: a case in, a small grayscale image out.
 
-Schematic, not anatomy: each of the four modalities draws a torso from the front with its own physics in caricature
-(summed shadows for a radiograph, hard edges for CT, coil shading for MR, a speckled fan for ultrasound), so that a
-tiny vision tower can learn to read them in a minute and a person can still see what is there.
+The drawings are schematic. Each of the four modalities shows a torso from the front with a caricature of its physics:
+summed shadows for a radiograph, hard edges for CT, coil shading for MR, a speckled fan for ultrasound. A tiny vision
+tower learns to read them in a minute, and a person can still recognize the finding.
 
-**Left and right follow the radiological convention**: the viewer faces the patient, so the patient's left is on the
-viewer's right. The heart lies there, too.
+**Left and right follow the radiological convention**: the viewer faces the patient, so the patient's left, with the
+heart, is on the viewer's right.
 
-Coordinates: ``x`` to the viewer's right and ``y`` downwards, both in [-1, 1] over the image; ``MM_PER_UNIT`` gives
-the scale. Images are float arrays ``[S, S]`` in [0, 1] until the last step.
+Coordinates are those of ``shapes.py``; ``MM_PER_UNIT`` is the scale. Images are float arrays ``[S, S]`` in [0, 1]
+until the last step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from babydoctor.phantom.write import Case
+from babydoctor.phantom.case import Case
+from babydoctor.phantom.shapes import Grid, bar, blend, build_grid, ellipse, smooth_noise
 
 MM_PER_UNIT = 180.0
 """The image is 2 units = 360 mm wide."""
@@ -29,66 +27,8 @@ LEVEL_Y = {"upper": -0.42, "middle": -0.02, "lower": 0.38}
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Pixel centres of an ``S x S`` image: ``x`` is ``[1, S]``, ``y`` is ``[S, 1]``; ``pixel`` is one pixel's width."""
-
-    x: np.ndarray
-    y: np.ndarray
-    pixel: float
-
-    @property
-    def size(self) -> int:
-        return self.x.shape[1]
-
-
-@lru_cache(maxsize=4)
-def build_grid(size: int) -> Grid:
-    """The pixel centres of an image of ``size`` pixels a side."""
-    centres = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    return Grid(x=centres[None, :], y=centres[:, None], pixel=2.0 / size)
-
-
-@lru_cache(maxsize=32)
-def _interpolation(size: int, knots: int) -> np.ndarray:
-    """Linear interpolation from ``knots`` values to ``size`` pixels, ``[S, K]``."""
-    place = np.linspace(0, knots - 1, size)
-    weights = 1 - np.abs(place[:, None] - np.arange(knots)[None, :])
-    return np.clip(weights, 0, 1).astype(np.float32)
-
-
-def smooth_noise(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
-    """A smooth random field ``[S, S]`` of unit variance at its ``rows x columns`` knots."""
-    knots = rng.standard_normal((rows, columns)).astype(np.float32)
-    return _interpolation(size, rows) @ knots @ _interpolation(size, columns).T
-
-
-def ellipse(
-    grid: Grid, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, soft: float = 1.0
-) -> np.ndarray:
-    """A filled ellipse as a mask ``[S, S]`` whose edge is ``soft`` pixels wide; ``angle`` in radians, clockwise."""
-    dx, dy = grid.x - cx, grid.y - cy
-    cos, sin = np.cos(angle), np.sin(angle)
-    u, v = (dx * cos + dy * sin) / rx, (dy * cos - dx * sin) / ry
-    distance = (1 - np.sqrt(u * u + v * v)) * min(rx, ry)
-    return np.clip(distance / (soft * grid.pixel) + 0.5, 0, 1)
-
-
-def bar(grid: Grid, cx: float, cy: float, length: float, width: float, angle: float, soft: float = 1.0) -> np.ndarray:
-    """A straight bar as a mask ``[S, S]``; ``angle`` in radians, clockwise."""
-    dx, dy = grid.x - cx, grid.y - cy
-    cos, sin = np.cos(angle), np.sin(angle)
-    u, v = np.abs(dx * cos + dy * sin) - length / 2, np.abs(dy * cos - dx * sin) - width / 2
-    return np.clip(-np.maximum(u, v) / (soft * grid.pixel) + 0.5, 0, 1)
-
-
-def blend(image: np.ndarray, mask: np.ndarray, value: float | np.ndarray) -> np.ndarray:
-    """Paint ``value`` over ``image`` where ``mask`` is 1."""
-    return image + mask * (value - image)
-
-
-@dataclass(frozen=True)
 class Body:
-    """One patient's build: everything that differs from case to case without meaning anything."""
+    """One patient's build: the variation between cases that carries no meaning."""
 
     cx: float
     cy: float
@@ -120,11 +60,11 @@ class Body:
         )
 
     def lung(self, grid: Grid, sign: int, soft: float = 1.5) -> np.ndarray:
-        """The lung on the viewer's left (-1) or right (+1), cut off below by a domed diaphragm."""
+        """Mask of the lung on the viewer's left (-1) or right (+1), bounded below by a domed diaphragm."""
         mask = ellipse(
             grid, self.cx + sign * self.lung_x, self.cy, self.lung_rx, self.lung_ry, angle=-sign * self.tilt, soft=soft
         )
-        # The dome over the liver (viewer's left) stands higher than the other.
+        # The dome over the liver (viewer's left) is higher than the other.
         top = self.cy + (0.56 if sign > 0 else 0.52)
         dome = top + 0.9 * (grid.x - self.cx - sign * self.lung_x) ** 2
         return mask * np.clip((dome - grid.y) / (soft * grid.pixel) + 0.5, 0, 1)
@@ -133,14 +73,14 @@ class Body:
         return np.maximum(self.lung(grid, -1, soft), self.lung(grid, 1, soft))
 
     def torso(self, grid: Grid, shrink: float = 0.0) -> np.ndarray:
-        """Shoulders and flanks: a rounded box that widens a little downwards."""
+        """Shoulders and flanks: a rounded box that widens slightly downward."""
         u = np.abs(grid.x - self.cx) / (self.width - shrink - 0.06 * np.cos(2.2 * grid.y))
         v = np.abs(grid.y - self.cy - 0.28) / (1.2 - shrink)
         distance = 1 - (u**4 + v**4) ** 0.25
         return np.clip(distance * 0.9 / (1.5 * grid.pixel) + 0.5, 0, 1)
 
     def ribs(self, grid: Grid, width: float) -> np.ndarray:
-        """Rib shadows that fall from the spine outwards, ``[S, S]``."""
+        """Rib shadows that slope down from the spine, ``[S, S]``."""
         height = grid.y - self.rib_phase - 0.55 * (grid.x - self.cx) ** 2
         distance = np.abs((height / self.rib_gap + 0.5) % 1 - 0.5) * self.rib_gap
         return np.clip((width / 2 - distance) / grid.pixel + 0.5, 0, 1)
@@ -148,7 +88,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Look:
-    """How bright (0 to 1) the parts of a finding are in one modality."""
+    """Brightness (0 to 1) of the parts of a finding in one modality."""
 
     solid: float
     fluid: float
@@ -167,7 +107,7 @@ LOOKS = {
 
 
 def _place(case: Case, body: Body, rng: np.random.Generator) -> tuple[int, float, float, float]:
-    """Where the finding lies: the side's sign on the image, ``cx``, ``cy`` and its radius in units."""
+    """Location of the finding: sign of its side in the image, ``cx``, ``cy``, and its radius in units."""
     assert case.side and case.level and case.size_mm, case
     # Radiological convention: the patient's left is on the viewer's right.
     sign = 1 if case.side == "left" else -1
@@ -177,10 +117,10 @@ def _place(case: Case, body: Body, rng: np.random.Generator) -> tuple[int, float
 
 
 def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body) -> np.ndarray:
-    """Paint the case's finding into the image ``[S, S]``; a normal case is returned as it is."""
+    """Paint the case's finding into the image ``[S, S]``. The image of a normal case is unchanged."""
     if case.finding == "none":
         return image
-    # A stream of its own: with and without the finding, a patient looks the same everywhere else.
+    # A separate random stream, so the rest of the image is the same with and without the finding.
     rng = np.random.default_rng([case.noise_seed, 1])
     look = LOOKS[case.modality]
     sign, cx, cy, radius = _place(case, body, rng)
@@ -188,16 +128,16 @@ def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body) -> np.n
         mask = ellipse(grid, cx, cy, radius, radius * rng.uniform(0.85, 1.1), rng.uniform(0, 3), soft=2)
         return blend(image, mask, look.solid)
     if case.finding == "cyst":
-        # Wide enough that the hollow is seen at 84 px.
+        # Wide enough for the cavity to be visible at 84 px.
         outer = radius * 1.15 + 1.5 * grid.pixel
         image = blend(image, ellipse(grid, cx, cy, outer, outer), look.wall)
         inner = outer - 2.2 * grid.pixel
         image = blend(image, ellipse(grid, cx, cy, inner, inner), look.hollow)
-        if case.modality == "ultrasound":  # sound that crosses fluid comes back stronger from behind
+        if case.modality == "ultrasound":  # posterior acoustic enhancement behind fluid
             image = blend(image, 0.5 * bar(grid, cx, cy + outer + 0.1, outer * 1.4, 0.2, 0), 0.9)
         return image
     if case.finding == "effusion":
-        # A loculated collection: a lens that leans on the side wall and bulges inwards.
+        # A loculated collection: a lens against the chest wall that bulges inward.
         reach = body.lung_rx * np.sqrt(max(0.0, 1 - ((cy - body.cy) / body.lung_ry) ** 2))
         wall_x = body.cx + sign * (body.lung_x + reach)
         inside = np.clip(1.5 * ellipse(grid, body.cx + sign * body.lung_x, body.cy, 0.36, 0.74, soft=2), 0, 1)
@@ -221,7 +161,7 @@ def _paint_fracture(
     modality: str,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Two halves of a rib with a dark gap and a step between them."""
+    """Two halves of a rib, displaced, with a dark gap between them."""
     angle = sign * rng.uniform(0.25, 0.5)
     length, width = 0.14 + radius * 1.1, 0.075
     gap, step = 0.05 + radius * 0.2, 0.05 + radius * 0.25
@@ -229,7 +169,7 @@ def _paint_fracture(
     image = blend(image, bar(grid, cx, cy, 2 * length, 2.6 * width, angle, soft=2) * 0.8, look.gap)
     for half in (-1, 1):
         x, y = np.array([cx, cy]) + half * ((length + gap) / 2 * along + step / 2 * across)
-        if modality == "ultrasound":  # bone stops the sound: shadow below each half
+        if modality == "ultrasound":  # acoustic shadow below each half
             shadow = bar(grid, x, y + 0.2, length, 0.36, 0, soft=3)
             image = blend(image, shadow * 0.7, 0.02)
         image = blend(image, bar(grid, x, y, length, width, angle), look.bone)
@@ -237,7 +177,7 @@ def _paint_fracture(
 
 
 def _radiograph(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
-    """A frontal chest radiograph: shadows add up, so bones shine through everything."""
+    """A frontal chest radiograph: shadows add up, so bones are visible through everything."""
     size = grid.size
     image = 0.03 + 0.6 * body.torso(grid)
     lungs = body.lungs(grid, soft=3)
@@ -246,7 +186,7 @@ def _radiograph(grid: Grid, case: Case, body: Body, rng: np.random.Generator) ->
     heart = ellipse(grid, body.cx + 0.13, body.cy + 0.3, body.heart, 0.32, 0.5, soft=4)
     spine = np.clip(1.4 - np.abs(grid.x - body.cx) / 0.1, 0, 1)
     image = image + 0.24 * heart * lungs + 0.12 * spine * body.torso(grid)
-    for sign in (-1, 1):  # clavicles, and the vessels that fan out of the hilum
+    for sign in (-1, 1):  # clavicles, and vessels fanning out from the hilum
         image = image + 0.16 * bar(grid, body.cx + sign * 0.4, body.cy - 0.62, 0.6, 0.05, sign * -0.18)
         image = image + 0.12 * ellipse(grid, body.cx + sign * 0.2, body.cy - 0.02, 0.07, 0.2, sign * 0.4, soft=6)
     image = image + 0.03 * smooth_noise(rng, size, 9, 9)
@@ -265,7 +205,7 @@ def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
     vessels = np.clip(smooth_noise(rng, size, 24, 24) - 1.2, 0, 1)
     image = image + 0.22 * vessels * lungs
     image = blend(image, ellipse(grid, body.cx + 0.12, body.cy + 0.3, body.heart, 0.3, 0.5), 0.6)
-    # The vertebral column with its discs, and the cut ribs as beads along the side walls.
+    # The vertebral column with its discs, and cross-sections of the ribs along the side walls.
     discs = np.abs(((grid.y - body.rib_phase) / 0.17 + 0.5) % 1 - 0.5) > 0.1
     column = np.clip((0.1 - np.abs(grid.x - body.cx)) / grid.pixel + 0.5, 0, 1) * body.torso(grid, 0.06)
     image = blend(image, column * np.where(discs, 1.0, 0.45), 0.93)
@@ -277,7 +217,7 @@ def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
 
 
 def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
-    """A coronal MR image: bright fat, dark cortical bone, shading of the coil, ghosts of breathing."""
+    """A coronal MR image: bright fat, dark cortical bone, coil shading, breathing ghosts."""
     size = grid.size
     image = blend(np.full((size, size), 0.02, np.float32), body.torso(grid), 0.95)
     image = blend(image, body.torso(grid, 0.1), 0.42)
@@ -299,21 +239,21 @@ def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
 
 
 def _ultrasound(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
-    """A curved-array ultrasound image: a fan of speckle that weakens with depth."""
+    """A curved-array ultrasound image: a fan of speckle that fades with depth."""
     size = grid.size
     dx, dy = grid.x, grid.y + 1.75
     depth, angle = np.hypot(dx, dy), np.arctan2(dx, dy)
     fan = np.clip((0.62 - np.abs(angle)) / 0.02, 0, 1) * np.clip((depth - 0.86) / 0.03, 0, 1)
     fan = fan * np.clip((2.62 - depth) / 0.03, 0, 1)
     tissue = 0.38 + 0.1 * smooth_noise(rng, size, 7, 5)
-    for _ in range(3):  # layers of fascia parallel to the probe's face
-        place = rng.uniform(0.92, 2.5)
-        tissue = tissue + 0.22 * np.exp(-(((depth - place) / 0.03) ** 2)) * np.clip(
+    for _ in range(3):  # layers of fascia parallel to the probe
+        layer_depth = rng.uniform(0.92, 2.5)
+        tissue = tissue + 0.22 * np.exp(-(((depth - layer_depth) / 0.03) ** 2)) * np.clip(
             0.5 + smooth_noise(rng, size, 3, 6), 0, 1
         )
     tissue = tissue + 0.35 * np.exp(-(((depth - 0.9) / 0.05) ** 2))
     image = paint_finding(tissue, grid, case, body)
-    # Speckle is finer in depth than across, and it multiplies.
+    # Speckle is multiplicative, and finer along the beam than across it.
     fine = np.hypot(smooth_noise(rng, size, size, size // 2), smooth_noise(rng, size, size, size // 2))
     image = image * (0.62 + 0.34 * fine) * np.clip(1.25 - 0.28 * (depth - 0.86), 0, 2)
     return image * fan
@@ -323,7 +263,7 @@ _DRAW = {"radiograph": _radiograph, "ct": _ct, "mr": _mr, "ultrasound": _ultraso
 
 
 def draw(case: Case, size: int) -> np.ndarray:
-    """Draw a case. Returns uint8 ``[size, size]``; the same case always gives the same pixels."""
+    """Draw a case: uint8 ``[size, size]``. The same case always gives the same pixels."""
     rng = np.random.default_rng(case.noise_seed)
     grid = build_grid(size)
     body = Body.draw(rng)

@@ -1,26 +1,23 @@
-"""What is said about a phantom: captions, lay conversations, terse reports, and the closed questions that score.
+"""Text about a phantom: captions, lay conversations, terse reports, and the closed questions of the evaluation.
 
-The same truth is told three ways, as in the real stages: a caption like a web image's (stage 1), full sentences in
-everyday words like LLaVA-Instruct (stage 2), a few words in radiology terms like ROCO (stage 3). The closed
-questions are the same in stages 2 and 3; only the answers differ, so a table can show what stage 3 changed.
+The same truth is described in three ways, as in the real stages: a caption like a web image's (stage 1), full
+sentences in everyday words like LLaVA-Instruct (stage 2), and a few words in radiology terms like ROCO (stage 3).
+Stages 2 and 3 share the closed questions and differ in the answers, so a score shows what stage 3 changed.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from babydoctor.phantom.case import Case
 from babydoctor.schema import IMAGE_TOKEN
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from babydoctor.phantom.write import Case
-
 KINDS = ("modality", "finding", "side", "level")
-"""The kinds of closed questions. Side and level are asked only where there is a finding."""
+"""The kinds of closed questions. Side and level are asked only about cases with a finding."""
 
-# The first wording is the one that is scored.
+# The evaluation asks the first wording.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "modality": ("What kind of scan is this?", "How was this picture made?"),
     "finding": ("What is the main finding?", "What stands out in this picture?"),
@@ -40,7 +37,7 @@ TERMS: dict[str, dict[str, str]] = {
     "side": {"left": "Left", "right": "Right"},
     "level": {"upper": "Upper zone", "middle": "Mid zone", "lower": "Lower zone"},
 }
-"""The radiology terms: the exact answers to the closed questions after stage 3."""
+"""Radiology terms: the exact answers to the closed questions after stage 3."""
 
 LAY: dict[str, dict[str, str]] = {
     "modality": {
@@ -59,7 +56,7 @@ LAY: dict[str, dict[str, str]] = {
     "side": {"left": "left", "right": "right"},
     "level": {"upper": "near the top", "middle": "around the middle", "lower": "near the bottom"},
 }
-"""Everyday words for the same things, as stages 1 and 2 use them."""
+"""Everyday words for the same values, used by stages 1 and 2."""
 
 LAY_ANSWERS: dict[str, tuple[str, ...]] = {
     "modality": ("This is {}.", "It looks like {} to me."),
@@ -98,11 +95,11 @@ GENERAL: tuple[tuple[str, str], ...] = (
     ("What is an ultrasound picture?", "It is a picture that is made from the echoes of sound in the body."),
     ("Can you treat me?", "No. Please talk to a doctor."),
 )
-"""Text-only conversations that are mixed into the instruction set."""
+"""Text-only conversations, mixed into the instruction set."""
 
 
 def caption(case: Case) -> str:
-    """One line about a case, like the text beside an image on the web. Equal truths have equal captions."""
+    """One line about a case, like the alt text of an image on the web. Equal truths have equal captions."""
     start = f"{LAY['modality'][case.modality]} of a chest with"
     if case.finding == "none":
         return f"{start} nothing unusual"
@@ -116,28 +113,28 @@ def report(case: Case, rng: np.random.Generator) -> str:
     if case.finding == "none":
         return f"{modality}. No abnormality."
     zone = f"{case.side} {TERMS['level'][str(case.level)].lower()}"
-    # A tiny model cannot measure to the millimetre; reports round, too.
-    millimetres = 10 * round(case.size_mm / 10) if case.size_mm else 0
+    # A tiny model cannot measure to the millimeter, and real reports round too.
+    millimeters = 10 * round(case.size_mm / 10) if case.size_mm else 0
     finding = _REPORT_FINDING[case.finding]
     if rng.random() < 0.5:
-        return f"{modality} shows a {finding} in the {zone}, about {millimetres} mm."
-    return f"{modality}. {finding.capitalize()}, {zone}, about {millimetres} mm."
+        return f"{modality} shows a {finding} in the {zone}, about {millimeters} mm."
+    return f"{modality}. {finding.capitalize()}, {zone}, about {millimeters} mm."
 
 
 def truth_of(case: Case, kind: str) -> str | None:
-    """The true class of a case for one kind of question; None where the question makes no sense."""
+    """The true value of a case for one kind of question, or None if the question does not apply."""
     value = getattr(case, kind)
     assert value is None or value in TERMS[kind], (case, kind)
     return value
 
 
 def asked_kinds(case: Case) -> tuple[str, ...]:
-    """The closed questions that can be asked about a case."""
+    """The kinds of closed questions that apply to a case."""
     return tuple(kind for kind in KINDS if truth_of(case, kind) is not None)
 
 
 def lay_answer(kind: str, value: str, rng: np.random.Generator) -> str:
-    """A full sentence in everyday words that answers a closed question."""
+    """Answer a closed question with a full sentence in everyday words."""
     answers = LAY_ANSWERS[kind]
     return answers[int(rng.integers(len(answers)))].format(LAY[kind][value])
 
@@ -152,28 +149,8 @@ def lay_description(case: Case) -> str:
     return f"{start} There is {noun} in it, {place}. It is {case.size}."
 
 
-@lru_cache(maxsize=1)
-def _readings() -> dict[tuple[str, str], tuple[str, bool]]:
-    table: dict[tuple[str, str], tuple[str, bool]] = {}
-    for kind in KINDS:
-        for value, term in TERMS[kind].items():
-            table[kind, term] = (value, True)
-            for answer in LAY_ANSWERS[kind]:
-                table[kind, answer.format(LAY[kind][value])] = (value, False)
-    return table
-
-
-def read_answer(kind: str, text: str) -> tuple[str | None, bool]:
-    """What a model's answer to a closed question says, and whether it says so in radiology terms.
-
-    Exact: the whole answer must be one of the answers that the training sets use. A substring test would let
-    "left right" answer everything (the trap in published closed-answer scores). Anything else reads as None.
-    """
-    return _readings().get((kind, text.strip()), (None, False))
-
-
 def _with_image(question: str, rng: np.random.Generator) -> str:
-    # LLaVA's sets put the image before the text or after it.
+    # LLaVA's data sets put the image before or after the text.
     return f"{IMAGE_TOKEN}\n{question}" if rng.random() < 0.5 else f"{question}\n{IMAGE_TOKEN}"
 
 
@@ -195,14 +172,14 @@ def align_row(case: Case, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _shuffled_questions(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(kind, question) for all that can be asked, in random order, half of them in the wording that is scored."""
+    """(kind, question) of all closed questions that apply, in random order and random wording."""
     kinds = asked_kinds(case)
     order = [kinds[i] for i in rng.permutation(len(kinds))]
     return [(kind, QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]) for kind in order]
 
 
 def lay_turns(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Closed questions about a case in random order with answers in full sentences."""
+    """Closed questions about a case in random order, answered in full sentences."""
     turns = [
         (question, lay_answer(kind, str(truth_of(case, kind)), rng))
         for kind, question in _shuffled_questions(case, rng)
@@ -213,7 +190,7 @@ def lay_turns(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Rows as in LLaVA-Instruct: one of several turns in full sentences; for some cases also one long answer."""
+    """Rows as in LLaVA-Instruct: a conversation of several turns, and for some cases a detailed description."""
     turns = lay_turns(case, rng)
     turns[0] = (_with_image(turns[0][0], rng), turns[0][1])
     rows = [_row(case, "chat", turns)]
@@ -227,14 +204,14 @@ def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def radiology_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A row as in roco-instruct (question and report), and one with the closed questions, answered in terms."""
+    """A row as in roco-instruct (question and report), and a row of closed questions answered in radiology terms."""
     turns = [(question, TERMS[kind][str(truth_of(case, kind))]) for kind, question in _shuffled_questions(case, rng)]
     turns[0] = (_with_image(turns[0][0], rng), turns[0][1])
     return [_row(case, "report", [(REPORT_QUESTION, report(case, rng))]), _row(case, "closed", turns)]
 
 
 def question_rows(case: Case) -> list[dict[str, Any]]:
-    """The closed questions that score a held-out case: ``id``, ``image``, ``kind``, ``question``, exact ``answer``."""
+    """Closed questions about a held-out case: ``id``, ``image``, ``kind``, ``question``, ``truth`` and ``answer``."""
     return [
         {
             "id": f"{case.id}-{kind}",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from babydoctor.markers import write_section
 from babydoctor.plan.options import Option, cheapest
 from babydoctor.plan.plan import Plan
-from babydoctor.schema import UserError
 
 GIB = 2**30
 
@@ -88,14 +87,7 @@ def update_options(path: Path, stage: str, gpu: str, table: str) -> None:
     Raises:
         UserError: the file or its markers do not exist.
     """
-    begin, end = (f"<!-- plan options {stage} {gpu}: {word} -->" for word in ("begin", "end"))
-    if not path.is_file():
-        raise UserError(f"--update {path}: no such file")
-    text = path.read_text(encoding="utf-8")
-    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
-    if found is None:
-        raise UserError(f"--update {path}: the markers {begin} and {end} are missing; add them")
-    path.write_text(f"{text[: found.start()]}{begin}\n{table}\n{end}{text[found.end() :]}", encoding="utf-8")
+    write_section(path, f"plan options {stage} {gpu}", table)
 
 
 def draw_plan(plan: Plan, path: Path) -> None:

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from babydoctor.config import EvalTaskConfig, RunConfig
-from babydoctor.conversation import get_template, render_prompt
+from babydoctor.config import InTrainingTaskConfig, RunConfig
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import Encoder
 from babydoctor.data.packing import pack
 from babydoctor.data.rows import load_dataset_rows, read_image
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
+from babydoctor.eval.load import load_task
 from babydoctor.eval.run import EvalConfig, evaluate_task
-from babydoctor.eval.tasks import TaskConfig, load_task
 from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.inference import Inference, Query
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.generate import generate
 from babydoctor.model.run_dir import Manifest
 from babydoctor.schema import Sample
 from babydoctor.train.checkpoint import TrainState
@@ -30,7 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_TASK_RESAMPLES = 200
-"""Bootstrap resamples of a task during training. Few are enough for a glance at the intervals."""
+"""Bootstrap resamples of a task during training. Few are enough for a rough interval."""
+
+MAX_ANSWER_TOKENS = 48
+"""Longest sample answer."""
 
 
 class InTrainingEval:
@@ -47,7 +49,7 @@ class InTrainingEval:
     ) -> None:
         self.total_steps = total_steps
         self.every = config.train.eval_every
-        self.held_out = HeldOut(config, encoder, max_tokens) if config.data.eval_rows else None
+        self.held_out = HeldOut(config, manifest, encoder, max_tokens) if config.data.eval_rows else None
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
 
     def is_due(self, step: int) -> bool:
@@ -55,7 +57,7 @@ class InTrainingEval:
         return step > 0 and (self._held_out_is_due(step) or self._task_is_due(step))
 
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
-        """Evaluate what is due and not yet recorded for this step, and report it."""
+        """Run the evaluations that are due and not yet recorded for this step, and report them."""
         if self.held_out and self._held_out_is_due(state.step) and not reporter.has("eval", state.step):
             reporter.held_out(state, self.held_out.loss(model), self.held_out.answers(model))
         if self.task and self._task_is_due(state.step) and not reporter.has("task/right", state.step):
@@ -69,10 +71,11 @@ class InTrainingEval:
 
 
 class HeldOut:
-    """Held-out rows: their loss, and the model's answers to the first questions of some of them."""
+    """Held-out rows: their loss, and the model's answers to the first questions of a few of them."""
 
-    def __init__(self, config: RunConfig, encoder: Encoder, max_tokens: int) -> None:
+    def __init__(self, config: RunConfig, manifest: Manifest, encoder: Encoder, max_tokens: int) -> None:
         data = config.data
+        self.manifest = manifest
         self.images_dir = data.eval_images or data.images
         samples = load_dataset_rows(data.eval_rows, self.images_dir, data.on_bad)
         self.encoder = encoder
@@ -91,31 +94,37 @@ class HeldOut:
         return total / sum(batch.num_supervised for batch in self.batches)
 
     def answers(self, model: BabyDoctor) -> list[dict[str, str]]:
-        """Question, reference and the model's greedy answer for each shown sample."""
-        return [self._answer(model, sample) for sample in self.shown]
+        """Question, reference and the model's greedy answer for each sample in ``shown``."""
+        if not self.shown:
+            return []
+        queries = [self._query(sample) for sample in self.shown]
+        parts = (model, self.encoder.tokenizer, self.manifest)
+        engine = {"pack_weights": False}  # no second copy of the weights beside training
+        with Inference.for_queries(*parts, queries, batch_size=len(queries), engine=engine) as inference:
+            answers = list(inference.answers(queries))
+        return [
+            {
+                "id": sample.id,
+                "question": sample.turns[0].text,
+                "reference": sample.turns[1].text,
+                "answer": f"({answer.finish_reason})" if answer.finish_reason.startswith("error") else answer.text,
+            }
+            for sample, answer in zip(self.shown, answers, strict=True)
+        ]
 
-    def _answer(self, model: BabyDoctor, sample: Sample) -> dict[str, str]:
+    def _query(self, sample: Sample) -> Query:
         pixels = None
         if sample.image is not None:
-            picture = read_image(sample.image, self.images_dir)
-            pixels = torch.from_numpy(to_pixels(picture, self.encoder.image))[None]
-        prompt = render_prompt(sample.turns[:1], self.encoder.template, system=sample.system)
-        dtype = model.language_model.dtype
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            (answer,) = generate(model, self.encoder.tokenizer, [prompt], pixels, max_new_tokens=48)
-        question, reference = sample.turns[0].text, sample.turns[1].text
-        stop = get_template(self.encoder.template.name).stop
-        return {"id": sample.id, "question": question, "reference": reference, "answer": answer.split(stop)[0]}
+            pixels = to_pixels(read_image(sample.image, self.images_dir), self.encoder.image)
+        return Query(sample.turns[:1], pixels, system=sample.system, max_new_tokens=MAX_ANSWER_TOKENS, id=sample.id)
 
 
 class TaskAtIntervals:
     """The task of the configuration's ``eval`` section."""
 
-    def __init__(self, config: EvalTaskConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: InTrainingTaskConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
         self.every_steps = config.every_steps
-        self.task = load_task(
-            TaskConfig(config.task, config.data, config.images, config.split, max_questions=config.max_questions)
-        )
+        self.task = load_task(config)
         self.settings = EvalConfig(
             check_conditions(config.images_as), GenerationConfig(batch_size=config.batch_size), NUM_TASK_RESAMPLES
         )

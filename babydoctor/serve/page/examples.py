@@ -47,8 +47,8 @@ def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
 
 
 def _phantoms(num_of_each: int) -> list[ExampleCase]:
+    from babydoctor.phantom.case import build_cases
     from babydoctor.phantom.drawing import draw
-    from babydoctor.phantom.write import build_cases
 
     # Held-out cases: no model has trained on them.
     cases = build_cases("held_out", 240, 20260)
