@@ -41,7 +41,7 @@ PROJECTOR_PREFIX = "model.mm_projector."
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 _LLAVA_KEYS = ("mm_", "tune_", "freeze_", "unfreeze_", "use_mm_", "image_", "tokenizer_", "_name_or_path", "auto_map")
-"""Keys of a LLaVA ``config.json`` that are not the language model's, by their prefixes."""
+"""Prefixes of the keys of a LLaVA ``config.json`` that do not belong to the language model."""
 
 
 def import_llava(
@@ -109,7 +109,7 @@ def _tower_width(directory: Path) -> int:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The parts that are not written to files yet: references for the manifest, and the projector's weights."""
+    """Parts that are not written to files yet: references for the manifest, and the projector's weights."""
 
     projector: dict[str, torch.Tensor]
     text_width: int
@@ -159,7 +159,7 @@ def _copy_adapter(checkpoint: Source, out: Path) -> None:
 
 
 def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Parts:
-    """Copy a whole model in one folder: language model, projector and, where it is there, the tower."""
+    """Copy a whole model in one folder: language model, projector and, if present, the tower."""
     source = checkpoint.directory
     language_directory = out / "language_model"
     language_directory.mkdir()
