@@ -4,9 +4,7 @@
 # ruff: noqa: F401, F811
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import threading
 
 import numpy as np
 import pytest
@@ -23,13 +21,12 @@ from helpers.engine_models import (
 )
 
 from babydoctor.config import LoraConfig
-from babydoctor.engine.decoder import Chunk, DecodeRows
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.graphs import DecodeGraphs
+from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.request import (
     Delta,
     EngineClosedError,
-    Finished,
     GenerationRequest,
     ImageInput,
     InvalidRequestError,
@@ -135,9 +132,8 @@ def test_the_end_token_ends_an_answer(tokenizer):
     model = build_model(seed=3)
     probe = build_request(5, max_new_tokens=30)
     tokens = reference(model, probe)
-    engine = Engine(model, tokenizer, settings())
-    engine.eos = frozenset({tokens[9]})
-    with engine:
+    model.language_model.generation_config.eos_token_id = tokens[9]
+    with Engine(model, tokenizer, settings()) as engine:
         handle = engine.submit(build_request(5, max_new_tokens=30, ignore_eos=False))
         assert tokens_of(handle) == tokens[: tokens.index(tokens[9]) + 1]
         assert handle.finished.finish_reason == "stop" and handle.finished.stop_string is None
@@ -173,7 +169,7 @@ def test_cancel_ends_a_request_at_the_next_step_and_frees_its_slot(model, tokeni
         assert waiting.result(60).finish_reason == "length"
         assert never_started.result(60).finish_reason == "cancelled"
         stats = engine.stats()
-        assert stats.running == stats.queued == 0 and engine.memory.num_free == 1
+        assert stats.running == stats.queued == 0 and engine.kv_cache.num_free == 1
         assert stats.finished == {"cancelled": 2, "length": 1}
 
 
@@ -220,7 +216,7 @@ def test_an_exception_ends_only_the_request_that_caused_it(model, tokenizer, mon
             handles[3].result(60)
         assert tokens_of(handles[1]) == expected
         assert tokens_of(engine.submit(good)) == expected
-        assert engine.memory.num_free == 4
+        assert engine.kv_cache.num_free == 4
 
 
 def test_damaged_output_is_reported_and_its_memory_cleaned(model, tokenizer):
@@ -283,17 +279,9 @@ def test_closing_cancels_what_runs(model, tokenizer):
     assert all(handle.wait(10).finish_reason in ("cancelled", "length") for handle in handles)
 
 
-def test_events_reach_asyncio_and_broken_listeners_do_no_harm(model, tokenizer):
+def test_broken_listeners_do_no_harm(model, tokenizer):
     request = build_request(16)
     expected = reference(model, request)
-
-    async def read(engine: Engine) -> list[int]:
-        tokens = []
-        async for event in engine.submit(request):
-            if isinstance(event, Finished):
-                return tokens
-            tokens.extend(event.token_ids)
-        raise AssertionError("no end")
 
     def complain(event: object) -> None:
         raise RuntimeError("nobody reads")
@@ -302,10 +290,9 @@ def test_events_reach_asyncio_and_broken_listeners_do_no_harm(model, tokenizer):
         broken = engine.submit(build_request(17))
         broken.add_listener(lambda event: None)
         deaf = engine.submit(build_request(18, max_new_tokens=4))
-        threading.Event().wait(0.01)
         with contextlib.suppress(RuntimeError):
             deaf.add_listener(complain)
-        assert asyncio.run(read(engine)) == expected
+        assert tokens_of(engine.submit(request)) == expected
         assert deaf.wait(60) and broken.wait(60)
 
 
@@ -358,13 +345,13 @@ def test_settings_name_what_is_wrong(model, tokenizer):
 def test_memory_is_allocated_once_and_within_the_budget(model, tokenizer):
     budget = 2_000_000
     with Engine(model, tokenizer, settings(kv_budget_bytes=budget, max_running=64)) as engine:
-        assert engine.memory.num_bytes <= budget < engine.memory.num_bytes * 1.1
-        places = [memory.data_ptr() for memory in (*engine.memory.keys, *engine.memory.values)]
+        assert engine.kv_cache.num_bytes <= budget < engine.kv_cache.num_bytes * 1.1
+        places = [memory.data_ptr() for memory in (*engine.kv_cache.keys, *engine.kv_cache.values)]
         handles = [engine.submit(build_request(seed)) for seed in range(8)]
         assert all(handle.result(60).finish_reason == "length" for handle in handles)
-        assert places == [memory.data_ptr() for memory in (*engine.memory.keys, *engine.memory.values)]
+        assert places == [memory.data_ptr() for memory in (*engine.kv_cache.keys, *engine.kv_cache.values)]
         stats = engine.stats()
-        assert stats.first_token_s.count == stats.per_token_s.count == 8 and stats.generated_tokens == 8 * 24
+        assert stats.generated_tokens == 8 * 24
 
 
 def test_a_step_padded_for_a_graph_gives_the_same_logits(model, tokenizer):
@@ -376,7 +363,7 @@ def test_a_step_padded_for_a_graph_gives_the_same_logits(model, tokenizer):
             decoder.forward(DecodeRows([], [], []), [Chunk(slot, 0, embeds, True)])
         rows = DecodeRows([5, 6, 7], [0, 2, 3], [9, 30, 17])
         expected = decoder.forward(rows, [])
-        padded = decoder.compute(graphs.padded_plan(rows), ())
+        padded = decoder.compute(graphs.padded_layout(rows), ())
     torch.testing.assert_close(padded[[0, 2, 3]], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -387,7 +374,7 @@ def test_graphs_need_a_gpu(model, tokenizer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"cuda_graphs": True, "compile": True}])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}])
 def test_a_gpu_gives_the_same_tokens(tokenizer, options):
     model = build_model().cuda()
     requests = [build_request(number, length=5 + 9 * (number % 7)) for number in range(9)]

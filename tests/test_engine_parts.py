@@ -1,4 +1,4 @@
-"""The engine's parts that need no model: stop strings, detokenising, KV slots, runs of rows, sampling."""
+"""The engine's parts that need no model: stop strings, detokenizing, KV slots, runs of rows, sampling."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from babydoctor.engine.allocator import use_huge_pages
-from babydoctor.engine.decoder import plan_runs
-from babydoctor.engine.kv_cache import Content, FeatureCache, KeyValueMemory
+from babydoctor.engine.kv_cache import Content, FeatureCache, KVCache
+from babydoctor.engine.layout import group_rows
 from babydoctor.engine.request import GenerationRequest
 from babydoctor.engine.sampling import build_random, sample
 from babydoctor.engine.sequence import build_content
-from babydoctor.engine.stats import Histogram
 from babydoctor.engine.stops import Detokenizer, StopFilter
+from babydoctor.runtime import use_huge_pages
 
 
 def feed(filter: StopFilter, pieces: list[str]) -> list[str]:
@@ -97,51 +96,51 @@ def test_a_common_prefix_ends_at_another_image():
     assert both.common_prefix(content([5, 6, 0, 0])) == 2
 
 
-def build_slots(num_slots: int, max_running: int) -> KeyValueMemory:
-    return KeyValueMemory(1, 1, 2, 16, num_slots, max_running, torch.float32, torch.device("cpu"))
+def build_slots(num_slots: int, max_running: int) -> KVCache:
+    return KVCache(1, 1, 2, 16, num_slots, max_running, torch.float32, torch.device("cpu"))
 
 
-def fill(memory: KeyValueMemory, slot, tokens: list[int]) -> None:
+def fill(kv_cache: KVCache, slot, tokens: list[int]) -> None:
     slot.content = content(tokens)
-    for plane in (*memory.keys, *memory.values):
+    for plane in (*kv_cache.keys, *kv_cache.values):
         plane[slot.index, 0, : len(tokens)] = torch.tensor(tokens, dtype=torch.float32)[:, None]
 
 
-def held(memory: KeyValueMemory, slot) -> list[int]:
-    assert torch.equal(memory.keys[0][slot.index], memory.values[0][slot.index])
-    return memory.keys[0][slot.index, 0, : len(slot.content), 0].int().tolist()
+def held(kv_cache: KVCache, slot) -> list[int]:
+    assert torch.equal(kv_cache.keys[0][slot.index], kv_cache.values[0][slot.index])
+    return kv_cache.keys[0][slot.index, 0, : len(slot.content), 0].int().tolist()
 
 
 def test_slots_pass_prefixes_on_in_place_or_by_a_copy():
-    memory = build_slots(3, 2)
-    first = memory.claim(content([1, 2, 3, 4]))
+    kv_cache = build_slots(3, 2)
+    first = kv_cache.allocate(content([1, 2, 3, 4]))
     assert first.num_reused == 0
-    fill(memory, first.slot, [1, 2, 3, 4])
+    fill(kv_cache, first.slot, [1, 2, 3, 4])
     # A running request's prefix is copied.
-    second = memory.claim(content([1, 2, 9]))
+    second = kv_cache.allocate(content([1, 2, 9]))
     assert (second.num_reused, second.slot is first.slot) == (2, False)
-    assert held(memory, second.slot) == [1, 2]
-    assert memory.claim(content([1])) is None
-    memory.release(first.slot)
+    assert held(kv_cache, second.slot) == [1, 2]
+    assert kv_cache.allocate(content([1])) is None
+    kv_cache.free(first.slot)
     # A finished one's slot is taken over, and the last position of a prompt is always computed.
-    third = memory.claim(content([1, 2, 3, 4]))
+    third = kv_cache.allocate(content([1, 2, 3, 4]))
     assert (third.num_reused, third.slot) == (3, first.slot)
     with pytest.raises(AssertionError, match="twice"):
-        memory.release(third.slot)
-        memory.release(third.slot)
+        kv_cache.free(third.slot)
+        kv_cache.free(third.slot)
 
 
 def test_what_a_finished_request_left_moves_aside_and_the_oldest_goes():
-    memory = build_slots(2, 1)
+    kv_cache = build_slots(2, 1)
     for tokens in ([1, 1, 1, 1], [2, 2, 2, 2]):
-        claim = memory.claim(content(tokens))
-        assert claim.num_reused == 0
-        fill(memory, claim.slot, tokens)
-        memory.release(claim.slot)
-    claim = memory.claim(content([1, 1, 1, 1, 5]))
-    assert claim.num_reused == 4 and held(memory, claim.slot) == [1, 1, 1, 1]
-    memory.release(claim.slot, scrub=True)
-    assert memory.keys[0][claim.slot.index].abs().sum() == 0
+        allocation = kv_cache.allocate(content(tokens))
+        assert allocation.num_reused == 0
+        fill(kv_cache, allocation.slot, tokens)
+        kv_cache.free(allocation.slot)
+    allocation = kv_cache.allocate(content([1, 1, 1, 1, 5]))
+    assert allocation.num_reused == 4 and held(kv_cache, allocation.slot) == [1, 1, 1, 1]
+    kv_cache.free(allocation.slot, scrub=True)
+    assert kv_cache.keys[0][allocation.slot.index].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -154,8 +153,8 @@ def test_what_a_finished_request_left_moves_aside_and_the_oldest_goes():
         ([0, 1, 2], [100, 4000, 100], [[0], [1], [2]]),
     ],
 )
-def test_neighbouring_slots_are_attended_to_together_where_that_is_cheaper(slots, lengths, runs):
-    assert plan_runs(slots, lengths, call_positions=512) == runs
+def test_neighboring_slots_are_attended_to_together_where_that_is_cheaper(slots, lengths, runs):
+    assert group_rows(slots, lengths, call_positions=512) == runs
 
 
 def test_features_are_kept_up_to_the_budget_and_the_least_used_go():
@@ -187,13 +186,6 @@ def test_a_flat_nucleus_wider_than_the_first_candidates_is_exact():
     assert len(draws) > 850 and max(draws) <= 900
 
 
-def test_histograms_count_up_to_each_bound():
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe(value)
-    assert histogram.counts == [2, 1, 1] and histogram.count == 4 and histogram.total == 12.0
-
-
 def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
     numbers = torch.arange(24 * 2**20, dtype=torch.int32)  # 96 MB: a mapping of its own
     moved = use_huge_pages()
@@ -207,4 +199,4 @@ def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
 
 def test_no_more_is_moved_into_huge_pages_than_asked():
     kept = torch.ones(16 * 2**20)
-    assert use_huge_pages(most_bytes=4 * 2**20) <= 4 * 2**20 and kept.min() == 1
+    assert use_huge_pages(max_bytes=4 * 2**20) <= 4 * 2**20 and kept.min() == 1

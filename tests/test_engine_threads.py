@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from babydoctor.engine.threads import release_team
+from babydoctor.runtime import release_team
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

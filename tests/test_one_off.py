@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from babydoctor.cli.main import build_app
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import GenerationRequest
-from babydoctor.engine.settings import EngineSettings, build_memory, build_settings, parse_overrides
+from babydoctor.engine.settings import EngineSettings, build_kv_cache, build_settings, parse_overrides
 from babydoctor.eval.ask import GenerationConfig, ask, build_inference
 from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.tasks import Question
@@ -39,7 +39,7 @@ def run(tiny_run: Path) -> Run:
 
 def cache_of_7b(**values: Any):  # type: ignore[no-untyped-def]
     """The cache of a 7B bfloat16 model on the CPU. Its pages take no memory until something is written."""
-    return build_memory(EngineSettings(**values), LLAMA_7B, torch.bfloat16, torch.device("cpu"))
+    return build_kv_cache(EngineSettings(**values), LLAMA_7B, torch.bfloat16, torch.device("cpu"))
 
 
 def test_precision_follows_the_need() -> None:
@@ -76,7 +76,7 @@ def test_chat_holds_one_request(run: Run) -> None:
     chat = open_conversation(run, None, question="Is this a lung?", max_new_tokens=7)
     with chat.inference as inference:
         memory, used = (
-            inference.engine.memory,
+            inference.engine.kv_cache,
             len(inference.encode([user_turn("Is this a lung?", has_image=False)])) + 7,
         )
         assert (memory.capacity, memory.num_slots) == (used, 1)
@@ -87,10 +87,10 @@ def test_chat_holds_one_request(run: Run) -> None:
         assert len(chat.turns) == 2
     longest = run.model.language_model.config.max_position_embeddings
     engine = open_conversation(run, None, max_new_tokens=7).inference.engine
-    assert engine.memory.capacity == min(run.manifest.max_length + 7, longest)
+    assert engine.kv_cache.capacity == min(run.manifest.max_length + 7, longest)
     chat = open_conversation(run, None, question="Why?", engine={"max_context": 240, "kv_dtype": "bfloat16"})
     with chat.inference as inference:
-        assert (inference.engine.memory.capacity, inference.engine.memory.dtype) == (240, torch.bfloat16)
+        assert (inference.engine.kv_cache.capacity, inference.engine.kv_cache.dtype) == (240, torch.bfloat16)
         assert isinstance("".join(chat.ask("Why?")), str)
 
 
@@ -116,7 +116,7 @@ def test_eval_holds_the_longest_question(run: Run) -> None:
     assert [answer.id for answer in answers] == ["1", "9", "4"]
     assert not any(answer.finish_reason.startswith("error") for answer in answers)
     other = build_inference(run.model, run.tokenizer, run.manifest, questions, config, {"max_running": 3})
-    assert other.engine.memory.max_running == 3
+    assert other.engine.kv_cache.max_running == 3
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,8 @@ def test_eval_holds_the_longest_question(run: Run) -> None:
         (["engine.max_context=[5"], "not valid YAML"),
         (["engine.max_context=many"], r"engine\.max_context='many' must be a whole number"),
         (["engine.max_context=true"], r"engine\.max_context=True must be a whole number"),
-        (["engine.compile=3"], r"engine\.compile=3 must be true or false"),
+        (["engine.compile=true"], r"engine\.compile is not a setting of the engine; the engine has cached_slots"),
+        (["engine.cuda_graphs=3"], r"engine\.cuda_graphs=3 must be true or false"),
         (["engine.kv_dtype=int8"], r"engine\.kv_dtype=int8 must be one of float32, bfloat16, float16"),
         (["engine.max_running=0"], r"engine\.max_running=0 must be at least 1"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,6 @@ def peak_allocated_bytes(function: Callable[[], Any], device: str = "cpu") -> in
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes that it begins and ends
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     results: Any = profiler.profiler

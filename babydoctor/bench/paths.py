@@ -163,7 +163,13 @@ PATHS = (
 
 
 def bench_paths(
-    stage: str, *, num_steps: int, preset: str = "mini", device: str = "cpu", batch_size: int = 8
+    stage: str,
+    *,
+    num_steps: int,
+    preset: str = "mini",
+    device: str = "cpu",
+    batch_size: int = 8,
+    on_memory_stable: Callable[[], None] | None = None,
 ) -> Iterator[PathResult]:
     """Measure one path after the other; yields each result as it comes.
 
@@ -175,6 +181,7 @@ def bench_paths(
             seconds, peaks = _steps_apart(stage, path, num_steps, preset, device, batch_size)
         else:
             jobs = {is_on: _make_job(stage, path, preset, device, batch_size, is_on=is_on) for is_on in (True, False)}
+            jobs = {is_on: replace(job, on_memory_stable=on_memory_stable) for is_on, job in jobs.items()}
             seconds, peaks = _steps_in_turn(path, jobs, num_steps), {}
             for is_on, job in jobs.items():
                 with _switched(path, is_on):

@@ -33,6 +33,7 @@ from babydoctor.serve.client import open_llava_stream
 from babydoctor.serve.server import bind
 
 if TYPE_CHECKING:
+    from babydoctor.engine.settings import StartHook
     from babydoctor.model.babydoctor import BabyDoctor
 
 _FINDINGS = ("an effusion", "a fracture", "a nodule", "free air", "a haematoma", "consolidation", "a shift", "a cyst")
@@ -296,6 +297,7 @@ def run_bench(
     engine_only: bool = False,
     nf4: bool = False,
     engine: Mapping[str, Any] | None = None,
+    on_engine_start: StartHook | None = None,
     device: str = "cpu",
     on_event: Any = lambda text: None,
 ) -> Report:
@@ -305,6 +307,7 @@ def run_bench(
         folder: an empty folder for the model's files.
         nf4: a 4-bit language model; measured, like ``7b``, without HTTP.
         engine: settings of the engine that replace the defaults.
+        on_engine_start: see ``EngineSettings.on_start``; for an engine in this process.
         on_event: told what is going on.
 
     Raises:
@@ -331,7 +334,7 @@ def run_bench(
         from babydoctor.engine.engine import Engine
         from babydoctor.engine.settings import build_settings
 
-        with Engine(model, tokenizer, build_settings(engine or {})) as measured:
+        with Engine(model, tokenizer, build_settings(engine or {}, on_start=on_engine_start)) as measured:
             warm_up = prepare(build_questions(2, seed=999), model, tokenizer, 4)
             drive_engine(measured, warm_up, 2)
             for number, questions in batches:

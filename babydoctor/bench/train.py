@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,6 @@ from babydoctor.bench.measure import matmul_flops_per_s, peak_allocated_bytes, s
 from babydoctor.bench.models import PRESETS, build_random_model
 from babydoctor.config import RunConfig, apply_override, build_config
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
-from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.lora import add_lora
@@ -148,13 +147,14 @@ def synthetic_samples(count: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class BenchJob:
-    """A stage made ready to run."""
+    """A stage made ready to run. ``on_memory_stable`` is that of ``train.loop.train``."""
 
     config: RunConfig
     model: BabyDoctor
     dataset: StepDataset
     plan: Plan
     device: str
+    on_memory_stable: Callable[[], None] | None = None
 
 
 def prepare(
@@ -166,6 +166,7 @@ def prepare(
     batch_size: int,
     num_workers: int,
     overrides: Sequence[str] = (),
+    on_memory_stable: Callable[[], None] | None = None,
 ) -> BenchJob:
     """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
     config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers, overrides=overrides)
@@ -180,7 +181,7 @@ def prepare(
     plan = build_plan(config, hardware, statistics=lengths, model=described)
     model.recompute_every = recompute_every(plan.gradient_checkpointing)
     dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=plan.micro_batch_tokens)
-    return BenchJob(config, model, dataset, plan, device)
+    return BenchJob(config, model, dataset, plan, device, on_memory_stable)
 
 
 def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, StepData]]:
@@ -191,8 +192,6 @@ def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, Ste
     from babydoctor.train.step import accumulate_gradients, seed_step
 
     accelerator = Accelerator(cpu=job.device == "cpu")
-    if job.device == "cpu":
-        keep_freed_memory(MOST_KEPT_BYTES)
     optimizer = build_optimizer(job.model, job.config.train)
     begun = time.perf_counter()
     for step, data in enumerate(iterate_steps(job.dataset, 0, num_steps, job.config.data.num_workers)):
@@ -202,8 +201,8 @@ def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, Ste
         torch.nn.utils.clip_grad_norm_(job.model.trainable_parameters().values(), job.config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if job.device == "cpu" and step + 1 == STEPS_TO_FULL_SIZE:
-            use_huge_pages()
+        if job.on_memory_stable and job.device == "cpu" and step + 1 == STEPS_TO_FULL_SIZE:
+            job.on_memory_stable()
         synchronize(job.device)
         yield time.perf_counter() - begun, waited, data
         begun = time.perf_counter()
@@ -254,6 +253,7 @@ def bench_train(
     batch_size: int,
     num_workers: int,
     memory_cap: int | None = None,
+    on_memory_stable: Callable[[], None] | None = None,
 ) -> Iterator[tuple[float, StageResult]]:
     """Measure stages one by one; yields the matrix multiplication rate measured beside each, and the result.
 
@@ -274,7 +274,15 @@ def bench_train(
         if stage not in STAGES:
             raise UserError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
         ceiling = matmul_flops_per_s(device, size=2048 if device == "cpu" else 8192)
-        job = prepare(stage, preset, device, hardware=hardware, batch_size=batch_size, num_workers=num_workers)
+        job = prepare(
+            stage,
+            preset,
+            device,
+            hardware=hardware,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_memory_stable=on_memory_stable,
+        )
         yield ceiling, bench_stage(job, num_steps=num_steps, ceiling=ceiling)
         del job
 

@@ -42,7 +42,9 @@ def train(
     from babydoctor.bench.gpu_report import stage_record, write_record
     from babydoctor.bench.train import STAGES, bench_train, projected_hours
     from babydoctor.plan.hardware import choose_device
+    from babydoctor.runtime import prepare_bench, settle_training_memory
 
+    prepare_bench()
     device = choose_device(device)
     results = bench_train(
         STAGES if stage == "all" else (stage,),
@@ -52,6 +54,7 @@ def train(
         batch_size=batch_size or (64 if preset == "7b" else 8),
         num_workers=num_workers,
         memory_cap=round(memory_cap * 2**30) or None,
+        on_memory_stable=settle_training_memory,
     )
     for ceiling, result in results:
         if json_file is not None:
@@ -82,10 +85,19 @@ def paths(
     from babydoctor.bench.gpu_report import path_record, write_record
     from babydoctor.bench.paths import bench_paths
     from babydoctor.plan.hardware import choose_device
+    from babydoctor.runtime import prepare_bench, settle_training_memory
 
+    prepare_bench()
     print(f"| fast path ({stage}) | without it | samples/s | without | gain | peak MiB | without |")
     print("|---|---|---|---|---|---|---|")
-    for result in bench_paths(stage, num_steps=steps, preset=preset, device=choose_device(device)):
+    results = bench_paths(
+        stage,
+        num_steps=steps,
+        preset=preset,
+        device=choose_device(device),
+        on_memory_stable=settle_training_memory,
+    )
+    for result in results:
         if json_file is not None:
             write_record(json_file, "paths", path_record(stage, result))
         print(
@@ -122,6 +134,7 @@ def serve(
     from babydoctor.bench.serve import run_bench
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.plan.hardware import choose_device
+    from babydoctor.runtime import prepare_bench, prepare_engine
     from babydoctor.schema import UserError
 
     try:
@@ -130,6 +143,7 @@ def serve(
         numbers = ()
     if not numbers or min(numbers) < 1:
         raise UserError(f"--users {users!r} must be whole numbers with commas between them, for example 1,16")
+    prepare_bench()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-bench-") as folder, console.status("starting") as status:
         report = run_bench(
@@ -142,6 +156,7 @@ def serve(
             engine_only=engine_only,
             nf4=nf4,
             engine=parse_overrides(overrides or []),
+            on_engine_start=prepare_engine,
             device=choose_device(device),
             on_event=status.update,
         )
@@ -215,7 +230,9 @@ def soak(
     from rich.console import Console
 
     from babydoctor.bench.soak import run_soak
+    from babydoctor.runtime import prepare_bench
 
+    prepare_bench()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
         report = run_soak(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from babydoctor.cli.denormals import flush_denormals
+from babydoctor.runtime import prepare_engine, prepare_inference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +44,8 @@ def chat(
     if question is not None and re.match(r"engine\.\w+=", question):  # a conversation with settings
         settings.insert(0, question)
         question = None
-    engine = parse_overrides(settings)
-    flush_denormals()
+    engine = {**parse_overrides(settings), "on_start": prepare_engine}
+    prepare_inference()
     loaded = load_run(run)
     pixels = None if image is None else to_pixels(open_image(image, frame, preset), loaded.manifest.image)
     conversation = open_conversation(loaded, pixels, question=question, max_new_tokens=max_new_tokens, engine=engine)

@@ -111,6 +111,8 @@ def _format_dataclass(kind: type[Any], indent: str, given: dict[str, Any]) -> It
     text = re.sub(r"\s*\n {12,}", " ", kind.__doc__ or "")
     meanings = dict(re.findall(r"^ +(\w+): (.+)$", text, flags=re.MULTILINE))
     for field in dataclasses.fields(kind):
+        if field.metadata.get("hidden"):
+            continue
         default = _plain(field.default)
         words = str(field.type).replace(" | ", " or ").replace("None", "null").replace("bool", "true or false")
         notes = [words.replace("int", "integer"), f"default {_scalar(default)}", meanings.get(field.name, "")]

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from babydoctor.cli.denormals import flush_denormals
+from babydoctor.runtime import prepare_training
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def demo(
     """Train a tiny BabyDoctor from scratch: phantoms, base models, three stages, scores, web UI."""
     from babydoctor.demo.demo import run_demo
 
-    flush_denormals()
+    prepare_training()
     status = run_demo(dir, check=check, update=update)
     if not check:
         from babydoctor.cli.serve import serve
@@ -46,6 +46,6 @@ def tiny_base(
     """Train the tiny preset's base models (CLIP tower, tokenizer, LLaMA) on phantoms."""
     from babydoctor.demo.tiny_language import TinySettings, make_tiny_base
 
-    flush_denormals()
+    prepare_training()
     make_tiny_base(phantoms, out, TinySettings(seed=seed))
     print(f"vision tower: {out / 'clip'}  language model: {out / 'llama'}")

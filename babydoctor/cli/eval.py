@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from babydoctor.cli.denormals import flush_denormals
+from babydoctor.runtime import prepare_engine, prepare_inference, prepare_training
 
 
 class DefaultCommandGroup(TyperGroup):
@@ -83,7 +83,7 @@ def run(
     from babydoctor.eval.run import EvalConfig, evaluate
     from babydoctor.progress import named_progress
 
-    flush_denormals()
+    prepare_inference()
     task_config = TaskConfig(
         task=task,
         data=data,
@@ -114,7 +114,7 @@ def run(
             predictions=predictions,
             device=device,
             progress=advance,
-            engine=parse_overrides(overrides or []),
+            engine={**parse_overrides(overrides or []), "on_start": prepare_engine},
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
@@ -225,7 +225,7 @@ def stages(
     from babydoctor.demo.ablation import SECTION, StagesConfig, run_stages, write_picture
     from babydoctor.markers import write_section
 
-    flush_denormals()
+    prepare_training()
     table = run_stages(
         StagesConfig(
             out=out,

@@ -112,6 +112,7 @@ def worker(
         overrides, run = [str(run), *(overrides or [])], None  # the first word was a setting, there being no run
     settings, secrets = _begin("worker", config, overrides)
 
+    from babydoctor.runtime import prepare_engine
     from babydoctor.serve.server import bind, reachable_url, run_server
     from babydoctor.serve.worker.app import build_worker_app, load_worker
 
@@ -125,7 +126,7 @@ def worker(
     elif run is None:
         raise UserError("worker needs a run directory (or --engine openai --url ADDRESS)")
     else:
-        backend = load_worker(run, settings)
+        backend = load_worker(run, settings, on_start=prepare_engine)
     own = settings.worker
     sock = bind("worker", own.host, own.port)
     address = (own.address or reachable_url(sock, own.controller)) if own.controller else None
@@ -143,28 +144,32 @@ def web(
     """Run the web UI alone."""
     settings, secrets = _begin("page", config, overrides)
 
-    from babydoctor.serve.page.app import run_page
-    from babydoctor.serve.settings import is_loopback
+    from babydoctor.runtime import prepare_web_ui
 
     own = settings.page
-    run_page(
-        controller_url,
-        own.host,
-        own.port,
-        api_key=secrets.api_keys[0] if secrets.api_keys else None,
-        # The page shows the controller a key; beyond this machine, its users have to show one first.
-        sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,
-        feedback_file=Path(own.feedback_file) if own.feedback_file else None,
-    )
+    with prepare_web_ui():
+        from babydoctor.serve.page.app import run_page
+        from babydoctor.serve.settings import is_loopback
+
+        run_page(
+            controller_url,
+            own.host,
+            own.port,
+            api_key=secrets.api_keys[0] if secrets.api_keys else None,
+            # The web UI sends the controller's key for its users; beyond this machine they must sign in with one.
+            sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,
+            feedback_file=Path(own.feedback_file) if own.feedback_file else None,
+        )
 
 
 def _begin(part: str, config: Path | None, overrides: list[str] | None) -> tuple[ServeSettings, Secrets]:
     """What all parts do first."""
+    from babydoctor.runtime import die_with_parent
     from babydoctor.serve.logs import set_up_logging
-    from babydoctor.serve.process import LOG_LEVEL_VARIABLE, die_with_parent
+    from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE
     from babydoctor.serve.settings import check_exposure, load_secrets, load_settings
 
-    die_with_parent()
+    die_with_parent(os.environ.get(PARENT_VARIABLE))
     set_up_logging(part, os.environ.get(LOG_LEVEL_VARIABLE, "INFO"))
     settings, secrets = load_settings(config, overrides or []), load_secrets()
     check_exposure(part, getattr(settings, part).host, settings, secrets)

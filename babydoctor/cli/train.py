@@ -8,8 +8,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from babydoctor.cli.denormals import flush_denormals
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
@@ -34,10 +32,12 @@ def train(
 
     settings = load_config(config, overrides or [])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from babydoctor.runtime import prepare_training, settle_training_memory
+
+    prepare_training()
     from babydoctor.train.loop import train as run_stage
 
-    flush_denormals()
-    run_stage(settings, resume=resume)
+    run_stage(settings, resume=resume, on_memory_stable=settle_training_memory)
 
 
 def merge(

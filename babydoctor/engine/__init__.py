@@ -1,5 +1,6 @@
-"""Batched decoding for many users at once. Knows nothing of HTTP.
+"""Batched decoding for many users at once. Independent of HTTP.
 
-``request.py`` is what callers need; ``engine.py`` the thread that owns the model; ``decoder.py`` LLaMA's forward pass
-over KV slots (``kv.py``); ``job.py``, ``sampling.py`` and ``stops.py`` what happens to one request's tokens.
+``request.py`` holds the caller's types, ``engine.py`` the thread that owns the model, ``scheduler.py`` the choice of
+work for each step, ``layout.py`` the step's rows and ``decoder.py`` LLaMA's forward pass over the slots of
+``kv_cache.py``. ``sequence.py``, ``sampling.py`` and ``stops.py`` turn one request's logits into text.
 """

@@ -1,6 +1,6 @@
-"""Constrained decoding: which tokens may follow so that the answer stays JSON of a given schema (llguidance).
+"""Constrained decoding: allow only tokens that keep the answer valid JSON of a given schema (llguidance).
 
-Source: https://github.com/guidance-ai/llguidance. Free of torch.
+Source: https://github.com/guidance-ai/llguidance. Does not import torch.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class JsonGrammars:
         self._compiled: Any = None
 
     def constraint(self, schema: Mapping[str, Any], generated: Sequence[int] = ()) -> JsonConstraint:
-        """A constraint for one answer that has begun with the tokens ``generated``.
+        """A constraint for one answer that starts with the tokens ``generated``.
 
         Raises:
             InvalidRequestError: the schema is invalid or uses what llguidance cannot enforce.
         """
         import llguidance
 
-        # llguidance's default lets a model write white space for ever; one space or none is what JSON needs.
+        # By default llguidance allows unlimited white space. JSON needs at most one space.
         options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         text = json.dumps(dict(schema) | {"x-guidance": options})
         tokenizer = self._llguidance_tokenizer()
@@ -56,7 +56,7 @@ class JsonGrammars:
         return constraint
 
     def _llguidance_tokenizer(self) -> Any:
-        """Built once: it takes a second for 32,000 tokens."""
+        """Built once, because it takes a second for 32,000 tokens."""
         import llguidance.hf
 
         with self._lock:
@@ -68,14 +68,14 @@ class JsonGrammars:
 
 
 class JsonConstraint:
-    """The grammar of one answer and how far it has come."""
+    """The grammar of one answer, and its state."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete, so that nothing may follow."""
+        """True if the answer is complete."""
         return bool(self._matcher.is_stopped())
 
     def accept(self, token: int) -> None:
@@ -88,7 +88,7 @@ class JsonConstraint:
             raise RequestFailedError(f"the grammar does not allow the token {token}")
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """Bool ``[V]``: which tokens may follow.
+        """Bool ``[V]``: True for tokens that may follow.
 
         Raises:
             RequestFailedError: the grammar failed.

@@ -1,8 +1,8 @@
-"""Decoding steps as CUDA graphs: one launch instead of some forty for every layer.
+"""Decoding steps as CUDA graphs: one launch per step instead of about forty per layer.
 
-A graph has fixed shapes, so a step is padded to all running slots and to a rounded length; rows of free slots write to
-the scratch slot. One graph is recorded for each rounded length when it is first needed. Steps that read prompts are
-not recorded.
+A graph has fixed shapes. So a step is padded to all running slots and to a rounded length, and rows of free slots
+write to the scratch slot. One graph is captured for each rounded length when it is first needed. Steps with prompt
+chunks are not captured.
 """
 
 from __future__ import annotations
@@ -11,66 +11,69 @@ from dataclasses import dataclass
 
 import torch
 
-from babydoctor.engine.decoder import Decoder, DecodeRows, Run, StepPlan
+from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.layout import DecodeRows, Run, StepLayout
 
 GRAPH_LENGTH_STEP = 256
-"""Lengths are rounded up to a multiple of this: few graphs, little attention to nothing."""
+"""Lengths are rounded up to a multiple of this: few graphs, little attention to masked positions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Recording:
-    """A graph, the tensors that it reads and the one that it writes."""
+class CapturedGraph:
+    """A graph, the tensors that it reads and the tensor that it writes."""
 
     graph: torch.cuda.CUDAGraph
-    plan: StepPlan
+    layout: StepLayout
     logits: torch.Tensor
 
 
 class DecodeGraphs:
-    """Recorded decoding steps of one decoder."""
+    """Captured decoding steps of one decoder."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self._recordings: dict[int, Recording] = {}
+        self._graphs: dict[int, CapturedGraph] = {}
 
-    def padded_plan(self, rows: DecodeRows) -> StepPlan:
-        """A step over all running slots, whichever of them ``rows`` are. Logits come for every slot, in order."""
-        memory = self.decoder.memory
-        filled = [(0, memory.scratch, 0)] * memory.max_running
+    def padded_layout(self, rows: DecodeRows) -> StepLayout:
+        """A step over all running slots, with logits for every slot in order."""
+        kv_cache = self.decoder.kv_cache
+        filled = [(0, kv_cache.scratch, 0)] * kv_cache.max_running
         for token, slot, position in zip(rows.tokens, rows.slots, rows.positions, strict=True):
             filled[slot] = (token, slot, position)
         longest = max(rows.positions) + 1
-        length = min(-(-longest // GRAPH_LENGTH_STEP) * GRAPH_LENGTH_STEP, memory.capacity)
-        run = Run(0, memory.max_running, 0, length)
-        return self.decoder.build_plan(filled, [run], range(memory.max_running), ())
+        length = min(-(-longest // GRAPH_LENGTH_STEP) * GRAPH_LENGTH_STEP, kv_cache.capacity)
+        run = Run(0, kv_cache.max_running, 0, length)
+        return self.decoder.layout.build(filled, [run], range(kv_cache.max_running), ())
 
     @torch.inference_mode()
     def forward(self, rows: DecodeRows) -> torch.Tensor:
         """Logits ``[R, vocabulary]`` of one decoding step."""
-        plan = self.padded_plan(rows)
-        length = plan.runs[0].length
-        if length not in self._recordings:
-            self._recordings[length] = self._record(plan)
-        recording = self._recordings[length]
-        for target, source in zip(_inputs(recording.plan), _inputs(plan), strict=True):
+        layout = self.padded_layout(rows)
+        length = layout.runs[0].length
+        if length not in self._graphs:
+            self._graphs[length] = self._capture(layout)
+        captured = self._graphs[length]
+        for target, source in zip(_inputs(captured.layout), _inputs(layout), strict=True):
             target.copy_(source)
-        recording.graph.replay()
-        return recording.logits[torch.tensor(rows.slots, device=recording.logits.device)]
+        captured.graph.replay()
+        return captured.logits[torch.tensor(rows.slots, device=captured.logits.device)]
 
-    def _record(self, plan: StepPlan) -> Recording:
-        """Run the step a few times on a side stream, as CUDA asks, then record it. It may be repeated: each run writes
-        the same keys and values to the same places."""
+    def _capture(self, layout: StepLayout) -> CapturedGraph:
+        """Run the step a few times on a side stream, as CUDA requires, then capture it.
+
+        Repeating it is safe: each run writes the same keys and values to the same positions.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.decoder.compute(plan, ())
+                self.decoder.compute(layout, ())
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.decoder.compute(plan, ())
-        return Recording(graph, plan, logits)
+            logits = self.decoder.compute(layout, ())
+        return CapturedGraph(graph, layout, logits)
 
 
-def _inputs(plan: StepPlan) -> list[torch.Tensor]:
-    return [plan.tokens, plan.positions, plan.write_index, *plan.run_masks]
+def _inputs(layout: StepLayout) -> list[torch.Tensor]:
+    return [layout.tokens, layout.positions, layout.write_index, *layout.run_masks]

@@ -1,10 +1,10 @@
-"""KV memory: allocated once, one slot a request, prefixes taken over or copied from earlier requests.
+"""KV cache: allocated once, one slot per request, with prefixes reused from earlier requests.
 
-Shapes: ``S`` slots, ``K`` key/value heads, ``C`` positions a slot holds, ``D`` head width.
+Shapes: ``S`` slots, ``K`` key/value heads, ``C`` capacity of a slot in positions, ``D`` head size.
 
-Slots ``0 .. max_running - 1`` hold running requests, side by side so that one batched product serves neighbours. The
-slots above only keep what finished requests left, for later prompts that begin the same way. One more slot at the end
-is a place to write to for rows of a batch that belong to nobody.
+Slots ``0 .. max_running - 1`` hold running requests. They are adjacent in memory, so one batched product can serve
+several. The slots after them only keep contents of finished requests, for later prompts with the same prefix. The last
+slot is scratch: padding rows of a batch write to it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 IMAGE_POSITION = -1
-"""Stands for an image position where contents of slots are compared; the image's key decides then."""
+"""Stands for an image position when contents of slots are compared. The image's key is compared instead."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """What the positions of a slot stand for: token ids ``[T]`` and where which image begins."""
+    """Contents of a slot: token ids ``[T]``, and the first position and key of each image."""
 
     tokens: np.ndarray
     images: tuple[tuple[int, str], ...] = ()
@@ -32,7 +32,7 @@ class Content:
         return len(self.tokens)
 
     def common_prefix(self, other: Content) -> int:
-        """Number of leading positions that are the same in both, image contents included."""
+        """Number of leading positions that are equal in both, image contents included."""
         length = min(len(self), len(other))
         different = np.flatnonzero(self.tokens[:length] != other.tokens[:length])
         same = int(different[0]) if len(different) else length
@@ -43,6 +43,7 @@ class Content:
         return same
 
     def head(self, length: int) -> Content:
+        """The first ``length`` positions."""
         return Content(self.tokens[:length], tuple(image for image in self.images if image[0] < length))
 
 
@@ -51,7 +52,7 @@ EMPTY = Content(np.zeros(0, np.int64))
 
 @dataclass(slots=True)
 class Slot:
-    """Book-keeping of one slot. ``content`` covers the positions whose keys and values are computed."""
+    """State of one slot. ``content`` covers the positions whose keys and values are computed."""
 
     index: int
     content: Content = EMPTY
@@ -60,16 +61,16 @@ class Slot:
 
 
 @dataclass(slots=True)
-class Claim:
-    """A slot given to a request, of which the first ``num_reused`` positions are filled already."""
+class Allocation:
+    """A slot given to a request. Its first ``num_reused`` positions are already filled."""
 
     slot: Slot
     num_reused: int
 
 
 @dataclass(slots=True)
-class KeyValueMemory:
-    """Keys and values of all requests, ``[S + 1, K, C, D]`` each for every layer, and who has which slot."""
+class KVCache:
+    """Keys and values of all requests, ``[S + 1, K, C, D]`` each for every layer, and the state of the slots."""
 
     num_layers: int
     num_kv_heads: int
@@ -87,14 +88,14 @@ class KeyValueMemory:
     def __post_init__(self) -> None:
         assert 1 <= self.max_running <= self.num_slots, (self.max_running, self.num_slots)
         shape = (self.num_slots + 1, self.num_kv_heads, self.capacity, self.head_dim)
-        # Zeros, not empty: masked positions are multiplied by 0, and 0 times a stray NaN is NaN.
+        # Zeros, not empty: masked positions are multiplied by 0, and 0 times NaN is NaN.
         self.keys = [_zeros(shape, self.dtype, self.device) for _ in range(self.num_layers)]
         self.values = [_zeros(shape, self.dtype, self.device) for _ in range(self.num_layers)]
         self.slots = [Slot(index) for index in range(self.num_slots)]
 
     @property
     def scratch(self) -> int:
-        """Index of the slot that nobody reads."""
+        """Index of the slot that is never read."""
         return self.num_slots
 
     @property
@@ -107,14 +108,14 @@ class KeyValueMemory:
 
     @property
     def used_fraction(self) -> float:
-        """Share of the positions that running requests hold now."""
+        """Share of the positions that running requests hold."""
         return sum(len(slot.content) for slot in self.slots if slot.in_use) / (self.num_slots * self.capacity)
 
-    def claim(self, content: Content) -> Claim | None:
-        """Give a slot to a request whose prompt is ``content``; None when all are taken.
+    def allocate(self, content: Content) -> Allocation | None:
+        """Give a slot to a request whose prompt is ``content``; None if no slot is free.
 
         The longest prefix that any slot holds is reused: in place if that slot is free and would lose little, else by
-        one copy. At least the last position of the prompt is left to compute, since its logits are needed.
+        one copy. At least the last position of the prompt is left to compute, because its logits are needed.
         """
         free = [slot for slot in self.slots[: self.max_running] if not slot.in_use]
         if not free:
@@ -132,28 +133,22 @@ class KeyValueMemory:
         target.in_use = True
         self._touch(target)
         self._touch(donor)
-        return Claim(target, reused)
+        return Allocation(target, reused)
 
-    def release(self, slot: Slot, *, scrub: bool = False) -> None:
-        """Take a slot back. Its content stays for later prompts, unless ``scrub`` says that it is damaged."""
-        assert slot.in_use, f"slot {slot.index} was given back twice"
+    def free(self, slot: Slot, *, scrub: bool = False) -> None:
+        """Free a slot. Its content stays for later prompts; with ``scrub`` it is damaged and zeroed."""
+        assert slot.in_use, f"slot {slot.index} was freed twice"
         slot.in_use = False
         self._touch(slot)
         if scrub:
             slot.content = EMPTY
-            for memory in (*self.keys, *self.values):
-                memory[slot.index].zero_()
-
-    def forget(self) -> None:
-        """Drop what finished requests left (prefixes of running ones stay)."""
-        for slot in self.slots:
-            if not slot.in_use:
-                slot.content = EMPTY
+            for cache in (*self.keys, *self.values):
+                cache[slot.index].zero_()
 
     def _archive(self, slot: Slot, donor: Slot) -> None:
-        """Keep a finished request's content before its slot is written over, unless another slot holds it all.
+        """Copy a finished request's content to a cached slot before it is overwritten, unless another slot holds it.
 
-        ``donor`` is about to be copied from and stays as it is.
+        ``donor`` is never overwritten, because it is copied next.
         """
         if not len(slot.content):
             return
@@ -170,8 +165,8 @@ class KeyValueMemory:
     def _copy(self, source: Slot, target: Slot, length: int) -> None:
         if not length:
             return
-        for memory in (*self.keys, *self.values):
-            memory[target.index, :, :length] = memory[source.index, :, :length]
+        for cache in (*self.keys, *self.values):
+            cache[target.index, :, :length] = cache[source.index, :, :length]
 
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
@@ -179,8 +174,10 @@ class KeyValueMemory:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that on the CPU take real memory only where something was written: pages come from the system as they are
-    touched. (torch would write the zeros itself; numpy asks for huge pages, of which one spans several heads.)"""
+    """Zeros that take memory on the CPU only where something is written, because the system adds pages on first use.
+
+    ``torch.zeros`` writes the zeros itself. numpy requests huge pages, and one of them spans several heads.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -193,7 +190,7 @@ def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int,
 
 
 class FeatureCache:
-    """Projected image features by image key, the least recently used dropped beyond ``budget_bytes``."""
+    """Projected image features by image key. Beyond ``budget_bytes`` the least recently used are dropped."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -208,11 +205,12 @@ class FeatureCache:
         if features is None:
             self.misses += 1
             return None
-        self._features[key] = features  # a dict keeps the order of insertion: the oldest comes first
+        self._features[key] = features  # dicts keep insertion order, so the least recently used comes first
         self.hits += 1
         return features
 
     def put(self, key: str, features: torch.Tensor) -> None:
+        """Keep the features of an image unless they exceed the budget."""
         size = features.numel() * features.element_size()
         if size > self.budget_bytes or key in self._features:
             return

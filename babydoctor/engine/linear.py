@@ -1,7 +1,7 @@
-"""Linear layers as the engine runs them: fused, and on the CPU packed once into the layout oneDNN multiplies fastest.
+"""Linear layers of the engine: fused, and on the CPU packed once into the layout that oneDNN multiplies fastest.
 
-Measured on two AVX-512 cores in bfloat16, one row times ``[32000, 512]``: ``F.linear`` 1.8 ms, packed 0.36 ms (there
-it runs at memory speed); sixteen rows times ``[1536, 512]``: 131 µs against 77 µs.
+Measured on two AVX-512 cores in bfloat16: one row times ``[32000, 512]`` takes 1.8 ms with ``F.linear`` and 0.36 ms
+packed, which is memory bandwidth. Sixteen rows times ``[1536, 512]`` take 131 µs and 77 µs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 """``[M, in] -> [M, out]``."""
 
 PACKING_ROWS = 16
-"""Rows that the packed layout is chosen for; the same layout is as fast for 1 and for 300 (measured)."""
+"""Number of rows that oneDNN chooses the layout for. It is as fast for 1 and for 300 rows (measured)."""
 
 
 def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
-    """One function for one or several linear modules with the same input, their outputs side by side, in ``dtype``.
+    """One function for linear modules with the same input. It concatenates their outputs, in ``dtype``.
 
-    Plain ``nn.Linear`` modules of one dtype become one product; LoRA comes on top of its bases' product. Anything else
-    (4-bit layers) is called as it is. With ``pack`` the weights are copied into oneDNN's layout; else several modules
-    are fused into one new weight that the modules then share, so that no memory is used twice.
+    Plain ``nn.Linear`` modules of one dtype become one product. LoRA is added to the product of its base layers. Other
+    modules (4-bit layers) are called unchanged. With ``pack`` the weights are copied into oneDNN's layout. Without it
+    several modules are fused into one new weight, and the modules then share it, so no memory is used twice.
     """
     if any(has_lora(module) for module in modules):
         return build_lora_linear(modules, dtype, pack=pack)
@@ -51,9 +51,9 @@ def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool
 
 
 def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
-    """Modules of which some have a LoRA: the bases' product, and the low-rank products added to it.
+    """Like ``build_linear`` for modules of which some have a LoRA: the base product plus the low-rank products.
 
-    LoRA weights are copied into ``dtype`` here, so that a stage in training may keep its own in float32.
+    LoRA weights are copied into ``dtype``, so a stage in training keeps its own in float32.
     """
     bases: list[Any] = [module.base_layer if has_lora(module) else module for module in modules]
     multiply = build_linear(bases, dtype, pack=pack)
@@ -84,7 +84,7 @@ def build_packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Line
 
 
 def packing_pays(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether to pack: a CPU with oneDNN, a dtype it multiplies, and memory for a second copy with room to spare."""
+    """True if packing is faster and fits: a CPU with oneDNN, a dtype it multiplies, and memory for a second copy."""
     if not torch.backends.mkldnn.is_available():
         return False
     if any(weight.device.type != "cpu" for weight in weights):
@@ -97,12 +97,12 @@ def packing_pays(weights: Sequence[torch.Tensor]) -> bool:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products for this CPU (AVX-512 at least)."""
+    """True if oneDNN has bfloat16 products for this CPU (AVX-512 or newer)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def available_memory_bytes() -> int:
-    """Memory of this machine that new allocations can have."""
+    """Memory of this machine that is available for new allocations."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":") for line in lines)

@@ -1,6 +1,6 @@
-"""Penalties, biases and grammars: what changes a request's logits before its next token is chosen.
+"""Penalties, biases and grammars, applied to a request's logits before its next token is chosen.
 
-Meaning and order as in vLLM: repetition penalty, frequency and presence penalty, bias, then the grammar's mask.
+Meaning and order are those of vLLM: repetition penalty, frequency and presence penalty, bias, then the grammar's mask.
 Shapes: ``V`` vocabulary.
 """
 
@@ -15,7 +15,7 @@ from babydoctor.engine.request import GenerationRequest
 
 
 class LogitRules:
-    """The rules of one request and the tokens that they depend on."""
+    """The rules of one request, and the tokens they depend on."""
 
     def __init__(self, request: GenerationRequest) -> None:
         ids = np.asarray(request.input_ids)
@@ -29,24 +29,24 @@ class LogitRules:
 
     @staticmethod
     def needed(request: GenerationRequest) -> bool:
-        """Whether the request has any rule."""
+        """True if the request has any rule."""
         penalties = request.presence_penalty or request.frequency_penalty or request.repetition_penalty != 1
         return bool(penalties or request.logit_bias or request.constraint is not None)
 
     @property
     def finished(self) -> bool:
-        """Whether the grammar allows nothing more."""
+        """True if the grammar allows no further token."""
         constraint = self._request.constraint
         return constraint is not None and constraint.finished
 
     def accept(self, token: int) -> None:
-        """Note that ``token`` was generated."""
+        """Record a generated token."""
         self._counts[token] += 1
         if self._request.constraint is not None:
             self._request.constraint.accept(token)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Float32 ``[V]`` -> a changed copy; forbidden tokens have minus infinity.
+        """Float32 ``[V]`` -> a changed copy ``[V]``. Forbidden tokens get minus infinity.
 
         Raises:
             EngineError: the grammar failed.

@@ -1,19 +1,18 @@
-"""What goes into the engine and what comes out: requests, events and the handle that joins the two.
+"""Requests to the engine, its events, and the handle that connects them.
 
 A caller builds a ``GenerationRequest``, gives it to ``Engine.submit`` and reads events from the
-``GenerationHandle``: any number of ``Delta``, then exactly one ``Finished``. The handle may be read from a thread
-(``for event in handle``), from asyncio (``async for event in handle``) or by a callback (``add_listener``).
-This module is free of torch, so that servers and tests can import it at no cost.
+``GenerationHandle``: any number of ``Delta``, then exactly one ``Finished``. Read it from a thread
+(``for event in handle``) or with a callback (``add_listener``). This module does not import torch, so servers and tests
+import it quickly.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -22,7 +21,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 GREEDY_TEMPERATURE = 1e-3
-"""At or below this temperature the likeliest token is taken (the LLaVA wire's rule)."""
+"""At or below this temperature decoding is greedy, as in the LLaVA wire protocol."""
 
 MAX_TOP_LOGPROBS = 20
 
@@ -30,25 +29,25 @@ FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
 
 
 class EngineError(Exception):
-    """Why the engine refused or gave up a request. ``code`` is stable, for programs; the text is for people."""
+    """The engine refused or gave up a request. ``code`` is stable and for programs; the text is for people."""
 
     code = "engine_error"
 
 
 class InvalidRequestError(EngineError):
-    """The request contradicts itself, for example another number of images than image slots."""
+    """The request is inconsistent, for example its number of images differs from its image slots."""
 
     code = "invalid_request"
 
 
 class PromptTooLongError(EngineError):
-    """The prompt leaves no room in the context for an answer."""
+    """The prompt leaves no room for an answer in the context."""
 
     code = "prompt_too_long"
 
 
 class QueueFullError(EngineError):
-    """Too many requests wait already. Try again later."""
+    """The queue is full. Try again later."""
 
     code = "queue_full"
 
@@ -60,17 +59,17 @@ class EngineClosedError(EngineError):
 
 
 class RequestFailedError(EngineError):
-    """Something broke while this request was being worked on; other requests go on."""
+    """The computation of this request failed. Other requests are unaffected."""
 
     code = "request_failed"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageInput:
-    """One image. ``key`` names its content: SHA-256 of the image bytes plus the preprocessing settings.
+    """One image. ``key`` identifies its content: SHA-256 of the image bytes plus the preprocessing settings.
 
-    ``pixels`` is float32 ``[3, S, S]``, or a function that makes it; the function runs on the engine's thread and
-    only when the features are not cached, so give an array unless decoding is cheap.
+    ``pixels`` is float32 ``[3, S, S]``, or a function that returns it. The function runs on the engine's thread, and
+    only when the features are not cached; pass an array unless decoding is cheap.
     """
 
     key: str
@@ -78,7 +77,7 @@ class ImageInput:
 
 
 class Constraint(Protocol):
-    """Says which tokens may follow, see ``constraint.JsonConstraint``."""
+    """Restricts the next token; see ``constraint.JsonConstraint``."""
 
     @property
     def finished(self) -> bool: ...
@@ -90,17 +89,17 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
-    """One prompt and how to go on from it.
+    """One prompt and how to continue it.
 
-    ``input_ids`` int ``[T]`` and ``image_mask`` bool ``[T]`` come from ``tokens.encode``: every image takes
-    ``num_patches`` positions in a row, in the order of ``images``. ``stop`` strings end the answer and are not part
-    of it. ``logprobs`` asks for the log probability of each chosen token and of that many likeliest ones (0 to 20;
-    None: none). ``timeout_s`` counts from ``submit``. ``seed`` None draws a fresh one.
+    ``input_ids`` int ``[T]`` and ``image_mask`` bool ``[T]`` come from ``tokens.encode``: each image takes
+    ``num_patches`` consecutive positions, in the order of ``images``. ``stop`` strings end the answer and are not part
+    of it. ``logprobs`` requests the log probability of each chosen token and of that many likeliest tokens (0 to 20;
+    None: none). ``timeout_s`` counts from ``submit``. ``seed`` None draws a new one.
 
-    ``top_k``, ``min_p``, the penalties and ``logit_bias`` (pairs of token id and bias) mean what they mean in vLLM.
-    ``constraint`` says which tokens may follow; it holds state, so it serves one request. The last ``num_resumed``
-    ids of ``input_ids`` are answer tokens of an earlier attempt. ``spelled_after`` are the tokens whose text the
-    answer continues, so that its first word keeps its space; without them the answer begins as a new text.
+    ``top_k``, ``min_p``, the penalties and ``logit_bias`` (pairs of token id and bias) work as in vLLM.
+    ``constraint`` restricts the next token; it holds state, so it serves one request. The last ``num_resumed`` ids of
+    ``input_ids`` are answer tokens of an earlier attempt. ``spelled_after`` are the tokens whose text the answer
+    continues, so that its first word keeps its leading space; without them the answer starts a new text.
     """
 
     input_ids: np.ndarray
@@ -132,7 +131,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability of a token under the model (temperature 1), and of the likeliest ones in its place."""
+    """Log probability of a token at temperature 1, and the likeliest alternatives at its position."""
 
     token_id: int
     text: str
@@ -144,8 +143,8 @@ class TokenLogprob:
 class Delta:
     """A piece of the answer: whole characters, never part of a stop string.
 
-    ``token_ids`` are the tokens generated since the last event; text that might begin a stop string comes later than
-    its tokens. ``logprobs`` is as long as ``token_ids`` when asked for, else empty.
+    ``token_ids`` are the tokens generated since the last event. Text that could start a stop string is held back and
+    follows in a later event than its tokens. ``logprobs`` is as long as ``token_ids`` if requested, else empty.
     """
 
     text: str
@@ -155,7 +154,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. ``cached_tokens`` of the prompt came from an earlier request's KV memory."""
+    """Token counts. ``cached_tokens`` of the prompt came from the KV cache of an earlier request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -168,10 +167,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. ``text`` is the whole answer; ``error`` is set when ``finish_reason`` is ``error``.
+    """The last event. ``text`` is the whole answer; ``error`` is set if ``finish_reason`` is ``error``.
 
     ``stop_string`` is the stop string that ended the answer (None: the end-of-text token, or another reason).
-    ``queue_s`` is the wait before the first computation, ``first_token_s`` the time from submission to the first token.
+    ``queue_s`` is the wait before the first computation, ``first_token_s`` the time from submission to first token.
     """
 
     finish_reason: FinishReason
@@ -188,9 +187,9 @@ Event = Delta | Finished
 
 
 class GenerationHandle:
-    """The caller's end of a request. All methods may be called from any thread.
+    """The caller's side of a request. All methods are thread-safe.
 
-    Events are kept until they are read, by one reader: a thread, an asyncio task or a listener.
+    Events are kept until its one reader, a thread or a listener, takes them.
     """
 
     def __init__(self, request: GenerationRequest, wake_engine: Callable[[], None] | None = None) -> None:
@@ -204,23 +203,23 @@ class GenerationHandle:
         self._finished: Finished | None = None
 
     def cancel(self) -> None:
-        """Ask the engine to stop; it does before its next step and then publishes ``Finished("cancelled")``."""
+        """Request cancellation. Before its next step the engine publishes ``Finished("cancelled")``."""
         self._cancelled = True
         if self._wake_engine is not None:
             self._wake_engine()
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked to cancel (the engine may not have noticed yet)."""
+        """True once cancellation was requested, even if the engine has not reacted yet."""
         return self._cancelled
 
     @property
     def finished(self) -> Finished | None:
-        """The final event once the request has really ended and its memory is free again."""
+        """The last event, once the request has ended and its slot is free."""
         return self._finished
 
     def publish(self, event: Event) -> None:
-        """Called by the engine only."""
+        """Append an event. Only the engine calls this."""
         with self._condition:
             assert self._finished is None, f"event after the end: {event}"
             if isinstance(event, Finished):
@@ -233,20 +232,20 @@ class GenerationHandle:
             try:
                 listener(event)
             except Exception:
-                # A reader that breaks must not take the engine down with it.
+                # An error in a listener must not stop the engine.
                 logger.exception("the listener of a request failed")
 
     def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Call ``listener`` with every event, past ones first. It runs on the engine's thread: it must be quick."""
+        """Call ``listener`` with every event, past ones first. It runs on the engine's thread, so it must be fast."""
         with self._condition:
             assert self._listener is None, "a handle has one reader"
-            # Under the lock, so that the engine cannot publish a newer event in between.
+            # With the lock held, the engine cannot publish a newer event in between.
             while self._events:
                 listener(self._events.popleft())
             self._listener = listener
 
     def wait(self, timeout_s: float | None = None) -> Finished | None:
-        """Block until the request has ended; None when ``timeout_s`` ran out first."""
+        """Block until the request has ended. Returns None after ``timeout_s``."""
         with self._condition:
             self._condition.wait_for(lambda: self._finished is not None, timeout_s)
             return self._finished
@@ -260,24 +259,8 @@ class GenerationHandle:
             if isinstance(event, Finished):
                 return
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-
-        def hand_over(event: Event) -> None:
-            # A closed loop means that the reader is gone; there is nobody to tell.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, event)
-
-        self.add_listener(hand_over)
-        while True:
-            event = await queue.get()
-            yield event
-            if isinstance(event, Finished):
-                return
-
     def result(self, timeout_s: float | None = None) -> Finished:
-        """Wait for the end and return it; raise its error if it failed, ``TimeoutError`` if it takes too long."""
+        """Wait for the last event. Raises the error of a failed request; ``TimeoutError`` after ``timeout_s``."""
         finished = self.wait(timeout_s)
         if finished is None:
             raise TimeoutError(f"request {self.request.request_id!r} did not finish within {timeout_s} s")

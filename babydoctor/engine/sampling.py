@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, each request by its own rules and its own random numbers.
+"""Sampling of the next token. Each request has its own settings and random numbers.
 
 Shapes: ``R`` rows of logits, ``V`` vocabulary.
 """
@@ -11,18 +11,18 @@ import torch
 from babydoctor.engine.request import GenerationRequest
 
 NUCLEUS_CANDIDATES = 256
-"""Top-p looks at this many likeliest tokens first and sorts the whole vocabulary only when they are not enough."""
+"""Top-p examines this many likeliest tokens first. It sorts the whole vocabulary only if they are not enough."""
 
 
 def build_random(request: GenerationRequest) -> np.random.Generator:
-    """The random numbers of one request. They depend on its seed alone, never on who else is being served."""
+    """The random numbers of one request. They depend only on its seed, not on other requests."""
     return np.random.default_rng(request.seed)
 
 
 def likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """The likeliest token of each row of float32 ``[R, V]``, and whether it is sound: no NaN, no infinity on top."""
+    """The likeliest token of each row of float32 ``[R, V]``, and whether its logit is finite."""
     if logits.device.type == "cpu":
-        # numpy compares with vector instructions; torch's reduction takes eight times as long (measured).
+        # numpy uses vector instructions; torch's reduction takes eight times as long (measured).
         array = logits.numpy()
         best = array.argmax(axis=-1)
         return best.tolist(), np.isfinite(array[np.arange(len(array)), best]).tolist()
@@ -43,8 +43,8 @@ def sample(
 
     The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least ``top_p`` (Holtzman et al.
     2020, as in transformers). Before that, ``min_p`` drops tokens below that share of the largest probability, and
-    ``top_k`` keeps the likeliest ones (0: all), as in vLLM. One uniform number is drawn and inverted through the
-    cumulated probabilities.
+    ``top_k`` keeps the likeliest ones (0: all), as in vLLM. The draw inverts the cumulative
+    distribution at one uniform random number.
     """
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if min_p > 0:
@@ -67,13 +67,13 @@ def sample(
 
 def _invert(cumulated: torch.Tensor, random: np.random.Generator) -> int:
     point = torch.tensor(random.random(), dtype=cumulated.dtype, device=cumulated.device) * cumulated[-1]
-    # right=True: a point on a boundary belongs to the next token, so tokens of probability 0 are never drawn.
+    # right=True: a point on a boundary belongs to the next token, so tokens with probability 0 are never drawn.
     index = int(torch.searchsorted(cumulated, point, right=True))
     return min(index, len(cumulated) - 1)
 
 
 def log_probabilities(logits: torch.Tensor, token: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log probability of ``token`` under ``logits`` ``[V]`` at temperature 1, and the ``num_top`` likeliest ones."""
+    """Log probability of ``token`` for ``logits`` ``[V]`` at temperature 1, and of the ``num_top`` likeliest tokens."""
     scores = torch.log_softmax(logits.float(), dim=-1)
     if not num_top:
         return float(scores[token]), []

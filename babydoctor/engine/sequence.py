@@ -1,4 +1,4 @@
-"""One request while the engine works on it: where it stands, and what of its answer may be shown."""
+"""State of one request inside the engine: its progress and its answer so far."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from babydoctor.engine.kv_cache import IMAGE_POSITION, Claim, Content
+from babydoctor.engine.kv_cache import IMAGE_POSITION, Allocation, Content
 from babydoctor.engine.logit_rules import LogitRules
 from babydoctor.engine.request import (
     Delta,
@@ -23,11 +23,11 @@ from babydoctor.engine.sampling import build_random, log_probabilities, sample
 from babydoctor.engine.stops import Detokenizer, StopFilter
 
 
-class Job:
+class Sequence:
     """State of one request. Only the engine's thread touches it.
 
-    ``num_computed`` positions have their keys and values in the slot. While it is less than the prompt the job reads
-    its prompt; then it decodes, and the last token of ``generated`` is the one not computed yet.
+    The first ``num_computed`` positions have their keys and values in the slot. While that is less than the prompt, the
+    sequence is in prefill. Then it decodes, and the last token of ``generated`` is not computed yet.
     """
 
     def __init__(self, handle: GenerationHandle, content: Content, max_new_tokens: int, tokenizer: Any) -> None:
@@ -37,14 +37,13 @@ class Job:
         self.prompt = content
         self.max_new_tokens = max_new_tokens
         self.deadline = None if request.timeout_s is None else handle.submitted_at + request.timeout_s
-        self.claim: Claim | None = None
+        self.allocation: Allocation | None = None
         self.embeds: torch.Tensor | None = None
         self.num_computed = 0
         self.generated: list[int] = []
         self.text = ""
         self.started_at: float | None = None
         self.first_token_at: float | None = None
-        self.last_token_at = 0.0
         self._tokenizer = tokenizer
         self._random = build_random(request)
         self._rules = LogitRules(request) if LogitRules.needed(request) else None
@@ -53,8 +52,8 @@ class Job:
 
     @property
     def slot(self) -> int:
-        assert self.claim is not None, "a job that is not running has no slot"
-        return self.claim.slot.index
+        assert self.allocation is not None, "only a running sequence has a slot"
+        return self.allocation.slot.index
 
     @property
     def decoding(self) -> bool:
@@ -62,16 +61,16 @@ class Job:
 
     @property
     def num_left(self) -> int:
-        """Prompt positions that are still to be computed."""
+        """Prompt positions that are not computed yet."""
         return len(self.prompt) - self.num_computed
 
     def computed_content(self) -> Content:
-        """What the slot holds: the computed part of prompt and answer."""
+        """Content of the slot: the computed part of prompt and answer."""
         tokens = np.concatenate([self.prompt.tokens, np.asarray(self.generated, np.int64)])
         return Content(tokens, self.prompt.images).head(self.num_computed)
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> tuple[int, tuple[TokenLogprob, ...]]:
-        """The next token from this job's row of float32 logits ``[V]``, whose likeliest token is known already."""
+        """The next token and its log probabilities, from float32 logits ``[V]`` and their likeliest token."""
         request = self.request
         token, scores = likeliest, logits
         if self._rules is not None:
@@ -88,10 +87,13 @@ class Job:
         return token, (TokenLogprob(token, self._spell(token), chosen, alternatives),)
 
     def append(self, token: int, logprobs: tuple[TokenLogprob, ...], eos: frozenset[int]) -> FinishReason | None:
-        """Take the token into the answer and publish what it makes certain. Returns why the answer ends, or None."""
-        self.last_token_at = time.monotonic()
+        """Append a token to the answer and publish the text that is certain.
+
+        Returns:
+            Why the answer ends, or None if it goes on.
+        """
         if self.first_token_at is None:
-            self.first_token_at = self.last_token_at
+            self.first_token_at = time.monotonic()
         self.generated.append(token)
         if self._rules is not None:
             self._rules.accept(token)
@@ -113,18 +115,18 @@ class Job:
         return reason
 
     def _flush(self) -> str:
-        """The held-back text at the end of the answer; it may still complete a stop string."""
+        """Held-back text at the end of the answer. It may still complete a stop string."""
         shown = self._stops.add(self._detokenizer.flush())
         return shown if self._stops.found is not None else shown + self._stops.flush()
 
     def finish(self, reason: FinishReason, error: EngineError | None = None) -> Finished:
-        """The last event. Text that was held back is dropped unless the answer came to its own end."""
+        """The last event. Held-back text is dropped unless the answer ended by itself."""
         now = time.monotonic()
         submitted = self.handle.submitted_at
         return Finished(
             finish_reason=reason,
             text=self.text,
-            usage=Usage(len(self.prompt), len(self.generated), self.claim.num_reused if self.claim else 0),
+            usage=Usage(len(self.prompt), len(self.generated), self.allocation.num_reused if self.allocation else 0),
             error=error,
             stop_string=self._stops.found,
             queue_s=(self.started_at or now) - submitted,
@@ -137,7 +139,13 @@ class Job:
 
 
 def build_content(input_ids: np.ndarray, image_mask: np.ndarray | None, keys: tuple[str, ...]) -> Content:
-    """What a prompt's positions stand for, so that it can be compared with what slots hold."""
+    """Content of a prompt, to compare with the contents of slots.
+
+    Args:
+        input_ids: ``[T]``.
+        image_mask: bool ``[T]``, True at image positions.
+        keys: key of each image in order; every image has the same number of positions.
+    """
     tokens = np.asarray(input_ids, np.int64).copy()
     if image_mask is None or not keys:
         return Content(tokens)

@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
 from transformers import LlamaConfig
 
-from babydoctor.engine.kv_cache import KeyValueMemory, slot_bytes
+from babydoctor.engine.kv_cache import KVCache, slot_bytes
 from babydoctor.engine.linear import available_memory_bytes
 from babydoctor.schema import UserError
 
-LONGEST_DEFAULT_CONTEXT = 4096
-"""Context without ``max_context``, unless the model's own is shorter: longer ones cost memory that few requests use."""
+MAX_DEFAULT_CONTEXT = 4096
+"""Default context of models with a longer one, whose KV cache would be larger than most requests need."""
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+StartHook = Callable[[str, int | None], None]
+"""Called with the device type (``cpu`` or ``cuda``) and ``num_threads`` before the engine's thread starts."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an operator may set; None means that the engine decides.
+    """Settings of the engine. None means that the engine decides.
 
     Attributes:
-        max_running: requests that are answered at the same time; more wait.
-        max_queue: requests that may wait; one more is refused.
+        max_running: requests that are answered at the same time; further requests wait.
+        max_queue: requests that may wait; further requests are refused.
         max_context: tokens (image slots, prompt and answer) one request may take.
         kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the free memory on the
             CPU and nine tenths on a GPU, and never more than ``max_running + cached_slots`` slots need.
-        kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_memory``.
+        kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_kv_cache``.
         cached_slots: slots that only keep prefixes of finished requests; by default as many as ``max_running``.
         image_cache_bytes: memory for features of images seen before.
         step_tokens: rows of one step, decoding requests and prompt chunks together. Small: running answers stream
             evenly. Large: prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
-        num_threads: CPU threads of the engine; by default torch's.
+        num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so it
+            takes an ``on_start`` that sets it, as the command line's does.
         pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
-        compile: fuse what lies between matrix products with ``torch.compile`` (GPU; the first requests wait for it).
         cuda_graphs: replay decoding steps as CUDA graphs (GPU).
+        on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
+            process-wide; the command line sets its CPU switches here.
     """
 
     max_running: int = 16
@@ -52,8 +57,8 @@ class EngineSettings:
     step_tokens: int | None = None
     num_threads: int | None = None
     pack_weights: bool | None = None
-    compile: bool = False
     cuda_graphs: bool = False
+    on_start: StartHook | None = field(default=None, repr=False, compare=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:
         for name, kinds in _kinds().items():
@@ -70,16 +75,23 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"engine.{name}={value} must not be negative")
+        if self.on_start is not None and not callable(self.on_start):
+            raise UserError(f"engine.on_start={self.on_start!r} is for callers from Python; remove it")
+        if self.num_threads is not None and self.on_start is None:
+            raise UserError(
+                f"engine.num_threads={self.num_threads} needs on_start, a function that sets the thread count of the "
+                "process. From Python, call torch.set_num_threads instead"
+            )
 
     def context(self, config: LlamaConfig) -> int:
         """Tokens of one request.
 
         Raises:
-            UserError: ``max_context`` is more than the model was made for.
+            UserError: ``max_context`` exceeds the model's context.
         """
         longest = config.max_position_embeddings
         if self.max_context is None:
-            return min(longest, LONGEST_DEFAULT_CONTEXT)
+            return min(longest, MAX_DEFAULT_CONTEXT)
         if self.max_context > longest:
             raise UserError(f"engine.max_context={self.max_context} exceeds the model's {longest} positions; lower it")
         return self.max_context
@@ -92,9 +104,15 @@ class EngineSettings:
 _NOUNS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a name"}
 
 
+def setting_names() -> list[str]:
+    """Names of the settings that an operator may give."""
+    return [item.name for item in fields(EngineSettings) if not item.metadata.get("hidden")]
+
+
 def _kinds() -> dict[str, tuple[type, ...]]:
     """The types that each setting may have."""
-    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(EngineSettings).items()}
+    hints = get_type_hints(EngineSettings)
+    return {name: get_args(hints[name]) or (hints[name],) for name in setting_names()}
 
 
 def build_settings(given: Mapping[str, Any], **defaults: Any) -> EngineSettings:
@@ -103,12 +121,12 @@ def build_settings(given: Mapping[str, Any], **defaults: Any) -> EngineSettings:
     Raises:
         UserError: a setting does not exist, or its value is of the wrong kind or out of range.
     """
-    known = [item.name for item in fields(EngineSettings)]
+    known = setting_names()
     for name in given:
-        if name not in known:
+        if name not in known and name != "on_start":
             near = difflib.get_close_matches(str(name), known, n=1)
-            advice = f"did you mean 'engine.{near[0]}'?" if near else f"the engine has {', '.join(sorted(known))}"
-            raise UserError(f"engine.{name} is not a setting of the engine; {advice}")
+            hint = f"did you mean 'engine.{near[0]}'?" if near else f"the engine has {', '.join(sorted(known))}"
+            raise UserError(f"engine.{name} is not a setting of the engine; {hint}")
     return EngineSettings(**{**defaults, **given})
 
 
@@ -134,10 +152,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def preferred_kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The fastest precision of keys and values: the model's, but float32 on the CPU.
+    """The fastest precision of keys and values: float32 on the CPU, the model's elsewhere.
 
-    Decoding reads a part of each slot, and torch's batched bfloat16 products on the CPU copy such parts before they
-    multiply; its float32 products do not. Measured, that more than pays for the doubled memory.
+    Decoding reads a part of each slot. On the CPU, torch's batched bfloat16 products copy that part first and its
+    float32 products do not. Measured, the saved copy outweighs the doubled memory.
     """
     return torch.float32 if device.type == "cpu" else dtype
 
@@ -148,9 +166,7 @@ def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
 
-def build_memory(
-    settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device
-) -> KeyValueMemory:
+def build_kv_cache(settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Allocate the KV cache that the settings allow.
 
     The precision is ``settings.kv_dtype``. By default it is the fastest one if ``max_running`` requests then fit the
@@ -165,20 +181,20 @@ def build_memory(
     if budget is None:
         budget = available_memory_bytes() // 4 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] * 9 // 10
 
-    def fitting_slots(kv_dtype: torch.dtype) -> int:
+    def num_fitting(kv_dtype: torch.dtype) -> int:
         return budget // slot_bytes(*shape, capacity, kv_dtype) - 1  # one slot of the budget is the scratch slot
 
     if settings.kv_dtype is not None:
         chosen = KV_DTYPES[settings.kv_dtype]
     else:
         chosen = preferred_kv_dtype(dtype, device)
-        if fitting_slots(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
+        if num_fitting(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
             chosen = dtype
     cached = settings.max_running if settings.cached_slots is None else settings.cached_slots
-    num_slots = min(fitting_slots(chosen), settings.max_running + cached)
+    num_slots = min(num_fitting(chosen), settings.max_running + cached)
     if num_slots < 1:
         raise UserError(_too_small(settings, budget, capacity, slot_bytes(*shape, capacity, chosen), chosen))
-    return KeyValueMemory(
+    return KVCache(
         num_layers=shape[0],
         num_kv_heads=shape[1],
         head_dim=shape[2],
@@ -191,7 +207,7 @@ def build_memory(
 
 
 def _too_small(settings: EngineSettings, budget: int, capacity: int, one: int, dtype: torch.dtype) -> str:
-    """The sentence about a KV cache that does not fit."""
+    """The error message for a KV cache that does not fit."""
     name = str(dtype).removeprefix("torch.")
     need = f"a KV cache for one request of {capacity} tokens takes {2 * one:,} bytes in {name} (two slots of {one:,})"
     most = budget // (2 * one // capacity)
@@ -201,6 +217,6 @@ def _too_small(settings: EngineSettings, budget: int, capacity: int, one: int, d
     if settings.kv_budget_bytes is not None:
         return f"engine.kv_budget_bytes={budget} is too small: {need}. Raise it, or {lower}"
     return (
-        f"memory is too small: {need}, and {budget:,} bytes of the free memory are meant for it. To fit, {lower}, free "
-        "some memory, or raise engine.kv_budget_bytes"
+        f"memory is too small: {need}, and {budget:,} bytes of the free memory are set aside for it. To fit, {lower}, "
+        "free some memory, or raise engine.kv_budget_bytes"
     )

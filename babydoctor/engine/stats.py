@@ -1,43 +1,28 @@
-"""Counters and histograms of the engine, readable from any thread."""
+"""Counters and gauges of the engine."""
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass, field
-
-FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
-PER_TOKEN_BOUNDS_S = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-
-
-@dataclass(slots=True)
-class Histogram:
-    """Counts of values at or below each bound, the last count those above all bounds; and their sum."""
-
-    bounds: tuple[float, ...]
-    counts: list[int] = field(default_factory=list)
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = self.counts or [0] * (len(self.bounds) + 1)
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def copy(self) -> Histogram:
-        return Histogram(self.bounds, list(self.counts), self.total)
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot. Counts grow from the start of the engine; the others are as of now.
+    """A snapshot of the engine. Counters grow from its start; gauges are as of now.
 
-    ``per_token_s`` holds, for each answer, its mean time between tokens. ``kv_used`` is the share of KV positions that
-    running requests hold.
+    Attributes:
+        queued: gauge, requests that wait.
+        running: gauge, requests that have a slot.
+        max_running: most requests that run at the same time.
+        steps: steps computed.
+        prompt_tokens: prompt tokens of admitted requests, cached ones included.
+        cached_prompt_tokens: those whose keys and values came from an earlier request.
+        generated_tokens: tokens of answers.
+        finished: finished requests by finish reason.
+        image_cache_hits: images whose features were cached.
+        image_cache_misses: images that were encoded.
+        image_cache_bytes: gauge, size of the cached features.
+        kv_bytes: size of the KV cache.
+        kv_used: gauge, share of the KV cache's positions that running requests hold.
     """
 
     queued: int = 0
@@ -53,5 +38,3 @@ class EngineStats:
     image_cache_bytes: int = 0
     kv_bytes: int = 0
     kv_used: float = 0.0
-    first_token_s: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BOUNDS_S))
-    per_token_s: Histogram = field(default_factory=lambda: Histogram(PER_TOKEN_BOUNDS_S))

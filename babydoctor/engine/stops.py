@@ -1,4 +1,4 @@
-"""From token ids to text that may be shown: whole characters, and nothing that may yet turn out to be a stop string."""
+"""Token ids to text that may be shown: whole characters, and nothing that could become a stop string."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from functools import partial
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-"""What a tokenizer writes for bytes that are not (yet) a whole character."""
+"""A tokenizer writes this for bytes that are not (yet) a whole character."""
 
 LONGEST_CHARACTER = 4
-"""Bytes, and so byte tokens, of the longest UTF-8 character. Beyond that a replacement character is meant as it is."""
+"""Bytes, and so byte tokens, of the longest UTF-8 character. After that many, a replacement character is final."""
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, without decoding all of it again each time.
+    """Incremental text of a growing list of tokens.
 
-    A tokenizer's decoding of a token depends on its neighbours (SentencePiece drops a leading space; bytes join to
-    characters). So a short window is decoded with and without the new tokens, and the difference is the new text.
-    The text continues that of the tokens ``before``, which is not repeated.
+    The text of a token depends on its neighbors: SentencePiece drops a leading space, and bytes combine to characters.
+    So a short window is decoded with and without the new tokens, and the difference is the new text. The text continues
+    that of the tokens ``before``, which is not repeated.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        # The library's own tokenizer where there is one: the wrapper around it costs five times as much (measured).
+        # The Rust tokenizer if there is one. transformers' wrapper takes five times as long (measured).
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode_ids: Callable[..., str] = (
             partial(tokenizer.decode, clean_up_tokenization_spaces=False) if backend is None else backend.decode
@@ -32,7 +32,7 @@ class Detokenizer:
         self._done = len(before)
 
     def add(self, token_id: int) -> str:
-        """Take one more token; return the text that is certain now, "" inside a character."""
+        """Add a token and return the text that is now certain, "" inside a character."""
         self.token_ids.append(token_id)
         before = self._decode(self.token_ids[self._window : self._done])
         after = self._decode(self.token_ids[self._window :])
@@ -43,7 +43,7 @@ class Detokenizer:
         return after[len(before) :]
 
     def flush(self) -> str:
-        """The rest when no token will follow; bytes that never became a character are shown as U+FFFD."""
+        """The remaining text when no token follows. Bytes of incomplete characters become U+FFFD."""
         before = self._decode(self.token_ids[self._window : self._done])
         after = self._decode(self.token_ids[self._window :])
         self._window = self._done = len(self.token_ids)
@@ -56,7 +56,7 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Lets text through up to the first stop string, and holds back an end that could begin one."""
+    """Passes text up to the first stop string and holds back an ending that could start one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = tuple(stop)
@@ -64,14 +64,14 @@ class StopFilter:
         self.found: str | None = None
 
     def add(self, text: str) -> str:
-        """Take more text; return what may be shown. After ``found`` is set, nothing more may be."""
+        """Add text and return what may be shown. Must not be called once ``found`` is set."""
         assert self.found is None, "text after the stop string"
         if not self.stop:
             return text
         self.held += text
         matches = [(self.held.find(stop), -len(stop), stop) for stop in self.stop if stop in self.held]
         if matches:
-            # The first to begin ends the answer; of those that begin together, the longest.
+            # The stop string that starts first ends the answer; of those with the same start, the longest.
             start, _, self.found = min(matches)
             shown, self.held = self.held[:start], ""
             return shown
@@ -80,14 +80,24 @@ class StopFilter:
         return shown
 
     def flush(self) -> str:
-        """What was held back, when no text will follow."""
+        """The held-back text, when no text follows."""
         shown, self.held = self.held, ""
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """Length of the longest ending of ``text`` that is a start of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def end_tokens(language_model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+    ends: set[int] = set()
+    for source in (tokenizer, getattr(language_model, "generation_config", None)):
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            ends.update(eos if isinstance(eos, list | tuple) else [eos])
+    return frozenset(ends)

@@ -1,1 +1,1 @@
-"""In and out: original LLaVA checkpoints, transformers' Llava, llama.cpp's GGUF."""
+"""Import and export: original LLaVA checkpoints, transformers' Llava, llama.cpp's GGUF."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LLAMA_CPP_MARKER = "<__media__>"
-"""What llama.cpp puts in the place of an image before it renders the template."""
+"""llama.cpp replaces an image with this before it renders the template."""
 
 # macro words(content): the text parts. macro images(content): one image token and a newline each.
 _MACROS = """\
@@ -80,7 +80,7 @@ def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = F
 
 
 def adds_prefix_everywhere(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its prefix space after special tokens too (as LLaMA's did before 2023's repair)."""
+    """True if the tokenizer adds its prefix space after special tokens too, as LLaMA's did before the fix of 2023."""
     special = tokenizer.eos_token
     alone = tokenizer("a", add_special_tokens=False)["input_ids"]
     after = tokenizer(f"{special}a", add_special_tokens=False)["input_ids"][1:]

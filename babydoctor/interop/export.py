@@ -1,4 +1,4 @@
-"""``babydoctor export``: one run directory in, one directory for other software out."""
+"""``babydoctor export``: write a run directory for other software."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _USE = {
 
 
 def export_run(path: Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
-    """Write a run in another format, with a README that says how to use it.
+    """Write a run in another format, with a README on how to use it.
 
     Args:
         format: one of ``FORMATS``.

@@ -45,7 +45,7 @@ _BLOCK_PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.fc1": "ffn_down",  # the names llama.cpp's first LLaVA files had; it still tells by the shapes
+    "mlp.fc1": "ffn_down",  # names of llama.cpp's first LLaVA files; it still decides by the shapes
     "mlp.fc2": "ffn_up",
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
@@ -69,7 +69,7 @@ Tensor = tuple[str, tuple[int, ...], "GGMLQuantizationType"]
 
 
 def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
-    """Write both files; weights pass through one at a time.
+    """Write both files with one weight in memory at a time.
 
     Returns:
         Lines that tell the user where llama.cpp does otherwise.
@@ -187,7 +187,7 @@ def write_mmproj(
     def wanted() -> Iterable[tuple[str, torch.Tensor]]:
         for name, weight in run.tower_weights():
             layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-            # A post-layernorm would be applied here, where LLaVA takes what lies below it.
+            # llama.cpp would apply a post-layernorm here. LLaVA uses the features before it.
             if not name.startswith("post_layernorm") and not (layer and int(layer[1]) >= num_layers):
                 yield name, weight
         yield from ((f"projector.{name}", weight) for name, weight in projector.items())
@@ -226,7 +226,7 @@ def tower_name(name: str) -> str:
 
 
 def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuantizationType:
-    """How one weight is stored: norms in F32; embeddings and head in 8 bits at least; F16 where blocks do not fit."""
+    """Storage type of one weight: norms in F32; embeddings and head in 8 bits at least; F16 where blocks do not fit."""
     gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -238,7 +238,7 @@ def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuan
 
 
 def interleave_rotary(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """transformers rotates a head's halves, llama.cpp its neighbours: reorder the rows ``[heads * dim, in]``."""
+    """transformers rotates a head's halves, llama.cpp adjacent pairs: reorder the rows ``[heads * dim, in]``."""
     return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -268,7 +268,7 @@ def _write(
     rename: Callable[[str], str],
     convert: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> None:
-    """First what all tensors are, then their bytes, one tensor at a time."""
+    """Write the description of all tensors, then their bytes, one tensor at a time."""
     gguf = import_gguf()
     for name, shape, kind in tensors:
         block, num_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -31,7 +31,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: int) -> Vocabulary:
-    """Read the vocabulary of ``size`` ids; ids that no token has become unused ones.
+    """Read the vocabulary of ``size`` ids; ids without a token become unused tokens.
 
     Raises:
         UserError: llama.cpp has no tokenizer of this kind.
@@ -104,7 +104,7 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
         raise UserError(
             f"{directory}: this BPE tokenizer is neither SentencePiece's nor byte-level; llama.cpp has none"
         )
-    # llama.cpp merges the pair whose result has the best score; a token's first merge says when it is made.
+    # llama.cpp merges the pair whose result has the best score; its score is minus the rank of its first merge.
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", "", 1), rank)

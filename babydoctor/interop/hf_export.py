@@ -20,7 +20,7 @@ from babydoctor.schema import IMAGE_TOKEN, UserError
 
 
 def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
-    """Write the directory; weights pass through one at a time.
+    """Write the directory with one weight in memory at a time.
 
     Returns:
         Lines that tell the user what the other software will do differently, if anything.
@@ -103,7 +103,7 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
         "vision_feature_layer": run.manifest.vision_layer,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
-        # SGLang reads these two, and cuts images into tiles where they are missing.
+        # SGLang reads these two keys and cuts images into tiles without them.
         "image_aspect_ratio": run.manifest.image_mode,
         "mm_patch_merge_type": "flat",
         "torch_dtype": name,

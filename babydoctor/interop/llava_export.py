@@ -16,11 +16,11 @@ from babydoctor.interop.plain import PlainRun
 from babydoctor.model.weights import ShardWriter, copy_model_files
 
 _NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}
-"""What the original looks for in a model's name to choose a template (``llava/eval/run_llava.py``)."""
+"""The original code chooses a template by these parts of a model's name (``llava/eval/run_llava.py``)."""
 
 
 def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
-    """Write the directory, the tower inside; weights pass through one at a time.
+    """Write the directory with the tower inside and one weight in memory at a time.
 
     Returns:
         Lines that tell the user what to mind.
@@ -33,7 +33,7 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     for name, weight in run.tower_weights():
         shards.write(f"{TOWER_PREFIX}vision_model.{name}", weight.to(dtype))
     shards.close()
-    # The original reads configuration and processor of the tower from there, its weights from the shards.
+    # The original reads the tower's configuration and processor from there, and its weights from the shards.
     copy_model_files(run.tower_directory, out / "vision_tower")
     _write_config(run, out, dtype)
     _write_tokenizer(run, out)
@@ -80,7 +80,7 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
 
 
 def _write_tokenizer(run: PlainRun, out: Path) -> None:
-    """The base's own files where there are any: the original loads the slow tokenizer from tokenizer.model."""
+    """Copy the base's own files if it has any: the original loads the slow tokenizer from tokenizer.model."""
     import shutil
 
     names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -1,4 +1,4 @@
-"""A run directory that is read, not loaded: what every export starts from."""
+"""Read a run directory without building the model, for every export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run directory that is read, not loaded."""
+    """A run directory whose weights are read one by one."""
 
     path: Path
     manifest: Manifest
@@ -130,7 +130,7 @@ class PlainRun:
         return {"0.weight": first, "0.bias": torch.zeros(text), "2.weight": second, "2.bias": weights["bias"]}
 
     def language_config_values(self) -> dict[str, Any]:
-        """``config.json`` of the language model as it stands on disk."""
+        """``config.json`` of the language model as stored."""
         values = json.loads((self.language_directory / "config.json").read_text(encoding="utf-8"))
         for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
             values.pop(key, None)

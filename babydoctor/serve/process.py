@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass, field
 
 PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
 LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """End this process when the launching one ends, even if that is killed. Called first in a child."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
-    if os.getppid() != int(parent):  # it ended before this call
-        os._exit(1)
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from babydoctor.config import RunConfig, TrainConfig
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.engine.allocator import MOST_KEPT_BYTES, keep_freed_memory, use_huge_pages
 from babydoctor.files import explain_full_disk
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.lora import add_lora
@@ -44,8 +44,11 @@ STEPS_TO_FULL_SIZE = 2
 """Memory use is stable after this many steps: weights, optimizer state and a step's activations are allocated."""
 
 
-def train(config: RunConfig, *, resume: bool = False) -> Path:
+def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable[[], None] | None = None) -> Path:
     """Train one stage and return its run directory.
+
+    Args:
+        on_memory_stable: called once on the CPU after ``STEPS_TO_FULL_SIZE`` steps.
 
     Raises:
         UserError: the configuration, the data or the state of the output directory does not allow it.
@@ -95,8 +98,6 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         output.begin(manifest, state)
         first_step = state.step
         save = partial(save_checkpoint, run, model, optimizer, keep=config.train.keep_checkpoints)
-        if device.type == "cpu":
-            keep_freed_memory(MOST_KEPT_BYTES)
 
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
         with reporter:
@@ -110,8 +111,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
                 result = take_step(model, optimizer, data, state.step, total_steps, config.train, accelerator)
                 state = TrainState(state.step + 1, state.samples + data.num_samples, state.data_fingerprint)
                 output.keep()
-                if device.type == "cpu" and state.step - first_step == STEPS_TO_FULL_SIZE:
-                    use_huge_pages()
+                if on_memory_stable and device.type == "cpu" and state.step - first_step == STEPS_TO_FULL_SIZE:
+                    on_memory_stable()
                 reporter.step(state, data, started, result)
 
                 # The checkpoint comes first: an evaluation that fails or is stopped loses no step.

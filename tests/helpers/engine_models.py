@@ -103,4 +103,4 @@ def tokens_of(handle) -> list[int]:
 
 
 def settings(**options) -> EngineSettings:
-    return EngineSettings(**({"max_running": 4, "step_tokens": 24, "num_threads": 1} | options))
+    return EngineSettings(**({"max_running": 4, "step_tokens": 24} | options))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -106,13 +104,6 @@ def build_page_app(
         sign_in_keys: keys of which users must enter one; none: the web UI is open.
         feedback_file: JSON lines are appended there; None: no feedback is taken.
     """
-    # Gradio reads these when it is imported and when it starts.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Nothing is written there by the web UI itself. If Gradio writes, it must not be where others can read.
-    folder = tempfile.TemporaryDirectory(prefix="babydoctor-page-")
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
-
     import gradio as gr
 
     from babydoctor.serve.page.controller_client import ControllerClient
@@ -134,7 +125,6 @@ def build_page_app(
         yield
         sweeping.cancel()
         await client.aclose()
-        folder.cleanup()
 
     app = FastAPI(title="BabyDoctor web UI", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.web_ui = web_ui

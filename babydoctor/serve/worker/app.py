@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from babydoctor.schema import UserError
 from babydoctor.serve.api.application import build_application
 from babydoctor.serve.api.docs import BODY_ERRORS, errors
 from babydoctor.serve.api.protocol import WorkerStatus
@@ -20,30 +18,33 @@ from babydoctor.serve.worker.registration import Registration
 from babydoctor.serve.worker.worker import Worker
 
 if TYPE_CHECKING:
+    from babydoctor.engine.settings import StartHook
     from babydoctor.serve.worker.upstream import UpstreamWorker
 
 
-def load_worker(path: Path, settings: ServeSettings) -> Worker:
+def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | None = None) -> Worker:
     """Load a run directory and start an engine over it.
+
+    Args:
+        on_start: see ``EngineSettings``.
 
     Raises:
         UserError: the run, the device or the engine's settings are wrong.
     """
     import torch
 
-    from babydoctor.engine.engine import Engine, EngineSettings
+    from babydoctor.engine.engine import Engine
+    from babydoctor.engine.settings import build_settings
     from babydoctor.model.run_dir import load_run
 
     device = settings.worker.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Admission limits the queue before an image is decoded; the engine's own limit is higher.
+    max_queue = max(256, settings.limits.max_queue)
+    engine_settings = build_settings(settings.engine, max_queue=max_queue, on_start=on_start)
     run = load_run(path, device=device)
-    known = {item.name for item in fields(EngineSettings)}
-    if unknown := sorted(settings.engine.keys() - known):
-        raise UserError(f"engine.{unknown[0]} is not a setting of the engine; it has {', '.join(sorted(known))}")
-    # Admission decides how many may wait, before an image is touched; the engine's own limit is above that.
-    values = {"max_queue": max(256, settings.limits.max_queue)} | settings.engine
-    engine = Engine(run.model, run.tokenizer, EngineSettings(**values)).start()
+    engine = Engine(run.model, run.tokenizer, engine_settings).start()
     name = settings.worker.model_name or path.resolve().name
     return Worker(run, engine, settings, name)
 

@@ -44,7 +44,7 @@ class Worker(SingleModelBackend):
     """
 
     def __init__(self, run: Run, engine: Engine, settings: ServeSettings, name: str) -> None:
-        super().__init__(settings, name, run.manifest.template, engine.memory.max_running)
+        super().__init__(settings, name, run.manifest.template, engine.kv_cache.max_running)
         self.run = run
         self.engine = engine
         self._open: set[AnsweredRequest] = set()

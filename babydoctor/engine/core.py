@@ -1,0 +1,243 @@
+"""The part of the engine that runs on its own thread: admission, steps and the ends of requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.graphs import DecodeGraphs
+from babydoctor.engine.kv_cache import FeatureCache, KVCache
+from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
+from babydoctor.engine.request import (
+    EngineClosedError,
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    RequestFailedError,
+)
+from babydoctor.engine.sampling import likeliest
+from babydoctor.engine.scheduler import Batch, has_room, mark_computed, plan_batch
+from babydoctor.engine.sequence import Sequence, build_content
+from babydoctor.engine.stats import EngineStats
+from babydoctor.model.image_attention import image_attention
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MapRequest:
+    """An attention map to compute: of the tokens ``answer_ids`` after the prompt of ``request``."""
+
+    request: GenerationRequest
+    answer_ids: tuple[int, ...]
+    result: Future[np.ndarray]
+
+
+class EngineCore:
+    """Requests of one engine and the steps that answer them.
+
+    ``changed`` guards what other threads read and write: ``waiting``, ``map_requests``, ``num_running``, ``accepting``,
+    ``stopping`` and ``stats.finished``. Everything else belongs to the engine's thread.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        decoder: Decoder,
+        graphs: DecodeGraphs | None,
+        features: FeatureCache,
+        *,
+        eos: frozenset[int],
+        rows_per_step: int,
+    ) -> None:
+        self.kv_cache: KVCache = decoder.kv_cache
+        self.changed = threading.Condition()
+        self.waiting: deque[Sequence] = deque()
+        self.map_requests: deque[MapRequest] = deque()
+        self.num_running = 0
+        self.accepting = True
+        self.stopping = False
+        self.stats = EngineStats(max_running=self.kv_cache.max_running, kv_bytes=self.kv_cache.num_bytes)
+        self._model = model
+        self._decoder = decoder
+        self._graphs = graphs
+        self._embedder = PromptEmbedder(model, decoder.embed_tokens, features)
+        self._eos = eos
+        self._rows_per_step = rows_per_step
+        self._running: list[Sequence] = []
+
+    def run(self) -> None:
+        """Answer requests until ``stopping`` is set. Every request gets its last event, even after an error."""
+        error: BaseException | None = None
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+        except BaseException as stopped_by:
+            error = stopped_by
+            logger.exception("the engine stopped because of an internal error")
+        finally:
+            with self.changed:
+                self.accepting = False
+            reason: FinishReason = "error" if error else "cancelled"
+            failure = RequestFailedError("the engine stopped") if error else None
+            for sequence in [*self._running, *self.waiting]:
+                self._end(sequence, reason, failure)
+            for map_request in self.map_requests:
+                map_request.result.set_exception(EngineClosedError("the engine is closed"))
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is work. False if the engine is closing."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.stopping or self.waiting or self._running or self.map_requests,
+            )
+            return not self.stopping
+
+    def _step(self) -> None:
+        """End cancelled and late requests, admit waiting ones, compute one step and give out its tokens."""
+        self._end_cancelled_and_late()
+        if self.map_requests:
+            self._compute_map(self.map_requests.popleft())
+        self._admit()
+        batch = plan_batch(self._running, self._rows_per_step)
+        if not batch.sequences:
+            return
+        self.stats.steps += 1
+        try:
+            logits = self._forward(batch)
+        except Exception:
+            self._step_one_by_one(batch.sequences)
+            return
+        self._take_logits(batch, logits)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits ``[decoding rows + final chunks, V]``."""
+        if self._graphs is not None and not batch.chunks:
+            return self._graphs.forward(batch.rows)
+        return self._decoder.forward(batch.rows, batch.chunks)
+
+    def _compute_map(self, wanted: MapRequest) -> None:
+        request, num_answer = wanted.request, len(wanted.answer_ids)
+        try:
+            mask = np.concatenate([np.asarray(request.image_mask, bool), np.zeros(num_answer, bool)])  # [T + A]
+            ids = np.concatenate([np.asarray(request.input_ids), np.asarray(wanted.answer_ids)])  # [T + A]
+            content = build_content(ids, mask, tuple(image.key for image in request.images))
+            embeds = self._embedder.embed(ids, content, request.images)  # [T + A, D]
+            weights = image_attention(self._model.language_model, embeds, torch.from_numpy(mask), num_answer)
+            wanted.result.set_result(weights.numpy())
+        except Exception as error:
+            wanted.result.set_exception(error)
+
+    def _end_cancelled_and_late(self) -> None:
+        now = time.monotonic()
+        with self.changed:
+            waiting = list(self.waiting)
+        for sequence in [*self._running, *waiting]:
+            if sequence.handle.cancelled:
+                self._end(sequence, "cancelled")
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                self._end(sequence, "deadline")
+
+    def _admit(self) -> None:
+        """Give slots to waiting requests, but only to as many as this step can start to read.
+
+        Encoding an image takes as long as a step, so a request is admitted when its turn comes and not earlier.
+        """
+        while has_room(self._running, self._rows_per_step):
+            with self.changed:
+                if not self.waiting or not self.kv_cache.num_free:
+                    return
+                sequence = self.waiting.popleft()
+                self._running.append(sequence)
+                self.num_running = len(self._running)
+            sequence.started_at = time.monotonic()
+            try:
+                self._prepare(sequence)
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
+            self.stats.prompt_tokens += len(sequence.prompt)
+            self.stats.cached_prompt_tokens += sequence.num_computed
+
+    def _prepare(self, sequence: Sequence) -> None:
+        """Allocate a slot and embed the part of the prompt that the slot does not hold yet."""
+        sequence.allocation = self.kv_cache.allocate(sequence.prompt)
+        assert sequence.allocation is not None, "no free slot"
+        sequence.num_computed = sequence.allocation.num_reused
+        ids = np.asarray(sequence.request.input_ids)
+        sequence.embeds = self._embedder.embed(ids, sequence.prompt, sequence.request.images, sequence.num_computed)
+
+    def _take_logits(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Record what was computed and give each sequence its next token."""
+        receivers = mark_computed(batch)
+        if not receivers:
+            return
+        assert len(receivers) == len(logits), (len(receivers), logits.shape)
+        logits = logits.float()
+        tokens, finite = likeliest(logits)
+        for row, sequence in enumerate(receivers):
+            try:
+                if not finite[row]:
+                    raise RequestFailedError("the model's output is not a number; its input or its weights are damaged")
+                self._take_token(sequence, logits[row], tokens[row])
+            except Exception as error:
+                self._fail(sequence, error, scrub=not finite[row])
+
+    def _take_token(self, sequence: Sequence, logits: torch.Tensor, likeliest_token: int) -> None:
+        token, logprobs = sequence.choose(logits, likeliest_token)
+        self.stats.generated_tokens += 1
+        reason = sequence.append(token, logprobs, self._eos)
+        if reason is not None:
+            self._end(sequence, reason)
+
+    def _step_one_by_one(self, sequences: Iterable[Sequence]) -> None:
+        """Compute a failed step again for each sequence alone, so that only the one that causes the error ends.
+
+        This is safe: a step writes only to positions that no finished computation has read.
+        """
+        for sequence in sequences:
+            try:
+                batch = plan_batch([sequence], self._rows_per_step)
+                logits = self._decoder.forward(batch.rows, batch.chunks)
+            except Exception as error:
+                self._fail(sequence, error, scrub=True)
+                continue
+            self._take_logits(batch, logits)
+
+    def _fail(self, sequence: Sequence, error: Exception, *, scrub: bool = False) -> None:
+        if not isinstance(error, EngineError):
+            # The message of an unknown error may quote the prompt, so it goes to the caller and not to the log.
+            logger.error("request %s failed: %s", sequence.request.request_id or "-", type(error).__name__)
+            wrapped = RequestFailedError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._end(sequence, "error", error, scrub=scrub)
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: EngineError | None = None, *, scrub: bool = False
+    ) -> None:
+        """Free the slot, then publish the last event, so the slot is free for whoever reads that event."""
+        if sequence.allocation is not None:
+            sequence.allocation.slot.content = sequence.computed_content()
+            self.kv_cache.free(sequence.allocation.slot, scrub=scrub)
+        finished = sequence.finish(reason, error)
+        with self.changed:
+            if sequence in self._running:
+                self._running.remove(sequence)
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)
+            self.num_running = len(self._running)
+            self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+            self.changed.notify_all()
+        sequence.embeds = None
+        sequence.handle.publish(finished)

@@ -1,0 +1,141 @@
+"""Process-wide switches: library calls leave them alone, the command line sets them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from babydoctor.engine.settings import EngineSettings
+from babydoctor.schema import UserError
+
+LIBRARY_CALLS = """
+import json, os, sys
+
+import numpy as np, torch
+
+def state():
+    tiny = torch.tensor([1e-40])
+    return {
+        "environment": dict(os.environ),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "denormals": bool((tiny * 0.5 != 0).item()),
+        "float32": torch.get_float32_matmul_precision(),
+        "dtype": str(torch.get_default_dtype()),
+        "grad": torch.is_grad_enabled(),
+    }
+
+import accelerate, transformers  # they set environment variables of their own when they are imported
+before = state()
+from pathlib import Path
+from babydoctor.config import load_config
+from babydoctor.engine.engine import Engine
+from babydoctor.engine.request import GenerationRequest
+from babydoctor.engine.settings import EngineSettings
+from babydoctor.model.run_dir import load_run
+from babydoctor.train.loop import train
+
+run = load_run(train(load_config(Path(sys.argv[1]), [])))
+with Engine(run.model, run.tokenizer, EngineSettings(max_running=1)) as engine:
+    finished = engine.submit(GenerationRequest(np.array([1, 5, 6]), max_new_tokens=4, ignore_eos=True)).result(120)
+assert finished.usage.completion_tokens == 4
+print(json.dumps([before, state()]))
+"""
+
+
+def test_library_calls_change_nothing_process_wide(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Training a step, loading the run and answering with an engine, in a process without the command line."""
+    settings = tiny_settings | {"output_dir": str(tmp_path / "run")}
+    settings["train"] = settings["train"] | {"max_steps": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY_CALLS, str(config)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    assert before["denormals"], "torch starts with denormals"
+    assert after == before
+
+
+PACKAGE = Path(__file__).parents[1] / "babydoctor"
+SWITCHES = ("torch.set_", "os.environ.setdefault", "os.environ.update", "os.putenv")
+
+
+def _switches(path: Path) -> list[str]:
+    """Places in a source file that change or could change the process."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        line = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import) and any(alias.name == "ctypes" for alias in node.names):
+            found.append(f"{line} imports ctypes")
+        elif isinstance(node, ast.ImportFrom) and node.module == "babydoctor.runtime":
+            found.append(f"{line} imports runtime")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith(SWITCHES):
+            found.append(f"{line} {ast.unparse(node.func)}")
+        elif isinstance(node, (ast.Assign, ast.Delete)):
+            targets = [ast.unparse(target) for target in node.targets]
+            found += [f"{line} {target}" for target in targets if target.startswith("os.environ")]
+    return found
+
+
+def test_only_runtime_changes_the_process_and_only_the_command_line_calls_it() -> None:
+    others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "cli" and path != PACKAGE / "runtime.py"]
+    assert [line for path in others for line in _switches(path)] == []
+    commands = [line for path in (PACKAGE / "cli").glob("*.py") for line in _switches(path)]
+    assert commands and all(line.endswith("imports runtime") for line in commands)
+
+
+def run_python(program: str, **environment: str) -> Any:
+    """The JSON that a program prints, in its own process."""
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=kept | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_training_commands_flush_denormals_and_grow_cuda_segments() -> None:
+    program = """
+import json, os, sys
+from babydoctor.runtime import prepare_training
+prepare_training()
+import torch
+flushed = bool((torch.tensor([1e-40]) * 0.5 == 0).item())
+print(json.dumps([flushed, os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ.get("PYTORCH_ALLOC_CONF")]))
+"""
+    assert run_python(program) == [True, "expandable_segments:True", None]
+    assert run_python(program, PYTORCH_CUDA_ALLOC_CONF="backend:native") == [True, "backend:native", None]
+    assert run_python(program, PYTORCH_ALLOC_CONF="backend:native") == [True, None, "backend:native"]
+
+
+def test_the_engines_thread_has_the_number_of_threads_that_the_operator_set() -> None:
+    program = """
+import json, threading, torch
+from babydoctor.runtime import prepare_engine
+torch.ones(1 << 20).exp()
+prepare_engine("cpu", 3)
+counts = []
+def compute():
+    torch.ones(1 << 20).exp()
+    counts.append(torch.get_num_threads())
+thread = threading.Thread(target=compute)
+thread.start()
+thread.join()
+print(json.dumps(counts))
+"""
+    assert run_python(program, OMP_NUM_THREADS="1") == [3]
+
+
+def test_a_thread_count_without_a_hook_is_refused() -> None:
+    assert EngineSettings(num_threads=2, on_start=lambda device, num_threads: None).num_threads == 2
+    with pytest.raises(UserError, match=r"engine\.num_threads=2 needs on_start.*torch\.set_num_threads"):
+        EngineSettings(num_threads=2)
