@@ -187,9 +187,10 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
     roles = [turn.role for turn in turns]
     expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(roles))]
     if not roles or roles != expected or roles[-1] != last:
+        shown = ", ".join(roles[:6]) + (f", ... ({len(roles)} turns)" if len(roles) > 6 else "")
         raise UserError(
             f"a conversation alternates between user and assistant, begins with the user and ends with the {last}; "
-            f"this one has {roles or 'no turns'}",
+            f"this one has {shown or 'no turns'}",
             code="conversation_order",
         )
 

@@ -32,13 +32,7 @@ FOLDERS = (
 )
 
 # Imports that close a cycle or go up, until their files are split.
-OPEN_IMPORTS = {
-    ("eval.tasks", "eval.formats"),
-    ("eval.tasks", "eval.hub"),
-    ("phantom.drawing", "phantom.write"),
-    ("phantom.text", "phantom.write"),
-    ("demo.demo", "cli.chat_session"),
-}
+OPEN_IMPORTS: set[tuple[str, str]] = set()
 
 # Programs that are started by name import the command line, which imports their folder.
 PROGRAMS = {"train.__main__"}
@@ -47,29 +41,17 @@ MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES = {
     "cli/data.py": "one function for each of seven commands",
-    "data/sources.py": "one line over",
-    "bench/serve.py": "to be split",
-    "engine/engine.py": "being split",
-    "engine/decoder.py": "being split",
-    "interop/llava_import.py": "being split",
-    "eval/formats.py": "being split",
-    "phantom/drawing.py": "one drawing routine for each modality; being split",
+    "data/sources.py": "four lines over",
+    "bench/serve.py": "asking over HTTP and asking the engine share their figures; a split is open",
 }
 
 LARGE_FOLDERS = {
-    "engine": "being split",
+    "engine": "the loop, its scheduler and one file for each part of a request; no two of them belong together",
     "eval": "scores, tasks, reports and published figures; a split into sub-folders is open",
+    "serve/page": "one over: refusals of Gradio's own routes have a file of their own",
 }
 
-SWITCHES = {
-    "engine/allocator.py": "moves to runtime.py",
-    "engine/engine.py": "the number of threads of the engine's process; moves to runtime.py",
-    "engine/threads.py": "moves to runtime.py",
-    "bench/measure.py": "the profiler's log level; moves to runtime.py",
-    "cli/denormals.py": "moves to runtime.py",
-    "serve/page/app.py": "Gradio reads its settings from the environment; moves to runtime.py",
-    "serve/process.py": "moves to runtime.py",
-}
+SWITCHES: dict[str, str] = {}
 
 WHOLE_SETTINGS = {
     "config.py": "defines RunConfig",
@@ -94,12 +76,7 @@ WHOLE_SETTINGS = {
     "serve/worker/worker.py": "reads the sections worker and limits",
 }
 
-REPEATED_CLASSES = {
-    "Run": "engine.decoder is being split",
-    "Body": "phantom.drawing is being changed",
-    "Job": "engine.sequence is being renamed",
-    "Question": "demo.demo_score is being removed",
-}
+REPEATED_CLASSES: dict[str, str] = {}
 
 # Decisions by the text of an error whose class carries nothing else.
 ERROR_TEXT = {

@@ -15,7 +15,7 @@ import torch
 from helpers.serving import build_tiny_run
 from safetensors.torch import load_file
 
-from babydoctor.model.weights import save_tensors
+from babydoctor.model.tensor_files import save_tensors
 from babydoctor.serve.page.feedback import save_row
 from babydoctor.serve.worker.retention import Retention
 

@@ -11,7 +11,7 @@ from helpers.serving import generation, llava_answer, tiny_worker
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.serve.api.errors import ApiError
-from babydoctor.serve.api.streaming import Answer, AnswerDelta, AnswerGroup, EndOfAnswer, open_all
+from babydoctor.serve.api.streaming import AnswerDelta, AnswerGroup, AnswerStream, EndOfAnswer, open_all
 
 
 async def nothing() -> None:
@@ -20,7 +20,7 @@ async def nothing() -> None:
 
 def test_what_a_slow_reader_has_not_fetched_is_one_delta():
     async def run() -> None:
-        answer = Answer(nothing)
+        answer = AnswerStream(nothing)
         answer.put(AnswerDelta("a", token_ids=(1,), logprobs=(TokenLogprob(1, "a", -1.0),)))
         answer.put(AnswerDelta("b", token_ids=(2,), logprobs=(TokenLogprob(2, "b", -2.0),)))
         answer.put(AnswerDelta(finish_reason="stop"))
@@ -36,7 +36,7 @@ def test_what_a_slow_reader_has_not_fetched_is_one_delta():
 
 def test_silence_is_none_and_errors_are_deltas():
     async def run() -> None:
-        answer = Answer(nothing)
+        answer = AnswerStream(nothing)
         assert await answer.next(0.01) is None
         asyncio.get_running_loop().call_later(0.01, answer.fail, ApiError("worker_lost", "Lost."))
         delta = await answer.next(5)
@@ -50,7 +50,7 @@ def test_a_reader_cancelled_just_as_a_delta_comes_is_cancelled():
     """asyncio.wait_for would return the delta and forget the cancellation (Python 3.10 and 3.11)."""
 
     async def run() -> None:
-        answer = Answer(nothing)
+        answer = AnswerStream(nothing)
         reading = asyncio.ensure_future(answer.next(5))
         await asyncio.sleep(0)
         answer.put(AnswerDelta("a"))
@@ -69,7 +69,7 @@ def test_closing_stops_the_work_once_and_wakes_the_reader():
         async def stop() -> None:
             stopped.append("work")
 
-        answer = Answer(stop)
+        answer = AnswerStream(stop)
         answer.on_closed(lambda: stopped.append("counted"))
         reading = asyncio.ensure_future(answer.next(5))
         await asyncio.sleep(0)
@@ -87,7 +87,7 @@ def test_closing_stops_the_work_once_and_wakes_the_reader():
 
 def test_text_that_came_before_an_error_is_kept():
     async def run() -> None:
-        answer = Answer(nothing)
+        answer = AnswerStream(nothing)
         answer.put(AnswerDelta("half "))
         answer.put(AnswerDelta("an answer"))
         answer.fail(ApiError("worker_lost", "Lost."))
@@ -99,7 +99,7 @@ def test_text_that_came_before_an_error_is_kept():
 
 def test_several_answers_are_read_as_one_stream_with_their_index():
     async def run() -> None:
-        answers = [Answer(nothing) for _ in range(3)]
+        answers = [AnswerStream(nothing) for _ in range(3)]
         group = AnswerGroup(answers)
         assert await group.next(0.01) is None
         asyncio.get_running_loop().call_later(0.01, answers[2].put, AnswerDelta("c"))
@@ -125,13 +125,13 @@ def test_if_one_of_several_answers_is_refused_the_others_are_closed():
     async def run() -> None:
         closed: list[int] = []
 
-        async def open_one(index: int) -> Answer:
+        async def open_one(index: int) -> AnswerStream:
             async def close() -> None:
                 closed.append(index)
 
             if index == 2:
                 raise ApiError("queue_full", "Busy.")
-            return Answer(close)
+            return AnswerStream(close)
 
         with pytest.raises(ApiError, match="Busy"):
             await open_all([open_one(index) for index in range(3)])
@@ -154,7 +154,7 @@ def test_an_answer_never_ends_with_a_blank(texts: list[str], shown: str, ending:
     """Whatever a reader has seen so far does not end with one either, so a stream may break off anywhere."""
 
     async def run() -> None:
-        answer, seen, token_ids = Answer(nothing), "", ()
+        answer, seen, token_ids = AnswerStream(nothing), "", ()
         for index, text in enumerate(texts):
             answer.put(AnswerDelta(text, token_ids=(index,)))
             delta = await answer.next(1)

@@ -14,11 +14,11 @@ from babydoctor.serve.api.errors import ERROR_KINDS, ApiCode, ApiError
 from babydoctor.serve.api.llava_stream import LlavaReader, LlavaWriter
 from babydoctor.serve.api.openai.chat import ChatRequest, ChatWriter
 from babydoctor.serve.api.responses import CollectedAnswer, StreamedAnswer
-from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.api.streaming import AnswerStream
 from babydoctor.serve.settings import Limits
 
 
-async def refuse_late(code: ApiCode) -> Answer:
+async def refuse_late(code: ApiCode) -> AnswerStream:
     """A refusal that comes after a stream's headers were due."""
     await asyncio.sleep(0.05)
     raise ApiError(code, "Not now.")

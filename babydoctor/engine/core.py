@@ -25,7 +25,7 @@ from babydoctor.engine.request import (
     RequestFailedError,
 )
 from babydoctor.engine.sampling import likeliest
-from babydoctor.engine.scheduler import Batch, has_room, mark_computed, plan_batch
+from babydoctor.engine.scheduler import StepWork, has_room, mark_computed, plan_batch
 from babydoctor.engine.sequence import Sequence, build_content
 from babydoctor.engine.stats import EngineStats
 from babydoctor.model.image_attention import image_attention
@@ -120,7 +120,7 @@ class EngineCore:
             return
         self._take_logits(batch, logits)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: StepWork) -> torch.Tensor:
         """Logits ``[decoding rows + final chunks, V]``."""
         if self._graphs is not None and not batch.chunks:
             return self._graphs.forward(batch.rows)
@@ -177,7 +177,7 @@ class EngineCore:
         ids = np.asarray(sequence.request.input_ids)
         sequence.embeds = self._embedder.embed(ids, sequence.prompt, sequence.request.images, sequence.num_computed)
 
-    def _take_logits(self, batch: Batch, logits: torch.Tensor) -> None:
+    def _take_logits(self, batch: StepWork, logits: torch.Tensor) -> None:
         """Record what was computed and give each sequence its next token."""
         receivers = mark_computed(batch)
         if not receivers:

@@ -10,7 +10,7 @@ from babydoctor.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class StepWork:
     """The work of one step.
 
     Attributes:
@@ -30,7 +30,7 @@ class Batch:
         return [*self.decoding, *self.prefilling]
 
 
-def plan_batch(running: Iterable[Sequence], max_rows: int) -> Batch:
+def plan_batch(running: Iterable[Sequence], max_rows: int) -> StepWork:
     """All decoding sequences, and pieces of prompts in order of arrival for the rows that are left.
 
     At least one row goes to a prompt, so long prompts make progress beside many decoding sequences.
@@ -51,7 +51,7 @@ def plan_batch(running: Iterable[Sequence], max_rows: int) -> Batch:
         left -= chunk.end - chunk.start
         prefilling.append(sequence)
         chunks.append(chunk)
-    return Batch(decoding, rows, prefilling, chunks)
+    return StepWork(decoding, rows, prefilling, chunks)
 
 
 def next_chunk(sequence: Sequence, max_rows: int) -> Chunk:
@@ -68,7 +68,7 @@ def has_room(running: Iterable[Sequence], max_rows: int) -> bool:
     return sum(sequence.num_left + sequence.decoding for sequence in running) < max_rows
 
 
-def mark_computed(batch: Batch) -> list[Sequence]:
+def mark_computed(batch: StepWork) -> list[Sequence]:
     """Record that a batch has been computed.
 
     Returns:

@@ -32,8 +32,9 @@ from babydoctor.interop.llava_source import Source, open_source
 from babydoctor.model.language_model import build_language_model, load_language_config
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest
+from babydoctor.model.tensor_files import save_tensors
 from babydoctor.model.vision import build_projector
-from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory, save_tensors
+from babydoctor.model.weights import ShardWriter, WeightReader, load_pickle, local_directory
 from babydoctor.schema import UserError
 
 PROJECTOR_PREFIX = "model.mm_projector."

@@ -15,8 +15,9 @@ from babydoctor.data.tokens import load_tokenizer
 from babydoctor.model.language_model import load_language_config
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve
 from babydoctor.model.run_weights import RunWeights
+from babydoctor.model.tensor_files import load_tensors
 from babydoctor.model.vision import num_patches
-from babydoctor.model.weights import WeightReader, load_tensors, local_directory
+from babydoctor.model.weights import WeightReader, local_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
-from babydoctor.model.weights import load_pickle, load_tensors, save_tensors
+from babydoctor.model.tensor_files import load_tensors, save_tensors
+from babydoctor.model.weights import load_pickle
 from babydoctor.schema import UserError
 
 PEFT_PREFIX = "base_model.model."

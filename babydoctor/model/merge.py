@@ -24,15 +24,8 @@ from babydoctor.model.language_model import LanguageWeights
 from babydoctor.model.layer_probe import LayerProbe, group_by_layer
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve, write_manifest
 from babydoctor.model.run_weights import RunWeights
-from babydoctor.model.weights import (
-    SHARD_BYTES,
-    ShardWriter,
-    copy_model_files,
-    load_tensors,
-    local_directory,
-    save_tensors,
-    weight_files,
-)
+from babydoctor.model.tensor_files import load_tensors, save_tensors
+from babydoctor.model.weights import SHARD_BYTES, ShardWriter, copy_model_files, local_directory, weight_files
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 

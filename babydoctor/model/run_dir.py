@@ -36,8 +36,8 @@ from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import load_language_model
 from babydoctor.model.lora import has_lora, load_lora, save_lora
 from babydoctor.model.nf4 import Quantization
+from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.model.vision import build_projector, load_vision_tower
-from babydoctor.model.weights import load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:

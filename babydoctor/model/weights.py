@@ -9,14 +9,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from babydoctor.files import check_readable
 from babydoctor.hub import model_directory
+from babydoctor.model.tensor_files import DTYPES, open_safetensors
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
@@ -51,18 +51,6 @@ _MAPPED_BYTES = 2**29
 _HEADER_BYTES = 2**17
 _MAX_TENSORS = 512
 """A shard is also closed after this many tensors, so that the header (about 150 bytes a tensor) always has room."""
-
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-    torch.float64: "F64",
-}
 
 
 class WeightReader:
@@ -131,34 +119,6 @@ class WeightReader:
                     )
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file for reading tensor by tensor.
-
-    Raises:
-        UserError: it is truncated or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    check_readable(path)  # safetensors reports an unreadable file as missing
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. It was probably not copied or "
-            "downloaded completely; get it again"
-        ) from error
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a whole safetensors file.
-
-    Raises:
-        UserError: it cannot be opened, or is truncated or damaged.
-    """
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
 def read_index(path: Path) -> dict[str, str]:
     """The ``weight_map`` of an index: the file of each weight.
 
@@ -192,24 +152,6 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
     return weights
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read."""
-    # Wide types first, so that each tensor lies at a multiple of its element's size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            # As bytes, because NumPy has no bfloat16.
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class ShardWriter:
@@ -252,7 +194,7 @@ class ShardWriter:
         data = tensor.detach().cpu().contiguous()
         start, self.shard_size = self.shard_size, self.shard_size + data.nbytes
         self._header[name] = {
-            "dtype": _DTYPES[data.dtype],
+            "dtype": DTYPES[data.dtype],
             "shape": list(data.shape),
             "data_offsets": [start, self.shard_size],
         }

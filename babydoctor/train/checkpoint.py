@@ -27,7 +27,7 @@ import torch
 
 from babydoctor.files import atomic_directory, explain_full_disk, remove_leftovers, sha256, write_json, write_text
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.model.weights import load_tensors, save_tensors
+from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from babydoctor.model.weights import save_tensors
+from babydoctor.model.tensor_files import save_tensors
 
 SHARE = 0.2
 """Spread of a LoRA's update relative to the spread of the weights."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from babydoctor.conversation import Template
 from babydoctor.serve.api.protocol import AttentionRequest, CountTokenRequest, GenerateRequest
-from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.api.streaming import AnswerStream
 from babydoctor.serve.metrics import HttpMetrics
 from babydoctor.serve.settings import ServeSettings
 
@@ -28,7 +28,7 @@ class Backend(Protocol):
     def unready(self) -> str | None:
         """Why no request can be answered now; None if one can."""
 
-    async def open(self, request: GenerateRequest) -> Answer:
+    async def open(self, request: GenerateRequest) -> AnswerStream:
         """Begin an answer. Raises ``ApiError``. Cancelling it releases everything."""
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]: ...

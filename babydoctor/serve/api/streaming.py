@@ -63,7 +63,7 @@ class Readable(Protocol):
         """Stop the work behind it. May be called more than once."""
 
 
-class Answer:
+class AnswerStream:
     """One answer. ``put``, ``finish`` and ``fail`` are called in the event loop's thread.
 
     An answer never ends with a blank: blanks at the end of the text so far wait for more text, and are dropped where
@@ -154,7 +154,7 @@ class Answer:
 class AnswerGroup:
     """Several answers to one request, read as one stream of deltas that carry their answer's ``index``."""
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    def __init__(self, answers: Sequence[AnswerStream]) -> None:
         self._answers = answers
         self._reads: dict[asyncio.Future[AnswerDelta | None], int] = {}
         self._left = list(range(len(answers)))
@@ -201,7 +201,7 @@ class AnswerGroup:
         await asyncio.gather(*(answer.aclose() for answer in self._answers))
 
 
-async def open_all(openings: Sequence[Awaitable[Answer]]) -> Readable:
+async def open_all(openings: Sequence[Awaitable[AnswerStream]]) -> Readable:
     """Open the answers to one request. If one is refused, close the others.
 
     Raises:
@@ -216,7 +216,7 @@ async def open_all(openings: Sequence[Awaitable[Answer]]) -> Readable:
         for task in tasks:
             task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, Answer):
+            if isinstance(result, AnswerStream):
                 await result.aclose()
         raise
 

@@ -29,7 +29,7 @@ from babydoctor.serve.api.protocol import (
     RegisterRequest,
     WorkerStatus,
 )
-from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.api.streaming import AnswerStream
 from babydoctor.serve.controller.fleet import Fleet
 from babydoctor.serve.controller.registry import Registry, WorkerRecord, check_worker_url
 from babydoctor.serve.controller.relay import Relay
@@ -90,7 +90,7 @@ class Controller:
             return "The controller is shutting down."
         return None if self.model_names() else "No worker is registered, or none can be reached."
 
-    async def open(self, request: GenerateRequest) -> Answer:
+    async def open(self, request: GenerateRequest) -> AnswerStream:
         if self.draining:
             raise ApiError("draining", "The server is shutting down.")
         check_request(request, self.settings.limits)

@@ -15,7 +15,7 @@ import httpx
 
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, GenerateRequest
-from babydoctor.serve.api.streaming import Answer, AnswerDelta, EndOfAnswer
+from babydoctor.serve.api.streaming import AnswerDelta, AnswerStream, EndOfAnswer
 from babydoctor.serve.client import LlavaStream
 from babydoctor.serve.controller.fleet import Fleet, WorkerLost
 from babydoctor.serve.controller.registry import WorkerRecord
@@ -33,14 +33,14 @@ class Relay:
     def __init__(self, fleet: Fleet, request: GenerateRequest) -> None:
         self._fleet = fleet
         self._request = request
-        self._answer = Answer(self._close)
+        self._answer = AnswerStream(self._close)
         self._reader: asyncio.Task[None] | None = None
         self._text = ""
         self._token_ids: tuple[int, ...] = ()
         self._num_deltas = 0
         self._tried: list[WorkerRecord] = []
 
-    async def open(self) -> Answer:
+    async def open(self) -> AnswerStream:
         """Find a worker that takes the request.
 
         Raises:

@@ -88,6 +88,8 @@ class ImageHandlers(Handlers):
     def on_window(self, center: float | None, width: float | None, request: gr.Request) -> Changes:
         """Level or width was moved or typed. The sliders grow where a typed value lies beyond them."""
         session, scan = self._with_scan(request)
+        if not scan.has_window:
+            raise PageError("bad_window")
         if center is None or width is None:  # a box is empty while its user types
             return {}
         at = scan.window_range()

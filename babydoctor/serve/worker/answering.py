@@ -12,7 +12,7 @@ from babydoctor.engine.request import Delta, Event, Finished, GenerationHandle, 
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.api.responses import late_error
-from babydoctor.serve.api.streaming import Answer, AnswerDelta
+from babydoctor.serve.api.streaming import AnswerDelta, AnswerStream
 from babydoctor.serve.worker.preprocess import api_error
 from babydoctor.serve.worker.resume import ResumedText
 
@@ -23,7 +23,7 @@ _WAITED = "The model is busy: the request waited too long for its turn. Please t
 class AnsweredRequest:
     """One request between HTTP and engine. Only the event loop's thread calls the methods."""
 
-    answer: Answer
+    answer: AnswerStream
     request: GenerateRequest
     prompt_tokens: int
     resumed: ResumedText | None

@@ -20,7 +20,7 @@ from babydoctor.serve.api.admission import check_request
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import AttentionRequest, CountTokenRequest, GenerateRequest
 from babydoctor.serve.api.responses import late_error
-from babydoctor.serve.api.streaming import Answer, AnswerDelta
+from babydoctor.serve.api.streaming import AnswerDelta, AnswerStream
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
 from babydoctor.serve.worker.preprocess import decode_limits
@@ -39,7 +39,7 @@ NUM_RUNNING = 16
 class _PassedRequest:
     """One request that was passed on."""
 
-    answer: Answer
+    answer: AnswerStream
     received_s: float
     has_text: bool = False
     usage: Usage | None = None
@@ -76,7 +76,7 @@ class UpstreamWorker(SingleModelBackend):
     def unready(self) -> str | None:
         return "The worker is shutting down." if self.draining else self._unreachable
 
-    async def open(self, request: GenerateRequest) -> Answer:
+    async def open(self, request: GenerateRequest) -> AnswerStream:
         self._check_model(request.model)
         self._check_not_draining()
         check_request(request, self.settings.limits)
@@ -89,8 +89,8 @@ class UpstreamWorker(SingleModelBackend):
         except BaseException:
             self.slots.free(time.monotonic() - received_s)
             raise
-        passed = _PassedRequest(Answer(self._nothing), received_s)
-        passed.answer = Answer(lambda: self._stop(passed))
+        passed = _PassedRequest(AnswerStream(self._nothing), received_s)
+        passed.answer = AnswerStream(lambda: self._stop(passed))
         self._open.add(passed)
         passed.task = asyncio.ensure_future(self._run(passed, body))
         # Until the server has accepted the request, a refusal is an HTTP status and not a broken stream.

@@ -20,7 +20,7 @@ from babydoctor.engine.request import Delta, EngineError, Event, Finished, Finis
 from babydoctor.serve.api.admission import check_image_count, check_request
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import AttentionRequest, CountTokenRequest, GenerateRequest
-from babydoctor.serve.api.streaming import Answer
+from babydoctor.serve.api.streaming import AnswerStream
 from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
@@ -64,7 +64,7 @@ class Worker(SingleModelBackend):
             return "The worker is shutting down."
         return None if self.engine.healthy else "The engine has stopped; restart the worker."
 
-    async def open(self, request: GenerateRequest) -> Answer:
+    async def open(self, request: GenerateRequest) -> AnswerStream:
         self._check_model(request.model)
         self._check_not_draining()
         check_request(request, self.settings.limits)
@@ -150,7 +150,7 @@ class Worker(SingleModelBackend):
     def _prepare(self, request: GenerateRequest, received_s: float) -> AnsweredRequest:
         prepared = self._preprocessor.prepare(request)
         answered = AnsweredRequest(
-            answer=Answer(self._nothing),
+            answer=AnswerStream(self._nothing),
             request=request,
             prompt_tokens=prepared.prompt_tokens,
             resumed=prepared.resumed,
@@ -159,7 +159,7 @@ class Worker(SingleModelBackend):
             num_tokens=len(request.resume_ids or ()),
             received_s=received_s,
         )
-        answered.answer = Answer(lambda: self._stop(answered))
+        answered.answer = AnswerStream(lambda: self._stop(answered))
         self._open.add(answered)
         if prepared.generation is None:
             # The lost worker had generated everything and could no longer say so.
