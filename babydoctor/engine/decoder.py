@@ -19,7 +19,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM
 
 from babydoctor.engine.kv_cache import KVCache
-from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, Run, StepLayout
+from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout
 from babydoctor.engine.linear import Linear, build_linear, packing_pays
 
 MAX_KEPT_VIEWS = 64
@@ -192,7 +192,7 @@ class Decoder:
             outputs.append(output.reshape(run.num_rows, self.num_heads * self.head_dim).to(self.dtype))
         return outputs
 
-    def _views(self, run: Run) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _views(self, run: RowGroup) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values ``[rows, K, L, W]`` that a run attends to, by layer. Views are reused by later steps."""
         key = (run.first_slot, run.num_rows, run.length)
         if key not in self._run_views:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from babydoctor.engine.decoder import Decoder
-from babydoctor.engine.layout import DecodeRows, Run, StepLayout
+from babydoctor.engine.layout import DecodeRows, RowGroup, StepLayout
 
 GRAPH_LENGTH_STEP = 256
 """Lengths are rounded up to a multiple of this: few graphs, little attention to masked positions."""
@@ -42,7 +42,7 @@ class DecodeGraphs:
             filled[slot] = (token, slot, position)
         longest = max(rows.positions) + 1
         length = min(-(-longest // GRAPH_LENGTH_STEP) * GRAPH_LENGTH_STEP, kv_cache.capacity)
-        run = Run(0, kv_cache.max_running, 0, length)
+        run = RowGroup(0, kv_cache.max_running, 0, length)
         return self.decoder.layout.build(filled, [run], range(kv_cache.max_running), ())
 
     @torch.inference_mode()

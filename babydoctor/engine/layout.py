@@ -22,7 +22,7 @@ CALL_POSITIONS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowGroup:
     """Decoding rows ``first_row ..`` of neighboring slots ``first_slot ..``, attending to ``length`` positions."""
 
     first_row: int
@@ -74,7 +74,7 @@ class StepLayout:
     tokens: torch.Tensor
     positions: torch.Tensor
     write_index: torch.Tensor
-    runs: list[Run]
+    runs: list[RowGroup]
     run_masks: list[torch.Tensor]
     chunk_masks: list[torch.Tensor]
     wanted: torch.Tensor | None
@@ -105,11 +105,11 @@ class LayoutBuilder:
                 kept.append(len(filled))
                 filled.append((rows.tokens[index], rows.slots[index], rows.positions[index]))
             longest = round_up(max(lengths[index] for index in group), self.kv_cache.capacity)
-            runs.append(Run(first_row, len(filled) - first_row, first_slot, longest))
+            runs.append(RowGroup(first_row, len(filled) - first_row, first_slot, longest))
         return self.build(filled, runs, kept, chunks)
 
     def build(
-        self, filled: Sequence[tuple[int, int, int]], runs: list[Run], kept: Sequence[int], chunks: Sequence[Chunk]
+        self, filled: Sequence[tuple[int, int, int]], runs: list[RowGroup], kept: Sequence[int], chunks: Sequence[Chunk]
     ) -> StepLayout:
         """The tensors of a step.
 
@@ -146,7 +146,7 @@ class LayoutBuilder:
         together = torch.tensor([number for column in columns for number in column], dtype=torch.long)
         return together.to(self.device).split([len(column) for column in columns])
 
-    def _run_mask(self, run: Run, positions: torch.Tensor) -> torch.Tensor:
+    def _run_mask(self, run: RowGroup, positions: torch.Tensor) -> torch.Tensor:
         """``[rows, 1, 1, L]``: 0 up to each row's own position, minus infinity after it."""
         reach = positions[run.first_row : run.first_row + run.num_rows, None]  # [rows, 1]
         seen = self._slot_positions[: run.length] <= reach  # [rows, L]

@@ -27,7 +27,7 @@ LEVEL_Y = {"upper": -0.42, "middle": -0.02, "lower": 0.38}
 
 
 @dataclass(frozen=True)
-class Body:
+class Torso:
     """One patient's build: the variation between cases that carries no meaning."""
 
     cx: float
@@ -42,7 +42,7 @@ class Body:
     rib_gap: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Body:
+    def draw(cls, rng: np.random.Generator) -> Torso:
         def near(value: float, spread: float) -> float:
             return float(value + spread * rng.uniform(-1, 1))
 
@@ -106,7 +106,7 @@ LOOKS = {
 }
 
 
-def _place(case: Case, body: Body, rng: np.random.Generator) -> tuple[int, float, float, float]:
+def _place(case: Case, body: Torso, rng: np.random.Generator) -> tuple[int, float, float, float]:
     """Location of the finding: sign of its side in the image, ``cx``, ``cy``, and its radius in units."""
     assert case.side and case.level and case.size_mm, case
     # Radiological convention: the patient's left is on the viewer's right.
@@ -116,7 +116,7 @@ def _place(case: Case, body: Body, rng: np.random.Generator) -> tuple[int, float
     return sign, float(cx), float(cy), case.size_mm / 2 / MM_PER_UNIT
 
 
-def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Body) -> np.ndarray:
+def paint_finding(image: np.ndarray, grid: Grid, case: Case, body: Torso) -> np.ndarray:
     """Paint the case's finding into the image ``[S, S]``. The image of a normal case is unchanged."""
     if case.finding == "none":
         return image
@@ -176,7 +176,7 @@ def _paint_fracture(
     return image
 
 
-def _radiograph(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
+def _radiograph(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
     """A frontal chest radiograph: shadows add up, so bones are visible through everything."""
     size = grid.size
     image = 0.03 + 0.6 * body.torso(grid)
@@ -193,7 +193,7 @@ def _radiograph(grid: Grid, case: Case, body: Body, rng: np.random.Generator) ->
     return paint_finding(image, grid, case, body) + 0.018 * rng.standard_normal((size, size))
 
 
-def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
+def _ct(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
     """A coronal CT reformat in a soft window: sharp edges, white bone, black air."""
     size = grid.size
     image = blend(np.zeros((size, size), np.float32), body.torso(grid), 0.3)
@@ -216,7 +216,7 @@ def _ct(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
     return paint_finding(image, grid, case, body) + 0.02 * streaks + 0.012 * rng.standard_normal((size, size))
 
 
-def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
+def _mr(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
     """A coronal MR image: bright fat, dark cortical bone, coil shading, breathing ghosts."""
     size = grid.size
     image = blend(np.full((size, size), 0.02, np.float32), body.torso(grid), 0.95)
@@ -238,7 +238,7 @@ def _mr(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndar
     return (image + ghost) * shading + 0.02 * grain
 
 
-def _ultrasound(grid: Grid, case: Case, body: Body, rng: np.random.Generator) -> np.ndarray:
+def _ultrasound(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
     """A curved-array ultrasound image: a fan of speckle that fades with depth."""
     size = grid.size
     dx, dy = grid.x, grid.y + 1.75
@@ -266,7 +266,7 @@ def draw(case: Case, size: int) -> np.ndarray:
     """Draw a case: uint8 ``[size, size]``. The same case always gives the same pixels."""
     rng = np.random.default_rng(case.noise_seed)
     grid = build_grid(size)
-    body = Body.draw(rng)
+    body = Torso.draw(rng)
     image = _DRAW[case.modality](grid, case, body, rng)
     # Exposure differs between patients.
     image = image * rng.uniform(0.9, 1.1) + rng.uniform(-0.02, 0.02)
