@@ -39,6 +39,9 @@ CT_DEFAULT = "soft-tissue"
 MAX_WINDOW = 1e6
 """Largest level and width that may be typed, in the units of the frame's values."""
 
+_NARROWEST = 1e-12
+"""Smallest width that is windowed; 0 would divide by zero."""
+
 _FILE_NAME = "the file"
 
 _PAGE_CODES: dict[UserErrorCode, str] = {
@@ -129,7 +132,7 @@ class Scan:
         return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
 
     def set_window(self, center: float, width: float) -> None:
-        """Take a level and a width that the user chose, within the sliders or beyond them. Widths below 1 become 1.
+        """Take a level and a width that the user chose, within the sliders or beyond them.
 
         Raises:
             PageError: one of them is not finite or beyond ``MAX_WINDOW``, or the width is negative.
@@ -137,7 +140,7 @@ class Scan:
         if not (abs(center) <= MAX_WINDOW and 0 <= width <= MAX_WINDOW):
             raise PageError("bad_window")
         self.preset = None
-        self.center, self.width = float(center), max(1.0, float(width))
+        self.center, self.width = float(center), max(float(width), _NARROWEST)
 
     def view(self) -> View:
         """Render the chosen frame under the chosen window.
