@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.serving import build_tiny_run
 from safetensors.torch import load_file
@@ -154,3 +155,15 @@ def test_the_command_line_names_what_it_cannot_open(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert str(tmp_path) in done.stderr
+
+
+def test_a_file_may_be_written_over_itself(tmp_path: Path) -> None:
+    """Its tensors are mapped from the file that is replaced, and a full disk leaves the old file."""
+    file = tmp_path / "adapter.safetensors"
+    save_tensors({"a": torch.arange(100_000.0), "b": torch.ones(3, dtype=torch.bfloat16)}, file)
+    mapped = safetensors.torch.load_file(file)
+    save_tensors(mapped, file)
+    again = load_tensors(file)
+    assert torch.equal(again["a"], torch.arange(100_000.0)) and [path.name for path in tmp_path.iterdir()] == [
+        file.name
+    ]

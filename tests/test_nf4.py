@@ -6,16 +6,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from babydoctor.config import LoraConfig
+from babydoctor.data.layout import HostBatch
+from babydoctor.data.packing import build_batch
 from babydoctor.model import nf4
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import load_language_model
 from babydoctor.model.lora import add_lora
 from babydoctor.model.nf4 import Quantization, dequantized_weight, quantize_linear, quantize_nf4
 from babydoctor.model.run_dir import load_run
+from babydoctor.schema import Example
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -109,11 +113,12 @@ def test_a_training_step_dequantizes_each_weight_once_a_pass(
 
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", count)
     length, patches = 24, model.num_patches
-    image_mask = torch.zeros(length, dtype=torch.bool)
+    image_mask = np.zeros(length, bool)
     image_mask[1 : 1 + patches] = True
     size: Any = model.vision.config.image_size
-    ids = torch.randint(3, 200, (length,))
-    model(ids, ids, torch.arange(length), image_mask, (length,), torch.randn(1, 3, size, size)).backward()
+    ids = np.random.default_rng(0).integers(3, 200, length).astype(np.int32)
+    batch = build_batch([Example("one", ids, ids, image_mask, ("image",))])
+    model(HostBatch(batch, torch.randn(1, 3, size, size)).to("cpu")).backward()
     config: Any = language_model.config
     assert len(counts) == 7 * config.num_hidden_layers
     assert set(counts.values()) == {3 if recompute_every else 2}

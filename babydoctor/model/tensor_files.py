@@ -6,6 +6,7 @@ Source: the safetensors format (header length, JSON header, the tensors' bytes).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read."""
+    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read.
+
+    The file is written under a temporary name and renamed: ``tensors`` may be memory-mapped from ``path`` itself.
+    """
     # Wide types first, so that each tensor lies at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -67,8 +71,10 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             # As bytes, because NumPy has no bfloat16.
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    unfinished.replace(path)
