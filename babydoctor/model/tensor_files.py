@@ -72,9 +72,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with unfinished.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            # As bytes, because NumPy has no bfloat16.
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                # As bytes, because NumPy has no bfloat16.
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
