@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from helpers.serving import build_tiny_run
 from safetensors.torch import load_file
