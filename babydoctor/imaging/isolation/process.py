@@ -56,6 +56,8 @@ class DecodeProcess:
                 stderr=errors,
                 env=environment,
                 pass_fds=(theirs.fileno(), self._shared),
+                # Ctrl-C and Slurm signal the whole group. A run that saves a checkpoint then still reads images.
+                start_new_session=True,
             )
             theirs.close()
             try:
