@@ -371,13 +371,3 @@ def test_graphs_need_a_gpu(model, tokenizer):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="cuda_graphs"):
             Engine(model, tokenizer, settings(cuda_graphs=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}])
-def test_a_gpu_gives_the_same_tokens(tokenizer, options):
-    model = build_model().cuda()
-    requests = [build_request(number, length=5 + 9 * (number % 7)) for number in range(9)]
-    expected = [reference(build_model(), request) for request in requests]
-    with Engine(model, tokenizer, settings(**options)) as engine:
-        assert [tokens_of(handle) for handle in [engine.submit(request) for request in requests]] == expected
