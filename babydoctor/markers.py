@@ -20,6 +20,11 @@ def read_section(path: Path, name: str, *, option: str = "--update") -> str:
     return _split(path, name, option)[1].strip("\n")
 
 
+def has_section(path: Path, name: str) -> bool:
+    """True if the file exists and has the markers of the section."""
+    return path.is_file() and _find(path.read_text(encoding="utf-8"), name) is not None
+
+
 def write_section(path: Path, name: str, text: str, *, option: str = "--update") -> None:
     """Replace the text between the markers of a section.
 
@@ -32,11 +37,22 @@ def write_section(path: Path, name: str, text: str, *, option: str = "--update")
 
 def _split(path: Path, name: str, option: str) -> tuple[str, str, str]:
     """The file up to and including the begin marker, the section, and the rest."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
     text = path.read_text(encoding="utf-8")
-    found = re.search(f"({re.escape(begin)})(.*?)({re.escape(end)})", text, re.DOTALL)
+    found = _find(text, name)
     if found is None:
+        begin, end = markers(name)
         raise UserError(f"{option} {path}: the markers {begin} and {end} are missing; add them")
     return text[: found.end(1)], found[2], text[found.start(3) :]
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines that begin and end a section."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def _find(text: str, name: str) -> re.Match[str] | None:
+    """The begin marker, the section and the end marker as groups."""
+    begin, end = (re.escape(marker) for marker in markers(name))
+    return re.search(f"({begin})(.*?)({end})", text, re.DOTALL)

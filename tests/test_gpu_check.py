@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from babydoctor.bench import gpu_check
 from babydoctor.bench.gpu_check import CheckSection, list_sections, run_gpu_check
-from babydoctor.bench.gpu_report import BEGIN, END, fill_documents, read_report
+from babydoctor.bench.gpu_report import fill_documents, read_report
 from babydoctor.cli.main import build_app
 from babydoctor.schema import UserError
 
 ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- gpu report: begin -->", "<!-- gpu report: end -->"
 
 
 def test_a_section_that_fails_or_hangs_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.markers import has_section, markers, write_section
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from babydoctor.bench.train import StageResult
 
 GIB = 2**30
-BEGIN, END = "<!-- gpu report: begin -->", "<!-- gpu report: end -->"
+SECTION = "gpu report"
+"""The section of a document that holds the figures; see ``markers.py``."""
 
 
 def write_record(file: Path, kind: str, record: Mapping[str, Any]) -> None:
@@ -158,14 +159,9 @@ def fill_documents(file: Path, documents: Sequence[Path]) -> list[Path]:
         UserError: no document has the markers.
     """
     text = render_report(read_report(file))
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    filled = []
-    for document in documents:
-        before = document.read_text(encoding="utf-8") if document.is_file() else ""
-        after = pattern.sub(lambda _: f"{BEGIN}\n{text}{END}", before)
-        if pattern.search(before):
-            document.write_text(after, encoding="utf-8")
-            filled.append(document)
+    filled = [document for document in documents if has_section(document, SECTION)]
+    for document in filled:
+        write_section(document, SECTION, text, option="--into")
     if not filled:
-        raise UserError(f"none of {', '.join(map(str, documents))} has the lines {BEGIN} and {END}")
+        raise UserError(f"none of {', '.join(map(str, documents))} has the lines {' and '.join(markers(SECTION))}")
     return filled
