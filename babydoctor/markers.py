@@ -1,8 +1,9 @@
-"""Generated sections of Markdown files, between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+"""Generated parts of Markdown files: tables, and sections from ``<!-- NAME: begin -->`` to ``<!-- NAME: end -->``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from babydoctor.schema import UserError
@@ -56,3 +57,8 @@ def _find(text: str, name: str) -> re.Match[str] | None:
     """The begin marker, the section and the end marker as groups."""
     begin, end = (re.escape(marker) for marker in markers(name))
     return re.search(f"({begin})(.*?)({end})", text, re.DOTALL)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]

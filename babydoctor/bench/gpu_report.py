@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from babydoctor.markers import has_section, markers, write_section
+from babydoctor.markers import has_section, markdown_table, markers, write_section
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def render_report(report: Mapping[str, Any]) -> str:
         records = [record for record in report["records"] if record["kind"] == kind]
         if records:
             lines += ["", *build(records)]
-    lines += ["", *_table(("section", "result", "seconds"), (_section_row(s) for s in report["sections"]))]
+    lines += ["", *markdown_table(("section", "result", "seconds"), (_section_row(s) for s in report["sections"]))]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +108,7 @@ def _train_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         for r in records
     )
     note = f"MFU is held against {records[0]['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s, measured in the same run."
-    return [*_table(heads, rows), "", note]
+    return [*markdown_table(heads, rows), "", note]
 
 
 def _serve_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -124,7 +124,7 @@ def _serve_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for r in records
     )
-    return [*_table(heads, rows), "", f"Memory bandwidth {records[0]['memory_bytes_per_s'] / 1e9:,.0f} GB/s."]
+    return [*markdown_table(heads, rows), "", f"Memory bandwidth {records[0]['memory_bytes_per_s'] / 1e9:,.0f} GB/s."]
 
 
 def _paths_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -140,16 +140,11 @@ def _paths_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for r in records
     )
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _section_row(section: Mapping[str, Any]) -> tuple[str, str, str]:
     return section["name"], section["result"], f"{section['seconds']:.0f}"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def fill_documents(file: Path, documents: Sequence[Path]) -> list[Path]:

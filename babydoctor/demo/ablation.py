@@ -17,6 +17,7 @@ from babydoctor.eval import plots
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.run import EvalConfig, evaluate
 from babydoctor.files import write_json, write_text
+from babydoctor.markers import markdown_table
 from babydoctor.schema import UserError
 
 TINY_CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
@@ -207,7 +208,7 @@ def to_markdown(table: dict[str, Any]) -> str:
     figures = [name for name in SHOWN if name in seeds[0]["right"]]
     kinds = list(seeds[0]["by_kind"])
     head = ["", *(name.replace("_", " ") for name in figures), *kinds, "shuffled images", "distinct answers"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    body = []
     for label, rows in table["variants"].items():
         cells = [
             *(_cell([row["right"].get(name) for row in rows]) for name in figures),
@@ -215,7 +216,8 @@ def to_markdown(table: dict[str, Any]) -> str:
             _cell([row["shuffled"].get(figures[0]) for row in rows]),
             _cell([row["distinct_share"] for row in rows]),
         ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        body.append([label, *cells])
+    lines = markdown_table(head, body)
     chance = table["chance"]
     note = (
         f"\n{table['task']}, {table['num_questions']} questions, {table['num_seeds']} seed(s): mean (minimum–maximum). "

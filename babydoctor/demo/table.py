@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from babydoctor.markers import markdown_table
 from babydoctor.phantom.text import KINDS
 
 CONDITIONS = ("right", "shuffled", "blank")
@@ -68,8 +69,7 @@ def table_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def to_markdown(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """The table in Markdown, with a sentence that explains it."""
     metrics = next(iter(stages.values()))
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(stages)]
+    lines = markdown_table(HEAD, table_rows(stages))
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
         "phantoms, whole answers only. Chance is the best constant answer to each kind of question."
