@@ -211,6 +211,11 @@ def overflow_error() -> ApiError:
     return ApiError("context_length_exceeded", message, param="prompt")
 
 
+def model_failed_error() -> ApiError:
+    """The model failed at one request of the batch."""
+    return ApiError("worker_failed", "The model failed at this request; the others continue.")
+
+
 def model_not_found(model: str, known: list[str]) -> ApiError:
     """Nobody serves ``model``; the message names the models that exist."""
     exist = f"It serves {', '.join(known)}." if known else "It serves no model at the moment."

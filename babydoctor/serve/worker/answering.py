@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from babydoctor.engine.request import Delta, Event, Finished, GenerationHandle, Usage
-from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.errors import ApiError, model_failed_error
 from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.api.responses import late_error
 from babydoctor.serve.api.streaming import AnswerDelta, AnswerStream
@@ -64,8 +64,7 @@ class AnsweredRequest:
             has_waited = finished.queue_s >= finished.total_s
             self.answer.fail(ApiError("queue_full", _WAITED) if has_waited else late_error())
         elif reason == "error":
-            failure = ApiError("worker_failed", "The model failed at this request; the others go on.")
-            self.answer.fail(api_error(finished.error) if finished.error is not None else failure)
+            self.answer.fail(model_failed_error() if finished.error is None else api_error(finished.error))
         self.answer.finish()
 
     def _put(self, delta: AnswerDelta) -> None:

@@ -28,7 +28,7 @@ from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.schema import IGNORE_INDEX, Example, Segment, Turn
 from babydoctor.serve.api.admission import decode_image
-from babydoctor.serve.api.errors import ApiError, code_of_user_error, overflow_error
+from babydoctor.serve.api.errors import ApiError, code_of_user_error, model_failed_error, overflow_error
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, AttentionRequest, GenerateRequest
 from babydoctor.serve.logs import REQUEST_ID
 from babydoctor.serve.settings import Limits
@@ -217,4 +217,4 @@ def api_error(error: EngineError) -> ApiError:
         return ApiError("draining", "The worker is shutting down.")
     if isinstance(error, InvalidRequestError):
         return ApiError("bad_request", f"The request cannot be run: {error}.")
-    return ApiError("worker_failed", "The model failed at this request; the others go on.")
+    return model_failed_error()
