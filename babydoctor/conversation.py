@@ -139,7 +139,7 @@ def render(turns: Sequence[Turn], template: Template, *, system: str | None = No
 
 
 def render_prompt(turns: Sequence[Turn], template: Template, *, system: str | None = None) -> tuple[Segment, ...]:
-    """Render a conversation whose last turn is the user's, ready for the model to go on. Nothing is supervised.
+    """Render a conversation whose last turn is the user's, ready for the model to continue. Nothing is supervised.
 
     Raises:
         UserError: the turns do not alternate or do not end with the user.

@@ -147,8 +147,7 @@ def disk_full_error(place: Path, needed: int | None = None) -> UserError:
     free = shutil.disk_usage(folder).free
     wanted = f"{needed / 1e9:.1f} GB more are needed, but " if needed is not None else ""
     return UserError(
-        f"{place}: {wanted}the disk has {free / 1e9:.1f} GB free; free some space and run this again, it goes on "
-        "where it stopped"
+        f"{place}: {wanted}the disk has {free / 1e9:.1f} GB free; free some space and run this again to resume"
     )
 
 

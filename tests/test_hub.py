@@ -154,7 +154,7 @@ def test_failures_are_one_sentence_with_the_way_out(hub: Hub, tmp_path: Path) ->
     folder.mkdir(parents=True)
     (folder / "images.zip.partial").symlink_to("/dev/full")
     message = fetch("really-full")
-    assert "images.zip" in message and "free some space and run this again, it goes on" in message
+    assert "images.zip" in message and "free some space and run this again to resume" in message
 
     hub.spoiled.add("images.zip")
     message = fetch("spoiled")

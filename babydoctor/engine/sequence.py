@@ -90,7 +90,7 @@ class Sequence:
         """Append a token to the answer and publish the text that is certain.
 
         Returns:
-            Why the answer ends, or None if it goes on.
+            Why the answer ends, or None if it continues.
         """
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""The rehearsal: steps that each run real commands; one that fails is reported, and the rest goes on where it can."""
+"""The rehearsal: steps that each run real commands. A step that fails is reported, and the others run if they can."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def answer_hf(
         inputs = processor(text=text, images=picture.convert("RGB"), return_tensors="pt", add_special_tokens=False)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     ids = inputs["input_ids"]
-    # A random model may write an end of text; the comparison goes on behind it.
+    # A random model may write an end-of-text token; the comparison continues after it.
     generated = model.generate(
         **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )

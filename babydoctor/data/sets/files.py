@@ -105,7 +105,7 @@ def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) 
     """Bring the named images into ``out/images``, which several sources may share.
 
     They become hard links, which take no space, or copies with ``copy`` and where the file system cannot link.
-    Files already there with the same size are kept, so an interrupted run goes on.
+    Files already there with the same size are kept, so an interrupted run resumes.
     """
     target = out / "images"
     if target.resolve() == source.resolve():
@@ -186,7 +186,7 @@ def prepare_llava_rows(
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack an archive; files already there with the right size are kept, so an interrupted run goes on.
+    """Unpack an archive; files already there with the right size are kept, so an interrupted run resumes.
 
     Raises ``UserError`` for a damaged archive, a member that would land outside ``folder``, or too little disk.
     """

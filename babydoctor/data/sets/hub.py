@@ -1,4 +1,4 @@
-"""Downloads of data sets. A download that was cut off goes on where it stopped; errors say what to do.
+"""Downloads of data sets. An interrupted download resumes where it stopped; errors say what to do.
 
 The hub's client throws away what it has of a file when the connection breaks or the process ends, which is a day's
 work for a 27 GB archive. So the client only tells where a file is, and ``download_url`` fetches it.
@@ -38,7 +38,7 @@ def download_hub_file(repo: str, file: str, folder: Path) -> Path:
     """Download one file of a data set on the hub into ``folder``. A file that is there is kept.
 
     Raises:
-        UserError: it could not be downloaded; the message says why and how to go on.
+        UserError: it could not be downloaded; the message says why and how to continue.
     """
     target = folder / file
     if target.is_file():
@@ -139,7 +139,7 @@ def download_url(
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(
-            f"{url}: the download failed ({describe(error)}); run this again, it goes on. {by_hand}"
+            f"{url}: the download failed ({describe(error)}); run this again to resume. {by_hand}"
         ) from error
     except OSError as error:
         if is_disk_full(error):
