@@ -56,7 +56,7 @@ def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]
     graphs = (*room, "engine.cuda_graphs=true") if device == "cuda" else room
     tests = (sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-m", "gpu")
     return [
-        CheckSection("tests", (*tests, str(ROOT / "tests")), TESTS_SHARE),
+        CheckSection("tests", (*tests, str(ROOT / "tests" / "test_gpu.py")), TESTS_SHARE),
         *(CheckSection(f"train {stage}", (*cli, "train", "--stage", stage, *steps, *cap, *common)) for stage in STAGES),
         CheckSection("serve bf16", (*cli, "serve", *graphs, "--engine-only", "--users", users, *asked, *common)),
         CheckSection("serve nf4", (*cli, "serve", *graphs, "--nf4", "--users", users, *asked, *common)),
