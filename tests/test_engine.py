@@ -22,7 +22,6 @@ from helpers.engine_models import (
 
 from babydoctor.config import LoraConfig
 from babydoctor.engine.engine import Engine
-from babydoctor.engine.graphs import DecodeGraphs
 from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.request import (
     Delta,
@@ -352,19 +351,6 @@ def test_memory_is_allocated_once_and_within_the_budget(model, tokenizer):
         assert places == [memory.data_ptr() for memory in (*engine.kv_cache.keys, *engine.kv_cache.values)]
         stats = engine.stats()
         assert stats.generated_tokens == 8 * 24
-
-
-def test_a_step_padded_for_a_graph_gives_the_same_logits(model, tokenizer):
-    engine = Engine(model, tokenizer, settings())
-    decoder, graphs = engine.decoder, DecodeGraphs(engine.decoder)
-    with torch.inference_mode():
-        for slot, length in ((0, 9), (2, 30), (3, 17)):
-            embeds = decoder.embed_tokens(torch.arange(1, length + 1))
-            decoder.forward(DecodeRows([], [], []), [Chunk(slot, 0, embeds, True)])
-        rows = DecodeRows([5, 6, 7], [0, 2, 3], [9, 30, 17])
-        expected = decoder.forward(rows, [])
-        padded = decoder.compute(graphs.padded_layout(rows), ())
-    torch.testing.assert_close(padded[[0, 2, 3]], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_graphs_need_a_gpu(model, tokenizer):

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from babydoctor.engine.decoder import Decoder
-from babydoctor.engine.graphs import DecodeGraphs
-from babydoctor.engine.kv_cache import FeatureCache, KVCache
+from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.request import (
     EngineClosedError,
     EngineError,
+    Event,
     FinishReason,
+    GenerationHandle,
     GenerationRequest,
     RequestFailedError,
 )
@@ -45,16 +46,15 @@ class MapRequest:
 class EngineCore:
     """Requests of one engine and the steps that answer them.
 
-    ``changed`` guards what other threads read and write: ``waiting``, ``map_requests``, ``num_running``, ``accepting``,
-    ``stopping`` and ``stats.finished``. Everything else belongs to the engine's thread.
+    ``changed`` guards what other threads read and write: ``waiting``, ``map_requests``, ``num_running``,
+    ``num_ending``, ``accepting``, ``stopping`` and ``stats.finished``. Everything else belongs to the engine's thread.
     """
 
     def __init__(
         self,
         model: VisionLanguageModel,
         decoder: Decoder,
-        graphs: DecodeGraphs | None,
-        features: FeatureCache,
+        embedder: PromptEmbedder,
         *,
         eos: frozenset[int],
         rows_per_step: int,
@@ -64,16 +64,18 @@ class EngineCore:
         self.waiting: deque[Sequence] = deque()
         self.map_requests: deque[MapRequest] = deque()
         self.num_running = 0
+        self.num_ending = 0  # requests that have ended and whose last event is not published yet
         self.accepting = True
         self.stopping = False
         self.stats = EngineStats(max_running=self.kv_cache.max_running, kv_bytes=self.kv_cache.num_bytes)
         self._model = model
         self._decoder = decoder
-        self._graphs = graphs
-        self._embedder = PromptEmbedder(model, decoder.embed_tokens, features)
+        self._embedder = embedder
         self._eos = eos
         self._rows_per_step = rows_per_step
         self._running: list[Sequence] = []
+        self._unpublished: list[tuple[GenerationHandle, Event]] = []
+        self._is_asynchronous = self.kv_cache.device.type != "cpu"
 
     def run(self) -> None:
         """Answer requests until ``stopping`` is set. Every request gets its last event, even after an error."""
@@ -92,6 +94,7 @@ class EngineCore:
             failure = RequestFailedError("the engine stopped") if error else None
             for sequence in [*self._running, *self.waiting]:
                 self._end(sequence, reason, failure)
+            self._publish()
             for map_request in self.map_requests:
                 map_request.result.set_exception(EngineClosedError("the engine is closed"))
 
@@ -110,21 +113,31 @@ class EngineCore:
             self._compute_map(self.map_requests.popleft())
         self._admit()
         batch = plan_batch(self._running, self._rows_per_step)
-        if not batch.sequences:
-            return
+        if batch.sequences:
+            self._compute(batch)
+        # On a GPU the events wait until the next step is launched, so that their readers run while it is computed.
+        if not self._is_asynchronous or not self._running:
+            self._publish()
+
+    def _compute(self, batch: StepWork) -> None:
         self.stats.steps += 1
         try:
-            logits = self._forward(batch)
+            logits = self._decoder.forward(batch.rows, batch.chunks)
         except Exception:
             self._step_one_by_one(batch.sequences)
             return
+        self._publish()
         self._take_logits(batch, logits)
 
-    def _forward(self, batch: StepWork) -> torch.Tensor:
-        """Logits ``[decoding rows + final chunks, V]``."""
-        if self._graphs is not None and not batch.chunks:
-            return self._graphs.forward(batch.rows)
-        return self._decoder.forward(batch.rows, batch.chunks)
+    def _publish(self) -> None:
+        """Hand out the events of the last step."""
+        events, self._unpublished = self._unpublished, []
+        for handle, event in events:
+            handle.publish(event)
+        if self.num_ending:
+            with self.changed:
+                self.num_ending = 0
+                self.changed.notify_all()
 
     def _compute_map(self, wanted: MapRequest) -> None:
         request, num_answer = wanted.request, len(wanted.answer_ids)
@@ -196,7 +209,8 @@ class EngineCore:
     def _take_token(self, sequence: Sequence, logits: torch.Tensor, likeliest_token: int) -> None:
         token, logprobs = sequence.choose(logits, likeliest_token)
         self.stats.generated_tokens += 1
-        reason = sequence.append(token, logprobs, self._eos)
+        delta, reason = sequence.append(token, logprobs, self._eos)
+        self._unpublished.append((sequence.handle, delta))
         if reason is not None:
             self._end(sequence, reason)
 
@@ -226,7 +240,7 @@ class EngineCore:
     def _end(
         self, sequence: Sequence, reason: FinishReason, error: EngineError | None = None, *, scrub: bool = False
     ) -> None:
-        """Free the slot, then publish the last event, so the slot is free for whoever reads that event."""
+        """Free the slot. The last event is published later, so the slot is free for whoever reads that event."""
         if sequence.allocation is not None:
             sequence.allocation.slot.content = sequence.computed_content()
             self.kv_cache.free(sequence.allocation.slot, scrub=scrub)
@@ -237,7 +251,8 @@ class EngineCore:
             elif sequence in self.waiting:
                 self.waiting.remove(sequence)
             self.num_running = len(self._running)
+            self.num_ending += 1
             self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
             self.changed.notify_all()
         sequence.embeds = None
-        sequence.handle.publish(finished)
+        self._unpublished.append((sequence.handle, finished))

@@ -46,6 +46,9 @@ class Decoder:
         pack: copy the weights into oneDNN's layout; None: when that is faster and fits in memory.
     """
 
+    has_graphs = False
+    """Whether steps are replayed as CUDA graphs."""
+
     def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache, *, pack: bool | None = None) -> None:
         config = model.config
         self.kv_cache = kv_cache
@@ -100,7 +103,7 @@ class Decoder:
         return self.compute(self.layout.group(rows, chunks), chunks)
 
     def compute(self, layout: StepLayout, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Compute a step. Without chunks it can be captured as a CUDA graph."""
+        """Compute a step."""
         hidden = self.embed_tokens(layout.tokens)
         if chunks:
             hidden = torch.cat([hidden, *(chunk.embeds for chunk in chunks)])

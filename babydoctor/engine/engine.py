@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from babydoctor.engine.backend import build_decoder, build_embedder
 from babydoctor.engine.core import EngineCore, MapRequest
-from babydoctor.engine.decoder import Decoder
-from babydoctor.engine.graphs import DecodeGraphs
 from babydoctor.engine.kv_cache import FeatureCache
 from babydoctor.engine.prompt import VisionLanguageModel
 from babydoctor.engine.request import (
@@ -33,7 +32,6 @@ from babydoctor.engine.settings import EngineSettings, build_kv_cache
 from babydoctor.engine.stats import EngineStats
 from babydoctor.engine.stops import end_tokens
 from babydoctor.engine.validate import check_request
-from babydoctor.schema import UserError
 
 
 class Engine:
@@ -50,19 +48,13 @@ class Engine:
         language_model = model.language_model
         norm = language_model.model.norm.weight
         self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device)
-        self.decoder = Decoder(language_model, self.kv_cache, pack=self.settings.pack_weights)
-        self.graphs: DecodeGraphs | None = None
-        if self.settings.cuda_graphs:
-            if norm.device.type != "cuda":
-                raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; set it to false")
-            self.graphs = DecodeGraphs(self.decoder)
+        self.decoder = build_decoder(language_model, self.kv_cache, self.settings)
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer)
         self._core = EngineCore(
             model,
             self.decoder,
-            self.graphs,
-            self.features,
+            build_embedder(model, self.decoder, self.features),
             eos=self.eos,
             rows_per_step=self.settings.rows_per_step(norm.device),
         )
@@ -168,7 +160,9 @@ class Engine:
         """Accept no new requests and wait for the accepted ones. False if some are left after ``timeout_s``."""
         with self._core.changed:
             self._core.accepting = False
-            return self._core.changed.wait_for(lambda: not self._core.waiting and not self._core.num_running, timeout_s)
+            return self._core.changed.wait_for(
+                lambda: not (self._core.waiting or self._core.num_running or self._core.num_ending), timeout_s
+            )
 
     def close(self) -> None:
         """Cancel what is left and stop the thread. A second call has no effect."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,11 +26,21 @@ class VisionLanguageModel(Protocol):
 
 
 class PromptEmbedder:
-    """Embeds prompts. Features of recent images are cached."""
+    """Embeds prompts. Features of recent images are cached.
 
-    def __init__(self, model: VisionLanguageModel, embed_tokens: nn.Module, cache: FeatureCache) -> None:
+    ``encode_images``: the model's own, or a faster one of a single image with the same result.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        embed_tokens: nn.Module,
+        cache: FeatureCache,
+        encode_images: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
+        self._encode_images = encode_images or model.encode_images
         self._embed_tokens = embed_tokens
         weight = model.language_model.model.norm.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -68,7 +78,7 @@ class PromptEmbedder:
         pixels = np.asarray(pixels, np.float32)  # [3, S, S]
         if not np.isfinite(pixels).all():
             raise InvalidRequestError("an image's pixels are not all finite numbers")
-        features = self.model.encode_images(torch.from_numpy(pixels)[None].to(self._device))[0]
+        features = self._encode_images(torch.from_numpy(pixels)[None].to(self._device))[0]
         features = features.to(self._dtype)
         self.cache.put(image.key, features)
         return features

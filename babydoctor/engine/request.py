@@ -197,6 +197,7 @@ class GenerationHandle:
         self.submitted_at = time.monotonic()
         self._wake_engine = wake_engine
         self._condition = threading.Condition()
+        self._ended = threading.Event()  # apart from the condition, so that tokens do not wake who waits for the end
         self._events: deque[Event] = deque()
         self._listener: Callable[[Event], None] | None = None
         self._cancelled = False
@@ -228,6 +229,8 @@ class GenerationHandle:
             if listener is None:
                 self._events.append(event)
             self._condition.notify_all()
+        if isinstance(event, Finished):
+            self._ended.set()
         if listener is not None:
             try:
                 listener(event)
@@ -246,9 +249,8 @@ class GenerationHandle:
 
     def wait(self, timeout_s: float | None = None) -> Finished | None:
         """Block until the request has ended. Returns None after ``timeout_s``."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._finished is not None, timeout_s)
-            return self._finished
+        self._ended.wait(timeout_s)
+        return self._finished
 
     def __iter__(self) -> Iterator[Event]:
         while True:

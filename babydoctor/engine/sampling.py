@@ -27,7 +27,8 @@ def likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
         best = array.argmax(axis=-1)
         return best.tolist(), np.isfinite(array[np.arange(len(array)), best]).tolist()
     values, tokens = logits.max(dim=-1)
-    return tokens.tolist(), torch.isfinite(values).tolist()
+    both: list[list[int]] = torch.stack([tokens, torch.isfinite(values)]).tolist()  # one wait for the GPU
+    return both[0], [bool(finite) for finite in both[1]]
 
 
 def sample(

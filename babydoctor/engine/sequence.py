@@ -86,11 +86,13 @@ class Sequence:
         alternatives = tuple((other, self._spell(other), value) for other, value in top)
         return token, (TokenLogprob(token, self._spell(token), chosen, alternatives),)
 
-    def append(self, token: int, logprobs: tuple[TokenLogprob, ...], eos: frozenset[int]) -> FinishReason | None:
-        """Append a token to the answer and publish the text that is certain.
+    def append(
+        self, token: int, logprobs: tuple[TokenLogprob, ...], eos: frozenset[int]
+    ) -> tuple[Delta, FinishReason | None]:
+        """Append a token to the answer.
 
         Returns:
-            Why the answer ends, or None if it continues.
+            The text that is now certain, and why the answer ends, or None if it continues.
         """
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
@@ -111,8 +113,7 @@ class Sequence:
             shown += self._flush()
             reason = "stop" if self._stops.found is not None else reason
         self.text += shown
-        self.handle.publish(Delta(shown, (token,), logprobs))
-        return reason
+        return Delta(shown, (token,), logprobs), reason
 
     def _flush(self) -> str:
         """Held-back text at the end of the answer. It may still complete a stop string."""

@@ -42,7 +42,7 @@ class EngineSettings:
         num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so it
             takes an ``on_start`` that sets it, as the command line's does.
         pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
-        cuda_graphs: replay decoding steps as CUDA graphs (GPU).
+        cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """
@@ -57,7 +57,7 @@ class EngineSettings:
     step_tokens: int | None = None
     num_threads: int | None = None
     pack_weights: bool | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     on_start: StartHook | None = field(default=None, repr=False, compare=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:

@@ -31,13 +31,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
-def build_model(num_kv_heads: int = 2, seed: int = 0) -> BabyDoctor:
+def build_model(num_kv_heads: int = 2, seed: int = 0, num_heads: int = 8) -> BabyDoctor:
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
-        num_attention_heads=8,
+        num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         vocab_size=257,
         max_position_embeddings=CONTEXT,

@@ -1,0 +1,53 @@
+"""Which code computes a step: PyTorch's own operations, or Triton kernels and CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import LlamaForCausalLM
+
+from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.kv_cache import FeatureCache, KVCache
+from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
+from babydoctor.engine.settings import EngineSettings
+from babydoctor.schema import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
+    """The fastest decoder for the KV cache's device.
+
+    Raises:
+        UserError: ``engine.cuda_graphs=true`` where there can be none.
+    """
+    asked = settings.cuda_graphs is True
+    if kv_cache.device.type != "cuda":
+        if asked:
+            raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
+        return Decoder(model, kv_cache, pack=settings.pack_weights)
+    try:
+        from babydoctor.engine.gpu.decoder import GpuDecoder, kernels_fit
+    except ImportError as error:
+        if asked:
+            raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
+        logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
+        return Decoder(model, kv_cache, pack=False)
+    if not kernels_fit(kv_cache):
+        if asked:
+            raise UserError(f"engine.cuda_graphs=true: heads of size {kv_cache.head_dim} have no kernels; remove it")
+        return Decoder(model, kv_cache, pack=False)
+    decoder = GpuDecoder(model, kv_cache)
+    if settings.cuda_graphs is not False:
+        decoder.capture_graphs()
+    return decoder
+
+
+def build_embedder(model: VisionLanguageModel, decoder: Decoder, cache: FeatureCache) -> PromptEmbedder:
+    """Embeds prompts; encodes images by a CUDA graph where the decoder has graphs too."""
+    encode_images = None
+    if decoder.has_graphs:
+        from babydoctor.engine.gpu.images import GraphedEncoder
+
+        encode_images = GraphedEncoder(model.encode_images)
+    return PromptEmbedder(model, decoder.embed_tokens, cache, encode_images)

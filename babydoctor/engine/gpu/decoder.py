@@ -1,0 +1,180 @@
+"""An engine step on a GPU: eleven launches a layer, and one launch for a whole step without prompt chunks.
+
+Shapes as in ``engine/decoder.py``: ``R`` decoding rows, ``M`` rows of all kinds, ``D`` hidden size, ``H`` query heads,
+``W`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.gpu import kernels
+from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.layout import Chunk, DecodeRows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTensors:
+    """What a step reads, on the device.
+
+    Attributes:
+        tokens: int64 ``[R]``, input token of each decoding row.
+        positions, slots: int64 ``[M]``, decoding rows first, then the chunks.
+        blocks: int64 ``[B, 4]``, the chunks' rows in blocks; see ``kernels.attend_chunks``. None: no chunks.
+        wanted: int64, the rows whose logits are needed. None: all of them.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    blocks: torch.Tensor | None = None
+    wanted: torch.Tensor | None = None
+
+
+class GpuDecoder(Decoder):
+    """A LLaMA whose attention reads the KV cache's slots in place, by Triton kernels."""
+
+    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache) -> None:
+        super().__init__(model, kv_cache, pack=False)
+        self._graphs: DecodeGraphs | None = None
+        # The rotation happens in the model's precision.
+        self._cos, self._sin = (table[:, 0].to(self.dtype).contiguous() for table in (self.cos, self.sin))  # [C, W]
+
+    def capture_graphs(self) -> None:
+        """Capture decoding steps as CUDA graphs, which ``forward`` then replays."""
+        self._graphs = DecodeGraphs(self)
+        self.has_graphs = True
+
+    @torch.inference_mode()
+    def forward(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if self._graphs is not None and not chunks:
+            return self._graphs.forward(rows)
+        return self.compute_step(self.build_step(rows, chunks), [chunk.embeds for chunk in chunks])
+
+    def build_step(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> StepTensors:
+        """The step's tensors, moved to the device in one copy."""
+        positions, slots, blocks = list(rows.positions), list(rows.slots), []
+        wanted = list(range(len(positions)))
+        for chunk in chunks:
+            for start in range(chunk.start, chunk.end, kernels.QUERY_BLOCK):
+                length = min(kernels.QUERY_BLOCK, chunk.end - start)
+                blocks += [len(positions) + start - chunk.start, length, chunk.slot, start]
+            positions += range(chunk.start, chunk.end)
+            slots += [chunk.slot] * (chunk.end - chunk.start)
+            if chunk.final:
+                wanted.append(len(positions) - 1)
+        columns = (rows.tokens, positions, slots, blocks, wanted)
+        together = torch.tensor([number for column in columns for number in column], dtype=torch.long)
+        parts = together.to(self.device).split([len(column) for column in columns])
+        is_all = len(wanted) == len(positions)
+        blocks_or_none = parts[3].view(-1, 4) if chunks else None
+        return StepTensors(parts[0], parts[1], parts[2], blocks_or_none, None if is_all else parts[4])
+
+    def compute_step(self, step: StepTensors, embeds: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Logits ``[wanted rows, vocabulary]``. Without chunks it reads nothing but tensors, so it can be captured.
+
+        Args:
+            step: the rows.
+            embeds: ``[T, D]`` of each chunk.
+        """
+        hidden = self.embed_tokens(step.tokens)
+        if embeds:
+            hidden = torch.cat([hidden, *embeds])
+        delta: torch.Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            hidden, normed = kernels.add_rms_norm(hidden, delta, layer.input_norm, self.eps)
+            attended = self._attend(index, layer.query_key_value(normed), step)
+            if index == len(self.layers) - 1 and step.wanted is not None:
+                hidden, attended = hidden[step.wanted], attended[step.wanted]
+            hidden, normed = kernels.add_rms_norm(hidden, layer.output(attended), layer.post_norm, self.eps)
+            delta = layer.down(kernels.swiglu(layer.gate_up(normed)))
+        return self.lm_head(kernels.add_rms_norm(hidden, delta, self.final_norm, self.eps)[1])
+
+    def _attend(self, index: int, projected: torch.Tensor, step: StepTensors) -> torch.Tensor:
+        """Write keys and values to the slots and attend: ``[M, (H + 2 * K) * W] -> [M, H * W]``."""
+        keys, values = self.kv_cache.keys[index], self.kv_cache.values[index]
+        query = kernels.rotate_and_store(
+            projected, keys, values, self._cos, self._sin, step.positions, step.slots, self.num_heads
+        )
+        attended = projected.new_empty(len(projected), self.num_heads * self.head_dim)
+        num_rows = len(step.tokens)
+        if num_rows:
+            decoding = (step.positions[:num_rows], step.slots[:num_rows])
+            kernels.attend_decoding(query[:num_rows], keys, values, *decoding, self.scale, attended[:num_rows])
+        if step.blocks is not None:
+            kernels.attend_chunks(query, keys, values, step.blocks, self.scale, attended)
+        return attended
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CapturedStep:
+    """A graph, the numbers ``[3, R]`` that it reads (tokens, positions, slots) and the logits that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    numbers: torch.Tensor
+    logits: torch.Tensor
+
+
+class DecodeGraphs:
+    """Decoding steps of one decoder as CUDA graphs, which replace the step's launches by one.
+
+    A graph has a fixed number of rows, so one is captured for each power of two up to all running requests, and a step
+    uses the smallest that holds its rows. Padding rows write to the scratch slot. The requests' lengths are read by the
+    kernels, so a graph serves all of them.
+    """
+
+    def __init__(self, decoder: GpuDecoder) -> None:
+        self._scratch = decoder.kv_cache.scratch
+        self._steps: dict[int, CapturedStep] = {}
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first, so that the others find room in the memory that it leaves.
+        for num_rows in reversed(row_buckets(decoder.kv_cache.max_running)):
+            self._steps[num_rows] = _capture(decoder, num_rows, pool)
+
+    def forward(self, rows: DecodeRows) -> torch.Tensor:
+        """Logits ``[R, vocabulary]`` of one decoding step; they hold until the next step."""
+        num_rows = len(rows.tokens)
+        captured = self._steps[min(size for size in self._steps if size >= num_rows)]
+        captured.numbers.copy_(pad_rows(rows, captured.numbers.shape[1], self._scratch))
+        captured.graph.replay()
+        return captured.logits[:num_rows]
+
+
+def row_buckets(max_running: int) -> list[int]:
+    """Numbers of rows of the captured steps: the powers of two below ``max_running``, and itself."""
+    return [2**power for power in range((max_running - 1).bit_length())] + [max_running]
+
+
+def pad_rows(rows: DecodeRows, num_rows: int, scratch: int) -> torch.Tensor:
+    """Tokens, positions and slots ``[3, num_rows]``; padding rows are at the scratch slot's first position."""
+    missing = num_rows - len(rows.tokens)
+    columns = (rows.tokens + [0] * missing, rows.positions + [0] * missing, rows.slots + [scratch] * missing)
+    return torch.tensor(columns, dtype=torch.long)
+
+
+@torch.inference_mode()
+def _capture(decoder: GpuDecoder, num_rows: int, pool: Any) -> CapturedStep:
+    """Run the step on a side stream, as CUDA requires, then capture it. All its rows write to the scratch slot."""
+    numbers = pad_rows(DecodeRows([], [], []), num_rows, decoder.kv_cache.scratch).to(decoder.device)
+    step = StepTensors(*numbers.unbind())
+    stream = torch.cuda.Stream(decoder.device)
+    stream.wait_stream(torch.cuda.current_stream(decoder.device))
+    with torch.cuda.stream(stream):
+        decoder.compute_step(step)
+    torch.cuda.current_stream(decoder.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use CUDA meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits = decoder.compute_step(step)
+    return CapturedStep(graph, numbers, logits)
+
+
+def kernels_fit(kv_cache: KVCache) -> bool:
+    """Whether the kernels can multiply heads of this size."""
+    return kv_cache.head_dim >= kernels.SMALLEST_DOT and kv_cache.head_dim.bit_count() == 1
