@@ -218,13 +218,14 @@ def test_a_real_step_of_the_mini_preset(gpu: str, stage: str) -> None:
     assert any(not torch.equal(before[name], p) for name, p in after.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"step_tokens": 16}, {"cuda_graphs": True}])
-def test_the_engine_gives_the_cpus_tokens(gpu: str, tokenizer: Any, options: dict[str, Any]) -> None:  # noqa: F811
-    if gpu == "cpu" and options.get("cuda_graphs"):
-        pytest.skip("CUDA graphs need a GPU")
+@pytest.mark.parametrize("options", [{}, {"step_tokens": 16}, {"cuda_graphs": False}])
+@pytest.mark.parametrize("num_heads", [4, 8])  # heads of 16, which have kernels, and of 8, which have none
+def test_the_engine_gives_the_cpus_tokens(gpu: str, tokenizer: Any, num_heads: int, options: Any) -> None:  # noqa: F811
     requests = [build_request(number, length=5 + 9 * (number % 7)) for number in range(9)]
-    expected = [reference(build_engine_model(), request) for request in requests]
-    with Engine(build_engine_model().to(gpu), tokenizer, settings(**options)) as engine:
+    expected = [reference(build_engine_model(num_heads=num_heads), request) for request in requests]
+    model = build_engine_model(num_heads=num_heads).to(gpu)
+    with Engine(model, tokenizer, settings(**options)) as engine:
+        assert engine.decoder.has_graphs == (gpu != "cpu" and num_heads == 4 and "cuda_graphs" not in options)
         assert [tokens_of(handle) for handle in [engine.submit(request) for request in requests]] == expected
 
 
