@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from transformers import LlamaForCausalLM
 
 from babydoctor.engine.decoder import Decoder
@@ -33,13 +34,20 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
             raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
         logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
         return Decoder(model, kv_cache, pack=False)
-    if not kernels_fit(kv_cache):
+    try:
+        if not kernels_fit(kv_cache):
+            raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
+        decoder = GpuDecoder(model, kv_cache)
+        if settings.cuda_graphs is not False:
+            decoder.capture_graphs()
+        decoder.check()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's compiler and CUDA raise many kinds
         if asked:
-            raise UserError(f"engine.cuda_graphs=true: heads of size {kv_cache.head_dim} have no kernels; remove it")
+            raise UserError(f"engine.cuda_graphs=true is not possible on this GPU: {error}; remove it") from error
+        logger.warning("the engine's GPU kernels are not used, so answers take several times as long: %s", error)
         return Decoder(model, kv_cache, pack=False)
-    decoder = GpuDecoder(model, kv_cache)
-    if settings.cuda_graphs is not False:
-        decoder.capture_graphs()
     return decoder
 
 

@@ -18,6 +18,10 @@ from babydoctor.engine.gpu import kernels
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
 
+CHECKED_POSITIONS = 8
+LARGEST_DIFFERENCE = 0.1
+"""Relative difference of logits that ``check`` allows. Rounding to bfloat16 changes those of 32 layers by 0.01."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTensors:
@@ -50,6 +54,24 @@ class GpuDecoder(Decoder):
         """Capture decoding steps as CUDA graphs, which ``forward`` then replays."""
         self._graphs = DecodeGraphs(self)
         self.has_graphs = True
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compute a prompt and a decoding step by the kernels and by PyTorch's own operations.
+
+        Raises:
+            RuntimeError: the kernels do not run here, or their logits differ.
+        """
+        embeds = self.embed_tokens(torch.arange(CHECKED_POSITIONS, device=self.device))
+        steps: list[tuple[DecodeRows, list[Chunk]]] = [
+            (DecodeRows([], [], []), [Chunk(0, 0, embeds, True)]),
+            (DecodeRows([1], [0], [CHECKED_POSITIONS]), []),
+        ]
+        for rows, chunks in steps:
+            expected = self.compute(self.layout.group(rows, chunks), chunks).float()
+            difference = (self.forward(rows, chunks).float() - expected).norm() / expected.norm()
+            if not float(difference) < LARGEST_DIFFERENCE:
+                raise RuntimeError(f"the kernels' logits differ by {float(difference):.1%}")
 
     @torch.inference_mode()
     def forward(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> torch.Tensor:
