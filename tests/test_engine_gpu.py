@@ -51,6 +51,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_gpus_step_gives_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
