@@ -189,7 +189,14 @@ def ask_old_llama_cpp(
 
 @pytest.fixture(scope="session")
 def gpu() -> str:
-    """The device of the tests marked ``gpu``: CUDA, or the CPU in a rehearsal."""
+    """The device of the tests marked ``gpu``: CUDA, or the CPU in a rehearsal.
+
+    Float32 is multiplied in float32: cuDNN would compute the tower's convolution in TF32, which is off by 1e-3.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     return os.environ.get("BABYDOCTOR_GPU_TESTS_ON", "cuda")
 
 
