@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,10 @@ TESTS_SHARE = 0.35
 """The tests may take this share of the time."""
 
 
+LAST_WORDS_S = 4.0
+"""How long a section that is cut off may still write."""
+
+
 @dataclass(frozen=True)
 class CheckSection:
     """A command whose last argument may be a file for its figures."""
@@ -54,7 +59,18 @@ def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]
     asked = ("--requests-per-user", "2", "--rounds", "1", "--max-new-tokens", "64" if preset == "7b" else "8")
     room = ("engine.max_running=64", "engine.max_context=1024", "engine.cached_slots=0")
     without = (*room, "engine.cuda_graphs=false")
-    tests = (sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-m", "gpu")
+    tests = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "--durations=10",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+    )
     return [
         CheckSection("tests", (*tests, str(ROOT / "tests" / "test_gpu.py")), TESTS_SHARE),
         *(CheckSection(f"train {stage}", (*cli, "train", "--stage", stage, *steps, *cap, *common)) for stage in STAGES),
@@ -112,6 +128,9 @@ def _run_section(section: CheckSection, limit_s: float, log: Path, out: Path, de
                 result = "passed" if process.wait(limit_s) == 0 else f"failed with status {process.returncode}"
             except subprocess.TimeoutExpired:
                 result = "cut off"
+                with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)  # pytest then says which tests failed
+                    process.wait(LAST_WORDS_S)
         tail = log.read_text(encoding="utf-8", errors="replace")
         print(tail[-3000:], flush=True)
         if result != "passed":
