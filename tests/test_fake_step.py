@@ -17,6 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from babydoctor.bench.train import SyntheticEncoder, build_stage_model, stage_config, synthetic_samples
 from babydoctor.data.loader import StepData, StepDataset
+from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.layout import Chunk, DecodeRows
+from babydoctor.engine.settings import kv_shape
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model import language_model
 from babydoctor.train.optimizer import build_optimizer
@@ -87,3 +91,21 @@ def test_a_step_waits_for_nothing(stage: str, device: str, on_device: None) -> N
         assert loss.shape == norm.shape == () and loss.device.type == device
         with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_an_engine_step_waits_for_nothing(device: str, on_device: None) -> None:
+    """Decoding rows and prompt chunks in one step, up to the logits."""
+    stage = stage_config("align", "mini", batch_size=1, num_workers=0, overrides=["train.fuse=false"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device(device):
+            model = build_stage_model(stage, "mini", device).language_model
+        layers, heads, width = kv_shape(model.config)
+        sizes = {"capacity": 64, "num_slots": 4, "max_running": 4}
+        kv_cache = KVCache(layers, heads, width, **sizes, dtype=model.dtype, device=torch.device(device))
+        decoder = Decoder(model, kv_cache, pack=False)
+        embeds = torch.empty(9, model.config.hidden_size, dtype=model.dtype, device=device)
+        chunks = [Chunk(1, 0, embeds, True), Chunk(2, 4, embeds, False)]
+        for rows in (DecodeRows([], [], []), DecodeRows([5, 6], [0, 3], [9, 20])):
+            logits = decoder.forward(rows, chunks)
+            assert logits.shape == (len(rows.tokens) + 1, model.config.vocab_size) and logits.device.type == device
