@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from babydoctor.runtime import prepare_engine, prepare_inference, prepare_training
+from babydoctor.schema import UserError
 
 
 class DefaultCommandGroup(TyperGroup):
@@ -26,7 +27,7 @@ def register(app: typer.Typer) -> None:
         cls=DefaultCommandGroup,
         no_args_is_help=True,
         rich_markup_mode=None,
-        help="Score a run, or a file of answers: `babydoctor eval RUN --task T --data DIR --out DIR`.",
+        help="Score a run, any server, or a file of answers: `babydoctor eval RUN --task T --data DIR --out DIR`.",
     )
     group.command()(run)
     group.command()(compare)
@@ -56,6 +57,11 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option(help="score the answers in this file (JSONL) instead of a model's"),
     ] = None,
+    endpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="URL", help="ask this OpenAI-compatible server, for example http://127.0.0.1:8000/v1"),
+    ] = None,
+    model: Annotated[Optional[str], typer.Option(help="the server's name of the model, with --endpoint")] = None,  # noqa: UP045
     images_as: Annotated[str, typer.Option(help="image conditions")] = "right,shuffled,blank,noise",
     prompt: Annotated[str, typer.Option(help="how a question is asked; {question} is replaced")] = "{question}",
     template: Annotated[
@@ -75,15 +81,22 @@ def run(
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
     ] = None,
 ) -> None:
-    """Ask a run the questions of a task and score the answers. The same command continues an interrupted evaluation."""
+    """Ask a run, or any server, the questions of a task and score the answers.
+
+    The same command continues an interrupted evaluation.
+    """
     from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
+    from babydoctor.eval.endpoint import Endpoint
     from babydoctor.eval.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
     from babydoctor.progress import named_progress
 
-    prepare_inference()
+    if (endpoint is None) != (model is None):
+        raise UserError("--endpoint URL and --model NAME belong together")
+    if endpoint is None:
+        prepare_inference()
     task_config = TaskConfig(
         task=task,
         data=data,
@@ -112,6 +125,7 @@ def run(
             config,
             run=run_directory,
             predictions=predictions,
+            endpoint=None if endpoint is None or model is None else Endpoint(endpoint, model),
             device=device,
             progress=advance,
             engine={**parse_overrides(overrides or []), "on_start": prepare_engine},

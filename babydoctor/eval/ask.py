@@ -7,12 +7,13 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.conditions import ConditionedImages
+from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
 from babydoctor.inference import Inference, Query, user_turn
@@ -47,6 +48,17 @@ class GenerationConfig:
     seed: int = 0
     batch_size: int = 16
     template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """How a task is asked and scored. ``images_as`` names image conditions, see ``conditions.py``."""
+
+    images_as: tuple[str, ...] = ("right", "shuffled", "blank", "noise")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    num_resamples: int = NUM_RESAMPLES
+    seed: int = 0
+    caption_metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.config import TaskConfig
 from babydoctor.eval.ask import (
-    GenerationConfig,
+    EvalConfig,
     Prediction,
     append_predictions,
     ask,
@@ -22,12 +18,13 @@ from babydoctor.eval.ask import (
     unanswered,
 )
 from babydoctor.eval.conditions import ConditionedImages, check_conditions
-from babydoctor.eval.intervals import NUM_RESAMPLES
-from babydoctor.eval.leakage import find_leakage, fingerprint_of, read_train_sources
+from babydoctor.eval.endpoint import ConditionedFiles, Endpoint, EndpointClient, ask_endpoint
+from babydoctor.eval.leakage import find_leakage, read_train_sources
 from babydoctor.eval.load import load_task
+from babydoctor.eval.origin import claim, describe
 from babydoctor.eval.score import score_answers, score_baselines, score_chance, score_confidence, score_gap
 from babydoctor.eval.tasks import Question, Task
-from babydoctor.files import write_json, write_text
+from babydoctor.files import write_json
 from babydoctor.inference import Inference
 from babydoctor.schema import UserError
 
@@ -37,20 +34,8 @@ if TYPE_CHECKING:
     from babydoctor.model.babydoctor import BabyDoctor
     from babydoctor.model.run_dir import Manifest, Run
 
-FORMAT = 1
 OnAnswer = Callable[[str, int, int], None]
 """Called after each answer with the image condition, the number of answers so far and the total."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvalConfig:
-    """How a task is asked and scored. ``images_as`` names image conditions, see ``conditions.py``."""
-
-    images_as: tuple[str, ...] = ("right", "shuffled", "blank", "noise")
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    num_resamples: int = NUM_RESAMPLES
-    seed: int = 0
-    caption_metrics: tuple[str, ...] = ()
 
 
 def evaluate_task(
@@ -110,11 +95,12 @@ def evaluate(
     *,
     run: Path | None = None,
     predictions: Path | None = None,
+    endpoint: Endpoint | None = None,
     device: str | None = None,
     progress: OnAnswer | None = None,
     engine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run or a file of predictions. Writes ``metrics.json`` and ``report.html`` to ``out``.
+    """Evaluate a run, a server or a file of predictions. Writes ``metrics.json`` and ``report.html`` to ``out``.
 
     Also writes ``questions.jsonl`` and, answer by answer, ``predictions-CONDITION.jsonl``, from which an interrupted
     evaluation continues. Returns the content of ``metrics.json``.
@@ -123,19 +109,21 @@ def evaluate(
         engine: engine settings that replace the defaults. They change speed and memory only.
 
     Raises:
-        UserError: neither or both of ``run`` and ``predictions`` are given, data are missing, or ``out`` holds
-            another evaluation.
+        UserError: not exactly one of ``run``, ``predictions`` and ``endpoint`` is given, data are missing, or ``out``
+            holds another evaluation.
     """
     from babydoctor.eval.report import write_report
 
-    if (run is None) == (predictions is None):
-        raise UserError("give either a run directory or --predictions FILE, and not both")
+    if sum(source is not None for source in (run, predictions, endpoint)) != 1:
+        raise UserError("give one of a run directory, --predictions FILE and --endpoint URL")
     task = load_task(task_config)
     out.mkdir(parents=True, exist_ok=True)
-    origin = _claim(out, task, task_config, config, run, predictions)
+    origin = claim(out, task, task_config, config, run, predictions, endpoint)
     started = time.monotonic()
     if run is not None:
         answers = _ask_run(out, task, config, run, device, progress, engine)
+    elif endpoint is not None:
+        answers = _ask_server(out, task, config, endpoint, progress)
     else:
         assert predictions is not None
         answers = {"right": match_predictions(predictions, task.questions)}
@@ -143,7 +131,7 @@ def evaluate(
         list(append_predictions(out / "predictions-right.jsonl", answers["right"]))
     seconds = time.monotonic() - started
     result = {
-        **describe(task, task_config, config, run, predictions, origin),
+        **describe(task, task_config, config, run, predictions, endpoint, origin),
         "seconds": round(seconds, 1),
         "leakage": _leakage(task, task_config, run),
         **score_task(task, answers, config),
@@ -152,82 +140,6 @@ def evaluate(
     write_json(out / "metrics.json", _finite(result))
     write_report(out / "report.html", task, result, answers)
     return result
-
-
-def describe(
-    task: Task,
-    task_config: TaskConfig,
-    config: EvalConfig,
-    run: Path | None,
-    predictions: Path | None,
-    origin: dict[str, Any],
-) -> dict[str, Any]:
-    """What was evaluated: task, settings, manifest of the run, fingerprints, versions and command."""
-    from babydoctor.model.run_dir import describe_software, read_manifest
-
-    manifest = read_manifest(run).model_dump(mode="json") if run is not None else None
-    return {
-        "format": FORMAT,
-        "task": task.name,
-        "notes": list(task.notes),
-        "num_questions": len(task.questions),
-        "num_images": len({question.image_key for question in task.questions}),
-        "data_fingerprint": task.fingerprint,
-        "task_config": task_config.model_dump(mode="json"),
-        "eval_config": asdict(config),
-        "run": None if run is None else {"path": str(run), "manifest": manifest},
-        "predictions": None if predictions is None else str(predictions),
-        "command": shlex.join(["babydoctor", *sys.argv[1:]]),
-        "evaluation_id": fingerprint_of(origin)[:16],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **describe_software(),
-    }
-
-
-def _claim(
-    out: Path,
-    task: Task,
-    task_config: TaskConfig,
-    config: EvalConfig,
-    run: Path | None,
-    predictions: Path | None,
-) -> dict[str, Any]:
-    """Record in ``out`` which evaluation it holds. Refuse a folder with the answers of another one."""
-    manifest = run / "manifest.json" if run is not None else None
-    origin = {
-        "task": task.name,
-        "data_fingerprint": task.fingerprint,
-        "generation": _generation_values(config.generation),
-        "seed": config.seed,
-        "run": json.loads(manifest.read_text()) if manifest is not None and manifest.is_file() else None,
-        "predictions": predictions is not None,
-    }
-    path = out / "evaluation.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in origin if before.get(key) != origin[key]]
-        if changed:
-            raise UserError(f"--out {out}: holds another evaluation (other {', '.join(changed)}); use another folder")
-    write_json(path, origin)
-    lines = (json.dumps(_question_row(question), ensure_ascii=False) + "\n" for question in task.questions)
-    write_text(out / "questions.jsonl", "".join(lines))
-    return origin
-
-
-def _generation_values(generation: GenerationConfig) -> dict[str, Any]:
-    """The settings that identify an evaluation. An unset template is left out: older evaluations do not record it."""
-    values = asdict(generation)
-    if generation.template is None:
-        del values["template"]
-    return values
-
-
-def _question_row(question: Question) -> dict[str, Any]:
-    row = {
-        name: getattr(question, name)
-        for name in ("id", "image_key", "prompt", "references", "kind", "groups", "subsets", "cluster")
-    }
-    return row | {"references": list(question.references), "subsets": list(question.subsets)}
 
 
 def _ask_run(
@@ -250,11 +162,36 @@ def _ask_run(
             for condition in conditions:
                 images = _images(task, condition, inference, config)
                 predictions = ask(inference, left[condition], images, config.generation)
-                answered = append_predictions(files[condition], predictions)
-                for number, _ in enumerate(answered, start=len(task.questions) - len(left[condition]) + 1):
-                    if progress is not None:
-                        progress(condition, number, len(task.questions))
+                _keep(files[condition], predictions, condition, left[condition], task, progress)
     return {condition: match_predictions(files[condition], task.questions) for condition in conditions}
+
+
+def _ask_server(
+    out: Path, task: Task, config: EvalConfig, endpoint: Endpoint, progress: OnAnswer | None
+) -> dict[str, list[Prediction]]:
+    conditions = _usable(task, config)
+    files = {condition: out / f"predictions-{condition}.jsonl" for condition in conditions}
+    client = EndpointClient(endpoint)
+    for condition in conditions:
+        left = unanswered(files[condition], task.questions)
+        image_of = ConditionedFiles(task.questions, condition, config.seed)
+        predictions = ask_endpoint(client, left, image_of, config.generation)
+        _keep(files[condition], predictions, condition, left, task, progress)
+    return {condition: match_predictions(files[condition], task.questions) for condition in conditions}
+
+
+def _keep(
+    file: Path,
+    predictions: Iterable[Prediction],
+    condition: str,
+    left: Sequence[Question],
+    task: Task,
+    progress: OnAnswer | None,
+) -> None:
+    """Write predictions as they come."""
+    for number, _ in enumerate(append_predictions(file, predictions), start=len(task.questions) - len(left) + 1):
+        if progress is not None:
+            progress(condition, number, len(task.questions))
 
 
 def _load(run: Path, device: str | None) -> Run:
