@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.probe import probe_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
+from babydoctor.interop.plain import PlainRun
 from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
+from babydoctor.model.vision import load_vision_tower, patch_features
 from babydoctor.schema import UserError
 
 
@@ -38,6 +41,29 @@ def test_layout_is_the_original_s(run: Path, golden: Path, tmp_path: Path) -> No
     assert mine == original
 
 
+@pytest.mark.parametrize("saved_by", [4, 5])
+def test_the_original_finds_the_towers_weights(run: Path, tmp_path: Path, saved_by: int) -> None:
+    """By transformers 4's names, whichever release saved the tower; under other names it starts from random weights."""
+    shutil.copytree(run, tmp_path / "run")
+    tower = PlainRun(run, read_manifest(run)).tower_directory
+    shutil.copytree(tower, tmp_path / "run/tower")
+    weights = load_file(tower / "model.safetensors")
+    plain = {name.removeprefix("vision_model."): weight for name, weight in weights.items()}
+    stored = {("vision_model." if saved_by == 4 else "") + name: weight for name, weight in plain.items()}
+    save_file(stored, tmp_path / "run/tower/model.safetensors", {"format": "pt"})
+    write_manifest(tmp_path / "run", read_manifest(run).model_copy(update={"vision_tower": "./tower"}))
+    export_run(tmp_path / "run", tmp_path / "llava", format="llava")
+    exported = load_file(tmp_path / "llava/vision_tower/model.safetensors")
+    plain.pop("embeddings.position_ids", None)
+    assert exported.keys() == {f"vision_model.{name}" for name in plain}
+    assert all(torch.equal(exported[f"vision_model.{name}"], weight) for name, weight in plain.items())
+    features = [
+        patch_features(load_vision_tower(path, dtype=torch.float32), torch.ones(1, 3, 56, 56))
+        for path in (tower, tmp_path / "llava/vision_tower")
+    ]
+    assert torch.equal(*features)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_comes_back_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> None:
     export_run(run, tmp_path / "llava", format="llava", dtype=dtype)
@@ -50,8 +76,6 @@ def test_comes_back_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> 
 
 def test_four_bit_run_is_exported_as_it_answers(run: Path, tmp_path: Path) -> None:
     """A LoRA trained on NF4 is added to the dequantised base, earlier LoRAs having been merged before quantising."""
-    import shutil
-
     pytest.importorskip("bitsandbytes")
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(run / "adapter", tmp_path / "run" / "base_adapters" / "1-lora")

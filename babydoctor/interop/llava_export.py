@@ -7,13 +7,14 @@ directory's name, see ``suggested_name``.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
 from babydoctor.interop.plain import PlainRun
-from babydoctor.model.weights import ShardWriter, copy_model_files
+from babydoctor.model.weights import ShardWriter
 
 _NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}
 """The original code chooses a template by these parts of a model's name (``llava/eval/run_llava.py``)."""
@@ -33,8 +34,7 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     for name, weight in run.tower_weights():
         shards.write(f"{TOWER_PREFIX}vision_model.{name}", weight.to(dtype))
     shards.close()
-    # The original reads the tower's configuration and processor from there, and its weights from the shards.
-    copy_model_files(run.tower_directory, out / "vision_tower")
+    _write_tower(run, out / "vision_tower")
     _write_config(run, out, dtype)
     _write_tokenizer(run, out)
     return [
@@ -43,6 +43,21 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
         f"The original chooses the template by the directory's name: let it contain "
         f"{_NAME_HINTS[run.manifest.template]!r}, and no 'lora'.",
     ]
+
+
+def _write_tower(run: PlainRun, out: Path) -> None:
+    """The tower as transformers 4 writes it. The original loads it from there, and not from the shards.
+
+    Transformers 5 saves weights without ``vision_model.``. The original's transformers would not find those, and would
+    go on with random ones.
+    """
+    tower = ShardWriter(out)
+    for name, weight in run.tower_weights():
+        tower.write(f"vision_model.{name}", weight)
+    tower.close()
+    for file in run.tower_directory.glob("*.json"):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
 
 
 def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
@@ -81,8 +96,6 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
 
 def _write_tokenizer(run: PlainRun, out: Path) -> None:
     """Copy the base's own files if it has any: the original loads the slow tokenizer from tokenizer.model."""
-    import shutil
-
     names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in names:
         if (run.language_directory / name).is_file():
