@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.training import start_training, wait_until
 
-from babydoctor.bench.serve import peak_rss_bytes
+from babydoctor.bench.measure import peak_rss_bytes
 from babydoctor.config import dump_config, load_config
 from babydoctor.conversation import TEMPLATES
 from babydoctor.model.run_dir import read_manifest
