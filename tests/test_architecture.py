@@ -40,14 +40,11 @@ PROGRAMS = {"train.__main__"}
 MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES = {
-    "cli/data.py": "one function for each of seven commands",
     "data/sources.py": "four lines over",
 }
 
 LARGE_FOLDERS = {
     "engine": "the loop, its scheduler and one file for each part of a request; no two of them belong together",
-    "eval": "scores, tasks, reports and published figures; a split into sub-folders is open",
-    "serve/page": "one over: refusals of Gradio's own routes have a file of their own",
 }
 
 SWITCHES: dict[str, str] = {}
