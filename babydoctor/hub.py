@@ -17,11 +17,11 @@ Kind = Literal["model", "dataset"]
 
 _TEXT_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHT_PATTERNS = ["*.safetensors", "*.bin"]
-_TWINS = {
+_DUPLICATES = {
     "model*.safetensors": ["pytorch_model*.bin", "pytorch_model*.bin.index.json"],
     "adapter_model.safetensors": ["adapter_model.bin"],
 }
-"""Files that hold the same weights a second time when files of the first pattern are there."""
+"""Files that repeat the weights of the files that match the key."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -48,13 +48,13 @@ def model_directory(reference: str | Path, *, weights: bool = True) -> Path:
     ignored = ["*/*"]  # subfolders hold other formats of the same model
     try:
         names = HfApi().list_repo_files(repo)
-        for pattern, twins in _TWINS.items():
+        for pattern, duplicates in _DUPLICATES.items():
             if any(fnmatch(name, pattern) for name in names):
-                ignored += twins
+                ignored += duplicates
         return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored))
     except Exception as error:  # the hub client raises its own, the network's and the disk's errors
-        # Without the hub, take what is in the cache. Twins are not asked for: they may never have been fetched.
-        ignored = ["*/*", *(twin for twins in _TWINS.values() for twin in twins)]
+        # Without the hub, take what is in the cache. Without the duplicates: they may never have been fetched.
+        ignored = ["*/*", *(name for duplicates in _DUPLICATES.values() for name in duplicates)]
         try:
             found = snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored, local_files_only=True)
         except Exception:

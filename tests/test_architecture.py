@@ -26,7 +26,7 @@ from helpers.source_tree import (
 
 # From the bottom to the top: a folder or a module beside the folders imports from those before it only.
 FOLDERS = (
-    *("errors", "schema", "markers", "conversation", "progress", "config_file", "imaging", "config", "hub", "files"),
+    *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
     *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli"),
 )
@@ -59,7 +59,6 @@ WHOLE_SETTINGS = {
     "train/tracking.py": "writes the whole configuration to the tracker",
     "train/in_training_eval.py": "builds the evaluation from the sections data, train and in_training_eval",
     "plan/plan.py": "plans the whole stage: every section decides on memory or time",
-    "plan/lengths.py": "plans the whole stage",
     "plan/model.py": "plans the whole stage",
     "plan/options.py": "plans the whole stage",
     "bench/train.py": "builds and runs a whole stage",

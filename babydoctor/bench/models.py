@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B
 from babydoctor.model.language_model import build_language_model, finish_language_model, place_weight
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector
@@ -29,23 +30,7 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
             "patch_size": 14,
         },
     },
-    "7b": {
-        "language": {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        },
-        "vision": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-        },
-    },
+    "7b": {"language": LLAMA_2_7B, "vision": CLIP_L},
 }
 """``mini`` is the design's model for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
 

@@ -49,7 +49,7 @@ def plan(
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
     share = utilization or ASSUMED_UTILIZATION
     model = describe_model(settings)
-    statistics = find_statistics(settings, base_models(settings)[0], model.shape.num_patches)
+    statistics = find_statistics(settings.data, base_models(settings)[0], model.shape.num_patches)
     if options:
         found = list_options(settings, hardware, statistics, share)
         table = format_options(settings.name, hardware.name, found)

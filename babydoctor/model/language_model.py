@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from babydoctor.model.lora import LoraUpdate
 from babydoctor.model.nf4 import Quantization, quantize_linear
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, local_directory, read_model_config
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
@@ -25,10 +25,7 @@ def load_language_config(path: str | Path) -> LlamaConfig:
     Raises:
         UserError: it is not there, or of another architecture.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no language model could be read from {str(path)!r}: {error}") from error
+    config = read_model_config(path, "language model")
     if not isinstance(config, LlamaConfig):
         raise UserError(
             f"the language model {str(path)!r} is a {config.model_type!r}; BabyDoctor takes LLaMA models, "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, local_directory, read_model_config
 from babydoctor.schema import UserError
 
 PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
@@ -69,12 +69,7 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
     Raises:
         UserError: it is not there or not a CLIP.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no vision tower could be read from {str(path)!r}: {error}") from error
+    config = read_model_config(path, "vision tower")
     if config.model_type not in ("clip", "clip_vision_model"):
         raise UserError(
             f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from babydoctor.hub import model_directory
+from babydoctor.hub import describe, model_directory
 from babydoctor.model.tensor_files import DTYPES, open_safetensors
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
@@ -24,6 +24,27 @@ from babydoctor.schema import UserError
 def local_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The directory itself, or the local copy of a model on the hub; see ``hub.model_directory``."""
     return model_directory(path, weights=weights)
+
+
+def read_model_config(path: str | Path, what: str) -> Any:
+    """Read the transformers configuration of a model from a directory or the hub.
+
+    Args:
+        what: the kind of model, for messages.
+
+    Raises:
+        UserError: it is not there, or its ``config.json`` cannot be read.
+    """
+    from transformers import AutoConfig
+
+    directory = local_directory(path, weights=False)
+    try:
+        return AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no {what} could be read from {str(path)!r} ({describe(error)}); give a directory with config.json, or "
+            "the id of a model on the hub"
+        ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:

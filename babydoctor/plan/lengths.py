@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from babydoctor.config import RunConfig
+from babydoctor.config import DataConfig
 from babydoctor.data.packing import common_prefix
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, UserError
 
@@ -48,17 +48,17 @@ _KNOWN_SETS = {
 }
 
 
-def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
+def known_statistics(data: DataConfig, num_patches: int) -> TokenStatistics:
     """Statistics of the published set that ``data.rows`` names by its folder: ``lcs``, ``instruct`` or ``roco``.
 
     Raises:
         UserError: the folder names none of these sets.
     """
     for name, (rows, around, prefix, supervised, tail, source) in _KNOWN_SETS.items():
-        if any(name in path.lower() for path in config.data.rows):
+        if any(name in path.lower() for path in data.rows):
             return TokenStatistics(
                 num_samples=rows,
-                num_tokens=min(config.data.max_length, num_patches + around + supervised),
+                num_tokens=min(data.max_length, num_patches + around + supervised),
                 num_tail=tail,
                 num_supervised=supervised,
                 num_images=1,
@@ -66,7 +66,7 @@ def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
                 num_prefix=prefix,
             )
     raise UserError(
-        f"data.rows={', '.join(config.data.rows)!r} does not exist, and its name is none of the known sets "
+        f"data.rows={', '.join(data.rows)!r} does not exist, and its name is none of the known sets "
         f"({', '.join(_KNOWN_SETS)}), so its length is unknown; write the rows first (babydoctor data ...)"
     )
 
@@ -109,23 +109,23 @@ def _tail(example: Example) -> int:
     return len(example) - int(supervised[0]) if len(supervised) else 1
 
 
-def find_statistics(config: RunConfig, language_model: str, num_patches: int) -> TokenStatistics:
+def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> TokenStatistics:
     """Measured where rows and tokenizer are on this disk, else the published set's."""
-    if not all(Path(rows).exists() for rows in config.data.rows) or not Path(language_model).is_dir():
-        return known_statistics(config, num_patches)
+    if not all(Path(rows).exists() for rows in data.rows) or not Path(language_model).is_dir():
+        return known_statistics(data, num_patches)
     from babydoctor.conversation import get_template, render
     from babydoctor.data.rows import RowError, load_rows, parse_row
     from babydoctor.data.tokens import encode, load_tokenizer
 
-    tokenizer, template = load_tokenizer(language_model), get_template(config.data.template)
+    tokenizer, template = load_tokenizer(language_model), get_template(data.template)
 
     def encode_sample(sample: Sample) -> Example:
         images = () if sample.image is None else (sample.image,)
         segments = render(sample.turns, template, system=sample.system)
-        return encode(segments, tokenizer, num_patches, max_length=config.data.max_length, id=sample.id, images=images)
+        return encode(segments, tokenizer, num_patches, max_length=data.max_length, id=sample.id, images=images)
 
     samples = []
-    for source, row in load_rows(config.data.rows):  # no image is opened: `babydoctor data check` does that
+    for source, row in load_rows(data.rows):  # no image is opened: `babydoctor data check` does that
         with contextlib.suppress(RowError):
             samples.append(parse_row(row, source))
     return measure_statistics(samples, encode_sample)

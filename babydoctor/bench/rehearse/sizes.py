@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B
 from babydoctor.schema import UserError
 
 GIB = 2**30
 
-LLAMA_2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
-CLIP_L_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_TEXT = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -32,7 +24,7 @@ class Size:
 
     Attributes:
         language: sizes of the LLaMA, by the keys of its ``config.json``.
-        vision: sizes of CLIP's vision tower (224 px, patch 14 in every size).
+        vision: sizes of CLIP's vision tower. Its images have 224 px and its patches 14 px in every size.
         text: sizes of CLIP's text tower, which nothing reads.
         shard_bytes: largest shard of the published LLaMA; the published 7B has two shards.
         steps, batch_size: of each training stage.
@@ -109,7 +101,7 @@ SIZES = {
     "wide": Size(
         name="wide",
         language={**LLAMA_2_7B, "num_hidden_layers": 2},
-        vision={**CLIP_L_VISION, "num_hidden_layers": 4},
+        vision={**CLIP_L, "num_hidden_layers": 4},
         text={**CLIP_L_TEXT, "num_hidden_layers": 2},
         shard_bytes=300_000_000,
         steps=2,
@@ -130,7 +122,7 @@ SIZES = {
     "7b": Size(
         name="7b",
         language=LLAMA_2_7B,
-        vision=CLIP_L_VISION,
+        vision=CLIP_L,
         text=CLIP_L_TEXT,
         shard_bytes=10_000_000_000,
         steps=2,
