@@ -9,6 +9,7 @@ memory is in use; the training loop and the engine take them as hooks (``settle_
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -43,6 +44,24 @@ _PARENT_POLL_S = 0.5
 
 
 # One function per kind of command.
+
+
+def quiet_libraries() -> None:
+    """Silence messages of libraries that a user cannot act on. For all commands; imports nothing heavy.
+
+    - bitsandbytes advises on the CPU to install a package that downloads kernels. 4-bit layers work without it.
+    - transformers warns about its own loading, generation and processors. This package reads configurations and weights
+      itself and reports what is wrong with them as errors. ``TRANSFORMERS_VERBOSITY`` brings the warnings back.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def hide_saving_progress() -> None:
+    """Hide transformers' bar for each model that it saves. For commands that save small models."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def prepare_training() -> None:

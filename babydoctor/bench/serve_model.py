@@ -57,11 +57,8 @@ def build_prompt(question: str) -> str:
 
 def write_run(model: BabyDoctor, tokenizer: Any, directory: Path, name: str) -> Path:
     """Save the model as a run directory that ``babydoctor worker`` serves."""
-    from transformers.utils.logging import disable_progress_bar
-
     from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
 
-    disable_progress_bar()
     base, clip, run = directory / "base", directory / "clip", directory / name
     model.language_model.save_pretrained(base)
     tokenizer.save_pretrained(base)

@@ -134,7 +134,7 @@ def serve(
     from babydoctor.bench.serve import run_bench
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.plan.hardware import choose_device
-    from babydoctor.runtime import prepare_bench, prepare_engine
+    from babydoctor.runtime import hide_saving_progress, prepare_bench, prepare_engine
     from babydoctor.schema import UserError
 
     try:
@@ -144,6 +144,7 @@ def serve(
     if not numbers or min(numbers) < 1:
         raise UserError(f"--users {users!r} must be whole numbers with commas between them, for example 1,16")
     prepare_bench()
+    hide_saving_progress()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-bench-") as folder, console.status("starting") as status:
         report = run_bench(
@@ -230,9 +231,10 @@ def soak(
     from rich.console import Console
 
     from babydoctor.bench.soak import run_soak
-    from babydoctor.runtime import prepare_bench
+    from babydoctor.runtime import hide_saving_progress, prepare_bench
 
     prepare_bench()
+    hide_saving_progress()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
         report = run_soak(

@@ -86,7 +86,7 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 
 
 def process_switches(tree: ast.Module) -> list[int]:
-    """Lines that change the whole process: ctypes, environment variables, ``torch.set_*``, ``torch.backends``."""
+    """Lines that change the whole process: ctypes, environment, ``torch.set_*``, ``torch.backends``, warnings."""
     lines = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -102,7 +102,8 @@ def process_switches(tree: ast.Module) -> list[int]:
             is_switch = name.startswith("torch.set_") or name == "torch.use_deterministic_algorithms"
             methods = ("setdefault", "update", "pop", "popitem", "clear")
             is_environment = name in {f"os.environ.{method}" for method in methods} | {"os.putenv", "os.unsetenv"}
-            lines += [node.lineno] * (is_switch or is_environment)
+            is_message = name.split(".")[-1].startswith(("set_verbosity", "disable_progress_bar", "filterwarnings"))
+            lines += [node.lineno] * (is_switch or is_environment or is_message)
     return lines
 
 
