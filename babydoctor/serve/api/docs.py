@@ -5,7 +5,7 @@ Hospital networks seldom reach a CDN, so ``fastapi-offline`` brings Swagger UI's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -33,24 +33,23 @@ _DESCRIPTIONS = {
     504: "The answer took too long",
 }
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error", "text", "error_code"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "code", "param"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "code": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-            },
-        },
-        "text": {"type": "string"},
-        "error_code": {"type": "integer"},
-    },
-}
+
+def _object(optional: Mapping[str, dict[str, Any]] | None = None, **required: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an object: its required properties, and those that may be absent."""
+    return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
+_MAYBE_OBJECT = {"type": ["object", "null"]}
+_ERROR_SCHEMA = _object(
+    error=_object(message=_STRING, type=_STRING, code=_STRING, param={"type": ["string", "null"]}),
+    text=_STRING,
+    error_code=_INTEGER,
+)
 
 BODY_ERRORS = (400, 401, 408, 413, 422, 500)
 WORK_ERRORS = (*BODY_ERRORS, 404, 429, 503, 504)
@@ -70,61 +69,27 @@ def reply(name: str, description: str, *, streams: bool = False) -> dict[int | s
     return {200: {"description": description, "content": content}}
 
 
-def _object(required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "required": required, "properties": properties}
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
-_MAYBE_OBJECT = {"type": ["object", "null"]}
 _FINISH = {"type": "string", "enum": ["stop", "length"]}
-_USAGE = _object(
-    ["prompt_tokens", "completion_tokens", "total_tokens"],
-    prompt_tokens=_INTEGER,
-    completion_tokens=_INTEGER,
-    total_tokens=_INTEGER,
-) | {"type": ["object", "null"]}
-_MESSAGE = _object(["role", "content"], role={"const": "assistant"}, content=_STRING, refusal={"type": "null"})
+_USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER) | _MAYBE_OBJECT
+_MESSAGE = _object(optional={"refusal": {"type": "null"}}, role={"const": "assistant"}, content=_STRING)
 
 
-def _completion(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+def _completion(kind: str, **answer: dict[str, Any]) -> dict[str, Any]:
+    """A completion of OpenAI's API, whose choices hold ``answer``."""
     return _object(
-        ["id", "object", "created", "model", "choices", "usage"],
         id=_STRING,
         object={"const": kind},
         created=_INTEGER,
         model=_STRING,
-        choices=_list(choice),
+        choices=_list(_object(optional={"logprobs": _MAYBE_OBJECT}, index=_INTEGER, **answer, finish_reason=_FINISH)),
         usage=_USAGE,
     )
 
 
 REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
-    "ChatCompletion": _completion(
-        "chat.completion",
-        _object(
-            ["index", "message", "finish_reason"],
-            index=_INTEGER,
-            message=_MESSAGE,
-            finish_reason=_FINISH,
-            logprobs=_MAYBE_OBJECT,
-        ),
-    ),
-    "Completion": _completion(
-        "text_completion",
-        _object(
-            ["index", "text", "finish_reason"],
-            index=_INTEGER,
-            text=_STRING,
-            finish_reason=_FINISH,
-            logprobs=_MAYBE_OBJECT,
-        ),
-    ),
+    "ChatCompletion": _completion("chat.completion", message=_MESSAGE),
+    "Completion": _completion("text_completion", text=_STRING),
     "ModelResponse": _object(
-        ["id", "object", "created_at", "status", "model", "output", "usage"],
         id=_STRING,
         object={"const": "response"},
         created_at=_INTEGER,
@@ -133,9 +98,7 @@ REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
         output=_list({"type": "object"}),
         usage=_MAYBE_OBJECT,
     ),
-    "GeneratedText": _object(
-        ["text", "error_code"], text=_STRING, error_code=_INTEGER, finish_reason=_FINISH, usage=_USAGE
-    ),
+    "GeneratedText": _object(text=_STRING, error_code=_INTEGER, optional={"finish_reason": _FINISH, "usage": _USAGE}),
 }
 
 _SECURITY_SCHEMES = {
