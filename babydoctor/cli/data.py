@@ -1,4 +1,4 @@
-"""``babydoctor data``: make data sets, check them, look at them."""
+"""``babydoctor data``: create, check and preview data sets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from babydoctor.schema import Example, Sample
 
 Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
-NumPatches = Annotated[int, typer.Option("--num-patches", help="Positions that an image takes.")]
+NumPatches = Annotated[int, typer.Option("--num-patches", help="Tokens that an image takes.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group ``data``."""
-    data = typer.Typer(help="Make data sets, check them, look at them.", no_args_is_help=True)
+    data = typer.Typer(help="Create, check and preview data sets.", no_args_is_help=True)
     data_sets.register(data)
     data.command("check")(check)
     data.command("preview")(preview)
@@ -32,15 +32,17 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    rows: Annotated[list[str], typer.Argument(help="LLaVA JSON, JSONL, a datasets directory or hub id; several.")],
+    rows: Annotated[
+        list[str], typer.Argument(help="LLaVA JSON, JSONL, a datasets directory or hub id; may be repeated.")
+    ],
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
-    bad: Annotated[Path, typer.Option(help="Where bad rows are listed, with the reason.")] = Path("bad.jsonl"),
-    tokenizer: Annotated[str | None, typer.Option(help="Also look for over-long rows with this tokenizer.")] = None,
+    bad: Annotated[Path, typer.Option(help="File to list bad rows in, with the reasons.")] = Path("bad.jsonl"),
+    tokenizer: Annotated[str | None, typer.Option(help="Also find rows that are too long with this tokenizer.")] = None,
     template: Template_ = "llava_llama_2",
-    max_length: Annotated[int, typer.Option(help="Longest row in positions, image included.")] = 2048,
+    max_length: Annotated[int, typer.Option(help="Longest row in tokens, including the image.")] = 2048,
     num_patches: NumPatches = 256,
 ) -> None:
-    """Read every row and decode every image. Lists what is bad; exit status 1 if anything is."""
+    """Read every row, decode every image and list what is bad. Exit status 1 if anything is bad."""
     from babydoctor.data.problems import summarize, write_problems
     from babydoctor.data.rows import ImageFolder, check_rows, load_rows
     from babydoctor.progress import show_progress
@@ -67,7 +69,7 @@ def check(
 
 
 def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
-    """Decode each image once; several threads keep the decoding processes busy."""
+    """Decode each image once. Several threads keep the decoding processes busy."""
     from concurrent.futures import ThreadPoolExecutor
 
     from babydoctor.data.problems import Problem
@@ -85,7 +87,7 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
         return bad
 
     references = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
-    # In groups: half a million tasks of one image each would take more memory than the rows.
+    # In groups, because a task for each of half a million images would take more memory than the rows.
     groups = [references[start : start + 32] for start in range(0, len(references), 32)]
     bad: dict[str | bytes, str] = {}
     with ThreadPoolExecutor() as pool:
@@ -135,12 +137,14 @@ def preview(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the tokenizer.")],
     template: Template_ = "llava_llama_2",
     as_json: Annotated[
-        bool, typer.Option("--json", help="One object a row: prompt, input_ids (image: one -200), labels.")
+        bool, typer.Option("--json", help="One JSON object per row: prompt, input_ids (-200 for the image), labels.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Show so many rows; default 5, with --json all.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of rows to show; default: 5, or all with --json.", min=1)
+    ] = None,
     num_patches: NumPatches = 256,
 ) -> None:
-    """Show prompts as the model gets them, with the supervised tokens coloured. Exit status 1 if a row is bad."""
+    """Show prompts as the model sees them, with the supervised tokens colored. Exit status 1 if a row is bad."""
     import itertools
 
     from babydoctor.conversation import get_template
@@ -157,7 +161,7 @@ def preview(
             if as_json:
                 typer.echo(_as_json(sample, chosen, loaded))
             else:
-                _print_coloured(sample, chosen, loaded, num_patches)
+                _print_colored(sample, chosen, loaded, num_patches)
         except UserError as error:
             typer.echo(f"bad row: {error}", err=True)
             any_bad = True
@@ -166,7 +170,7 @@ def preview(
 
 
 def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
-    """The machine form of the original LLaVA code: an image is one id, -200, and is not supervised."""
+    """The JSON form of a row as in the original LLaVA code: an image is one id, -200, and is not supervised."""
     import json
 
     from babydoctor.conversation import prompt_text, render
@@ -180,8 +184,8 @@ def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> None:
-    """Print what the ids decode to, not the text they came from: that is what the model sees."""
+def _print_colored(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> None:
+    """Print the decoded ids rather than the original text, because that is what the model sees."""
     import itertools
 
     from rich.console import Console
@@ -203,7 +207,7 @@ def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patc
             text.append(f"{IMAGE_TOKEN}*{length}", style="magenta")
             shown, so_far = [], ""
         else:
-            # Decoded together with what stands before it: alone, SentencePiece drops the leading space.
+            # Decoded together with the tokens before, because SentencePiece drops a leading space.
             shown += example.input_ids[position : position + length].tolist()
             decoded = tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             text.append(decoded[len(so_far) :], style="bold green" if kind else "")
@@ -211,7 +215,7 @@ def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patc
         position += length
     console = Console(file=sys.stdout, highlight=False)
     numbers = (
-        f"{len(example)} positions, {int(example.image_mask.sum())} of the image, {example.num_supervised} supervised"
+        f"{len(example)} tokens, {int(example.image_mask.sum())} of the image, {example.num_supervised} supervised"
     )
     console.print(f"{sample.source}  id {sample.id}  {numbers}", style="dim", soft_wrap=True, markup=False)
     console.print(text, end="\n\n", soft_wrap=True)

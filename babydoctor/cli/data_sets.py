@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
     from babydoctor.data.sets.files import PreparedSplit
 
-Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
-Source = Annotated[Path | None, typer.Option("--source", help="Folder with the set's original files.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Source = Annotated[Path | None, typer.Option("--source", help="Folder with the original files of the set.")]
 Download = Annotated[
-    bool, typer.Option("--download", help="Fetch the original files first, into --source or OUT/download.")
+    bool, typer.Option("--download", help="Download the original files first, into --source or OUT/download.")
 ]
-Copy = Annotated[bool, typer.Option("--copy/--link", help="Copy the images into OUT/images, or link them.")]
+Copy = Annotated[bool, typer.Option("--copy/--link", help="Copy the images to OUT/images, or link them.")]
 
 
 def register(data: typer.Typer) -> None:
@@ -31,12 +31,12 @@ def register(data: typer.Typer) -> None:
 
 def make_phantoms(
     out: Out,
-    num_train: Annotated[int, typer.Option(help="Cases to train on.")] = 2400,
-    num_held_out: Annotated[int, typer.Option(help="Cases to score on.")] = 480,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    num_train: Annotated[int, typer.Option(help="Number of cases to train on.")] = 2400,
+    num_held_out: Annotated[int, typer.Option(help="Number of cases to score on.")] = 480,
+    seed: Annotated[int, typer.Option(help="Random seed. The same seed gives the same bytes.")] = 0,
     size: Annotated[int, typer.Option(help="Edge of the images in pixels.")] = 84,
 ) -> None:
-    """Generate radiology phantoms: an alignment, an instruction and a radiology set, train and held-out."""
+    """Generate radiology phantoms: alignment, instruction and radiology sets, each for training and held out."""
     from babydoctor.phantom.write import write_phantoms
 
     write_phantoms(out, num_train=num_train, num_held_out=num_held_out, seed=seed, size=size)
@@ -44,7 +44,7 @@ def make_phantoms(
 
 
 def make_lcs(out: Out, source: Source = None, download: Download = False, copy: Copy = False) -> None:
-    """LCS-558K for the alignment stage: 558,128 captions, 27 GB of images."""
+    """Prepare LCS-558K for the alignment stage: 558,128 captions, 27 GB of images."""
     from babydoctor.data.sets.lcs import download_lcs, prepare_lcs
 
     folder = _original_files(source, out, download)
@@ -52,7 +52,7 @@ def make_lcs(out: Out, source: Source = None, download: Download = False, copy: 
 
 
 def make_instruct(out: Out, source: Source = None, download: Download = False, copy: Copy = False) -> None:
-    """LLaVA-Instruct-80K for the instruction stage: 80,000 conversations, 19 GB of COCO images."""
+    """Prepare LLaVA-Instruct-80K for the instruction stage: 80,000 conversations, 19 GB of COCO images."""
     from babydoctor.data.sets.instruct import download_instruct, prepare_instruct
 
     folder = _original_files(source, out, download)
@@ -67,11 +67,12 @@ def make_roco(
         bool, typer.Option("--download", help="Read the rows of photonmz/roco-instruct-65k; images from --source.")
     ] = False,
     disjoint_from: Annotated[
-        list[Path] | None, typer.Option(help="Another split's folder: leave out rows of its articles. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="Folder of another split; rows of its articles are left out. May be repeated."),
     ] = None,
     copy: Copy = False,
 ) -> None:
-    """roco-instruct for the radiology stage, from ROCO's captions.txt: a row for each caption whose JPEG is there."""
+    """Prepare roco-instruct for the radiology stage, with a row for each caption of ROCO whose JPEG exists."""
     from babydoctor.data.sets.roco import prepare_roco, prepare_roco_from_hub
     from babydoctor.schema import UserError
 
@@ -93,7 +94,7 @@ def make_vqa_rad(
     seed: Annotated[int, typer.Option(help="Decides which images are held out.")] = 0,
     copy: Copy = False,
 ) -> None:
-    """VQA-RAD: clinicians' questions about 314 images (CC0); the official split, or held out by image."""
+    """Prepare VQA-RAD (CC0): clinicians' questions about 314 images, with the official split or held out by image."""
     from babydoctor.data.sets.vqa_rad import download_vqa_rad, prepare_vqa_rad
 
     folder = _original_files(source, out, download)
@@ -114,7 +115,7 @@ def _original_files(source: Path | None, out: Path, download: bool) -> Path:
 
 
 def _report(prepared: Sequence[PreparedSplit], *, download: bool) -> None:
-    """Say what was written and what was left out. A download of another size than published is an error."""
+    """Print what was written and what was left out. It is an error if a download does not have the published size."""
     from babydoctor.schema import UserError
 
     for split in prepared:

@@ -128,7 +128,7 @@ def decode_image(text: str, index: int) -> bytes:
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
-    """Check what can be checked without decoding or tokenising.
+    """Check what can be checked without decoding or tokenizing.
 
     Raises:
         ApiError: 413 or 422, naming the field and the limit.
