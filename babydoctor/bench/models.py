@@ -1,4 +1,4 @@
-"""Models of known sizes with random weights, for benchmarks: speed and memory do not depend on what weights say."""
+"""Models of known sizes with random weights. Speed and memory do not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
     },
     "7b": {"language": LLAMA_2_7B, "vision": CLIP_L},
 }
-"""``mini`` is the design's model for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
+"""``mini`` is for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
 
 
 def build_random_model(
     preset: str, device: str, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
 ) -> BabyDoctor:
-    """A frozen model of the preset's sizes, made and quantized weight by weight on the device."""
+    """Build a frozen model of the preset's sizes, weight by weight on the device, and quantize it if asked."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
     torch.manual_seed(0)
