@@ -136,8 +136,8 @@ def ask_old_llama_cpp(
 ) -> Callable[[Path, Sequence[tuple[Path, str, int]]], list[tuple[str, list[int], list[float]]]]:
     """(folder, (PNG, question, longest answer)...) -> (answer, its ids but the last, the prompt's last logits)...
 
-    From llama-cpp-python 0.3.8, the last version that has CLIP's class token in its place. ``scripts/test.sh`` puts it
-    beside the environment: two versions cannot live in one process.
+    From llama-cpp-python 0.3.8, the last version with CLIP's class token in the right place. ``scripts/test.sh``
+    installs it next to the environment, because two versions cannot be loaded into one process.
     """
     folder = Path(sys.prefix) / "llama-cpp-python-0.3.8"
     if not (folder / "llama_cpp").is_dir():
@@ -163,7 +163,7 @@ def gpu() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is no CUDA device, except in a rehearsal on the CPU."""
+    """Skip the tests marked ``gpu`` if there is no CUDA device, except in a rehearsal on the CPU."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("BABYDOCTOR_GPU_TESTS_ON") == "cpu":

@@ -52,7 +52,7 @@ def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
 
 def _notes(run: PlainRun) -> Iterator[str]:
     kind = "LlavaImageProcessor (do_pad)" if run.manifest.image_mode == "pad" else "CLIPImageProcessor"
-    yield f"Images go through {kind}. With Pillow pixels equal this run's; with torchvision they may differ by rounding."
+    yield f"Images go through {kind}. With Pillow pixels equal this run's; torchvision may round differently."
     if run.manifest.template == "plain":
         yield "The template 'plain' writes a single line: stop at a newline."
 

@@ -1,4 +1,4 @@
-"""How many tokens a sample takes: measured where the rows are on this disk, else known from the published sets."""
+"""Tokens per sample: measured if the rows are on this disk, else known for the published sets."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class TokenStatistics:
 # prompt, supervised tokens, and the tail from the first loss position on. Row counts are from the sets' cards.
 # - roco: 65,422 training rows; the mean of ROCO's 8,180 validation captions is 37.2 tokens (median 31, 95% below 88,
 #   longest 593), measured with LLaMA-2's SentencePiece vocabulary; the question and template take 80.
-# - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes a row, some 70 of them caption).
-# - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes a row,
-#   some 1,150 of them text, 4 characters a token; three quarters of it answers). 80K is a subset of it.
+# - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes per row, about 70 of them caption).
+# - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes per
+#   row, about 1,150 of them text, 4 characters per token; three quarters of it are answers). 80K is a subset of it.
 _KNOWN_SETS = {
     "roco": (65_422, 80, 76, 40, 40, "ROCO's validation captions, measured"),
     "lcs": (558_128, 1, 0, 18, 18, "size of the published JSON, estimated"),
@@ -110,7 +110,7 @@ def _tail(example: Example) -> int:
 
 
 def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> TokenStatistics:
-    """Measured where rows and tokenizer are on this disk, else the published set's."""
+    """Measure the rows if rows and tokenizer are on this disk, else use the statistics of the published set."""
     if not all(Path(rows).exists() for rows in data.rows) or not Path(language_model).is_dir():
         return known_statistics(data, num_patches)
     from babydoctor.conversation import get_template, render

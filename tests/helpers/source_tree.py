@@ -31,7 +31,7 @@ def imported_names(tree: ast.Module, *, only_at_import: bool = False) -> set[str
     """Full names of what a module imports.
 
     Args:
-        only_at_import: leave out what stands in functions and under ``TYPE_CHECKING``.
+        only_at_import: ignore imports in functions and under ``TYPE_CHECKING``.
     """
     nodes: Iterable[ast.AST] = _run_at_import(tree) if only_at_import else ast.walk(tree)
     names: set[str] = set()
@@ -68,7 +68,7 @@ def _run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def find_cycle(edges: dict[str, set[str]]) -> list[str]:
-    """A cycle as the nodes on it, the first one repeated at the end; empty if there is none."""
+    """The nodes of a cycle, with the first one repeated at the end; empty if there is none."""
     done: set[str] = set()
 
     def visit(node: str, trail: list[str]) -> list[str]:
