@@ -79,7 +79,7 @@ def run(
     from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
-    from babydoctor.eval.model_card import update_model_card as update_card
+    from babydoctor.eval.reporting.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
     from babydoctor.progress import named_progress
 
@@ -128,7 +128,7 @@ def _print_result(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from babydoctor.eval.report import headline_figures
+    from babydoctor.eval.reporting.report import headline_figures
 
     shown = headline_figures(result)
     title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"

@@ -126,7 +126,7 @@ def evaluate(
         UserError: neither or both of ``run`` and ``predictions`` are given, data are missing, or ``out`` holds
             another evaluation.
     """
-    from babydoctor.eval.report import write_report
+    from babydoctor.eval.reporting.report import write_report
 
     if (run is None) == (predictions is None):
         raise UserError("give either a run directory or --predictions FILE, and not both")
