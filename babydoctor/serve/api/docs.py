@@ -1,6 +1,6 @@
 """The OpenAPI document and ``/docs``: error and reply schemas, security schemes, Swagger UI without the internet.
 
-Hospital networks seldom reach a CDN, so ``fastapi-offline`` brings Swagger UI's files along.
+Hospital networks seldom reach a CDN, so ``fastapi-offline`` serves the files of Swagger UI.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from babydoctor import __version__
 DOCS_FILES = "/docs-files/"
 
 OPEN_PATHS = ("/healthz", "/readyz", "/health", "/docs", "/openapi.json")
-"""Answered without a key, as is everything under ``DOCS_FILES``."""
+"""Paths that need no key, like everything under ``DOCS_FILES``."""
 
 _DESCRIPTIONS = {
-    400: "The body cannot be parsed; on /v1: a field is wrong, the message names it",
+    400: "The body cannot be parsed. On /v1 also: a field is wrong; the message names it",
     401: "No valid API key",
     403: "No valid registration secret",
-    404: "No such model; the message lists those there are",
+    404: "No such model; the message lists the models that exist",
     408: "The body arrived too slowly",
     413: "Body or image too large",
     422: "A field is wrong; the message names it",
-    429: "Busy; Retry-After says when to come back",
+    429: "Busy; Retry-After says when to try again",
     500: "The server failed",
     503: "No worker can answer now",
     504: "The answer took too long",
@@ -102,7 +102,7 @@ REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 _SECURITY_SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server, if it has any."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, if the server requires one."},
     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 
@@ -110,7 +110,7 @@ _SECURITY_SCHEMES = {
 def build_app(
     title: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]], *, has_keys: bool
 ) -> FastAPI:
-    """An application with ``/docs``, whose OpenAPI document says whether keys are needed."""
+    """Build an application with ``/docs``. Its OpenAPI document says whether keys are needed."""
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,
