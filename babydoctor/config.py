@@ -25,20 +25,24 @@ class ModelConfig(Section):
     """What the model consists of."""
 
     language_model: str | None = Field(
-        None, description="LLaMA in transformers' format, a folder or hub id; null: that of init_from"
+        None, description="folder or hub id of a LLaMA in transformers' format; null: that of init_from"
     )
     vision_tower: str | None = Field(
-        None, description="CLIP in transformers' format, a folder or hub id; null: that of init_from"
+        None, description="folder or hub id of a CLIP in transformers' format; null: that of init_from"
     )
-    projector: Literal["linear", "mlp2x_gelu"] = Field("linear", description="mlp2x_gelu is LLaVA-1.5's")
+    projector: Literal["linear", "mlp2x_gelu"] = Field(
+        "linear", description="kind of projector; mlp2x_gelu is that of LLaVA-1.5"
+    )
     vision_layer: int = Field(-2, lt=0, description="hidden layer of the tower that the projector reads")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the frozen weights and the computation")
-    quantization: Literal["none", "nf4"] = Field("none", description="of the language model's linear layers")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="data type of the frozen weights and of the computation"
+    )
+    quantization: Literal["none", "nf4"] = Field("none", description="precision of the language model's linear layers")
     double_quantization: bool = Field(True, description="also quantize NF4's scales (QLoRA, section 3)")
 
 
 class LoraConfig(Section):
-    """A low-rank adapter on the language model's linear layers, never on lm_head, projector or tower."""
+    """A low-rank adapter on the linear layers of the language model's decoder."""
 
     r: int = Field(128, gt=0, description="rank")
     alpha: float = Field(256, gt=0, description="the update is scaled by alpha / r")
@@ -57,11 +61,11 @@ class DataConfig(Section):
     )
     max_length: int = Field(2048, gt=0, description="longest sample in tokens, image slots included")
     on_bad: Literal["refuse", "quarantine"] = Field(
-        "refuse", description="what a bad row does: refuse stops the run, quarantine lists the row in bad.jsonl"
+        "refuse", description="what happens to bad rows: refuse stops the run, quarantine lists them in bad.jsonl"
     )
     eval_rows: tuple[str, ...] = Field((), description="held-out rows for the loss during training")
     eval_images: str | None = Field(None, description="folder of the held-out images; null: data.images")
-    eval_limit: int = Field(256, gt=0, description="most held-out rows to use")
+    eval_limit: int = Field(256, gt=0, description="largest number of held-out rows to use")
     num_workers: int = Field(2, ge=0, description="processes that read images; 0: the training process itself")
 
     @model_validator(mode="before")
@@ -83,7 +87,7 @@ class TrainConfig(Section):
 
     batch_size: int = Field(128, gt=0, description="samples per optimizer step, over all ranks")
     micro_batch_tokens: int | Literal["auto"] = Field(
-        4096, description="most tokens per forward pass; auto: the plan chooses"
+        4096, description="most tokens per forward pass; auto: as many as the plan finds to fit"
     )
     epochs: int = Field(1, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps; null: after the epochs")
@@ -104,21 +108,21 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile each decoder layer")
     fuse: Literal["auto"] | bool = Field(
-        "auto", description="compile chains of elementwise operations; auto: on the CPU, for hidden sizes from 256 on"
+        "auto", description="fuse elementwise operations into kernels; auto: for hidden sizes of 256 or more"
     )
     share_prefix: bool = Field(
-        True, description="compute the common beginning of all samples (system prompt) once per micro-batch"
+        True, description="compute the shared prefix of all samples (system prompt) once per micro-batch"
     )
-    seed: int = Field(42, description="of initialization, sampling order and dropout")
+    seed: int = Field(42, description="seed of initialization, sampling order and dropout")
     log_every: int = Field(1, gt=0, description="steps between lines of the log")
     eval_every: int = Field(0, ge=0, description="steps between held-out losses and sample answers; 0: at the end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
-    keep_checkpoints: int = Field(2, gt=0, description="how many of the newest checkpoints stay on disk")
+    keep_checkpoints: int = Field(2, gt=0, description="number of newest checkpoints to keep on disk")
     num_sample_answers: int = Field(3, ge=0, description="held-out rows whose answers are logged")
 
     @property
     def shares_prefix(self) -> bool:
-        """False with ``compile``: compiled layers are transformers' own, which support no shared prefix."""
+        """False with ``compile``, because compiled layers are those of transformers, which support no shared prefix."""
         return self.share_prefix and not self.compile
 
     @model_validator(mode="after")
@@ -157,20 +161,20 @@ class InTrainingTaskConfig(TaskConfig):
 
 
 class TrackingConfig(Section):
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics are written besides metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="write TensorBoard event files into the run")
-    wandb_project: str | None = Field(None, description="null: no wandb")
+    wandb_project: str | None = Field(None, description="project at Weights & Biases; null: wandb is not used")
 
 
 class RunConfig(Section):
-    """One stage. Stages differ in these values only; no code asks which stage it is."""
+    """One stage. Stages differ only in these values; no code depends on which stage it is."""
 
     name: str = Field(description="name of the stage, in logs and in the run's lineage")
     output_dir: str = Field(description="run directory to write")
-    init_from: str | None = Field(None, description="run directory of the stage before; its adapter is merged")
+    init_from: str | None = Field(None, description="run directory of the previous stage; its adapter is merged")
     model: ModelConfig = ModelConfig()
-    trainable: tuple[Literal["projector"], ...] = Field(("projector",), description="what trains besides the LoRA")
+    trainable: tuple[Literal["projector"], ...] = Field(("projector",), description="parts that train besides the LoRA")
     lora: LoraConfig | None = None
     data: DataConfig
     train: TrainConfig = TrainConfig()
@@ -182,12 +186,12 @@ class RunConfig(Section):
         if not self.trainable and self.lora is None:
             raise ValueError("nothing would train: set trainable: [projector] or lora: {...}")
         if self.init_from is None and not (self.model.language_model and self.model.vision_tower):
-            raise ValueError("model.language_model and model.vision_tower are needed where init_from is not set")
+            raise ValueError("model.language_model and model.vision_tower are required unless init_from is set")
         tokens = self.train.micro_batch_tokens
         if isinstance(tokens, int) and tokens < self.data.max_length:
             raise ValueError(
                 f"train.micro_batch_tokens={tokens} is below data.max_length={self.data.max_length}, "
-                "so the longest sample would not fit; raise the one or lower the other"
+                "so the longest sample would not fit; raise the first or lower the second"
             )
         return self
 
@@ -216,7 +220,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Each key in which two configurations differ, with the old and the new value (None where a section is absent)."""
+    """Each key whose values differ, with the old and the new value (None if its section is absent)."""
     old_values, new_values = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
     keys = (*old_values, *(key for key in new_values if key not in old_values))
     return {

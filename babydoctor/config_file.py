@@ -1,4 +1,4 @@
-"""Configuration files: one YAML loader for every schema, training and serving alike.
+"""Configuration files: the YAML loader for training and serving.
 
 ``load`` reads a file, applies ``key=value`` overrides and validates the result against a pydantic model. Each error
 names the file or key, the value and the fix. ``describe_keys`` lists what a schema accepts.
@@ -44,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. An empty file is an empty mapping.
 
     Raises:
-        UserError: the file cannot be read, is not YAML text, or holds something else than keys and values.
+        UserError: the file cannot be read, is not YAML text, or does not hold keys and values.
     """
     path = Path(path)
     if path.is_dir():
@@ -116,7 +116,7 @@ def apply_override(values: dict[str, Any], override: str, schema: type[BaseModel
 
 
 class Key(NamedTuple):
-    """One setting. ``field`` is None for a key that a free-form section accepts."""
+    """One setting of a schema."""
 
     name: str
     field: FieldInfo
@@ -142,7 +142,7 @@ def known_keys(schema: type[BaseModel]) -> list[str]:
 
 
 def unknown_key(schema: type[BaseModel], key: str) -> str:
-    """The sentence about a key that does not exist, with the nearest keys, those of its own section first."""
+    """The message for a key that does not exist. It suggests similar keys, those of the same section first."""
     keys = known_keys(schema)
     section, _, last = key.rpartition(".")
     siblings = [name for name in keys if name.rpartition(".")[0] == section]
@@ -198,7 +198,7 @@ def _explain(schema: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: ``2e-4`` is a number, and a key that stands twice is an error."""
+    """YAML as users expect it: ``2e-4`` is a number, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -206,14 +206,14 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
                 )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 2e-4 as text because it has no dot; YAML 1.2 and everyone who writes it mean a number.
+# YAML 1.1 reads 2e-4 as text because it has no dot. In YAML 1.2 it is a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -1,9 +1,9 @@
 """Conversation templates: turns -> text segments, each marked supervised or not. Pure.
 
-Which text the model learns to write is decided here, once. Nothing later searches for the answer again.
+This module alone decides which text is supervised. Later code does not search for answers in the text.
 
-The templates equal those of the original LLaVA code (release 1.2, ``llava/conversation.py``) to the character, so
-that checkpoints trained there give the same answers here.
+The templates match those of the original LLaVA code (release 1.2, ``llava/conversation.py``) exactly, so checkpoints
+that were trained with it give the same answers here.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ V1_SYSTEM = (
 class Template:
     """A conversation as text: ``opening(system) user reply_cue reply | next_opening user reply_cue reply | ...``.
 
-    Only ``reply`` is supervised: it holds the answer and the marker that ends it, so that the model learns to
-    stop. The begin-of-sequence token is not part of the text; ``tokens.encode`` adds it at the front.
+    Only ``reply`` is supervised. It holds the answer and the marker that ends it, so the model learns to stop. The
+    begin-of-sequence token is not part of the text; ``tokens.encode`` adds it.
 
-    The template's own text may hold control tokens (``</s>``). What people wrote (system prompt, questions, answers)
-    is kept in separate segments, in which the same characters are plain text.
+    The template's own text may hold control tokens (``</s>``). System prompt, questions and answers are kept in
+    separate segments, in which the same characters are plain text.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Template:
     stop: str
     """Generation ends before this text."""
     keeps_user_text: bool = True
-    """``plain`` keeps the image of the user turn and drops its words."""
+    """False for ``plain``, which keeps the image of the user turn and drops its text."""
 
 
 def _llama_2(name: str, system: str) -> Template:
@@ -83,7 +83,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """Look a template up by name.
+    """Look up a template by name.
 
     Raises:
         UserError: no template has that name.
@@ -100,10 +100,10 @@ def is_template_marker(text: str) -> bool:
 
 
 def split_images(text: str, *, control: bool = True) -> tuple[Segment, ...]:
-    """Split text at each ``IMAGE_TOKEN`` into unsupervised text and image segments; empty text is left out.
+    """Split text at each ``IMAGE_TOKEN`` into unsupervised text and image segments; empty text is omitted.
 
     Args:
-        control: True for a rendered prompt, whose ``</s>`` are control tokens; False for text that people wrote.
+        control: True for a rendered prompt, whose ``</s>`` are control tokens; False for text that users wrote.
     """
     segments: list[Segment] = []
     for index, piece in enumerate(text.split(IMAGE_TOKEN)):
@@ -115,19 +115,19 @@ def split_images(text: str, *, control: bool = True) -> tuple[Segment, ...]:
 
 
 def render(turns: Sequence[Turn], template: Template, *, system: str | None = None) -> tuple[Segment, ...]:
-    """Render a finished conversation for training: user and assistant take turns, the assistant speaks last.
+    """Render a finished conversation for training: user and assistant alternate, and the last turn is the assistant's.
 
     Args:
         system: replaces the template's system prompt; an empty string leaves it out.
 
     Raises:
-        UserError: the turns are not in that order, ``plain`` is asked to hold more than one exchange, or the template
-            has no place for ``system``.
+        UserError: the turns are not in that order, ``plain`` gets more than one exchange, or the template has no
+            place for ``system``.
     """
     _check_order(turns, last="assistant")
     if system and "{system}" not in template.opening:
         raise UserError(
-            f"the template {template.name!r} has no system prompt, but this conversation brings its own: "
+            f"the template {template.name!r} has no system prompt, but this conversation has its own: "
             f"{system[:60]!r}; use {'llava_llama_2'!r}, or leave it out"
         )
     if not template.keeps_user_text and len(turns) != 2:
@@ -173,7 +173,7 @@ def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> 
 
 
 def _fill(pattern: str, field: str = "", text: str = "", *, supervised: bool = False) -> list[Segment]:
-    """The template's own text as control segments, with people's ``text`` in place of ``field`` as a plain one."""
+    """The template's own text as control segments, with the user's ``text`` for ``field`` as a plain segment."""
     before, _, after = pattern.partition(field) if field else (pattern, "", "")
     parts = (
         Segment(before, supervised, control=True),
@@ -208,10 +208,10 @@ def render_continuation(turns: Sequence[Turn], template: Template, *, system: st
 
 
 def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:
-    """The inverse of ``render_prompt``, for clients of the LLaVA protocol, which sends rendered prompts.
+    """The inverse of ``render_prompt``, for clients of the LLaVA API, which send rendered prompts.
 
     Returns:
-        The system prompt (None: the template's own; "": none) and the turns, the user's last.
+        The system prompt (None: the template's own; "": none) and the turns. The last turn is the user's.
 
     Raises:
         UserError: the prompt is not a conversation in this template.
@@ -238,7 +238,7 @@ def _split_opening(prompt: str, template: Template) -> tuple[str | None, str]:
     own = template.opening.replace("{system}", template.system)
     if prompt.startswith(own):
         return None, prompt.removeprefix(own)
-    # v1's system prompt is whatever stands before the first "USER: ".
+    # The system prompt of v1 is everything before the first "USER: ".
     if prompt.startswith(template.opening_without_system) and not (before and prompt.startswith(before)):
         return "", prompt.removeprefix(template.opening_without_system)
     system, found, rest = prompt.removeprefix(before).partition(after)

@@ -1,4 +1,4 @@
-"""Errors that users read. Programs decide by ``code``; the message is for people and may be reworded at any time."""
+"""Errors for users. Code decides by ``code``; the message is for people and may change at any time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UserErrorCode = Literal[
 ]
 """The closed set of codes of ``UserError``. ``invalid_input`` covers files, settings and arguments.
 
-Another code exists only where some caller treats that case in its own way.
+The other codes exist because some caller treats the case differently.
 """
 
 USER_ERROR_CODES: tuple[UserErrorCode, ...] = get_args(UserErrorCode)
@@ -42,7 +42,7 @@ class UserError(ValueError):
     The command line prints it as one paragraph without a stack trace and exits with ``exit_status``.
 
     Args:
-        code: what kind of mistake it is; see ``UserErrorCode``.
+        code: the kind of mistake; see ``UserErrorCode``.
     """
 
     def __init__(self, message: str, *, code: UserErrorCode = "invalid_input") -> None:
@@ -52,5 +52,5 @@ class UserError(ValueError):
 
     @property
     def exit_status(self) -> int:
-        """2 for bad input, 3 where a server did not do its part, 4 where a part of ``serve`` stopped."""
+        """2 for bad input, 3 if a server failed or refused, 4 if a part of ``serve`` stopped."""
         return _EXIT_STATUS.get(self.code, DEFAULT_EXIT_STATUS)

@@ -1,7 +1,7 @@
-"""Atomic writes: a file or directory that has its final name is complete and on disk.
+"""Atomic writes: a file or directory with its final name is complete and on disk.
 
-Everything is written under a temporary name, flushed to disk and renamed. A process that is killed leaves at most a
-temporary name behind, which ``remove_leftovers`` deletes.
+Files are written under a temporary name, flushed to disk and renamed. A killed process leaves at most a temporary file
+or directory, which ``remove_leftovers`` deletes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NO_ACCESS = {
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EISDIR: "is a directory, not a file",
     errno.ENOTDIR: "lies below a file, not below a directory",
-    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ELOOP: "its symbolic links form a loop",
 }
 
 
@@ -70,9 +70,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _apply_umask(directory: Path) -> None:
-    """Give all files of a new directory the mode that the umask asks for, as the directory itself has it.
+    """Give all files of a new directory the mode that the umask implies. The directory itself already has it.
 
-    Libraries write some files with mode 0600 (safetensors, everything that uses ``tempfile``) or copy their source's.
+    Some libraries write files with mode 0600 (safetensors, and everything that uses ``tempfile``) or with the mode of
+    their source.
     """
     mode = directory.stat().st_mode
     for path in directory.rglob("*"):
@@ -121,7 +122,7 @@ def sha256(path: Path) -> str:
 def remove_leftovers(directory: Path) -> list[str]:
     """Delete the temporary files and directories that killed processes left in ``directory``; returns their names.
 
-    Only for directories to which no other process writes.
+    Use it only for directories that no other process writes to.
     """
     found = [path for path in directory.glob(".*") if _TEMPORARY.fullmatch(path.name)] if directory.is_dir() else []
     for path in found:
@@ -134,7 +135,7 @@ def remove_leftovers(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def explain_unreadable() -> Iterator[None]:
-    """Turn the system's refusal to open a file into a ``UserError`` that names the file and the fix."""
+    """Turn an error of the system about access to a file into a ``UserError`` that names the file and the fix."""
     try:
         yield
     except OSError as error:
@@ -146,7 +147,7 @@ def explain_unreadable() -> Iterator[None]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise ``UserError`` where a file cannot be opened: not every library names the file and the reason."""
+    """Raise ``UserError`` if a file cannot be opened, because not every library names the file and the reason."""
     with explain_unreadable():
         path.open("rb").close()
 
@@ -156,8 +157,8 @@ def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
     """Turn the error of a full disk into a ``UserError`` that names ``what``, the directory and the fix.
 
     Args:
-        what: what was being written.
-        hint: what to do once there is space again.
+        what: what is being written.
+        hint: what to do after freeing space.
     """
     try:
         yield
@@ -165,7 +166,7 @@ def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
         reason = _full_disk_reason(error)
         if reason is None:
             raise
-        # The file that could not be written may lie elsewhere, for example in the folder for temporary files.
+        # The file that could not be written may be elsewhere, for example in the directory for temporary files.
         path = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else directory
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -175,7 +176,7 @@ def explain_full_disk(what: str, directory: Path, hint: str) -> Iterator[None]:
 
 
 def _full_disk_reason(error: Exception) -> str | None:
-    """Why a write failed for lack of space; None for every other error."""
+    """The reason if a write failed for lack of space, else None."""
     return _NO_SPACE.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
@@ -184,7 +185,7 @@ def _temporary_name(path: Path, kind: str) -> Path:
 
 
 class DirectoryLock:
-    """Holds a directory for one process, by a POSIX lock on its file ``.lock``.
+    """Locks a directory for one process, with a POSIX lock on its file ``.lock``.
 
     The system releases the lock when the process ends, however it ends. Forked children do not inherit it, unlike
     ``flock``, so data loader workers that outlive a killed trainer for some seconds do not keep it.
@@ -214,7 +215,7 @@ class DirectoryLock:
                 ) from None
             except OSError as error:
                 logger.warning("%s cannot be locked (%s); make sure that no other process uses it", self.path, error)
-            # The holder before may have deleted the file between open and lock.
+            # The previous holder may have deleted the file between open and lock.
             if self.path.exists() and os.fstat(file).st_ino == self.path.stat().st_ino:
                 self._file = file
             else:
@@ -223,7 +224,7 @@ class DirectoryLock:
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Give the lock back and delete its file."""
+        """Release the lock and delete its file."""
         if self._file is not None:
             self.path.unlink(missing_ok=True)
             os.close(self._file)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: where a model's files are, which commit they are from, and errors in one sentence.
+"""The Hugging Face hub: find and download a model's files, find their commit, and explain errors in one sentence.
 
 Models go through the hub's own cache. Data sets are downloaded by ``data.sets.hub``.
 """
@@ -17,11 +17,11 @@ Kind = Literal["model", "dataset"]
 
 _TEXT_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHT_PATTERNS = ["*.safetensors", "*.bin"]
-_TWINS = {
+_DUPLICATES = {
     "model*.safetensors": ["pytorch_model*.bin", "pytorch_model*.bin.index.json"],
     "adapter_model.safetensors": ["adapter_model.bin"],
 }
-"""Files that hold the same weights a second time when files of the first pattern are there."""
+"""Files that repeat the weights of the files that match the key."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,10 +29,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def model_directory(reference: str | Path, *, weights: bool = True) -> Path:
     """Return a directory as it is, or the local copy of a model on the hub, downloading what is missing.
 
-    Weights are fetched as safetensors; ``.bin`` files only where a repository has nothing else.
+    Weights are downloaded as safetensors. ``.bin`` files are downloaded only if a repository has no safetensors.
 
     Args:
-        weights: False fetches the configuration and the tokenizer only.
+        weights: False downloads only the configuration and the tokenizer.
 
     Raises:
         UserError: ``reference`` is neither a directory nor a model that can be downloaded or is in the cache.
@@ -48,13 +48,13 @@ def model_directory(reference: str | Path, *, weights: bool = True) -> Path:
     ignored = ["*/*"]  # subfolders hold other formats of the same model
     try:
         names = HfApi().list_repo_files(repo)
-        for pattern, twins in _TWINS.items():
+        for pattern, duplicates in _DUPLICATES.items():
             if any(fnmatch(name, pattern) for name in names):
-                ignored += twins
+                ignored += duplicates
         return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored))
-    except Exception as error:  # the hub client raises its own, the network's and the disk's errors
-        # Without the hub, take what is in the cache. Twins are not asked for: they may never have been fetched.
-        ignored = ["*/*", *(twin for twins in _TWINS.values() for twin in twins)]
+    except Exception as error:  # the hub client raises many classes, for the hub, the network and the disk
+        # The hub failed, so use the cache. Duplicates may never have been downloaded, so do not require them.
+        ignored = ["*/*", *(name for duplicates in _DUPLICATES.values() for name in duplicates)]
         try:
             found = snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored, local_files_only=True)
         except Exception:
@@ -77,10 +77,10 @@ def model_commit(reference: str) -> str | None:
 
 
 def hub_error(error: BaseException, repo: str, *, kind: Kind = "model", file: str = "", hint: str = "") -> UserError:
-    """Say in one sentence what went wrong with a repository and what to do about it.
+    """Describe in one sentence what went wrong with a repository and how to fix it.
 
     Args:
-        error: what the hub client raised; the reason may be one of its causes.
+        error: the exception of the hub client. The actual reason may be one of its causes.
         hint: another way to get the files, as a sentence.
     """
     name = f"{repo}/{file}" if file else repo
@@ -89,7 +89,7 @@ def hub_error(error: BaseException, repo: str, *, kind: Kind = "model", file: st
 
 
 def data_set_error(error: BaseException, repo: str, *, hint: str) -> UserError:
-    """Like ``hub_error``, for errors of the ``datasets`` library, which drops their causes: the hub is asked again."""
+    """``hub_error`` for errors of the ``datasets`` library. It drops their causes, so this asks the hub again."""
     from huggingface_hub import HfApi
 
     try:
@@ -119,7 +119,7 @@ def _reason(causes: list[BaseException], repo: str, kind: Kind, file: str) -> st
         return "the hub refused your access token; log in again with `hf auth login`"
     if status == 403:
         return f"your access token does not allow it; see its permissions at {constants.ENDPOINT}/settings/tokens"
-    if find(errors.RepositoryNotFoundError) or status == 401:  # the hub tells strangers no more than this
+    if find(errors.RepositoryNotFoundError) or status == 401:  # also the answer for private ones
         return (
             f"the hub has no {what} of this name, or it is private; check the spelling of {repo!r}, "
             "and log in with `hf auth login` if it is private"
@@ -142,7 +142,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def disk_full_error(place: Path, needed: int | None = None) -> UserError:
-    """The error for a disk that has no room left at ``place``, a file or folder that need not exist yet."""
+    """The error for a full disk at ``place``, a file or folder that may not exist yet."""
     folder = next(parent for parent in (place, *place.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     wanted = f"{needed / 1e9:.1f} GB more are needed, but " if needed is not None else ""
@@ -152,7 +152,7 @@ def disk_full_error(place: Path, needed: int | None = None) -> UserError:
 
 
 def describe(error: BaseException) -> str:
-    """The class and the first line of an error."""
+    """The class and the first line of an error's message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 

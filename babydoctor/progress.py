@@ -1,4 +1,4 @@
-"""Progress bars with the time left, drawn on stderr. They show on a terminal only and disappear when the work ends."""
+"""Progress bars with the time left, on stderr. They appear on a terminal only and disappear when the work ends."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def progress_bars(*, in_bytes: bool = False) -> Progress:
 
 
 def show_progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Pass items through and show how many have passed. ``total`` defaults to ``len(items)`` where it has one."""
+    """Yield the items and show how many are done. ``total`` defaults to ``len(items)`` if it has a length."""
     with progress_bars() as progress:
         yield from progress.track(items, total=total, description=description)
 
 
 @contextmanager
 def named_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield ``update(description, done, total)``. Each description gets a bar of its own.
+    """Yield ``update(description, done, total)``. Each description has its own bar.
 
     A log file gets a line with the time left every ``_LOG_EVERY_S`` seconds.
     """
@@ -85,7 +85,7 @@ def named_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def loss_progress(description: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Yield ``total`` times a function that takes the loss of a training step. Prints the smoothed loss at the end."""
+    """Yield ``total`` times a function that takes the loss of a step. Prints the smoothed loss at the end."""
     smoothed: float | None = None
 
     def report(loss: float) -> None:
@@ -101,7 +101,7 @@ def loss_progress(description: str, total: int) -> Iterator[Callable[[float], No
 
 
 class ByteProgress:
-    """Shows on stderr how many bytes are done and how long the rest takes, once the work has taken five seconds.
+    """Shows the bytes done and the time left on stderr, once the work has taken five seconds.
 
     A terminal gets a bar that disappears at the end. A log file gets a line every ``_LOG_EVERY_S`` seconds.
     """
@@ -123,7 +123,7 @@ class ByteProgress:
         self._bars.stop()
 
     def skip(self, num_bytes: int) -> None:
-        """Count bytes that were done before; they say nothing about the time left."""
+        """Count bytes that were done earlier. They do not affect the estimate of the time left."""
         self._skipped += num_bytes
 
     def advance(self, num_bytes: int) -> None:

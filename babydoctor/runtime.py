@@ -1,14 +1,14 @@
-"""Every process-wide switch: environment, C library, OpenMP, floating-point mode, thread count.
+"""All process-wide switches: environment, C library, OpenMP, floating-point mode, thread count, library messages.
 
-Only the command line calls this module, so that importing, loading, training and answering from Python leave the
-process as it was. Commands call one ``prepare_*`` function before they import torch. Two switches must wait until
-memory is in use; the training loop and the engine take them as hooks (``settle_training_memory``,
-``prepare_engine``).
+Only the command line calls this module, so using the package as a library does not change the process. Commands call
+one ``prepare_*`` function before they import torch. Two switches must wait until memory is in use. The training loop
+and the engine take them as hooks (``settle_training_memory``, ``prepare_engine``).
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -45,6 +45,24 @@ _PARENT_POLL_S = 0.5
 # One function per kind of command.
 
 
+def quiet_libraries() -> None:
+    """Silence messages of libraries that a user cannot act on. For all commands; imports nothing heavy.
+
+    - bitsandbytes advises on the CPU to install a package that downloads kernels. 4-bit layers work without it.
+    - transformers warns about its own loading, generation and processors. This package reads configurations and weights
+      itself and reports what is wrong with them as errors. ``TRANSFORMERS_VERBOSITY`` brings the warnings back.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def hide_saving_progress() -> None:
+    """Hide transformers' bar for each model that it saves. For commands that save small models."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def prepare_training() -> None:
     """Switches for commands that train: ``train``, ``demo``, ``tiny-base``, ``eval stages``. Call before CUDA starts.
 
@@ -70,12 +88,12 @@ def prepare_bench() -> None:
 
 
 def settle_training_memory() -> None:
-    """Hook for the training loop on the CPU, called when weights, optimizer state and activations are allocated."""
+    """Hook for the training loop on the CPU, called once weights, optimizer state and activations are allocated."""
     use_huge_pages()
 
 
 def prepare_engine(device: str, num_threads: int | None) -> None:
-    """Hook for the engine: called on the thread that built it, just before the engine's own thread starts.
+    """Hook for the engine, called on the thread that built it, just before the engine's own thread starts.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -88,7 +106,7 @@ def prepare_engine(device: str, num_threads: int | None) -> None:
     if device == "cpu":
         keep_freed_memory(ENGINE_KEPT_BYTES)
         use_huge_pages()
-        release_team()  # the calling thread has loaded and packed the weights and computes no more
+        release_team()  # the calling thread has loaded and packed the weights and does not compute anymore
 
 
 @contextmanager
@@ -108,7 +126,7 @@ def die_with_parent(parent: str | None) -> None:
     """End this process when the process that launched it ends, even if that one is killed.
 
     Args:
-        parent: process id of the launcher; None: nothing launched this process.
+        parent: process id of the launcher; None: this process has no launcher.
     """
     if parent is None:
         return
@@ -116,7 +134,7 @@ def die_with_parent(parent: str | None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
-    if os.getppid() != int(parent):  # it ended before this call
+    if os.getppid() != int(parent):  # the launcher ended before this call
         os._exit(1)
 
 
@@ -141,7 +159,7 @@ def use_expandable_segments() -> None:
 def flush_denormals() -> None:
     """Treat denormal numbers as zero, in this thread and in threads that it starts later.
 
-    They occur while losses are flat, and a CPU computes with them a hundred times slower.
+    They occur while losses are flat, and arithmetic with them is a hundred times slower on a CPU.
     """
     import torch
 
@@ -151,9 +169,9 @@ def flush_denormals() -> None:
 def keep_freed_memory(kept_bytes: int) -> None:
     """Tell glibc to keep up to ``kept_bytes`` of freed memory. Does nothing with another C library.
 
-    A step allocates temporaries of a few MB. By default glibc returns such blocks to the system when they are freed,
-    and every page of the next step's blocks faults. Measured: attention over 256 positions took 3.6 ms per layer
-    instead of 1.3 ms.
+    A step allocates temporary tensors of a few MB. By default glibc returns such blocks to the system when they are
+    freed, and the next step takes a page fault for every page. Measured: attention over 256 positions took 3.6 ms per
+    layer instead of 1.3 ms.
     """
     if sys.platform != "linux":
         return
@@ -164,16 +182,16 @@ def keep_freed_memory(kept_bytes: int) -> None:
 
 
 def use_huge_pages(max_bytes: int = MAX_HUGE_BYTES) -> int:
-    """Move the memory of this process into huge pages, as far as the system has them. Linux only.
+    """Move the memory of this process into huge pages, as far as they are available. Linux only.
 
-    Each step reads all weights in order. With pages of 4 KiB, every 4 KiB needs an address translation and stops the
-    processor's prefetching. Measured in turn: a decoding step takes 6.2 ms with them and 5.7 ms with pages of 2 MiB.
+    Each step reads all weights in order. With 4 KiB pages, every page needs an address translation and stops the
+    processor's prefetching. Measured: a decoding step takes 6.2 ms with 4 KiB pages and 5.7 ms with 2 MiB pages.
 
-    Only anonymous private memory that is mostly in use is moved, so hardly more memory is taken. The engine's KV cache
-    is shared memory and sparsely used, so it stays.
+    Only private anonymous memory that is mostly in use is moved, so memory use hardly grows. The engine's KV cache is
+    shared memory and sparsely used, so it is not moved.
 
     Args:
-        max_bytes: stop after this much; moving takes about 2 s per GB.
+        max_bytes: stop after moving this much. Moving takes about 2 s per GB.
 
     Returns:
         Bytes moved.
@@ -197,12 +215,13 @@ def use_huge_pages(max_bytes: int = MAX_HUGE_BYTES) -> int:
 def release_team() -> bool:
     """End the calling thread's OpenMP helper threads. Its next parallel operator starts new ones.
 
-    Every thread that has run a parallel operator of torch keeps a team of helpers. When all teams together have more
-    threads than there are cores, GNU's OpenMP sleeps between two operators instead of spinning, some hundred times per
+    Every thread that has run a parallel torch operator keeps a team of helper threads. If all teams together have more
+    threads than there are cores, GNU OpenMP sleeps between operators instead of spinning, hundreds of times per
     decoding step. Measured on two cores after another thread had loaded the model: 8.7 ms per step instead of 5.9 ms.
 
     Returns:
-        True if the helpers were ended. False where torch uses another OpenMP than GNU's, which has no such limit.
+        True if the helpers were ended. False if torch uses another OpenMP library than GNU's; others do not have this
+        problem.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """The plain records that flow through BabyDoctor, in the order in which data flows.
 
 ``data.parse_row -> Sample``, ``conversation.render -> Segment``, ``tokens.encode -> Example``,
-``packing.pack -> Batch``. Everything here is frozen and free of torch, so that any module can import it.
+``packing.pack -> Batch``. All records are frozen. This module does not import torch, so any module can import it.
 
-Shapes: ``T`` is the number of token positions, ``N`` the number of images.
+Shapes: ``T`` tokens, ``N`` images, ``P`` patches per image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ IGNORE_INDEX = -100
 """Label of a position that is not supervised (torch's cross-entropy default)."""
 
 IMAGE_TOKEN = "<image>"
-"""The place of an image in text: in rows of data, in prompts and in requests."""
+"""Stands for an image in text: in rows of data, in prompts and in requests."""
 
 IMAGE_TOKEN_INDEX = -200
-"""The image as one id in ``data preview --json``, as the original LLaVA code writes it."""
+"""The id of an image in ``data preview --json``, as in the original LLaVA code."""
 
 Role = Literal["user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance of a conversation. An image in ``text`` is ``IMAGE_TOKEN``."""
+    """One turn of a conversation. ``IMAGE_TOKEN`` in ``text`` stands for an image."""
 
     role: Role
     text: str
@@ -41,7 +41,7 @@ class Sample:
 
     ``image`` is a path relative to the image folder, ``embedded://SOURCE#ROW`` for an image that stays in its data
     set until it is read, the encoded bytes of an image, or None for a text-only row. ``source`` says where the row
-    is (``file.json#12``), for messages. ``system`` replaces the template's system prompt (None: it does not).
+    is (``file.json#12``), for messages. ``system`` replaces the template's system prompt; None keeps it.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Segment:
 
     An image is a segment of its own whose text is exactly ``IMAGE_TOKEN`` and whose ``is_image`` is true.
     ``control`` marks text of the template: there ``</s>`` and other special tokens of the tokenizer are control
-    tokens. In all other text, which people wrote, they are plain characters.
+    tokens. In all other text, which users wrote, they are plain characters.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        """Positions that carry a loss. The first position never does: nothing predicts it."""
+        """Tokens that carry a loss. The first token never does, because nothing predicts it."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
 
 
@@ -99,7 +99,7 @@ class Batch:
     ``targets[t]``. ``position_ids`` count from 0 in each document. The first ``prefix_length`` tokens are the
     beginning of every document, stored once; ``document_lengths`` are the lengths of the rest of each document and sum
     to ``T - prefix_length``. ``images`` holds the ``N`` image references in the order of their slots;
-    ``image_mask`` marks ``N * patches`` positions.
+    ``image_mask`` marks the ``N * P`` image slots.
     """
 
     input_ids: np.ndarray

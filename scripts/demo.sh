@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny preset from nothing to answers: set-up, phantoms, base, three stages, score, chat. --check asks nothing.
+# Train and try the tiny preset: setup, phantoms, base models, three stages, scores, web UI. --check opens no web UI.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" train
 exec babydoctor demo "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks every CUDA path and measures training and serving on this GPU; ends within --minutes (8).
-# Needs no download and no package index: it runs with the python it is given (PYTHON=..., else .venv, else python3).
+# Check every CUDA path and measure training and serving on this GPU, within --minutes (8).
+# Needs no download and no package index. It runs with PYTHON=..., else .venv, else python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

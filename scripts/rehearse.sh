@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command in turn on random weights in the published layouts. Arguments: --size golden|wide|7b, --only STEP, --keep DIR.
+# Run every command on random weights in the published layouts. Arguments: --size golden|wide|7b, --only STEP, --keep DIR.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" train,dev
 exec babydoctor bench rehearse "$@"

@@ -3,19 +3,19 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" train,dev
 export HF_HUB_OFFLINE=1
-# The page is tested in a real browser; without it those tests are skipped with a reason.
+# The web UI is tested in a real browser. Without one those tests are skipped with a reason.
 if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
   (apt-get update && apt-get install -y --no-install-recommends chromium) > /dev/null 2>&1 ||
     echo "chromium could not be installed; the browser tests will be skipped"
 fi
-# Pictures are compared with dcmtk's and ImageMagick's; without them those tests are skipped with a reason.
+# Images are compared with those of dcmtk and ImageMagick. Without them those tests are skipped with a reason.
 if ! { command -v dcm2pnm && command -v convert-im6.q16; } > /dev/null && command -v apt-get > /dev/null &&
   [ "$(id -u)" = 0 ]; then
   (apt-get update && apt-get install -y --no-install-recommends dcmtk imagemagick) > /dev/null 2>&1 ||
     echo "dcmtk and imagemagick could not be installed; the comparisons with them will be skipped"
 fi
-# llama.cpp comes as source and compiles for some minutes; only .ci/run asks for it. Without it its tests are skipped.
-# Two versions: today's, and in a folder of its own the last one that has CLIP's class token in its place.
+# llama.cpp is compiled from source, which takes minutes, so only .ci/run asks for it. Without it its tests are skipped.
+# Two versions: the current one, and in its own folder the last one with CLIP's class token in the right place.
 build_llama_cpp() {
   echo "Building llama-cpp-python $1 (some minutes)"
   CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \

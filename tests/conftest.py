@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from helpers.base_models import write_base_models
 
 
 @pytest.fixture(scope="session")
@@ -52,53 +53,21 @@ def default_floating_point_mode() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``llama/`` (64 wide, 2 layers, with a tokenizer) and ``clip/`` (32 wide, 28 px, 4 patches), random weights."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
-    )
-
-    base = tmp_path_factory.mktemp("tiny_base")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    return write_base_models(
+        tmp_path_factory.mktemp("tiny_base"),
+        llama={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.1,
+        },
+        clip={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
+        text="What does the scan show? The scan shows a nodule in the left lung.",
         vocab_size=320,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     )
-    tokenizer.train_from_iterator(["What does the scan show? The scan shows a nodule in the left lung."] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(base / "llama")
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(llama).save_pretrained(base / "llama")
-    clip = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    CLIPVisionModel(clip).save_pretrained(base / "clip")
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(base / "clip")
-    return base
 
 
 @pytest.fixture(scope="session")
@@ -167,8 +136,8 @@ def ask_old_llama_cpp(
 ) -> Callable[[Path, Sequence[tuple[Path, str, int]]], list[tuple[str, list[int], list[float]]]]:
     """(folder, (PNG, question, longest answer)...) -> (answer, its ids but the last, the prompt's last logits)...
 
-    From llama-cpp-python 0.3.8, the last version that has CLIP's class token in its place. ``scripts/test.sh`` puts it
-    beside the environment: two versions cannot live in one process.
+    From llama-cpp-python 0.3.8, the last version with CLIP's class token in the right place. ``scripts/test.sh``
+    installs it next to the environment, because two versions cannot be loaded into one process.
     """
     folder = Path(sys.prefix) / "llama-cpp-python-0.3.8"
     if not (folder / "llama_cpp").is_dir():
@@ -201,7 +170,7 @@ def gpu() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is no CUDA device, except in a rehearsal on the CPU."""
+    """Skip the tests marked ``gpu`` if there is no CUDA device, except in a rehearsal on the CPU."""
     import torch
 
     if torch.cuda.is_available() or os.environ.get("BABYDOCTOR_GPU_TESTS_ON") == "cpu":

@@ -26,7 +26,7 @@ from helpers.source_tree import (
 
 # From the bottom to the top: a folder or a module beside the folders imports from those before it only.
 FOLDERS = (
-    *("errors", "schema", "markers", "conversation", "progress", "config_file", "imaging", "config", "hub", "files"),
+    *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
     *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli"),
 )
@@ -40,15 +40,11 @@ PROGRAMS = {"train.__main__"}
 MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES = {
-    "cli/data.py": "one function for each of seven commands",
     "data/sources.py": "four lines over",
-    "bench/serve.py": "asking over HTTP and asking the engine share their figures; a split is open",
 }
 
 LARGE_FOLDERS = {
     "engine": "the loop, its scheduler and one file for each part of a request; no two of them belong together",
-    "eval": "scores, tasks, reports and published figures; a split into sub-folders is open",
-    "serve/page": "one over: refusals of Gradio's own routes have a file of their own",
 }
 
 SWITCHES: dict[str, str] = {}
@@ -63,7 +59,6 @@ WHOLE_SETTINGS = {
     "train/tracking.py": "writes the whole configuration to the tracker",
     "train/in_training_eval.py": "builds the evaluation from the sections data, train and in_training_eval",
     "plan/plan.py": "plans the whole stage: every section decides on memory or time",
-    "plan/lengths.py": "plans the whole stage",
     "plan/model.py": "plans the whole stage",
     "plan/options.py": "plans the whole stage",
     "bench/train.py": "builds and runs a whole stage",

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers.serving import tiny_worker
 
-from babydoctor.bench.serve import DecodeCost, Timing, build_questions, drive, run_bench, summarize
+from babydoctor.bench.serve import run_bench
+from babydoctor.bench.serve_figures import DecodeCost, Timing, build_questions, summarize
+from babydoctor.bench.serve_http import drive
 from babydoctor.bench.soak import SoakReport, run_soak
 from babydoctor.schema import UserError
 

@@ -119,7 +119,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name: x\ndata: {rows: [a}\n", r"line 2, column 16"),
-        ("name: x\nname: y\n", r"line 2, column 1,.*'name' is there twice"),
+        ("name: x\nname: y\n", r"line 2, column 1,.*'name' occurs twice"),
         ("name: a\n\tx: 1\n", r"line 2, column 1"),
     ],
 )

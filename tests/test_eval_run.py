@@ -19,7 +19,7 @@ from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions
 from babydoctor.eval.compare import compare
 from babydoctor.eval.load import load_task
-from babydoctor.eval.model_card import SECTION, update_model_card
+from babydoctor.eval.reporting.model_card import SECTION, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
 from babydoctor.schema import UserError
 

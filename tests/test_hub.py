@@ -189,7 +189,7 @@ except UserError as error:
 """
 
 
-def test_models_come_as_safetensors_without_their_twins(hub: Hub, tmp_path: Path) -> None:
+def test_models_come_as_safetensors_without_their_duplicates(hub: Hub, tmp_path: Path) -> None:
     weights = bytes(range(256)) * 8
     files = {
         "config.json": b"{}",
@@ -236,6 +236,39 @@ def test_models_that_cannot_be_had_are_named(hub: Hub, tmp_path: Path) -> None:
     assert message == (
         f"owner/model: this model is gated; ask for access at {hub.url}/owner/model, then log in with `hf auth login`"
     )
+
+
+PARTS_CODE = """
+from babydoctor.config import build_config
+from babydoctor.data.tokens import load_tokenizer
+from babydoctor.imaging.preprocess import ImageSettings
+from babydoctor.interop.llava_source import open_source
+from babydoctor.model.language_model import load_language_config
+from babydoctor.model.vision import load_vision_config
+from babydoctor.plan.model import describe_model
+from babydoctor.schema import UserError
+models = {"language_model": "owner/model", "vision_tower": "owner/model"}
+config = build_config({"name": "a", "output_dir": "b", "model": models, "data": {"rows": ["c"]}})
+for part in (
+    lambda: load_language_config("owner/model"),
+    lambda: load_tokenizer("owner/model"),
+    lambda: load_vision_config("owner/model"),
+    lambda: ImageSettings.from_processor_dir("owner/model", "pad"),
+    lambda: describe_model(config),
+    lambda: open_source("owner/model", None, None),
+):
+    try:
+        part()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_every_part_that_reads_a_model_gives_the_reason(hub: Hub, tmp_path: Path) -> None:
+    hub.add("models", "owner/model", {"config.json": b"{}"}, gated=True)
+    done = run_python(hub, tmp_path / "home", PARTS_CODE)
+    reason = f"owner/model: this model is gated; ask for access at {hub.url}/owner/model, then log in with "
+    assert done.stdout.splitlines() == [f"{reason}`hf auth login`"] * 6, done.stdout + done.stderr
 
 
 def test_a_model_whose_download_breaks_off_is_named(hub: Hub, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_wrong_modes_and_missing_settings_are_named(tmp_path: Path) -> None:
         settings("crop")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         ImageSettings.from_processor_dir(tmp_path, "pad")
-    with pytest.raises(UserError, match="neither a folder nor a model"):
+    with pytest.raises(UserError, match="neither a directory here nor the id of a model"):
         ImageSettings.from_processor_dir(tmp_path / "nowhere", "pad")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.image_files import damage, dicom, png, tiff
+from helpers.processes import resident_bytes
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -96,17 +97,13 @@ def test_damaged_files_cost_an_error_and_nothing_else() -> None:
             assert time.monotonic() - started < 60, (name, index)
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
             if index % 50 == 49:
-                resident.append(_resident(os.getpid()))
+                resident.append(resident_bytes(os.getpid()))
     finally:
         pool.close()
     print(f"\n{NUM_FILES:,} damaged files: {outcomes}")
     assert outcomes["picture"] > NUM_FILES // 20 and len(outcomes) >= 3
     if len(resident) > 4:
         assert resident[-1] - resident[len(resident) // 2] < 64 * 2**20, "this process grows with each file"
-
-
-def _resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 8, 11, 12, 16, 33, 64, 131, 132, 133, 140])

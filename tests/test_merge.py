@@ -236,7 +236,7 @@ def test_wrong_weights_are_refused_and_deleted(
         write(self, name, -tensor if name == "model.layers.1.mlp.up_proj.weight" else tensor)
 
     monkeypatch.setattr(ShardWriter, "write", damage)
-    with pytest.raises(UserError, match="do not answer as"):
+    with pytest.raises(UserError, match="do not match"):
         merge_run(runs["float32"], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 

@@ -18,16 +18,11 @@ from babydoctor.eval.ask import GenerationConfig, ask, build_inference
 from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.tasks import Question
 from babydoctor.inference import open_conversation, user_turn
+from babydoctor.model.known_sizes import LLAMA_2_7B
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import UserError
 
-LLAMA_7B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    max_position_embeddings=4096,
-)
+LLAMA_7B = LlamaConfig(**LLAMA_2_7B, max_position_embeddings=4096)
 FLOAT32_TOKEN = 2**20
 """Bytes of a 7B model's keys and values per token in float32."""
 

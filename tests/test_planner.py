@@ -33,7 +33,7 @@ def plan_of(name: str, *overrides: str, memory_gib: float | None = None):
         hardware = replace(hardware, memory_bytes=round(memory_gib * 2**30))
     model = describe_model(config)
     return config, build_plan(
-        config, hardware, statistics=known_statistics(config, model.shape.num_patches), model=model
+        config, hardware, statistics=known_statistics(config.data, model.shape.num_patches), model=model
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import requests
 from helpers.image_files import damage
+from helpers.processes import resident_bytes
 from helpers.request_mutations import Sent, api_seeds, mutate
 from helpers.serving import Server, bare_base64, generation, llava_answer, png, queue_length, stop_all, wait_until
 from helpers.web_ui import Parts
@@ -159,7 +160,7 @@ def test_damaged_requests_cost_a_refusal_and_nothing_else(parts: Parts) -> None:
         fuzzer.send(with_damaged_image(sent, rng) if rng.random() < 0.1 else mutate(sent, rng))
         if index % 50 == 49:
             for part, server in fuzzer.servers.items():
-                sizes[part].append(_resident(server.process.pid))
+                sizes[part].append(resident_bytes(server.process.pid))
             if NUM_REQUESTS > 1000 and index % 500 == 499:
                 took_s = time.monotonic() - started
                 print(f"{index + 1} requests in {took_s:.0f} s, {len(fuzzer.faults)} faults", flush=True)
@@ -172,10 +173,6 @@ def test_damaged_requests_cost_a_refusal_and_nothing_else(parts: Parts) -> None:
     assert not failures, failures[:10]
     wait_until(lambda: queue_length(parts.worker.url) == 0, what="all slots free")
     assert llava_answer(parts.controller.url, body) == before
-
-
-def _resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _failures(log: Path) -> list[str]:

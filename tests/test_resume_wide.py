@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.base_models import write_base_models
 from helpers.training import start_training, wait_until
 
-from babydoctor.bench.serve import peak_rss_bytes
+from babydoctor.bench.measure import peak_rss_bytes
 from babydoctor.config import dump_config, load_config
 from babydoctor.conversation import TEMPLATES
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B
 from babydoctor.model.run_dir import read_manifest
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -27,52 +29,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``llama/`` (4096 wide, one layer) and ``clip/`` (1024 wide, three layers, 4 patches), random, in bfloat16."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedTokenizerFast,
+    return write_base_models(
+        tmp_path_factory.mktemp("wide_base"),
+        llama=LLAMA_2_7B | {"num_hidden_layers": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        clip=CLIP_L | {"num_hidden_layers": 3},
+        text=TEMPLATES["llava_llama_2"].system,
+        vocab_size=600,
+        dtype="bfloat16",
     )
-
-    base = tmp_path_factory.mktemp("wide_base")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEMPLATES["llava_llama_2"].system] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(base / "llama")
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-    clip = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=3,
-        num_attention_heads=16,
-        image_size=28,
-        patch_size=14,
-    )
-    for model, name in ((LlamaForCausalLM(llama), "llama"), (CLIPVisionModel(clip), "clip")):
-        model.to(torch.bfloat16).save_pretrained(base / name)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(base / "clip")
-    return base
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_wrong_weights_are_named(whole_clip: Path, tmp_path: Path) -> None:
     norm = "vision_model.pre_layrnorm.weight"
     with pytest.raises(UserError, match=r"lacks 1 weights of a CLIP vision tower, the first is 'pre_layrnorm\.weight'"):
         load_vision_tower(changed(**{norm: None}), dtype=torch.float32)
-    with pytest.raises(UserError, match=r"'vision_model\.pre_layrnorm\.weight' has the shape \(7,\).*asks for \(32,\)"):
+    with pytest.raises(UserError, match=r"'vision_model\.pre_layrnorm\.weight' has the shape \(7,\).*requires \(32,\)"):
         load_vision_tower(changed(**{norm: torch.zeros(7)}), dtype=torch.float32)
     with pytest.raises(UserError, match=r"unknown weight 'vision_model\.adapter\.weight'"):
         load_vision_tower(changed(**{"vision_model.adapter.weight": torch.zeros(7)}), dtype=torch.float32)

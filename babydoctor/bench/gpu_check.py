@@ -1,7 +1,7 @@
-"""``babydoctor bench gpu``: everything that a GPU has to show, in a few minutes, most important first.
+"""``babydoctor bench gpu``: run all checks and measurements that need a GPU in a few minutes, most important first.
 
-Each section runs in a process of its own, so that a crash or an exhausted GPU ends that section only, and none may run
-past the deadline. The report is written after each section: what was measured by then is kept, whatever happens next.
+Each section runs in its own process, so a crash or an out-of-memory error ends only that section. No section may run
+past the deadline. The report is written after each section, so a later failure does not lose earlier results.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ STAGES = ("radiology", "align", "instruct")
 OPTIONAL = ("bitsandbytes", "liger-kernel", "pytest", "fastapi", "uvicorn", "datasets")
 
 MEMORY_CAP = "22.5GiB"
-"""What an A10 offers."""
+"""Memory of an A10 in GiB, as an option of ``bench train``."""
 
 TESTS_SHARE = 0.35
-"""The tests may take this share of the time."""
+"""Largest share of the time for the tests."""
 
 
 LAST_WORDS_S = 4.0
@@ -42,16 +42,16 @@ LAST_WORDS_S = 4.0
 
 @dataclass(frozen=True)
 class CheckSection:
-    """A command whose last argument may be a file for its figures."""
+    """One command. Its last argument may be a file for its figures."""
 
     name: str
     arguments: tuple[str, ...]
     max_share: float = 1.0
-    """Of the whole time."""
+    """Share of the whole time."""
 
 
 def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]:
-    """What is run, in this order."""
+    """The sections, in the order in which they run."""
     cli = (sys.executable, "-c", "from babydoctor.cli.main import main; main()", "bench")
     common = ("--preset", preset, "--device", device, "--json", str(figures))
     cap = ("--memory-cap", MEMORY_CAP) if device == "cuda" else ()
@@ -90,7 +90,7 @@ def run_gpu_check(out: Path, *, minutes: float, preset: str, device: str) -> boo
     """Run the sections until the time is up, and write ``gpu-report.json`` and ``gpu-report.md`` into ``out``.
 
     Returns:
-        Whether every section that ran to its end succeeded. Sections that the time cut off do not count.
+        True if every section that ran to its end succeeded. Sections that ran out of time do not count.
     """
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run_gpu_check(out: Path, *, minutes: float, preset: str, device: str) -> boo
 
 
 def _run_section(section: CheckSection, limit_s: float, log: Path, out: Path, device: str) -> dict[str, Any]:
-    """Run one section for at most ``limit_s`` seconds; its output is printed, and kept where it failed."""
+    """Run one section for at most ``limit_s`` seconds. Its output is printed, and recorded if it fails."""
     begun = time.monotonic()
     result, tail = "no time left", ""
     if limit_s > 5:
@@ -141,7 +141,7 @@ def _run_section(section: CheckSection, limit_s: float, log: Path, out: Path, de
 
 @contextlib.contextmanager
 def _child(arguments: Sequence[str], log: Path, device: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process in a group of its own, all of which ends with this block."""
+    """A child process in its own process group, which is killed at the end of the block."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["BABYDOCTOR_GPU_TESTS_ON"] = device
     with log.open("wb") as file:

@@ -12,7 +12,7 @@ from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
     from babydoctor.bench.paths import PathResult
-    from babydoctor.bench.serve import Figures, Report
+    from babydoctor.bench.serve_figures import Figures, Report
     from babydoctor.bench.train import StageResult
 
 GIB = 2**30

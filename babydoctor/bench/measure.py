@@ -1,19 +1,20 @@
-"""Measuring: live bytes at the peak, and the ceilings that speeds are held against: matrix products and memory."""
+"""Measurements: peak memory, and the limits that speeds are compared with (matrix products, memory bandwidth)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
 def peak_allocated_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
-    """The most bytes that tensors took at once while ``function`` ran, beyond what was there before.
+    """Peak bytes of tensors while ``function`` ran, beyond those that existed before.
 
-    Every allocation counts, those inside operations too. On the CPU it is the allocator's own record, taken by
-    torch's profiler, and not the size of the process, which also holds what the C library keeps for later.
+    Every allocation counts, also those inside operations. On the CPU the figures are the allocator's own, read with
+    torch's profiler. The size of the process would include freed memory that the C library keeps.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -47,7 +48,7 @@ def tensor_bytes(module: torch.nn.Module) -> int:
     for tensor in (*module.parameters(), *module.buffers()):
         add(tensor)
         state = getattr(tensor, "quant_state", None)
-        while state is not None:  # double quantisation: the scales have a state of their own
+        while state is not None:  # double quantization: the scales have a state of their own
             for value in (state.absmax, state.code, state.offset):
                 add(value)
             state = state.state2
@@ -55,13 +56,13 @@ def tensor_bytes(module: torch.nn.Module) -> int:
 
 
 def matmul_flops_per_s(device: str = "cpu", size: int = 2048, rounds: int = 5) -> float:
-    """The best rate of a bfloat16 product of square matrices: the ceiling for everything else."""
+    """The best rate of a bfloat16 product of square matrices, the upper limit for all other code."""
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: left @ right, device, rounds)
 
 
 def memory_bytes_per_s(device: str = "cpu", size_bytes: int = 512 * 2**20, rounds: int = 5) -> float:
-    """The best rate of reading (a sum) or copying (both ways counted) a tensor far larger than the caches."""
+    """The best rate of summing or copying a tensor far larger than the caches. A copy counts reads and writes."""
     source = torch.ones(size_bytes // 4, device=device)
     target = torch.empty_like(source)
     reading = size_bytes / _best_seconds(source.sum, device, rounds)
@@ -70,18 +71,27 @@ def memory_bytes_per_s(device: str = "cpu", size_bytes: int = 512 * 2**20, round
 
 
 def _best_seconds(function: Callable[[], Any], device: str, rounds: int) -> float:
-    """The shortest of ``rounds`` calls and one more, which warms up."""
+    """The shortest of ``rounds`` calls after one call to warm up."""
     best = float("inf")
     for _ in range(rounds + 1):
         synchronize(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         function()
         synchronize(device)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has finished its queued work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """Peak resident memory of a process (Linux); 0 where the system does not report it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

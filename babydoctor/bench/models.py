@@ -1,4 +1,4 @@
-"""Models of known sizes with random weights, for benchmarks: speed and memory do not depend on what weights say."""
+"""Models of known sizes with random weights. Speed and memory do not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B
 from babydoctor.model.language_model import build_language_model, finish_language_model, place_weight
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector
@@ -29,31 +30,15 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
             "patch_size": 14,
         },
     },
-    "7b": {
-        "language": {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        },
-        "vision": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-        },
-    },
+    "7b": {"language": LLAMA_2_7B, "vision": CLIP_L},
 }
-"""``mini`` is the design's model for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
+"""``mini`` is for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
 
 
 def build_random_model(
     preset: str, device: str, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
 ) -> BabyDoctor:
-    """A frozen model of the preset's sizes, made and quantized weight by weight on the device."""
+    """Build a frozen model of the preset's sizes, weight by weight on the device, and quantize it if asked."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
     torch.manual_seed(0)

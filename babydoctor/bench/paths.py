@@ -1,7 +1,7 @@
-"""``babydoctor bench paths``: what each fast path of training brings, measured by switching it off.
+"""``babydoctor bench paths``: measure the gain of each fast path of training by switching it off.
 
-Each entry of ``PATHS`` swaps one thing for its plain twin while a stage of the mini preset trains. A step with it and a
-step without it take turns, so that a machine that grows slower meanwhile slows both.
+Each entry of ``PATHS`` replaces one fast path by its plain version while a stage of the mini preset trains. Steps with
+and without the path alternate, so a machine that becomes slower affects both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from babydoctor.schema import IGNORE_INDEX, Batch, Example
 
 @dataclass(frozen=True)
 class FastPath:
-    """One fast path. ``overrides`` are settings that switch it off, ``off`` what else does."""
+    """One fast path. ``overrides`` are settings that switch it off. ``off`` switches off the rest."""
 
     name: str
     without: str
@@ -47,7 +47,7 @@ class PathResult:
     samples_per_s: float
     samples_per_s_without: float
     gain: float
-    """In speed, from pairs of steps: 0.5 is half as fast again."""
+    """Relative gain in speed, from pairs of steps. 0.5 means 50% faster."""
     peak_bytes: int
     peak_bytes_without: int
 
@@ -55,7 +55,7 @@ class PathResult:
 def square_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout
 ) -> torch.Tensor:
-    """``attend`` with one ``Q x T`` mask: what packing costs where other documents are only masked out."""
+    """``attend`` with one ``Q x T`` mask that hides other documents, instead of skipping them."""
     mask = dense_mask(layout.spans, len(query), len(key)).to(query.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
@@ -72,7 +72,7 @@ def dense_mask(spans: Sequence[Span], num_rows: int, num_keys: int) -> torch.Ten
 
 
 def loss_of_all_logits(self: BabyDoctor, batch: PackedBatch) -> torch.Tensor:
-    """``BabyDoctor.forward`` with the logits of every token at once, as transformers computes its loss."""
+    """``BabyDoctor.forward`` with the logits of all tokens at once, as transformers computes its loss."""
     features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
     embeds = self.embed_packed(batch.input_ids, batch.image_index, features)
     hidden = self.decode(embeds[None], batch.position_ids[None], batch.every)[0]
@@ -85,7 +85,7 @@ def loss_of_all_logits(self: BabyDoctor, batch: PackedBatch) -> torch.Tensor:
 def pad_to_longest(
     examples: Sequence[Example], max_tokens: int, num_ranks: int = 1, *, share_prefix: bool = True
 ) -> list[Batch]:
-    """``pack`` with every document filled up to the longest one's length, as a padded batch is computed."""
+    """``pack`` with every document padded to the longest one, as in a padded batch."""
     longest = max(map(len, examples))
     return pack([_padded(example, longest) for example in examples], max_tokens, num_ranks, share_prefix=share_prefix)
 
@@ -102,7 +102,7 @@ def _padded(example: Example, length: int) -> Example:
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module or a class for a while."""
+    """Replace an attribute of a module or a class within the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -153,7 +153,7 @@ PATHS = (
     FastPath("elementwise chains as one kernel each", "one operation after the other", overrides=("train.fuse=false",)),
     FastPath("tower's attention as two products", "torch's kernel", change=_use_torch_attention),
     FastPath(
-        "fused optimiser",
+        "fused optimizer",
         "one parameter after the other",
         lambda: swapped(bench_train, "build_optimizer", _plain_optimizer),
     ),
@@ -171,10 +171,10 @@ def bench_paths(
     batch_size: int = 8,
     on_memory_stable: Callable[[], None] | None = None,
 ) -> Iterator[PathResult]:
-    """Measure one path after the other; yields each result as it comes.
+    """Measure the paths in order and yield each result.
 
-    A step with the path and one without it take turns. Of the ``7b`` preset only one copy fits a GPU: there all steps
-    without the path come after all steps with it.
+    Steps with and without a path alternate. Only one copy of the ``7b`` preset fits on a GPU, so there all steps with
+    the path run before all steps without it.
     """
     for path in PATHS:
         if preset == "7b":
@@ -207,7 +207,7 @@ def _make_job(stage: str, path: FastPath, preset: str, device: str, batch_size: 
 
 
 NUM_WARMUP = 2
-"""Steps that are not counted, each with and without the path."""
+"""Run warm-up steps with and without the path. They are not counted."""
 
 
 def _steps_in_turn(path: FastPath, jobs: dict[bool, BenchJob], num_steps: int) -> dict[bool, list[float]]:

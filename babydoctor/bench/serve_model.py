@@ -1,7 +1,7 @@
-"""Random-weight models of known sizes for ``bench serve``; nothing is downloaded.
+"""Models of known sizes with random weights for ``bench serve``. Nothing is downloaded.
 
-Speed does not depend on what weights say. The tokenizer knows the words of the template and the questions as whole
-tokens, as LLaMA's nearly does, and fills its vocabulary up to the real size.
+Speed does not depend on the values of weights. In the tokenizer each word of the template and the questions is one
+token, which is close to LLaMA's. Unused tokens fill its vocabulary up to the real size.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ VOCABULARY = PRESETS["mini"]["language"]["vocab_size"]
 
 
 def build_model(preset: str, device: str = "cpu", quantization: Quantization | None = None) -> BabyDoctor:
-    """A bfloat16 or NF4 model with random weights that never ends an answer by itself."""
+    """Build a bfloat16 or NF4 model with random weights that never ends an answer by itself."""
     model = build_random_model(preset, device, quantization=quantization)
     with torch.no_grad():
-        model.language_model.lm_head.weight[:3] = 0  # the likeliest of 32,000 random logits is never 0
+        model.language_model.lm_head.weight[:3] = 0  # the largest of 32,000 random logits is never 0
     return model
 
 
 def build_tokenizer(questions: Sequence[str]) -> Any:
-    """Byte-level tokenizer that holds every word of the prompts as one token."""
+    """Build a byte-level tokenizer in which every word of the prompts is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,17 +51,14 @@ def build_tokenizer(questions: Sequence[str]) -> Any:
 
 
 def build_prompt(question: str) -> str:
-    """What a LLaVA client sends for a question about one image."""
+    """The prompt that a LLaVA client sends for a question about one image."""
     return prompt_text(render_prompt([Turn("user", f"{IMAGE_TOKEN}\n{question}")], get_template(TEMPLATE)))
 
 
 def write_run(model: BabyDoctor, tokenizer: Any, directory: Path, name: str) -> Path:
     """Save the model as a run directory that ``babydoctor worker`` serves."""
-    from transformers.utils.logging import disable_progress_bar
-
     from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
 
-    disable_progress_bar()
     base, clip, run = directory / "base", directory / "clip", directory / name
     model.language_model.save_pretrained(base)
     tokenizer.save_pretrained(base)

@@ -1,8 +1,7 @@
-"""Many clients for minutes, some of whom leave early: nothing may fail, leak or grow.
+"""``babydoctor bench soak``: run many clients for minutes, some of which disconnect early.
 
-``babydoctor bench soak`` starts a controller and workers on loopback, lets the clients at them over both wires, and
-exits with 1 unless: the only refusals were 429, all places are free again at the end, and the memory of no process grew
-in the second half.
+This starts a controller and workers on loopback and sends requests over both APIs. The exit status is 1 unless 429 was
+the only error, all request slots are free again at the end, and the memory of no process grew in the second half.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from babydoctor.serve.client import open_llava_stream
 NUM_IMAGES = 32
 
 SHORTEST, LONGEST = 16, 128
-"""New tokens of an answer. Each client asks for the longest until it has been answered once: a worker's memory for keys
-and values becomes real page by page, and so all pages that will be needed are there before growth is judged."""
+"""New tokens of an answer. Each client asks for the longest answer until it has been answered once. The operating
+system allocates the pages of a worker's KV cache on first use, so all pages are allocated before growth is judged."""
 
 MAX_GROWTH = 0.05
-"""How much more memory the last quarter may take than the one before it. A leak grows all the time; an allocator's
-steps and pages that are touched for the first time come ever more rarely."""
+"""Largest relative growth of memory from the third quarter to the last. A leak grows steadily, while steps of an
+allocator and first uses of pages become rare."""
 
 
 @dataclass
 class SoakReport:
-    """What happened. ``rss_bytes`` holds, for each server, its memory over time."""
+    """The result of a soak test. ``rss_bytes`` holds the memory of each server over time."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     num_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)
     rss_bytes: dict[str, list[float]] = field(default_factory=dict)
-    places_taken: dict[str, int] = field(default_factory=dict)
+    slots_taken: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def faults(self) -> list[str]:
-        """What should not have happened; empty if all is well."""
+        """What went wrong; empty if nothing did."""
         faults = [f"{n} x {what}" for what, n in self.outcomes.items() if what not in ("answered", "left", "busy")]
-        faults += [f"{url}: {n} places are still taken" for url, n in self.places_taken.items() if n]
+        faults += [f"{url}: {n} request slots are still taken" for url, n in self.slots_taken.items() if n]
         for url, values in self.rss_bytes.items():
             before, after = _last_quarters(values)
             if after > before * (1 + MAX_GROWTH):
@@ -60,7 +59,7 @@ class SoakReport:
         return faults
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """The report as lines of text."""
         first = np.array(self.first_token_s or [0.0])
         lines = [
             f"{self.seconds:.0f} s: " + ", ".join(f"{n} {what}" for what, n in sorted(self.outcomes.items())),
@@ -87,11 +86,11 @@ async def soak(
     """Run the clients against ``url``.
 
     Args:
-        server_urls: servers whose memory is watched; those of workers are also asked for their places at the end.
+        server_urls: servers whose memory is watched. Workers must also have free request slots at the end.
         template: name of the model's conversation template.
     """
     report = SoakReport(rss_bytes={server: [] for server in server_urls})
-    # Idle connections are given up before the server does (5 s): what is sent just then would be lost.
+    # Close idle connections before the server does (after 5 s); a request sent at that moment would be lost.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients, keepalive_expiry=2)
     started = time.monotonic()
     async with httpx.AsyncClient(timeout=60, limits=limits, trust_env=False) as http:
@@ -103,7 +102,7 @@ async def soak(
         watching.cancel()
         for server in server_urls:
             status = (await http.post(f"{server}/worker_get_status")).json()
-            report.places_taken[server] = status["queue_length"]
+            report.slots_taken[server] = status["queue_length"]
     return report
 
 
@@ -117,7 +116,7 @@ async def _watch(http: httpx.AsyncClient, server_urls: list[str], report: SoakRe
 
 
 class _User:
-    """Asks, reads, sometimes leaves, comes back a little later when the server is busy."""
+    """A client that sends requests, sometimes disconnects early, and retries later when the server is busy."""
 
     def __init__(
         self, http: httpx.AsyncClient, url: str, model: str, template: str, report: SoakReport, seed: int
@@ -142,7 +141,7 @@ class _User:
             await asyncio.sleep(self._random.uniform(0.5, 2) if outcome == "busy" else 0.05)
 
     def _leaves_after(self) -> int:
-        """After how many pieces of the answer this client leaves; a tenth do."""
+        """Number of pieces of the answer after which this client disconnects; a tenth of the requests do."""
         return self._random.randrange(0, 20) if self._random.random() < 0.1 else 10**9
 
     def _max_new_tokens(self) -> int:
@@ -211,7 +210,7 @@ class _User:
 
 
 def noise(seed: int) -> bytes:
-    """A PNG of noise; every seed another picture."""
+    """A PNG of noise that depends on the seed."""
     pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -228,7 +227,7 @@ def run_soak(
     workers: int = 1,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> SoakReport:
-    """Start a controller and workers on free ports of this machine and let the clients at them.
+    """Start a controller and workers on free ports of this machine and run the clients.
 
     Args:
         run: what to serve; None: the mini model with random weights, written to ``folder``.

@@ -1,8 +1,8 @@
-"""``babydoctor bench train``: the real training step on random weights, synthetic images and real lengths.
+"""``babydoctor bench train``: run real training steps on random weights, synthetic images and real lengths.
 
-Nothing is downloaded. The lengths of captions are those of ROCO in LLaMA-2's vocabulary; a caption's words do not
-matter to speed. Everything else is the program that trains: the data loader with decoding and resizing of images,
-packing, forward, backward, clipping and the optimiser.
+Nothing is downloaded. Captions have the lengths of ROCO's captions in LLaMA-2's vocabulary; their words do not affect
+speed. Everything else is the real training code: the data loader with decoding and resizing of images, packing,
+forward, backward, clipping and the optimizer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ STAGES = ("align", "instruct", "radiology")
 
 CAPTION_LEVELS = (0, 5, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 95, 99, 100)
 CAPTION_TOKENS = (2, 10, 13, 17, 19, 21, 26, 31, 36, 43, 47, 53, 70, 88, 134, 593)
-"""Percentiles of the length of ROCO's 8,180 validation captions in tokens of LLaMA-2's vocabulary (mean 37.2)."""
+"""Percentiles of the lengths of ROCO's 8,180 validation captions in tokens of LLaMA-2's vocabulary (mean 37.2)."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage did. Times are in seconds, sizes in bytes."""
+    """The measurements of one stage. Times are in seconds, sizes in bytes."""
 
     stage: str
     samples_per_s: float
@@ -49,19 +49,18 @@ class StageResult:
     best_samples_per_s: float
     data_wait_share: float
     mfu: float
-    """Model FLOPs per second, as a share of the matrix product rate measured in the same run; recomputation is not
-    counted."""
+    """Model FLOPs per second as a share of the matrix product rate measured in the same run, without recomputation."""
     hardware_utilization: float
-    """The same with recomputation counted."""
+    """Like ``mfu``, including recomputation."""
     peak_bytes: int
     predicted_bytes: int
     plan: Plan
 
 
 class SyntheticEncoder(Encoder):
-    """Examples with the lengths of ROCO's rows; images go the real way from their file to pixels.
+    """Encodes samples with the lengths of ROCO's rows. Images are loaded from files as in training.
 
-    A sample's one user turn says how many tokens its caption has.
+    The single user turn of a sample holds the number of tokens of its caption.
     """
 
     def __init__(self, vocabulary: int, image: ImageSettings, num_patches: int, num_before: int, num_after: int):
@@ -73,7 +72,7 @@ class SyntheticEncoder(Encoder):
         prompt = self.num_before + self.num_patches + self.num_after
         length = prompt + num_caption + 1
         ids = np.random.default_rng(num_caption).integers(3, self.vocabulary, length).astype(np.int32)
-        ids[: self.num_before] = np.arange(3, 3 + self.num_before)  # the system prompt, the same in all
+        ids[: self.num_before] = np.arange(3, 3 + self.num_before)  # the system prompt, shared by all samples
         image_mask = np.zeros(length, bool)
         image_mask[self.num_before : self.num_before + self.num_patches] = True
         ids[image_mask] = 0
@@ -128,7 +127,7 @@ def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor
 
 
 def synthetic_samples(count: int) -> list[Sample]:
-    """Rows with the lengths of ROCO's captions and grey images of a usual size, as JPEG."""
+    """Rows with the lengths of ROCO's captions and gray JPEG images of a typical size."""
     from PIL import Image, ImageFilter
 
     generator = np.random.default_rng(0)
@@ -147,7 +146,7 @@ def synthetic_samples(count: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class BenchJob:
-    """A stage made ready to run. ``on_memory_stable`` is that of ``train.loop.train``."""
+    """A stage that is ready to run. ``on_memory_stable`` is the hook of ``train.loop.train``."""
 
     config: RunConfig
     model: BabyDoctor
@@ -168,10 +167,10 @@ def prepare(
     overrides: Sequence[str] = (),
     on_memory_stable: Callable[[], None] | None = None,
 ) -> BenchJob:
-    """Build model and data of one stage, with ``auto`` settings as the plan chooses them."""
+    """Build the model and the data of one stage. The plan decides settings that are ``auto``."""
     config = stage_config(stage, preset, batch_size=batch_size, num_workers=num_workers, overrides=overrides)
     model = build_stage_model(config, preset, device)
-    # `plain` puts a caption behind the image; `llava_llama_2` has a system prompt and a question before it.
+    # In `plain` only the image comes before a caption, in `llava_llama_2` also a system prompt and a question.
     before, after = (1, 0) if stage == "align" else (76, 5)
     image = ImageSettings(PRESETS[preset]["vision"]["image_size"], "pad", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     encoder = SyntheticEncoder(model.language_model.config.vocab_size, image, model.num_patches, before, after)
@@ -185,7 +184,7 @@ def prepare(
 
 
 def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, StepData]]:
-    """Train; yields each step's seconds, the seconds of these that it waited for data, and what it held."""
+    """Train. Yields for each step its seconds, the seconds spent waiting for data, and its batches."""
     from accelerate import Accelerator
 
     from babydoctor.train.loop import STEPS_TO_FULL_SIZE
@@ -209,7 +208,7 @@ def run_steps(job: BenchJob, num_steps: int) -> Iterator[tuple[float, float, Ste
 
 
 def measure_peak(job: BenchJob) -> int:
-    """Peak bytes of two training steps: weights, optimizer and all."""
+    """Peak bytes of two training steps, including weights and optimizer state."""
 
     def two_steps() -> None:
         for _ in run_steps(replace(job, config=_without_workers(job.config)), 2):
@@ -223,7 +222,7 @@ def bench_stage(job: BenchJob, *, num_steps: int, ceiling: float, num_warmup: in
     if job.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     steps = list(run_steps(job, num_steps + num_warmup))[num_warmup:]
-    # On the CPU the allocations are recorded by a profiler, which takes steps of its own.
+    # On the CPU a profiler records allocations, so the peak is measured in separate steps.
     peak = torch.cuda.max_memory_allocated() if job.device.startswith("cuda") else measure_peak(job)
     seconds = [step[0] for step in steps]
     samples = sum(step[2].num_samples for step in steps)
@@ -255,10 +254,10 @@ def bench_train(
     memory_cap: int | None = None,
     on_memory_stable: Callable[[], None] | None = None,
 ) -> Iterator[tuple[float, StageResult]]:
-    """Measure stages one by one; yields the matrix multiplication rate measured beside each, and the result.
+    """Measure the stages in order. Yields for each the matrix product rate measured just before, and the result.
 
     Raises:
-        UserError: the preset and the device do not go together.
+        UserError: the preset does not run on the device, or an option is wrong.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}")
@@ -288,7 +287,7 @@ def bench_train(
 
 
 def projected_hours(result: StageResult, gpu: str, utilization: float) -> float:
-    """Hours for the whole of roco-instruct-65k on another device at a share of its peak."""
+    """Hours for all of roco-instruct-65k on another device at a share of its peak."""
     operations = result.plan.flops.total * result.plan.num_steps
     return operations / (find_hardware(gpu).flops_per_s * utilization) / 3600
 

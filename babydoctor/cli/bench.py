@@ -1,4 +1,4 @@
-"""``babydoctor bench train | paths | serve | soak | rehearse``: measured on random weights, nothing downloaded."""
+"""``babydoctor bench``: measurements on random weights. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def train(
     preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
     stage: Annotated[str, typer.Option(help="align, instruct, radiology, or all")] = "all",
-    steps: Annotated[int, typer.Option(min=1, help="measured steps a stage, after two of warm-up")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="measured steps per stage, after two warm-up steps")] = 10,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="samples per step; 8, or 64 for 7b")] = None,  # noqa: UP045
     num_workers: Annotated[int, typer.Option(min=0, help="processes that read images")] = 1,
     memory_cap: Annotated[
@@ -38,7 +38,7 @@ def train(
     device: Annotated[str, _DEVICE] = "auto",
     json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
-    """Samples a second of each stage's real training step, its MFU, and its memory against the plan."""
+    """Measure real training steps of each stage: samples per second, MFU, and memory compared with the plan."""
     from babydoctor.bench.gpu_report import stage_record, write_record
     from babydoctor.bench.train import STAGES, bench_train, projected_hours
     from babydoctor.plan.hardware import choose_device
@@ -76,12 +76,14 @@ def train(
 
 def paths(
     stage: Annotated[str, typer.Option(help="align, instruct or radiology")] = "instruct",
-    steps: Annotated[int, typer.Option(min=1, help="measured steps with it and without it, after two of warm-up")] = 8,
+    steps: Annotated[
+        int, typer.Option(min=1, help="measured steps with it and without it, after two warm-up steps")
+    ] = 8,
     preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
     device: Annotated[str, _DEVICE] = "auto",
     json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
-    """What each fast path of training brings: steps with it and without it, in turn."""
+    """Measure what each fast path of training gains: steps with it and without it, alternating."""
     from babydoctor.bench.gpu_report import path_record, write_record
     from babydoctor.bench.paths import bench_paths
     from babydoctor.plan.hardware import choose_device
@@ -118,13 +120,13 @@ def serve(
     users: Annotated[str, typer.Option(help="numbers of concurrent users, with commas")] = "1,16",
     requests_per_user: Annotated[int, typer.Option(min=1)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of each answer")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="the fastest one counts")] = 3,
-    engine_only: Annotated[bool, typer.Option("--engine-only", help="without the worker's HTTP")] = False,
-    nf4: Annotated[bool, typer.Option("--nf4", help="a 4-bit language model; the engine alone")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="measurements; the fastest one counts")] = 3,
+    engine_only: Annotated[bool, typer.Option("--engine-only", help="call the engine directly, without HTTP")] = False,
+    nf4: Annotated[bool, typer.Option("--nf4", help="use a 4-bit language model; implies --engine-only")] = False,
     device: Annotated[str, _DEVICE] = "auto",
     json_file: Annotated[Optional[Path], _JSON] = None,  # noqa: UP045
 ) -> None:
-    """Tokens a second, time to the first token and time per token, for one user and for many."""
+    """Measure tokens per second, time to the first token and time per token, for one user and for many."""
     import tempfile
 
     from rich.console import Console
@@ -134,7 +136,7 @@ def serve(
     from babydoctor.bench.serve import run_bench
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.plan.hardware import choose_device
-    from babydoctor.runtime import prepare_bench, prepare_engine
+    from babydoctor.runtime import hide_saving_progress, prepare_bench, prepare_engine
     from babydoctor.schema import UserError
 
     try:
@@ -144,6 +146,7 @@ def serve(
     if not numbers or min(numbers) < 1:
         raise UserError(f"--users {users!r} must be whole numbers with commas between them, for example 1,16")
     prepare_bench()
+    hide_saving_progress()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-bench-") as folder, console.status("starting") as status:
         report = run_bench(
@@ -164,7 +167,7 @@ def serve(
         for row in report.figures:
             write_record(json_file, "serve", serve_record(report, row))
     heads = ("users", "tok/s", "req/s", "first token p50", "p95 [s]", "per token p50", "p95 [ms]", "decode tok/s")
-    table = Table(*heads, "of memory's ceiling", title=None, box=None)
+    table = Table(*heads, "of the bandwidth limit", title=None, box=None)
     for row in report.figures:
         table.add_row(
             str(row.num_users),
@@ -177,7 +180,7 @@ def serve(
             f"{row.decode_tokens_per_s:.0f}",
             f"{report.share_of_ceiling(row):.0%}",
         )
-    console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens an answer")
+    console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens per answer")
     console.print(table)
     console.print(
         f"peak memory {report.peak_bytes / 2**20:.0f} MiB; bf16 matmul {report.matmul_flops_per_s / 1e12:.2f} TFLOP/s, "
@@ -187,7 +190,7 @@ def serve(
 
 
 def gpu(
-    minutes: Annotated[float, typer.Option(min=0.1, help="when to stop, whatever is left")] = 8,
+    minutes: Annotated[float, typer.Option(min=0.1, help="stop after this time, even if checks are left")] = 8,
     out: Annotated[Path, typer.Option(help="folder for gpu-report.json and gpu-report.md")] = Path(),
     preset: Annotated[Literal["mini", "7b"], typer.Option(help="mini rehearses everything on a CPU")] = "7b",
     device: Annotated[str, _DEVICE] = "auto",
@@ -207,7 +210,7 @@ def report(
         typer.Option("--into", help="documents with the markers; default: README.md and babydoctor/bench/README.md"),
     ] = None,
 ) -> None:
-    """Put the figures of a GPU report between the markers of README and bench guide."""
+    """Write the figures of a GPU report between the markers in the README and the bench guide."""
     from babydoctor.bench.gpu_report import fill_documents
 
     for document in fill_documents(file, documents or [Path("README.md"), Path("babydoctor/bench/README.md")]):
@@ -220,19 +223,20 @@ def soak(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="concurrent clients, of whom a tenth leave early")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="how long")] = 180,
+    clients: Annotated[int, typer.Option(min=1, help="concurrent clients; a tenth of them disconnect early")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="duration")] = 180,
     workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
 ) -> None:
-    """Many clients for minutes: exit 1 unless 429 is the only refusal, no place leaks and memory stays flat."""
+    """Run many clients for minutes. Exit status 1 unless 429 is the only error, no slot leaks and memory stays flat."""
     import tempfile
 
     from rich.console import Console
 
     from babydoctor.bench.soak import run_soak
-    from babydoctor.runtime import prepare_bench
+    from babydoctor.runtime import hide_saving_progress, prepare_bench
 
     prepare_bench()
+    hide_saving_progress()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
         report = run_soak(
@@ -251,24 +255,24 @@ def soak(
         console.print(f"fault: {fault}", style="red", soft_wrap=True, markup=False)
     if faults:
         raise typer.Exit(1)
-    console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
+    console.print("no fault: 429 was the only error, every request slot is free again, memory stayed flat")
 
 
 def rehearse(
     size: Annotated[
-        Literal["golden", "wide", "7b"], typer.Option(help="tiny, full widths with two layers, or 7B")
+        Literal["golden", "wide", "7b"], typer.Option(help="tiny, full hidden sizes with two layers, or 7B")
     ] = "golden",
     only: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="STEP,...", help="repeat these steps in the folder of --keep"),
+        typer.Option(metavar="STEP,...", help="run only these steps again, in the folder of --keep"),
     ] = None,
     keep: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="write everything to this folder and leave it there; default: a temporary folder"),
+        typer.Option(help="folder for all files, which are kept; default: a temporary folder"),
     ] = None,
     guide: Annotated[bool, typer.Option("--guide", help="write the table into babydoctor/bench/README.md")] = False,
 ) -> None:
-    """Run the shipped stages and every other command on random weights in the published layouts; exit 1 on a fault."""
+    """Run the shipped stages and all other commands on random weights in the published layouts; exit 1 on a fault."""
     from rich.console import Console
 
     from babydoctor.bench.rehearse.program import rehearse as run_rehearsal

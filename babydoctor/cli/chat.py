@@ -1,4 +1,4 @@
-"""``babydoctor chat``: one question about an image, or a conversation, on the terminal."""
+"""``babydoctor chat``: ask one question about an image, or hold a conversation, on the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def chat(
     run: Annotated[Path, typer.Argument(help="run directory")],
-    question: Annotated[Optional[str], typer.Argument(help="left out: a conversation")] = None,  # noqa: UP045
+    question: Annotated[Optional[str], typer.Argument(help="default: a conversation")] = None,  # noqa: UP045
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.max_context=1024"),
@@ -62,7 +62,7 @@ def open_image(path: Path, frame: int = 0, preset: str | None = None) -> Image.I
     """Read an image file, or one frame of a DICOM file under a window preset, as RGB.
 
     Raises:
-        UserError: the file cannot be read, or a frame or preset is given and it is not a DICOM file.
+        UserError: the file cannot be read, or a frame or preset is given for a file that is not DICOM.
     """
     from babydoctor.imaging.dicom import is_dicom, read_dicom
     from babydoctor.imaging.isolation import load_image, render

@@ -1,4 +1,4 @@
-"""``babydoctor config``: every setting with its default, type and meaning, as YAML that can be saved and edited."""
+"""``babydoctor config``: list every setting with default, type and meaning, as YAML that can be saved and edited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from babydoctor.config_file import iterate_keys
 from babydoctor.schema import UserError
 
 COMMENT_COLUMN = 44
-"""Where comments begin, unless a value is longer."""
+"""Column at which comments begin, unless the value is longer."""
 
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null", Any: "anything"}
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -33,17 +33,17 @@ def register(app: typer.Typer) -> None:
 def config(
     config: Annotated[
         Optional[Path],  # noqa: UP045  (typer evaluates this on Python 3.10)
-        typer.Argument(help="YAML file, for example configs/align.yaml; without it, the defaults are listed"),
+        typer.Argument(help="YAML file, for example configs/align.yaml; default: list the defaults"),
     ] = None,
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE]...", help="settings that replace the file's"),
     ] = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="the settings of `babydoctor serve` instead of a stage's")
+        bool, typer.Option("--serve", help="list the settings of `babydoctor serve` instead of a stage's")
     ] = False,
 ) -> None:
-    """List every setting with its default, type and meaning, and its value where a CONFIG is given."""
+    """List every setting with its default, type and meaning, and its value if a CONFIG is given."""
     from babydoctor.config import RunConfig
     from babydoctor.config_file import load
 
@@ -59,7 +59,7 @@ def config(
         schema, engine = ServeSettings, EngineSettings
     if settings and config is None and not serve:
         raise UserError(
-            f"{settings[0]!r} changes a configuration, and none is given; "
+            f"{settings[0]!r} changes a configuration, but none is given; "
             f"write `babydoctor config configs/align.yaml {settings[0]}`"
         )
     loaded = load(schema, config, settings) if config is not None or settings else None
@@ -69,15 +69,15 @@ def config(
 def format_keys(
     schema: type[BaseModel], loaded: BaseModel | None, free_form: dict[str, type[Any]] | None = None
 ) -> Iterator[str]:
-    """One YAML line per key of the schema, its type, default and meaning as a comment.
+    """One YAML line per key of the schema, with its type, default and meaning as a comment.
 
     Args:
         loaded: the configuration whose values are shown; None: the defaults.
-        free_form: dataclasses that describe mappings which the schema itself leaves open, by key.
+        free_form: dataclasses that describe the free-form mappings of the schema, by key.
     """
     yield f"# {_first_paragraph(schema)}"
     values = loaded.model_dump(mode="json") if loaded is not None else None
-    off: set[str] = set()  # optional sections that are left out: their keys are comments
+    off: set[str] = set()  # optional sections that are not set; their keys are written as comments
     for key in iterate_keys(schema):
         depth = key.name.count(".")
         *parents, last = key.name.split(".")
@@ -107,7 +107,7 @@ def format_keys(
 
 
 def _format_dataclass(kind: type[Any], indent: str, given: dict[str, Any]) -> Iterator[str]:
-    """Keys of a dataclass, whose meanings stand in the ``Attributes`` of its docstring."""
+    """Lines for the keys of a dataclass. Their meanings are in the ``Attributes`` of its docstring."""
     text = re.sub(r"\s*\n {12,}", " ", kind.__doc__ or "")
     meanings = dict(re.findall(r"^ +(\w+): (.+)$", text, flags=re.MULTILINE))
     for field in dataclasses.fields(kind):
@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 def _scalar(value: Any) -> str:
-    """A value as it is written in YAML on one line."""
+    """A value in YAML on one line."""
     if value is PydanticUndefined:
         return ""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip().removesuffix("\n...")

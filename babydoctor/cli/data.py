@@ -1,4 +1,4 @@
-"""``babydoctor data``: make data sets, check them, look at them."""
+"""``babydoctor data``: create, check and preview data sets."""
 
 from __future__ import annotations
 
@@ -8,151 +8,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from babydoctor.cli import data_sets
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from babydoctor.conversation import Template
     from babydoctor.data.problems import Problem
     from babydoctor.data.rows import ImageFolder
-    from babydoctor.data.sets.files import PreparedSplit
     from babydoctor.schema import Example, Sample
 
-Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
-Source = Annotated[Path | None, typer.Option("--source", help="Folder with the set's original files.")]
-Download = Annotated[
-    bool, typer.Option("--download", help="Fetch the original files first, into --source or OUT/download.")
-]
-Copy = Annotated[bool, typer.Option("--copy/--link", help="Copy the images into OUT/images, or link them.")]
 Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
-NumPatches = Annotated[int, typer.Option("--num-patches", help="Positions that an image takes.")]
+NumPatches = Annotated[int, typer.Option("--num-patches", help="Tokens that an image takes.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group ``data``."""
-    data = typer.Typer(help="Make data sets, check them, look at them.", no_args_is_help=True)
-    data.command("phantom")(make_phantoms)
-    data.command("lcs")(make_lcs)
-    data.command("instruct")(make_instruct)
-    data.command("roco")(make_roco)
-    data.command("vqa-rad")(make_vqa_rad)
+    data = typer.Typer(help="Create, check and preview data sets.", no_args_is_help=True)
+    data_sets.register(data)
     data.command("check")(check)
     data.command("preview")(preview)
     app.add_typer(data, name="data")
 
 
-def make_phantoms(
-    out: Out,
-    num_train: Annotated[int, typer.Option(help="Cases to train on.")] = 2400,
-    num_held_out: Annotated[int, typer.Option(help="Cases to score on.")] = 480,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    size: Annotated[int, typer.Option(help="Edge of the images in pixels.")] = 84,
-) -> None:
-    """Generate radiology phantoms: an alignment, an instruction and a radiology set, train and held-out."""
-    from babydoctor.phantom.write import write_phantoms
-
-    write_phantoms(out, num_train=num_train, num_held_out=num_held_out, seed=seed, size=size)
-    typer.echo(f"{num_train:,} training and {num_held_out:,} held-out cases in {out}")
-
-
-def make_lcs(out: Out, source: Source = None, download: Download = False, copy: Copy = False) -> None:
-    """LCS-558K for the alignment stage: 558,128 captions, 27 GB of images."""
-    from babydoctor.data.sets.lcs import download_lcs, prepare_lcs
-
-    folder = _original_files(source, out, download)
-    _report([prepare_lcs(download_lcs(folder) if download else folder, out, copy=copy)], download=download)
-
-
-def make_instruct(out: Out, source: Source = None, download: Download = False, copy: Copy = False) -> None:
-    """LLaVA-Instruct-80K for the instruction stage: 80,000 conversations, 19 GB of COCO images."""
-    from babydoctor.data.sets.instruct import download_instruct, prepare_instruct
-
-    folder = _original_files(source, out, download)
-    _report([prepare_instruct(download_instruct(folder) if download else folder, out, copy=copy)], download=download)
-
-
-def make_roco(
-    out: Out,
-    split: Annotated[str, typer.Option(help="train, validation or test.")],
-    source: Source = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Read the rows of photonmz/roco-instruct-65k; images from --source.")
-    ] = False,
-    disjoint_from: Annotated[
-        list[Path] | None, typer.Option(help="Another split's folder: leave out rows of its articles. Repeatable.")
-    ] = None,
-    copy: Copy = False,
-) -> None:
-    """roco-instruct for the radiology stage, from ROCO's captions.txt: a row for each caption whose JPEG is there."""
-    from babydoctor.data.sets.roco import prepare_roco, prepare_roco_from_hub
-    from babydoctor.schema import UserError
-
-    if download:
-        if disjoint_from:
-            raise UserError("--disjoint-from needs ROCO's licences.txt; make the rows from --source, not --download")
-        prepared = prepare_roco_from_hub(source, split, out, copy=copy)
-    else:
-        folder = _original_files(source, out, download)
-        prepared = prepare_roco(folder, split, out, disjoint_from=disjoint_from or (), copy=copy)
-    _report([prepared], download=download)
-
-
-def make_vqa_rad(
-    out: Out,
-    source: Source = None,
-    download: Download = False,
-    hold_out_images: Annotated[float, typer.Option(help="Share of training images to hold out, 0 to 1.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Decides which images are held out.")] = 0,
-    copy: Copy = False,
-) -> None:
-    """VQA-RAD: clinicians' questions about 314 images (CC0); the official split, or held out by image."""
-    from babydoctor.data.sets.vqa_rad import download_vqa_rad, prepare_vqa_rad
-
-    folder = _original_files(source, out, download)
-    folder = download_vqa_rad(folder) if download else folder
-    _report(prepare_vqa_rad(folder, out, hold_out_images=hold_out_images, seed=seed, copy=copy), download=download)
-
-
-def _original_files(source: Path | None, out: Path, download: bool) -> Path:
-    from babydoctor.schema import UserError
-
-    if source is None:
-        if not download:
-            raise UserError("give --source DIR with the set's original files, or --download to fetch them")
-        return out / "download"
-    if not download and not source.is_dir():
-        raise UserError(f"--source {source}: no such directory")
-    return source
-
-
-def _report(prepared: Sequence[PreparedSplit], *, download: bool) -> None:
-    """Say what was written and what was left out. A download of another size than published is an error."""
-    from babydoctor.schema import UserError
-
-    for split in prepared:
-        typer.echo(f"{split.rows}: {split.num_rows:,} rows, {split.num_images:,} images in {split.images}")
-        for note in split.notes:
-            typer.echo(f"  note: {note}")
-        if split.left_out:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in split.left_out.most_common())
-            typer.echo(f"  left out: {reasons}; listed in {split.left_out_list}")
-        if split.num_expected is not None and split.num_expected != split.num_read:
-            text = f"{split.num_read:,} rows were in the source where {split.num_expected:,} are published"
-            if download:
-                raise UserError(f"{text}; remove the download and fetch it again")
-            typer.echo(f"  note: {text}: this is not the full set")
-    typer.echo("Check with: babydoctor data check " + f"{prepared[0].rows} --images {prepared[0].images}")
-
-
 def check(
-    rows: Annotated[list[str], typer.Argument(help="LLaVA JSON, JSONL, a datasets directory or hub id; several.")],
+    rows: Annotated[
+        list[str], typer.Argument(help="LLaVA JSON, JSONL, a datasets directory or hub id; may be repeated.")
+    ],
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
-    bad: Annotated[Path, typer.Option(help="Where bad rows are listed, with the reason.")] = Path("bad.jsonl"),
-    tokenizer: Annotated[str | None, typer.Option(help="Also look for over-long rows with this tokenizer.")] = None,
+    bad: Annotated[Path, typer.Option(help="File to list bad rows in, with the reasons.")] = Path("bad.jsonl"),
+    tokenizer: Annotated[str | None, typer.Option(help="Also find rows that are too long with this tokenizer.")] = None,
     template: Template_ = "llava_llama_2",
-    max_length: Annotated[int, typer.Option(help="Longest row in positions, image included.")] = 2048,
+    max_length: Annotated[int, typer.Option(help="Longest row in tokens, including the image.")] = 2048,
     num_patches: NumPatches = 256,
 ) -> None:
-    """Read every row and decode every image. Lists what is bad; exit status 1 if anything is."""
+    """Read every row, decode every image and list what is bad. Exit status 1 if anything is bad."""
     from babydoctor.data.problems import summarize, write_problems
     from babydoctor.data.rows import ImageFolder, check_rows, load_rows
     from babydoctor.progress import show_progress
@@ -179,7 +69,7 @@ def check(
 
 
 def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
-    """Decode each image once; several threads keep the decoding processes busy."""
+    """Decode each image once. Several threads keep the decoding processes busy."""
     from concurrent.futures import ThreadPoolExecutor
 
     from babydoctor.data.problems import Problem
@@ -197,7 +87,7 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
         return bad
 
     references = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
-    # In groups: half a million tasks of one image each would take more memory than the rows.
+    # In groups, because a task for each of half a million images would take more memory than the rows.
     groups = [references[start : start + 32] for start in range(0, len(references), 32)]
     bad: dict[str | bytes, str] = {}
     with ThreadPoolExecutor() as pool:
@@ -247,12 +137,14 @@ def preview(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the tokenizer.")],
     template: Template_ = "llava_llama_2",
     as_json: Annotated[
-        bool, typer.Option("--json", help="One object a row: prompt, input_ids (image: one -200), labels.")
+        bool, typer.Option("--json", help="One JSON object per row: prompt, input_ids (-200 for the image), labels.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Show so many rows; default 5, with --json all.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of rows to show; default: 5, or all with --json.", min=1)
+    ] = None,
     num_patches: NumPatches = 256,
 ) -> None:
-    """Show prompts as the model gets them, with the supervised tokens coloured. Exit status 1 if a row is bad."""
+    """Show prompts as the model sees them, with the supervised tokens colored. Exit status 1 if a row is bad."""
     import itertools
 
     from babydoctor.conversation import get_template
@@ -269,7 +161,7 @@ def preview(
             if as_json:
                 typer.echo(_as_json(sample, chosen, loaded))
             else:
-                _print_coloured(sample, chosen, loaded, num_patches)
+                _print_colored(sample, chosen, loaded, num_patches)
         except UserError as error:
             typer.echo(f"bad row: {error}", err=True)
             any_bad = True
@@ -278,7 +170,7 @@ def preview(
 
 
 def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
-    """The machine form of the original LLaVA code: an image is one id, -200, and is not supervised."""
+    """The JSON form of a row as in the original LLaVA code: an image is one id, -200, and is not supervised."""
     import json
 
     from babydoctor.conversation import prompt_text, render
@@ -292,8 +184,8 @@ def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> None:
-    """Print what the ids decode to, not the text they came from: that is what the model sees."""
+def _print_colored(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> None:
+    """Print the decoded ids rather than the original text, because that is what the model sees."""
     import itertools
 
     from rich.console import Console
@@ -315,7 +207,7 @@ def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patc
             text.append(f"{IMAGE_TOKEN}*{length}", style="magenta")
             shown, so_far = [], ""
         else:
-            # Decoded together with what stands before it: alone, SentencePiece drops the leading space.
+            # Decoded together with the tokens before, because SentencePiece drops a leading space.
             shown += example.input_ids[position : position + length].tolist()
             decoded = tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             text.append(decoded[len(so_far) :], style="bold green" if kind else "")
@@ -323,7 +215,7 @@ def _print_coloured(sample: Sample, template: Template, tokenizer: Any, num_patc
         position += length
     console = Console(file=sys.stdout, highlight=False)
     numbers = (
-        f"{len(example)} positions, {int(example.image_mask.sum())} of the image, {example.num_supervised} supervised"
+        f"{len(example)} tokens, {int(example.image_mask.sum())} of the image, {example.num_supervised} supervised"
     )
     console.print(f"{sample.source}  id {sample.id}  {numbers}", style="dim", soft_wrap=True, markup=False)
     console.print(text, end="\n\n", soft_wrap=True)

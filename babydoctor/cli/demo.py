@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from babydoctor.runtime import prepare_training
+from babydoctor.runtime import hide_saving_progress, prepare_training
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +30,7 @@ def demo(
     from babydoctor.demo.demo import run_demo
 
     prepare_training()
+    hide_saving_progress()
     status = run_demo(dir, check=check, update=update)
     if not check:
         from babydoctor.cli.serve import serve
@@ -47,5 +48,6 @@ def tiny_base(
     from babydoctor.demo.tiny_language import TinySettings, make_tiny_base
 
     prepare_training()
+    hide_saving_progress()
     make_tiny_base(phantoms, out, TinySettings(seed=seed))
     print(f"vision tower: {out / 'clip'}  language model: {out / 'llama'}")

@@ -1,4 +1,4 @@
-"""``babydoctor doctor``: what works on this machine, and how to fix what does not."""
+"""``babydoctor doctor``: check what works on this machine, and say how to fix what does not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ REINSTALL = "remove .venv and install again with `source scripts/setup.sh train`
 
 
 def examine() -> Iterator[Finding]:
-    """Run all checks, one after the other. No check raises: an exception is a finding."""
+    """Run all checks in order. An exception in a check becomes a finding."""
     for name, check in _CHECKS:
         try:
             yield check()

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 def run(
     run_directory: Annotated[
-        Optional[Path], typer.Argument(metavar="[RUN]", help="run directory; left out with --predictions")  # noqa: UP045
+        Optional[Path], typer.Argument(metavar="[RUN]", help="run directory; omit it with --predictions")  # noqa: UP045
     ] = None,
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -75,7 +75,7 @@ def run(
     batch_size: Annotated[int, typer.Option(min=1, help="questions answered at the same time")] = 16,
     resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
     seed: Annotated[int, typer.Option(help="seed of sampling, shuffling and resampling")] = 0,
-    metric: Annotated[Optional[list[str]], typer.Option(help="further caption metrics: meteor, bertscore")] = None,  # noqa: UP045
+    metric: Annotated[Optional[list[str]], typer.Option(help="additional caption metrics: meteor, bertscore")] = None,  # noqa: UP045
     device: Annotated[Optional[str], typer.Option(help="default: cuda if available, else cpu")] = None,  # noqa: UP045
     update_model_card: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
@@ -89,7 +89,7 @@ def run(
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.endpoint import Endpoint
-    from babydoctor.eval.model_card import update_model_card as update_card
+    from babydoctor.eval.reporting.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, evaluate
     from babydoctor.progress import named_progress
 
@@ -142,7 +142,7 @@ def _print_result(result: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from babydoctor.eval.report import headline_figures
+    from babydoctor.eval.reporting.report import headline_figures
 
     shown = headline_figures(result)
     title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"
@@ -215,11 +215,11 @@ def stages(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             metavar="LABEL=DIR",
-            help="score these runs instead of training; equal labels are seeds",
+            help="score these runs instead of training; runs with the same label count as seeds",
         ),
     ] = None,
     task: Annotated[str, typer.Option(help="task that the runs are scored on")] = "phantom",
-    data: Annotated[Path, typer.Option(help="data of the task; the tiny preset also trains on them")] = Path(
+    data: Annotated[Path, typer.Option(help="data of the task; the tiny preset also trains on it")] = Path(
         ".demo/phantoms"
     ),
     base: Annotated[Path, typer.Option(help="tiny base, with llama/ and clip/")] = Path(".demo/base"),
@@ -235,7 +235,7 @@ def stages(
     ] = None,
     picture: Annotated[Optional[Path], typer.Option(help="also write the plot here")] = None,  # noqa: UP045
 ) -> None:
-    """Ablate the stages: train with all of them and with each one left out, and score the results. Can be resumed."""
+    """Ablate the stages: train with all stages and with each one left out, and score the results. Resumable."""
     from babydoctor.demo.ablation import SECTION, StagesConfig, run_stages, write_picture
     from babydoctor.markers import write_section
 

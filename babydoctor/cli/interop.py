@@ -18,18 +18,18 @@ def import_(
     source: Annotated[str, typer.Argument(help="folder or hub id of a LLaVA checkpoint, in any of its four layouts")],
     out: Annotated[Path, typer.Option(help="run directory to write; must not exist")],
     vision_tower: Annotated[
-        Optional[str], typer.Option(help="CLIP folder or hub id; default: as its config says")  # noqa: UP045
+        Optional[str], typer.Option(help="folder or hub id of the CLIP; default: from its config")  # noqa: UP045
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="LLaMA folder or hub id under a projector or LoRA; default: as its config says"),
+        typer.Option(help="folder or hub id of the LLaMA below a projector or LoRA; default: from its config"),
     ] = None,
     template: Annotated[str, typer.Option(help="conversation template it was trained with")] = "llava_llama_2",
     image_mode: Annotated[
-        Optional[str], typer.Option(help="square or pad; default: as its config says")  # noqa: UP045
+        Optional[str], typer.Option(help="square or pad; default: from its config")  # noqa: UP045
     ] = None,
 ) -> None:
-    """Make a run directory from a checkpoint of the original LLaVA code."""
+    """Create a run directory from a checkpoint of the original LLaVA code."""
     from typing import cast
 
     from babydoctor.imaging.preprocess import ImageMode
@@ -48,8 +48,8 @@ def import_(
     )
     print(
         f"{out}: {manifest.projector} projector, images {manifest.image_size} px {manifest.image_mode!r}, "
-        f"{manifest.dtype}, template {manifest.template!r}.\nThe original keeps no record of the template: "
-        "name another with --template if it was trained with one (LLaVA 1.5: v1)."
+        f"{manifest.dtype}, template {manifest.template!r}.\nLLaVA checkpoints do not record the template. "
+        "If this one was trained with another template, give it with --template (LLaVA 1.5: v1)."
     )
 
 
@@ -64,7 +64,7 @@ def export(
         typer.Option(help="float32, bfloat16 or float16, for gguf also q8_0, q5_0, q4_0 ...; default: the run's"),
     ] = None,
 ) -> None:
-    """Write a run for other software; its README says how to use it."""
+    """Export a run for other software. The README in the output says how to use it."""
     from babydoctor.interop.export import export_run
 
     for line in export_run(run, out, format=format, dtype=dtype):

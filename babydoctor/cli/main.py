@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 
 import typer
 
 from babydoctor.files import explain_unreadable
+from babydoctor.runtime import quiet_libraries
 from babydoctor.schema import UserError
 from babydoctor.train.interrupt import TrainingStopped
 
@@ -38,8 +38,7 @@ def main() -> None:
     Exit status: that of a ``UserError``, which is printed as one paragraph on stderr (2: bad input); 128 + the signal's
     number if a signal stopped training (130 SIGINT, 143 SIGTERM, 138 SIGUSR1).
     """
-    # It would advise to install a package that downloads kernels; 4-bit layers work without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         with explain_unreadable():
             build_app()()

@@ -22,7 +22,7 @@ def plan(
     utilization: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
-            "--utilization", "--mfu", min=0.01, max=1.0, help="share of the matrix peak; default: 0.5, assumed"
+            "--utilization", "--mfu", min=0.01, max=1.0, help="share of the matrix peak; default: 0.5 (assumed)"
         ),
     ] = None,
     options: Annotated[
@@ -34,7 +34,7 @@ def plan(
     ] = None,
     figure: Annotated[Optional[Path], typer.Option(help="draw the memory as a stacked bar, PNG or SVG")] = None,  # noqa: UP045
 ) -> None:
-    """Say what a stage needs before it starts: memory by part, operations, hours; exit status 2 if it cannot fit."""
+    """Estimate memory by part, operations and hours of a stage before it starts. Exit status 2 if it cannot fit."""
     from babydoctor.config import load_config
     from babydoctor.plan.hardware import ASSUMED_UTILIZATION, find_hardware
     from babydoctor.plan.lengths import find_statistics
@@ -49,7 +49,7 @@ def plan(
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
     share = utilization or ASSUMED_UTILIZATION
     model = describe_model(settings)
-    statistics = find_statistics(settings, base_models(settings)[0], model.shape.num_patches)
+    statistics = find_statistics(settings.data, base_models(settings)[0], model.shape.num_patches)
     if options:
         found = list_options(settings, hardware, statistics, share)
         table = format_options(settings.name, hardware.name, found)

@@ -32,7 +32,7 @@ def serve(
     config: Config = None,
     workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
     page: Annotated[bool, typer.Option("--page/--no-page", help="the web UI for clinicians")] = True,
-    verbose: Annotated[bool, typer.Option("--verbose", help="show the parts' logs in full")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="show the complete logs of all parts")] = False,
 ) -> None:
     """Start controller, workers and web UI; stop all of them on Ctrl-C."""
     from rich.console import Console
@@ -44,7 +44,7 @@ def serve(
 
     console = Console(highlight=False)
     name = load_settings(config, overrides or []).worker.model_name or run.resolve().name
-    if not (run / "manifest.json").is_file():  # the rest is the worker's to check; this process stays without torch
+    if not (run / "manifest.json").is_file():  # the worker checks the rest; this process does not import torch
         raise UserError(f"{run} is not a run directory: it has no manifest.json. `babydoctor train` writes one")
     level = "INFO" if verbose else "WARNING"
     with console.status("starting") as status:
@@ -92,7 +92,9 @@ def worker(
     run: Annotated[Optional[Path], typer.Argument(help="run directory; none with --engine openai")] = None,  # noqa: UP045
     overrides: Overrides = None,
     config: Config = None,
-    engine: Annotated[str, typer.Option(help="own, or openai: pass requests on to such a server")] = "own",
+    engine: Annotated[
+        str, typer.Option(help="own, or openai: forward requests to an OpenAI-compatible server")
+    ] = "own",
     url: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="with --engine openai: its address, for example http://127.0.0.1:8000"),
@@ -109,7 +111,7 @@ def worker(
     if engine not in ("own", "openai"):
         raise UserError(f"--engine {engine!r} is not own or openai")
     if engine == "openai" and run is not None:
-        overrides, run = [str(run), *(overrides or [])], None  # the first word was a setting, there being no run
+        overrides, run = [str(run), *(overrides or [])], None  # there is no run, so the first argument is a setting
     settings, secrets = _begin("worker", config, overrides)
 
     from babydoctor.runtime import prepare_engine
@@ -156,14 +158,14 @@ def web(
             own.host,
             own.port,
             api_key=secrets.api_keys[0] if secrets.api_keys else None,
-            # The web UI sends the controller's key for its users; beyond this machine they must sign in with one.
+            # The web UI sends the controller's key for its users, so users on other machines must sign in with a key.
             sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,
             feedback_file=Path(own.feedback_file) if own.feedback_file else None,
         )
 
 
 def _begin(part: str, config: Path | None, overrides: list[str] | None) -> tuple[ServeSettings, Secrets]:
-    """What all parts do first."""
+    """Prepare the process of a part: parent, logs, settings and secrets."""
     from babydoctor.runtime import die_with_parent
     from babydoctor.serve.logs import set_up_logging
     from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.config import RunConfig, TaskConfig, load_config
-from babydoctor.eval import plots
 from babydoctor.eval.ask import GenerationConfig
+from babydoctor.eval.reporting import plots
 from babydoctor.eval.run import EvalConfig, evaluate
 from babydoctor.files import write_json, write_text
 from babydoctor.markers import markdown_table

@@ -90,10 +90,6 @@ def run_demo(work: Path, *, check: bool, update: Path | None = None) -> int:
     Args:
         update: Markdown file to write the score table to, between its markers.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     for step in build_steps(work):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from babydoctor.eval.plots import new_figure
+from babydoctor.eval.reporting.plots import new_figure
 from babydoctor.imaging.isolation import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query, user_turn

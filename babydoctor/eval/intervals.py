@@ -8,7 +8,7 @@ Shapes: ``N`` questions, ``C`` clusters (images), ``R`` resamples, ``K`` columns
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -29,8 +29,7 @@ class Interval:
     num_images: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The fields, with None for NaN, because JSON has no NaN."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
+        return _without_nan(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +41,13 @@ class Difference:
     high: float
     p_value: float
 
-    def to_json(self) -> dict[str, float | None]:
-        return {key: None if value != value else value for key, value in asdict(self).items()}
+    def to_json(self) -> dict[str, float | int | None]:
+        return _without_nan(asdict(self))
+
+
+def _without_nan(values: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    """None in place of NaN, which JSON does not have."""
+    return {key: None if value != value else value for key, value in values.items()}
 
 
 def cluster_indices(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:

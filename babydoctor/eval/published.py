@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from babydoctor.eval.metrics import NO, YES, normalize
+from babydoctor.eval.metrics import NO, YES, exact_match, normalize
 
 # Snowball's English stop words from NLTK, without those with an apostrophe: punctuation is removed before comparing.
 _STOP_WORD_LIST = """
@@ -70,7 +70,7 @@ def vqa_med_accuracy(answer: str, references: Sequence[str]) -> float:
 
     Source: evaluators of abachaa/VQA-Med-2020 and VQA-Med-2021.
     """
-    return float(normalize(answer) in {normalize(reference) for reference in references})
+    return exact_match(answer, references)
 
 
 def vqa_med_bleu(answer: str, references: Sequence[str]) -> float:

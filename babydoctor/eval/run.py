@@ -112,7 +112,7 @@ def evaluate(
         UserError: not exactly one of ``run``, ``predictions`` and ``endpoint`` is given, data are missing, or ``out``
             holds another evaluation.
     """
-    from babydoctor.eval.report import write_report
+    from babydoctor.eval.reporting.report import write_report
 
     if sum(source is not None for source in (run, predictions, endpoint)) != 1:
         raise UserError("give one of a run directory, --predictions FILE and --endpoint URL")

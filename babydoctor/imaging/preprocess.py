@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from babydoctor.hub import model_directory
 from babydoctor.schema import UserError
 
 ImageMode = Literal["square", "pad"]
@@ -53,6 +54,9 @@ class ImageSettings:
 
         ``path`` is a model folder or a hub id. Reads ``preprocessor_config.json``, or transformers' newer
         ``processor_config.json`` that holds the same under ``image_processor``.
+
+        Raises:
+            UserError: the settings are not there or are not those of a CLIP image processor.
         """
         file, config = _read_processor_config(path)
         size, crop = _edge(config.get("size")), _edge(config.get("crop_size"))
@@ -76,9 +80,7 @@ def _edge(value: Any) -> int | None:
 
 def _read_processor_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     names = ("preprocessor_config.json", "processor_config.json")
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = _download_processor_config(str(path), names)
+    folder = model_directory(path, weights=False)
     for name in names:
         if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -86,20 +88,6 @@ def _read_processor_config(path: str | Path) -> tuple[str, dict[str, Any]]:
             if "image_mean" in nested:
                 return str(folder / name), cast("dict[str, Any]", nested)
     raise UserError(f"{folder}: holds neither {names[0]} nor {names[1]} with image_mean; copy it from the tower")
-
-
-def _download_processor_config(hub_id: str, names: tuple[str, ...]) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    for name in names:
-        try:
-            return Path(hf_hub_download(hub_id, name)).parent
-        except Exception as error:  # not found, offline, no such repository: all mean "not here"
-            last = error
-    raise UserError(
-        f"{hub_id}: neither a folder nor a model on the hub that can be reached ({type(last).__name__}); "
-        "give the folder of the vision tower"
-    )
 
 
 def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:

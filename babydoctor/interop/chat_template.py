@@ -1,6 +1,6 @@
-"""Our conversation templates as Jinja chat templates, for software that renders prompts itself.
+"""BabyDoctor's conversation templates as Jinja chat templates, for software that renders prompts itself.
 
-Content is a string or a list of parts. Images come first, each on a line of its own, as in training; then the text.
+Content is a string or a list of parts. Images come first, each on its own line as in training, followed by the text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LLAMA_CPP_MARKER = "<__media__>"
-"""llama.cpp replaces an image with this before it renders the template."""
+"""llama.cpp replaces images with this text before it renders the template."""
 
 # macro words(content): the text parts. macro images(content): one image token and a newline each.
 _MACROS = """\
@@ -51,12 +51,12 @@ def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = F
     """The Jinja text of a conversation template.
 
     Args:
-        spaces: write out the space that SentencePiece puts before text at its beginning and after an image. Needed
-            where the tokenizer adds it only at the very beginning (``adds_prefix_everywhere`` is false).
-        llama_cpp: images arrive as text parts that hold its marker, not as parts of type image.
+        spaces: write the spaces that SentencePiece adds at the beginning of text and after an image. Needed if the
+            tokenizer adds one only at the very beginning (``adds_prefix_everywhere`` is false).
+        llama_cpp: images are text parts that hold llama.cpp's marker, not parts of type image.
     """
     space = " " if spaces and template.keeps_user_text else ""
-    line = "\n" if template.keeps_user_text else ""  # plain is the image and nothing else
+    line = "\n" if template.keeps_user_text else ""  # plain holds only the image
     before_system, _, after_system = template.opening.partition("{system}")
     before_answer, _, after_answer = template.reply.partition("{answer}")
     texts = {

@@ -45,13 +45,13 @@ def export_run(path: Path, out: Path, *, format: str, dtype: str | None = None) 
 
     Args:
         format: one of ``FORMATS``.
-        dtype: of the weights; None: the run's. ``gguf`` also takes llama.cpp's block formats.
+        dtype: type of the weights; None: the run's. ``gguf`` also takes llama.cpp's block formats.
 
     Returns:
-        What to tell the user; it stands in the README too.
+        Lines for the user, which are also in the README.
 
     Raises:
-        UserError: unknown format or dtype, or the run cannot be said in that format. ``out`` is left as it was.
+        UserError: the format or dtype is unknown, or cannot represent this run. ``out`` is left as it was.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}")

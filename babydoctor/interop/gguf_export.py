@@ -1,8 +1,8 @@
 """``babydoctor export --format gguf``: ``model.gguf`` and ``mmproj.gguf`` for llama.cpp.
 
 Source: llama.cpp, ``convert_hf_to_gguf.py`` (names, order of rotary weights) and ``tools/mtmd/clip.cpp`` and
-``models/llava.cpp`` (what it does with a projector of type ``mlp``), as vendored in llama-cpp-python 0.3.36, and
-``examples/llava/clip.cpp`` in 0.3.8 (keys and names that it wants besides).
+``models/llava.cpp`` (how it computes a projector of type ``mlp``), as vendored in llama-cpp-python 0.3.36, and
+``examples/llava/clip.cpp`` in 0.3.8 (additional keys and names).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _BLOCK_PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.fc1": "ffn_down",  # names of llama.cpp's first LLaVA files; it still decides by the shapes
+    "mlp.fc1": "ffn_down",  # names in llama.cpp's first LLaVA files; it still decides by the shapes
     "mlp.fc2": "ffn_up",
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
@@ -72,7 +72,7 @@ def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
     """Write both files with one weight in memory at a time.
 
     Returns:
-        Lines that tell the user where llama.cpp does otherwise.
+        Lines for the user about differences in llama.cpp.
 
     Raises:
         UserError: this run has no exact counterpart in llama.cpp.
@@ -89,25 +89,25 @@ def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
 
 def _notes(run: PlainRun) -> Iterator[str]:
     yield (
-        "Which mmproj: llama.cpp puts the tower's class token behind the patches and then drops the first patch "
+        "Which mmproj: llama.cpp puts the tower's class token after the patches and then drops the first patch "
         "instead of the class token (issue 25814, open pull request 25844; so does llama-cpp-python from 0.3.9 to "
-        "0.3.36). Take mmproj-cls-last.gguf there: its position embeddings are moved along, so that every patch but "
-        "the first is computed as in training. Take mmproj.gguf with llama-cpp-python 0.3.8, the last before that, or "
-        "with a llama.cpp in which it is mended: the answers are this run's."
+        "0.3.36). Use mmproj-cls-last.gguf there: its position embeddings are shifted, so that every patch but the "
+        "first is computed as in training. Use mmproj.gguf with llama-cpp-python 0.3.8, the last release before that, "
+        "or with a llama.cpp in which it is fixed: the answers are those of this run."
     )
-    yield "A second question of a conversation begins with a space token there that training did not see."
+    yield "In llama.cpp the second question of a conversation begins with a space token that training did not have."
     size = run.manifest.image_size
     yield (
-        "It resizes a picture before it letterboxes it, this run the other way round: margins and pixels differ a "
-        f"little, except for square pictures of {size} x {size}, which pass through unchanged."
+        "llama.cpp resizes an image before it letterboxes it; this run letterboxes first. Margins and pixels differ "
+        f"slightly, except for square images of {size} x {size}, which are not changed."
     )
     if run.manifest.image_mode == "square":
-        yield "llama.cpp letterboxes, this run crops to a square: crop images yourself to get the same picture."
+        yield "llama.cpp letterboxes; this run crops to a square. Crop images yourself to get the same pixels."
     yield "llama.cpp rounds GELU to 16 bits, so f32 files differ from this run by about 0.1% of a feature."
 
 
 def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
-    """``model.gguf``: LLaMA, tokenizer and chat template."""
+    """Write ``model.gguf``: LLaMA, tokenizer and chat template."""
     gguf = import_gguf()
     config: Any = run.language_config
     writer = gguf.GGUFWriter(path, "llama")
@@ -149,10 +149,10 @@ def write_mmproj(
     *,
     class_token_last: bool = False,
 ) -> None:
-    """The tower and the projector.
+    """Write the tower and the projector.
 
     Args:
-        class_token_last: for a llama.cpp that has the class token behind the patches, see ``_notes``.
+        class_token_last: for a llama.cpp that puts the class token after the patches, see ``_notes``.
     """
     gguf = import_gguf()
     vision: Any = run.vision_config
@@ -163,7 +163,7 @@ def write_mmproj(
     writer.add_name(run.manifest.name)
     writer.add_description("CLIP tower and projector of a LLaVA")
     writer.add_clip_has_vision_encoder(True)
-    # Read by llama.cpp of March 2025 and before (llama-cpp-python 0.3.8), which had the class token in its place.
+    # Read by llama.cpp until March 2025 (llama-cpp-python 0.3.8), which has the class token in the right place.
     writer.add_bool("clip.has_text_encoder", False)
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_clip_projector_type("mlp")
@@ -172,8 +172,8 @@ def write_mmproj(
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
     writer.add_vision_feed_forward_length(vision.intermediate_size)
-    # Without feature_layer it computes one layer less than there are, and there has been a discussion of changing that
-    # (llama.cpp issue 25817). Layers above the one that is read are not written at all.
+    # Without feature_layer it computes all layers but the last, and changing that has been discussed
+    # (llama.cpp issue 25817). Layers above the one that is used are not written.
     num_layers = vision.num_hidden_layers + 1 + run.manifest.vision_layer
     writer.add_vision_block_count(num_layers)
     writer.add_array("clip.vision.feature_layer", [num_layers])
@@ -226,7 +226,7 @@ def tower_name(name: str) -> str:
 
 
 def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuantizationType:
-    """Storage type of one weight: norms in F32; embeddings and head in 8 bits at least; F16 where blocks do not fit."""
+    """Storage type of a weight: norms in F32; embeddings and head in 8 bits or more; F16 if blocks do not fit."""
     gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -238,7 +238,7 @@ def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuan
 
 
 def interleave_rotary(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """transformers rotates a head's halves, llama.cpp adjacent pairs: reorder the rows ``[heads * dim, in]``."""
+    """Reorder rows ``[heads * dim, in]``: transformers rotates a head's halves, llama.cpp adjacent pairs."""
     return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -284,7 +284,7 @@ def _write(
 
 
 def import_gguf() -> Any:
-    """The gguf package, or an error that says how to get it."""
+    """Import the gguf package, or raise an error that says how to install it."""
     try:
         import gguf
     except ImportError as error:

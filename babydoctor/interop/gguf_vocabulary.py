@@ -1,7 +1,7 @@
-"""The tokenizer as llama.cpp's GGUF keys.
+"""The tokenizer as GGUF keys for llama.cpp.
 
-Two kinds: SentencePiece BPE (``tokenizer.model``, or a ``tokenizer.json`` that does the same) is llama.cpp's
-``llama``; byte-level BPE is its ``gpt2``.
+SentencePiece BPE (``tokenizer.model``, or an equivalent ``tokenizer.json``) is llama.cpp's ``llama`` tokenizer.
+Byte-level BPE is its ``gpt2`` tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: int) -> Vocabulary:
-    """Read the vocabulary of ``size`` ids; ids without a token become unused tokens.
+    """Read the vocabulary of ``size`` ids. Ids without a token become unused tokens.
 
     Raises:
         UserError: llama.cpp has no tokenizer of this kind.
@@ -42,7 +42,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: i
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add the vocabulary and the special ids."""
+    """Write the vocabulary and the special ids."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre("gpt-2" if vocabulary.model == "gpt2" else "default")
     writer.add_token_list(vocabulary.tokens)
@@ -91,7 +91,7 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
     text = json.dumps(parts, ensure_ascii=False)
     if model["type"] != "BPE":
         raise UserError(
-            f"{directory}: llama.cpp has no counterpart to this {model['type']!r} tokenizer; it takes SentencePiece "
+            f"{directory}: llama.cpp does not support this {model['type']!r} tokenizer; it supports SentencePiece "
             "BPE (tokenizer.model) and byte-level BPE"
         )
     ids = model["vocab"]
@@ -102,7 +102,7 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
         return Vocabulary("gpt2", tokens, [0.0] * len(tokens), [TokenType.NORMAL] * len(tokens), merges)
     if "▁" not in text:
         raise UserError(
-            f"{directory}: this BPE tokenizer is neither SentencePiece's nor byte-level; llama.cpp has none"
+            f"{directory}: this BPE tokenizer is neither SentencePiece's nor byte-level; llama.cpp supports no others"
         )
     # llama.cpp merges the pair whose result has the best score; its score is minus the rank of its first merge.
     ranks: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """``babydoctor export --format hf``: a directory for transformers' ``LlavaForConditionalGeneration``.
 
-Weights are named as in llava-hf/llava-1.5-7b-hf, the names that transformers 4 and 5, vLLM and SGLang all read.
+Weights are named as in llava-hf/llava-1.5-7b-hf. transformers 4 and 5, vLLM and SGLang all read these names.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     """Write the directory with one weight in memory at a time.
 
     Returns:
-        Lines that tell the user what the other software will do differently, if anything.
+        Lines for the user about differences in the other software, if there are any.
 
     Raises:
-        UserError: this run has no exact counterpart there.
+        UserError: the format cannot represent this run exactly.
     """
     if run.manifest.image_size != run.vision_config.image_size:
         raise UserError(
-            f"{run.path}: images are {run.manifest.image_size} px but the tower takes {run.vision_config.image_size}"
+            f"{run.path}: images have {run.manifest.image_size} px, the tower takes {run.vision_config.image_size} px"
         )
     projector = run.mlp_projector()
     image_token_id, vocab_size = write_tokenizer(run, out)
@@ -52,26 +52,26 @@ def export_hf(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
 
 def _notes(run: PlainRun) -> Iterator[str]:
     kind = "LlavaImageProcessor (do_pad)" if run.manifest.image_mode == "pad" else "CLIPImageProcessor"
-    yield f"Images go through {kind}. With Pillow its pixels equal this run's; torchvision, where installed, may round."
+    yield f"Images go through {kind}. With Pillow pixels equal this run's; torchvision may round differently."
     if run.manifest.template == "plain":
-        yield "The template 'plain' writes one line: stop at a newline."
+        yield "The template 'plain' writes a single line: stop at a newline."
 
 
 def add_rows(weight: torch.Tensor, num_rows: int, like: int) -> torch.Tensor:
-    """Rows for new ids, equal to row ``like`` (the unknown token's).
+    """Rows for new ids, copied from row ``like`` (the unknown token).
 
-    A zero row would give its id the logit 0, which may be the largest. An equal row gives an equal logit, and the
-    lower id wins; no trained model ever writes the unknown token.
+    A zero row would give its id the logit 0, which may be the largest. A copied row gives the same logit as the unknown
+    token, which no trained model writes.
     """
     missing = num_rows - len(weight)
     return torch.cat([weight, weight[like : like + 1].expand(missing, -1)]) if missing > 0 else weight
 
 
 def write_tokenizer(run: PlainRun, out: Path) -> tuple[int, int]:
-    """The tokenizer with ``<image>`` as a token of its own.
+    """Write the tokenizer with ``<image>`` as an additional token.
 
     Returns:
-        The id of ``<image>`` and the size of the vocabulary that has it.
+        The id of ``<image>`` and the new size of the vocabulary.
     """
     tokenizer = run.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -103,7 +103,7 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
         "vision_feature_layer": run.manifest.vision_layer,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
-        # SGLang reads these two keys and cuts images into tiles without them.
+        # SGLang reads these two keys. Without them it splits images into tiles.
         "image_aspect_ratio": run.manifest.image_mode,
         "mm_patch_merge_type": "flat",
         "torch_dtype": name,

@@ -1,7 +1,8 @@
-"""``babydoctor export --format llava``: a merged directory that the original LLaVA code loads.
+"""``babydoctor export --format llava``: write a merged directory that the original LLaVA code loads.
 
-Source: LLaVA release 1.2, ``llava/model/builder.py``. The original takes the conversation template from the
-directory's name, see ``suggested_name``.
+The original code chooses the conversation template by the name of the directory.
+
+Source: LLaVA release 1.2, ``llava/model/builder.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     """Write the directory with the tower inside and one weight in memory at a time.
 
     Returns:
-        Lines that tell the user what to mind.
+        Lines for the user about how to use it.
     """
     shards = ShardWriter(out)
     for name, weight in run.language_weights("Writing the language model"):
@@ -38,10 +39,10 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     _write_config(run, out, dtype)
     _write_tokenizer(run, out)
     return [
-        "config.json names the tower as ./vision_tower: start the original code in this directory, or put "
-        "openai/clip-vit-large-patch14 (or where the tower is) into mm_vision_tower.",
-        f"The original chooses the template by the directory's name: let it contain "
-        f"{_NAME_HINTS[run.manifest.template]!r}, and no 'lora'.",
+        "config.json names the tower as ./vision_tower: run the original code in this directory, or set "
+        "mm_vision_tower to openai/clip-vit-large-patch14 or to the path of the tower.",
+        f"The original code chooses the template by the directory's name: the name must contain "
+        f"{_NAME_HINTS[run.manifest.template]!r}, and not 'lora'.",
     ]
 
 
@@ -83,7 +84,7 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    # transformers 4.37 knows rotary embeddings by these two keys, transformers 5 by one.
+    # transformers 4.37 describes rotary embeddings by these two keys, transformers 5 by one.
     rope = config.pop("rope_parameters", None)
     if isinstance(rope, dict):
         config["rope_theta"] = rope.get("rope_theta", 10000.0)

@@ -1,4 +1,4 @@
-"""``babydoctor import``: a checkpoint of the original LLaVA code becomes a run directory.
+"""``babydoctor import``: create a run directory from a checkpoint of the original LLaVA code.
 
 Such checkpoints are published in four layouts:
 
@@ -57,14 +57,14 @@ def import_llava(
 
     Args:
         source: a directory or hub id.
-        base: the language model of a projector or LoRA; None: what its configuration names.
-        vision_tower: None: what the configuration names.
+        base: the language model below a projector or LoRA; None: the one that its configuration names.
+        vision_tower: the CLIP tower; None: the one that the configuration names.
         template: the conversation template that it was trained with; LLaVA checkpoints do not record it.
         image_mode: None: ``image_aspect_ratio`` of the configuration.
 
     Raises:
-        UserError: something is missing, of another architecture, or has no place in our model. ``out`` is then
-            not created.
+        UserError: something is missing, has another architecture, or does not fit BabyDoctor. ``out`` is then not
+            created.
     """
     get_template(template)
     if out.exists():
@@ -103,13 +103,15 @@ def import_llava(
 def _tower_width(directory: Path) -> int:
     config = json.loads((directory / "config.json").read_text())
     if config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise UserError(f"{directory}: model_type={config.get('model_type')!r} is no CLIP tower; see --vision-tower")
+        raise UserError(
+            f"{directory}: model_type={config.get('model_type')!r} is not a CLIP tower; give one with --vision-tower"
+        )
     return int(config.get("vision_config", config)["hidden_size"])
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parts that are not written to files yet: references for the manifest, and the projector's weights."""
+    """Parts that are not written yet: references for the manifest, and the weights of the projector."""
 
     projector: dict[str, torch.Tensor]
     text_width: int
@@ -122,13 +124,15 @@ def _import_trained_part(checkpoint: Source, out: Path) -> _Parts:
     is_lora = checkpoint.layout == "lora"
     path = checkpoint.directory / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
     if not path.is_file():
-        raise UserError(f"{path} is missing; a LLaVA LoRA has its projector there. Copy it beside adapter_config.json")
+        raise UserError(
+            f"{path} is missing; a LLaVA LoRA stores its projector there. Copy it next to adapter_config.json"
+        )
     projector = {}
     for name, weight in load_pickle(path).items():
-        # Saved from a peft model the names begin with base_model.model.
+        # Names begin with base_model.model. if a peft model was saved.
         plain = name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
         if not plain.startswith(PROJECTOR_PREFIX):
-            raise UserError(f"{path}: {name!r} is not a weight of the projector, and there is no other place for it")
+            raise UserError(f"{path}: {name!r} is not a weight of the projector; BabyDoctor has no such weight")
         projector[plain.removeprefix(PROJECTOR_PREFIX)] = weight
     config = load_language_config(checkpoint.language_model)
     if is_lora:
@@ -159,7 +163,7 @@ def _copy_adapter(checkpoint: Source, out: Path) -> None:
 
 
 def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Parts:
-    """Copy a whole model in one folder: language model, projector and, if present, the tower."""
+    """Copy a complete model from one folder: language model, projector and, if present, the tower."""
     source = checkpoint.directory
     language_directory = out / "language_model"
     language_directory.mkdir()
@@ -188,13 +192,13 @@ def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Par
         elif name in missing:
             if weight.shape != missing[name]:
                 raise UserError(
-                    f"{source}: {name!r} has the shape {tuple(weight.shape)}, config.json asks for "
+                    f"{source}: {name!r} has the shape {tuple(weight.shape)}, but config.json requires "
                     f"{tuple(missing[name])}"
                 )
             language.write(name, weight)
             del missing[name]
         elif not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{source} holds a weight {name!r} that has no place in a LLaVA on LLaMA")
+            raise UserError(f"{source} holds a weight {name!r} that does not belong to a LLaVA on LLaMA")
     if missing:
         raise UserError(f"{source} lacks {len(missing)} weights, the first is {next(iter(missing))!r}")
     language.close()

@@ -1,4 +1,4 @@
-"""Recognize a checkpoint of the original LLaVA code: its layout, and the models that it builds on."""
+"""Recognize a checkpoint of the original LLaVA code: its layout, and the models that it is based on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layout = Literal["projector", "lora", "merged"]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of the original code: its directory, layout and configuration, and the models it builds on."""
+    """A checkpoint of the original code: directory, layout, configuration, and the models that it is based on."""
 
     directory: Path
     layout: Layout
@@ -42,7 +42,7 @@ def open_source(source: str | Path, base: str | None, vision_tower: str | None) 
     """Recognize the layout of a checkpoint and find its language model and vision tower.
 
     Raises:
-        UserError: it is no LLaVA checkpoint, or of an architecture that is not supported.
+        UserError: it is not a LLaVA checkpoint, or its architecture is not supported.
     """
     directory = local_directory(source)
     path = directory / "config.json"
@@ -89,7 +89,7 @@ def _check_architecture(config: dict[str, Any], path: Path) -> None:
     if kind not in ("llava_llama", "llava") or "mm_vision_tower" not in config:
         raise UserError(
             f"{path}: model_type={kind!r} cannot be read; import takes LLaVA on LLaMA (model_type llava_llama). "
-            "MPT, Mistral and Qwen language models are other architectures."
+            "MPT, Mistral and Qwen language models are not supported."
         )
     for key, allowed in (
         ("mm_projector_type", PROJECTOR_KINDS),
@@ -115,5 +115,5 @@ def _locate(named: str, relative_to: Path | None, option: str) -> str:
         if path.is_dir():
             return str(path.resolve())
     if named.startswith((".", "/", "~")) or named.count("/") > 1:
-        raise UserError(f"the directory {named!r} is not there; give where it is with {option}")
+        raise UserError(f"the directory {named!r} does not exist; give its path with {option}")
     return named

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run directory whose weights are read one by one."""
+    """A run directory whose weights are read one at a time."""
 
     path: Path
     manifest: Manifest
@@ -68,7 +68,7 @@ class PlainRun:
         Float32 where a LoRA was added, else in the run's precision.
 
         Args:
-            description: what the progress display calls it.
+            description: label of the progress display.
 
         Raises:
             UserError: the base is incomplete or an adapter does not fit it.
@@ -92,7 +92,7 @@ class PlainRun:
         return RunWeights(self.path, self.manifest)
 
     def tower_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight of the tower by its name below ``vision_model.``, as transformers has always written it."""
+        """Yield each weight of the tower by its name below ``vision_model.``, as in files of transformers."""
         for name, weight in WeightReader(self.tower_directory):
             plain = name.removeprefix("vision_model.")
             known = plain.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
@@ -100,20 +100,20 @@ class PlainRun:
                 yield plain, weight
 
     def projector_weights(self) -> dict[str, torch.Tensor]:
-        """As in ``projector.safetensors``: ``weight`` and ``bias``, or ``0.*`` and ``2.*`` of an MLP."""
+        """The tensors of ``projector.safetensors``: ``weight`` and ``bias``, or ``0.*`` and ``2.*`` of an MLP."""
         path = self.path / "projector.safetensors"
         if not path.is_file():
-            raise UserError(f"{path} is missing; the run was not finished or not copied whole")
+            raise UserError(f"{path} is missing; the run was not finished or not copied completely")
         return load_tensors(path)
 
     def mlp_projector(self) -> dict[str, torch.Tensor]:
         """The projector as LLaVA-1.5's two layers, ``0.weight 0.bias 2.weight 2.bias``, float32.
 
-        A linear one is written as the exact pair of the identity gelu(x) - gelu(-x) = x: the first layer is
-        [I; -I; 0], the second [W, -W, 0] with W's bias.
+        A linear projector is written exactly, by the identity gelu(x) - gelu(-x) = x: the first layer is [I; -I; 0],
+        the second [W, -W, 0] with the bias of W.
 
         Raises:
-            UserError: the text width is below twice the vision width, so that x and -x do not fit.
+            UserError: the hidden size of the language model is below twice that of the tower, so x and -x do not fit.
         """
         weights = {name: weight.float() for name, weight in self.projector_weights().items()}
         if self.manifest.projector != "linear":
@@ -131,7 +131,7 @@ class PlainRun:
         return {"0.weight": first, "0.bias": torch.zeros(text), "2.weight": second, "2.bias": weights["bias"]}
 
     def language_config_values(self) -> dict[str, Any]:
-        """``config.json`` of the language model as stored."""
+        """``config.json`` of the language model, as stored."""
         values = json.loads((self.language_directory / "config.json").read_text(encoding="utf-8"))
         for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
             values.pop(key, None)
@@ -142,7 +142,7 @@ def open_plain(path: Path) -> PlainRun:
     """Read a run's manifest and check that its parts are there.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: it is not a run directory.
     """
     run = PlainRun(path, read_manifest(path))
     _ = run.language_config, run.vision_config

@@ -1,6 +1,6 @@
-"""BabyDoctor: a CLIP tower, a projector and a LLaMA, put together by composition.
+"""The BabyDoctor model: a CLIP vision tower, a projector and a LLaMA.
 
-Shapes: ``T`` tokens, ``Q`` tokens whose result is wanted, ``M`` loss positions, ``N`` images, ``P`` patches per image,
+Shapes: ``T`` tokens, ``Q`` tokens whose output is needed, ``M`` loss positions, ``N`` images, ``P`` patches per image,
 ``D`` hidden size of the language model.
 """
 
@@ -24,17 +24,17 @@ from babydoctor.model.vision import num_patches, patch_features
 
 
 class BabyDoctor(nn.Module):
-    """The composition. 4-bit and LoRA live inside ``language_model`` and reach nothing else.
+    """Vision tower, projector and language model. Only ``language_model`` may hold 4-bit or LoRA layers.
 
     Attributes:
         vision: frozen CLIP tower.
-        projector: vision width -> text width.
-        language_model: LLaMA; its linear layers may be bitsandbytes 4-bit and may carry peft LoRA layers,
-            injected in place (the class stays ``LlamaForCausalLM``).
-        vision_layer: the tower's hidden layer that is projected (-2 in LLaVA).
-        recompute_every: 0 keeps all activations; ``k`` recomputes one decoder layer in ``k`` in the backward
-            pass (1: all of them).
-        ops: the elementwise operations that training runs with.
+        projector: hidden size of the tower -> hidden size of the language model.
+        language_model: LLaMA. Its linear layers may be bitsandbytes 4-bit layers and may have peft LoRA layers injected
+            in place; the class stays ``LlamaForCausalLM``.
+        vision_layer: the hidden layer of the tower whose features are projected (-2 in LLaVA).
+        recompute_every: gradient checkpointing. 0 keeps all activations; ``k`` recomputes every ``k``-th decoder layer
+            in the backward pass (1: all layers).
+        ops: the elementwise operations used in training.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class BabyDoctor(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Positions that one image takes."""
+        """Tokens that one image takes."""
         return num_patches(self.vision.config)
 
     @property
@@ -65,7 +65,7 @@ class BabyDoctor(nn.Module):
         return self.language_model.device
 
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[N, 3, S, S]`` normalised pixels -> ``[N, P, D]`` in the language model's width."""
+        """``[N, 3, S, S]`` normalized pixels -> ``[N, P, D]`` features with the hidden size of the language model."""
         features = patch_features(self.vision, pixel_values, self.vision_layer)
         weight = next(self.projector.parameters())
         if not torch.is_autocast_enabled(features.device.type):
@@ -75,13 +75,15 @@ class BabyDoctor(nn.Module):
     def embed(
         self, input_ids: torch.Tensor, image_mask: torch.Tensor, image_features: torch.Tensor | None
     ) -> torch.Tensor:
-        """Token embeddings with the image features put into their slots. Reads the mask's values, so it waits for a
-        GPU; training knows the slots' index beforehand.
+        """Token embeddings, with image features in the image slots.
+
+        This reads the values of the mask and therefore waits for the GPU. Training uses ``embed_packed``, for which the
+        loader prepares the slots' indices.
 
         Args:
             input_ids: ``[B, T]``; image slots hold any valid id.
-            image_mask: ``[B, T]`` bool, true in ``N * P`` places.
-            image_features: ``[N, P, D]`` in the order of the slots, or None without images.
+            image_mask: ``[B, T]`` bool, true at the ``N * P`` image slots.
+            image_features: ``[N, P, D]`` in the order of the slots, or None if there are no images.
 
         Returns:
             ``[B, T, D]``.
@@ -112,7 +114,7 @@ class BabyDoctor(nn.Module):
         """
         features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
         embeds = self.embed_packed(batch.input_ids, batch.image_index, features)
-        # Before a document's first target, the last layer's keys and values are all that matters.
+        # Of the tokens before a document's first target, only the last layer's keys and values are needed.
         hidden = self.decode(embeds[None], batch.position_ids[None], batch.every, (batch.tail_index, batch.tail))[0]
         hidden = hidden.index_select(0, batch.loss_index)  # [M, D]
         return summed_cross_entropy(hidden, self.language_model.lm_head.weight, batch.loss_targets)
@@ -124,13 +126,13 @@ class BabyDoctor(nn.Module):
         layout: AttentionLayout | Sequence[int],
         tail: tuple[torch.Tensor, AttentionLayout] | None = None,
     ) -> torch.Tensor:
-        """Run LLaMA's layers over packed documents, the final norm included.
+        """Run LLaMA's layers and the final norm over packed documents.
 
         Args:
             embeds: ``[1, T, D]``.
             position_ids: ``[1, T]``.
-            layout: the documents' attention layout, or just their lengths.
-            tail: the ``Q`` tokens whose result is wanted, int64 ``[Q]``, and their attention layout. None: all.
+            layout: the attention layout of the documents, or only their lengths.
+            tail: int64 ``[Q]``, the tokens whose output is needed, and their attention layout. None: all tokens.
 
         Returns:
             ``[1, Q, D]``.
@@ -139,7 +141,7 @@ class BabyDoctor(nn.Module):
             layout = build_attention_layout(layout, device=embeds.device)
         body: Any = self.language_model.model
         hidden = embeds[0].to(self.language_model.dtype)
-        # Every operation states its own precision; autocast would only search for casts to make.
+        # Every operation sets its precision itself, so autocast would only cost time.
         with torch.autocast(embeds.device.type, enabled=False):
             cos, sin = (x[0] for x in body.rotary_emb(hidden[None], position_ids))
             for index, layer in enumerate(body.layers):

@@ -1,10 +1,9 @@
-"""Where the model looked: attention from each word of an answer to the patches of the image.
+"""Attention from each token of an answer to the patches of the image ("Where it looked" in the web UI).
 
-Shapes: ``T`` positions of prompt and answer, ``A`` answer tokens, ``H`` query heads, ``K`` key/value heads, ``W`` head
-width, ``D`` model width, ``P`` image positions.
+Shapes: ``T`` tokens of prompt and answer, ``A`` answer tokens, ``H`` query heads, ``D`` hidden size, ``P`` image slots.
 
-Attention weights say which positions were mixed into a token's state, averaged here over heads and layers. They are not
-a proof of what the answer rests on (Jain and Wallace 2019, "Attention is not Explanation").
+The weights are averaged over heads and layers. They show which positions contributed to a token's hidden state, but do
+not prove what the answer is based on (Jain and Wallace 2019, "Attention is not Explanation").
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 def image_attention(
     language_model: LlamaForCausalLM, embeds: torch.Tensor, image_mask: torch.Tensor, num_answer: int
 ) -> torch.Tensor:
-    """Run prompt and answer once and collect attention to the image.
+    """Run prompt and answer through the model once and collect the attention to the image.
 
     Args:
-        embeds: ``[T, D]`` input embeddings; the last ``num_answer`` rows are the answer's tokens.
-        image_mask: ``[T]`` bool, true at the ``P`` image positions.
+        embeds: ``[T, D]`` input embeddings. The last ``num_answer`` rows are the tokens of the answer.
+        image_mask: ``[T]`` bool, true at the ``P`` image slots.
 
     Returns:
-        ``[A, P]`` float32 on the CPU. Row ``a`` belongs to the position that chose answer token ``a``, which is the one
-        before it. Rows sum to the share of attention that went to the image.
+        ``[A, P]`` float32 on the CPU. Row ``a`` is the attention of the position that predicted answer token ``a``,
+        which is the position before it. Each row sums to the share of attention that the image received.
     """
     length = len(embeds)
     assert 0 < num_answer < length and image_mask.shape == (length,), (num_answer, length, image_mask.shape)
@@ -50,7 +49,7 @@ def image_attention(
 def _attend(
     attention: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention of one layer that keeps its weights: ``[H, T, T]`` float32 and the output ``[T, D]``."""
+    """Attention of one layer. Returns the weights ``[H, T, T]`` in float32 and the output ``[T, D]``."""
     length = len(hidden)
     query, key, value = (
         project(hidden).view(1, length, -1, attention.head_dim).transpose(1, 2)

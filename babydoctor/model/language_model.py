@@ -1,6 +1,6 @@
-"""The language model: LLaMA's weights read one at a time, with LoRAs of earlier stages added and 4-bit quantization.
+"""Load a LLaMA weight by weight, merge the LoRAs of earlier stages, and quantize to 4 bits.
 
-4-bit and LoRA only ever reach the decoder's linear layers: never ``lm_head``, embeddings, norms, projector or tower.
+Only the linear layers of the decoder are quantized or get a LoRA, never ``lm_head``, embeddings or norms.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from babydoctor.model.lora import LoraUpdate
 from babydoctor.model.nf4 import Quantization, quantize_linear
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, local_directory, read_model_config
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
@@ -23,12 +23,9 @@ def load_language_config(path: str | Path) -> LlamaConfig:
     """Read the configuration of a LLaMA.
 
     Raises:
-        UserError: it is not there, or of another architecture.
+        UserError: it does not exist, or has another architecture.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no language model could be read from {str(path)!r}: {error}") from error
+    config = read_model_config(path, "language model")
     if not isinstance(config, LlamaConfig):
         raise UserError(
             f"the language model {str(path)!r} is a {config.model_type!r}; BabyDoctor takes LLaMA models, "
@@ -45,14 +42,14 @@ def build_language_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCau
 
 
 class LanguageWeights:
-    """The weights of a LLaMA on disk, read one at a time, with the LoRAs of earlier stages added.
+    """Reads the weights of a LLaMA on disk one at a time and merges the LoRAs of earlier stages.
 
     Attributes:
-        shapes: the shape of each weight by its name in transformers' LLaMA, in the order in which files hold them. A
-            tied ``lm_head`` is not listed.
+        shapes: the shape of each weight by its name in transformers' LLaMA, in file order. A tied
+            ``lm_head`` is not listed.
 
     Raises:
-        UserError: weights are missing, unknown or of the wrong shape, or an adapter does not fit. All of this is
+        UserError: weights are missing, unknown or of the wrong shape, or an adapter does not fit. This is
             checked before the first weight is read.
     """
 
@@ -109,7 +106,7 @@ class LanguageWeights:
             shapes[name] = self.reader.shape(name)
             if shapes[name] != expected[name]:
                 raise UserError(
-                    f"{self.directory}: weight {name!r} has the shape {shapes[name]}, config.json asks for "
+                    f"{self.directory}: weight {name!r} has the shape {shapes[name]}, but config.json requires "
                     f"{expected[name]}"
                 )
         if missing := [name for name in expected if name not in shapes]:
@@ -126,13 +123,13 @@ def load_language_model(
     quantization: Quantization | None = None,
     merge_adapters: Sequence[Path] = (),
 ) -> LlamaForCausalLM:
-    """Load a LLaMA weight by weight: read, add the merged adapters' update, cast, quantize, next.
+    """Load a LLaMA. Each weight is read, merged with the adapters, cast and quantized before the next one is read.
 
-    At most one float weight exists beside the finished model, so a 7B model in NF4 needs its 4-bit size and one matrix.
+    At most one float weight exists besides the model, so a 7B model in NF4 needs its 4-bit size and one matrix.
 
     Args:
-        dtype: the precision that weights are rounded to (and quantized from).
-        compute_dtype: the precision they are then held in; None: ``dtype``.
+        dtype: the precision that weights are rounded to, and quantized from.
+        compute_dtype: the precision that they are stored in after that; None: ``dtype``.
         merge_adapters: peft LoRA directories, merged in this order in float32 before the cast to ``dtype``.
 
     Raises:
@@ -151,7 +148,7 @@ def load_language_model(
 
 
 def finish_language_model(model: LlamaForCausalLM, device: str | torch.device) -> LlamaForCausalLM:
-    """Compute the rotary embedding's values, which files do not hold, and switch to evaluation."""
+    """Compute the rotary embedding, which checkpoints do not store, and switch to evaluation mode."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     return model.eval().requires_grad_(False)
 
@@ -159,7 +156,7 @@ def finish_language_model(model: LlamaForCausalLM, device: str | torch.device) -
 def place_weight(
     model: LlamaForCausalLM, name: str, weight: torch.Tensor, quantization: Quantization | None = None
 ) -> None:
-    """Put one weight, on its device, into a model that was built on the meta device. It takes the model's dtype."""
+    """Set one weight of a model that was built on the meta device. It keeps its device and gets the model's dtype."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     weight = weight.to(model.dtype)
@@ -170,5 +167,5 @@ def place_weight(
 
 
 def is_decoder_linear(name: str, module: nn.Module) -> bool:
-    """Whether 4-bit and LoRA may reach this module of the language model."""
+    """True if this module of the language model may be quantized or get a LoRA."""
     return isinstance(module, nn.Linear) and module.bias is None and name.startswith("model.layers.")

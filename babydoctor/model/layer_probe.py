@@ -1,4 +1,4 @@
-"""Runs a fixed prompt through a LLaMA layer by layer, to compare models that do not fit into memory."""
+"""Run a fixed prompt through a LLaMA layer by layer, to compare models that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_TOKENS = 48
 
 
 def group_by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Weights in the order in which the model uses them: embeddings, each decoder layer, final norm and head."""
+    """Group weights in the order in which the model uses them: embeddings, each decoder layer, final norm and head."""
     groups: dict[int, list[str]] = {}
     for name in names:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -31,11 +31,11 @@ def group_by_layer(names: Iterable[str]) -> list[list[str]]:
 
 
 class LayerProbe:
-    """A pseudo-random prompt on its way through the model, in float32.
+    """The state of a pseudo-random prompt between two layers, in float32.
 
     Attributes:
-        hidden: ``[1, T, D]`` after the last decoder layer that was passed; None before the embeddings.
-        logits: ``[T, V]`` at the end.
+        hidden: ``[1, T, D]`` after the last decoder layer so far; None before the embeddings.
+        logits: ``[T, V]``; None until the end.
     """
 
     def __init__(self, config: LlamaConfig, device: str | torch.device = "cpu") -> None:
@@ -54,11 +54,12 @@ class LayerProbe:
 
     @torch.no_grad()
     def advance(self, weights: Mapping[str, torch.Tensor], update: LoraUpdate | None = None) -> None:
-        """Pass one group of ``group_by_layer``.
+        """Run one group of ``group_by_layer``.
 
         Args:
-            weights: the group's weights by name; with tied embeddings the last group needs ``lm_head.weight`` too.
-            update: a LoRA that is computed beside the weights and not added to them.
+            weights: the weights of the group by name. With tied embeddings the last group also needs
+                ``lm_head.weight``.
+            update: a LoRA that is applied without merging it into the weights.
         """
         if "model.embed_tokens.weight" in weights:
             self.hidden = weights["model.embed_tokens.weight"][self._input_ids].float()

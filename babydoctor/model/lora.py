@@ -1,6 +1,6 @@
-"""LoRA: reading saved adapters, adding their update to weights, and injecting layers that train or infer.
+"""LoRA: read saved adapters, merge them into weights, and inject LoRA layers for training or inference.
 
-LoRA only ever reaches the language model's decoder linears, never ``lm_head``, embeddings, norms, projector or tower.
+Only the linear layers of the language model's decoder get a LoRA.
 
 Source: LoRA (Hu et al. 2021). Adapters are read and written in peft's format.
 """
@@ -24,11 +24,11 @@ from babydoctor.model.weights import load_pickle
 from babydoctor.schema import UserError
 
 PEFT_PREFIX = "base_model.model."
-"""What peft writes before a module's name in an adapter file."""
+"""The prefix that peft adds to module names in an adapter file."""
 
 
 class LoraUpdate:
-    """What a saved LoRA adds to the weights: ``scale * B @ A`` for each of its modules.
+    """The update of a saved LoRA: ``scale * B @ A`` for each of its modules.
 
     Raises:
         UserError: the directory is not a plain LoRA (DoRA, biases and extra trained modules cannot be merged).
@@ -45,10 +45,10 @@ class LoraUpdate:
             self.weights.setdefault(match[1], {})[match[2]] = value
 
     def check_fits(self, shapes: Mapping[str, Collection[int]]) -> None:
-        """Check the adapter against the base before anything is computed.
+        """Check that the adapter fits the base, before anything is computed.
 
         Args:
-            shapes: shape ``(out, in)`` of each weight of the base by its name, ``.weight`` included.
+            shapes: the shape ``(out, in)`` of each weight of the base by its full name, which ends in ``.weight``.
 
         Raises:
             UserError: a module is not in the base, lacks A or B, or has another shape.
@@ -59,19 +59,19 @@ class LoraUpdate:
                 raise UserError(f"{self.directory}: the base has no module {module!r} to merge into")
             if missing := {"A", "B"} - set(sides):
                 raise UserError(
-                    f"{self.directory}: {module!r} has no lora_{min(missing)} weight; copy the adapter whole"
+                    f"{self.directory}: {module!r} has no lora_{min(missing)} weight; copy the complete adapter"
                 )
             low, high = sides["A"], sides["B"]
             if (len(high), low.shape[1]) != tuple(shape) or high.shape[1] != len(low):
                 raise UserError(f"{self.directory}: the update of {module!r} does not fit {tuple(shape)}")
 
     def apply(self, module_name: str, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` plus the update in float32, or ``weight`` itself where the adapter has none for it."""
+        """``weight`` plus the update in float32, or ``weight`` itself if the adapter has no update for it."""
         factors = self.factors(module_name, weight.device)
         return weight if factors is None else torch.addmm(weight.float(), factors[1], factors[0])
 
     def factors(self, module_name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Float32 ``A`` ``[r, in]`` and scaled ``B`` ``[out, r]`` of a module; None where the adapter has none."""
+        """``A`` ``[r, in]`` and scaled ``B`` ``[out, r]`` of a module in float32; None if there is no update for it."""
         pair = self.weights.get(module_name)
         if pair is None:
             return None
@@ -91,7 +91,7 @@ def read_adapter_config(directory: Path) -> dict:
     """Read peft's ``adapter_config.json``.
 
     Raises:
-        UserError: it is missing or damaged, or describes something else than a plain LoRA.
+        UserError: it is missing or damaged, or does not describe a plain LoRA.
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
@@ -135,7 +135,7 @@ def add_lora(model: LlamaForCausalLM, lora: LoraConfig) -> None:
 
 
 def load_lora(model: LlamaForCausalLM, directory: Path, *, trainable: bool = False) -> None:
-    """Inject the LoRA layers of a peft adapter with its weights.
+    """Inject LoRA layers and load their weights from a peft adapter.
 
     Raises:
         UserError: its modules or shapes do not fit the model.
@@ -181,7 +181,7 @@ def save_lora(model: LlamaForCausalLM, directory: Path, base: str) -> None:
 
 
 def has_lora(model: LlamaForCausalLM) -> bool:
-    """Whether ``add_lora`` or ``load_lora`` injected LoRA layers."""
+    """True if ``add_lora`` or ``load_lora`` has injected LoRA layers."""
     return bool(getattr(model, "peft_config", None))
 
 
@@ -204,7 +204,7 @@ def _inject(model: LlamaForCausalLM, config: Any) -> None:
             parameter.data = parameter.data.float()
     for name, module in lora_layers(model):
         assert name.startswith("model.layers."), f"LoRA reached {name}"
-        # Training computes in the base's dtype and casts the float32 LoRA weights down. peft would cast the input up.
+        # Training casts the float32 LoRA weights down to the base's dtype. peft would cast the input up instead.
         module.cast_input_dtype_enabled = False
 
 

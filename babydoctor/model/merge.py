@@ -1,10 +1,10 @@
-"""``babydoctor merge``: a run's LoRA folded into plain weights, one decoder layer in memory at a time.
+"""``babydoctor merge``: merge a run's LoRA into plain weights, with one decoder layer in memory at a time.
 
-A LoRA that was trained on a 4-bit base is folded into the dequantized base, the weights it was trained on, and not
-into the float base that was quantized.
+A LoRA that was trained on a 4-bit base is merged into the dequantized base, because those are the weights it was
+trained on. The float base before quantization differs.
 
-The merged run is written to ``OUT.partial``, which becomes ``OUT`` when it is complete and has passed the check. After
-each finished shard ``merge.json`` records how far the merge has come, so that the same command continues there.
+The merged run is written to ``OUT.partial``, which is renamed to ``OUT`` once it is complete and has passed the check.
+After each shard ``merge.json`` records the progress, so the same command continues an interrupted merge.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STATE = "merge.json"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The comparison of the merged model with the run: largest difference of logits, and largest logit."""
+    """How the merged model compares with the run: largest difference of logits, and largest logit."""
 
     difference: float
     scale: float
@@ -48,11 +48,11 @@ def merge_run(
 ) -> MergeReport:
     """Write a run directory with plain weights that needs no base, no adapter and no bitsandbytes.
 
-    Memory: one decoder layer in float32 and the embeddings. Afterwards a prompt is passed layer by layer through the
-    run, with its LoRA beside the weights, and through the weights that were written; their logits must agree.
+    This needs memory for one decoder layer in float32 and the embeddings. At the end a prompt is run layer by layer
+    through the run, with its LoRA not merged, and through the written weights. Their logits must agree.
 
     Args:
-        dtype: of the written weights; None: the run's.
+        dtype: the dtype of the written weights; None: the run's.
         shard_bytes: a shard is closed after the decoder layer that reaches this size.
 
     Raises:
@@ -79,7 +79,7 @@ def merge_run(
 
 
 class _Merge:
-    """One merge, perhaps continued from an interrupted one."""
+    """One merge, which may continue an interrupted one."""
 
     def __init__(
         self, path: Path, manifest: Manifest, out: Path, dtype: torch.dtype, device: str, shard_bytes: int
@@ -96,7 +96,7 @@ class _Merge:
         self.num_done = 0
 
     def write_language_model(self) -> torch.Tensor:
-        """Write all shards that are not there yet.
+        """Write all shards that do not exist yet.
 
         Returns:
             The run's logits ``[T, V]`` for the probe's prompt.
@@ -143,10 +143,10 @@ class _Merge:
         write_manifest(self.partial, self.manifest.model_copy(update=changes))
 
     def compare(self, before: torch.Tensor) -> MergeReport:
-        """Read back what was written, and compare its logits with the run's.
+        """Read the written weights back and compare their logits with the run's.
 
         Raises:
-            UserError: they differ by more than rounding. The written weights are deleted then.
+            UserError: they differ by more than rounding. The written weights are deleted in this case.
         """
         written = LanguageWeights(self.target, dtype=self.dtype, device=self.device)
         probe = LayerProbe(written.config, self.device)
@@ -162,7 +162,7 @@ class _Merge:
         if not report.difference <= TOLERANCE[self.dtype] * report.scale:
             shutil.rmtree(self.partial)
             raise UserError(
-                f"the merged weights do not answer as {self.path} does: logits differ by {report.difference:.3g}, the "
+                f"the merged weights do not match {self.path}: logits differ by up to {report.difference:.3g}, and the "
                 f"largest logit is {report.scale:.3g}. Merge with --dtype float32, which rounds least."
             )
         return report
@@ -173,13 +173,13 @@ class _Merge:
             sync(file)
         sync(self.partial)
         self.partial.rename(self.out)
-        # Only now: without its state an unfinished merge could not be continued.
+        # Deleted last, because an interrupted merge needs them to continue.
         for name in (_STATE, self._probe_file(self.num_done).name):
             (self.out / name).unlink()
         sync(self.out.parent)
 
     def _open(self, probe: LayerProbe) -> ShardWriter:
-        """Begin, or continue where an earlier merge of the same run with the same settings stopped."""
+        """Start a merge, or continue an interrupted one of the same run with the same settings."""
         key = self._key()
         state_file = self.partial / _STATE
         if not any(file.name != LOCK_FILE for file in self.partial.iterdir()):
@@ -193,11 +193,11 @@ class _Merge:
                 f"{self.partial} holds an unfinished merge of another run, or with other settings; delete it or choose "
                 "another --out"
             )
-        # The writer closes shards at its own size; here they end with a decoder layer, where the merge can continue.
+        # The writer must not close shards by size. They end with a decoder layer, so that the merge can continue there.
         writer = ShardWriter(self.target, shard_bytes=2**62)
         self.num_done = state["num_done"]
         if self.num_done:
-            text = f"continuing in {self.partial}: {self.num_done} of {len(self.groups)} parts are there"
+            text = f"continuing in {self.partial}: {self.num_done} of {len(self.groups)} parts are done"
             print(text, file=sys.stderr)
             writer.reuse(state["shards"])
             saved = load_tensors(self._probe_file(self.num_done))
@@ -217,7 +217,7 @@ class _Merge:
         self.num_done = num_done
 
     def _probe_file(self, num_done: int) -> Path:
-        """Where the probe's state after ``num_done`` groups is kept: the hidden states, at the end the logits."""
+        """The file with the probe's state after ``num_done`` groups: hidden states, and the logits at the end."""
         return self.partial / f"merge-{num_done}.safetensors"
 
     def _advance(self, probe: LayerProbe, base: dict[str, torch.Tensor], index: int) -> None:
@@ -238,7 +238,7 @@ class _Merge:
             )
 
     def _key(self) -> dict[str, Any]:
-        """What the result depends on: the run, its sources by size and time, and the settings."""
+        """Everything the result depends on: the run, size and time of its source files, and the settings."""
         sources = [*weight_files(self.base)]
         adapters = [self.path / "adapter", *(Path(resolve(self.path, name)) for name in self.manifest.base_adapters)]
         for adapter in adapters:

@@ -1,6 +1,6 @@
 """4-bit weights: bitsandbytes' NF4 layers, and a faster way to quantize a weight on the CPU.
 
-Only the language model's decoder linears are ever quantized; see ``language_model.is_decoder_linear``.
+Only the linear layers of the language model's decoder are quantized; see ``language_model.is_decoder_linear``.
 
 Source: QLoRA with NF4 and double quantization (Dettmers et al. 2023).
 """
@@ -18,15 +18,15 @@ from torch import nn
 from babydoctor.schema import UserError
 
 BLOCK_SIZE = 64
-"""Weights that share one scale."""
+"""Number of weights that share one scale."""
 
 _CHUNK = 2**17
-"""Weights one thread quantizes at a time: small enough that its buffers stay in the L2 cache."""
+"""Number of weights that a thread quantizes at a time. Its buffers must fit in the L2 cache."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How decoder linears are stored: NF4 blocks of 64. ``double`` also quantizes the blocks' scales."""
+    """NF4 in blocks of 64 for the linear layers of the decoder. ``double`` also quantizes the scales of the blocks."""
 
     double: bool = True
 
@@ -56,13 +56,13 @@ def quantize_linear(weight: torch.Tensor, quantization: Quantization) -> nn.Modu
     )
     layer.quant_state = state
     # On CPUs with AVX512-BF16, bitsandbytes would repack the weights in place at the first inference call, for a
-    # kernel that rounds to bfloat16 and only takes widths divisible by 32. Training could not continue after that.
+    # kernel that rounds to bfloat16 and requires sizes divisible by 32. Training could not continue after that.
     layer.support_avx512bf16_for_cpu = False
     return layer
 
 
 def quantize_nf4(weight: torch.Tensor, *, double: bool) -> tuple[torch.Tensor, Any]:
-    """Quantize ``weight`` to NF4, with the result of ``bitsandbytes.functional.quantize_4bit``, bit for bit.
+    """Quantize ``weight`` to NF4. The result is bit-equal to that of ``bitsandbytes.functional.quantize_4bit``.
 
     bitsandbytes' own CPU code takes 18 s for one layer of a 7B model on two cores, mostly in ``torch.bucketize``. This
     does the same arithmetic in cache-sized chunks on several threads; see ``_quantize_blocks``.
@@ -93,8 +93,8 @@ def _quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] 
     comparisons count them several times faster than a binary search per value.
 
     Returns:
-        Packed codes ``[N / 2, 1]`` uint8 and scales ``[N / 64]`` float32; None where a weight is not finite, which is
-        left to bitsandbytes.
+        Packed codes ``[N / 2, 1]`` uint8 and scales ``[N / 64]`` float32. None if a weight is not finite; the caller
+        leaves such weights to bitsandbytes.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -133,7 +133,7 @@ def import_bitsandbytes() -> Any:
     """Import bitsandbytes.
 
     Raises:
-        UserError: it is not installed; the message says how to get it.
+        UserError: it is not installed; the message says how to install it.
     """
     try:
         import bitsandbytes

@@ -1,17 +1,18 @@
-"""Our run directory: what a stage writes and what the next stage, evaluation and serving read.
+"""The run directory: a stage writes it; the next stage, evaluation and serving read it.
 
 ::
 
     run/
-      manifest.json            what the model is made of, where it comes from, how it was trained
+      manifest.json            parts of the model, where they come from, how it was trained
       config.yaml              the resolved configuration of the stage
       projector.safetensors
-      adapter/                 the stage's LoRA in peft's format (absent where it trained none)
+      adapter/                 the stage's LoRA in peft's format (absent if it trained none)
       base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
       language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
-Directories are written under a temporary name, flushed to disk and renamed: what has its final name is whole.
+Directories are written under a temporary name, flushed to disk and renamed, so a directory with its final name is
+complete.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Stage(BaseModel):
 
 
 class Manifest(BaseModel):
-    """``manifest.json``: everything needed to load the run, and where it comes from.
+    """``manifest.json``: everything that is needed to load the run, and its origin.
 
     Paths that begin with ``./`` are relative to the run directory.
     """
@@ -89,7 +90,7 @@ class Manifest(BaseModel):
     hub_commits: dict[str, str] = {}
     """Hub id of the language model and the vision tower -> the commit that was used."""
     data_versions: dict[str, str] = {}
-    """Published sources of the rows of all stages -> their version, a commit on the hub."""
+    """Published data set that rows of any stage come from -> the commit on the hub."""
 
     @property
     def image(self) -> ImageSettings:
@@ -115,7 +116,7 @@ def read_manifest(run: str | Path) -> Manifest:
     """Read a run directory's manifest.
 
     Raises:
-        UserError: the directory is no run, or was written by a newer format.
+        UserError: the directory is not a run, or has a newer format.
     """
     path = Path(run) / "manifest.json"
     if not path.is_file():
@@ -142,13 +143,13 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> BabyDoctor:
-    """Put the model together that a manifest describes. Nothing in it requires gradients.
+    """Build the model that a manifest describes. No parameter requires gradients.
 
     Args:
         run: the run directory that the manifest's ``./`` paths are relative to.
-        projector: safetensors file with its weights; None leaves it freshly initialised.
+        projector: safetensors file with its weights; None: it is freshly initialized.
         adapter: peft LoRA directory to attach for inference.
-        dtype: the precision to compute in; None: the manifest's. The weights are the same, rounded to the manifest's.
+        dtype: the precision to compute in; None: the manifest's. Weights are rounded to the manifest's in both cases.
     """
     dtype = dtype or manifest.torch_dtype
     language_model = load_language_model(
@@ -173,10 +174,10 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     """Load a run directory for inference.
 
     Args:
-        dtype: overrides the manifest's, for example float32 to compare logits.
+        dtype: replaces the manifest's, for example float32 to compare logits.
 
     Raises:
-        UserError: the run or something it is built on is missing or damaged.
+        UserError: the run or a model that it is based on is missing or damaged.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -194,14 +195,14 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
 
 
 def resolve(run: Path, reference: str) -> str:
-    """A base's directory or hub id; ``./x`` is relative to the run."""
+    """The directory or hub id of a base model; ``./x`` is relative to the run."""
     return str(run / reference[2:]) if reference.startswith("./") else reference
 
 
 def load_projector(projector: torch.nn.Module, path: Path) -> None:
-    """Fill a projector from a safetensors file."""
+    """Load the weights of a projector from a safetensors file."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; the run was not finished or not copied whole")
+        raise UserError(f"{path} is missing; the run was not finished or not copied completely")
     try:
         projector.load_state_dict(load_tensors(path))
     except RuntimeError as error:
@@ -209,7 +210,7 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
 
 
 def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
-    """Write what training changed: projector and, where there is one, the LoRA adapter."""
+    """Write what training changed: the projector and the LoRA adapter, if there is one."""
     state = {name: value.detach().contiguous().cpu() for name, value in model.projector.state_dict().items()}
     save_tensors(state, directory / "projector.safetensors")
     if has_lora(model.language_model):
@@ -217,10 +218,10 @@ def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
 
 
 def adopt_base(start: Path, reference: str, run: Path) -> str:
-    """Make a base that is part of the run ``start`` (``./language_model``) part of ``run`` too, by hard links.
+    """Add a base model that is part of the run ``start`` (``./language_model``) to ``run`` as well, by hard links.
 
-    They take no space, and ``run`` stays whole when ``start`` is moved or deleted. Where the file system cannot link,
-    the base stays in ``start``.
+    The links take no space, and ``run`` stays complete when ``start`` is moved or deleted. If the file system does not
+    support hard links, the base stays in ``start``.
 
     Returns:
         The full path of the base, or the reference of one that is not in ``start``.
@@ -245,8 +246,8 @@ def adopt_base(start: Path, reference: str, run: Path) -> str:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``.
 
-    Bases inside the run become relative to it, so that the run can be moved. The hub's commit is noted for each model
-    that came from there.
+    References to base models inside the run are written relative to it, so that the run can be moved. For each model
+    from the hub the commit is recorded.
     """
     bases = {name: getattr(manifest, name) for name in ("language_model", "vision_tower")}
     found = {base: model_commit(base) for base in bases.values()}

@@ -1,8 +1,8 @@
-"""The language model of a run as plain weights, read one at a time; the model is never built.
+"""The language model of a run as plain weights, read one at a time without building the model.
 
-Each weight is read from the base, the LoRAs of earlier stages are added, and it is rounded to the run's precision. In
-a 4-bit run it is also rounded to NF4 and back, because that is the weight the run's own LoRA was trained on. Then the
-run's own LoRA is added. ``merge`` and every export start from here.
+Each weight is read from the base, merged with the LoRAs of earlier stages, and rounded to the run's precision. In a
+4-bit run it is also quantized and dequantized, because the run's own LoRA was trained on the result. Then the run's own
+LoRA is merged. ``merge`` and every export read weights from here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RunWeights:
             yield name, self.merge(name, self.read_base(name))
 
     def read_base(self, name: str) -> torch.Tensor:
-        """The weight that the run computes with before its own LoRA."""
+        """The weight of the run without its own LoRA."""
         weight = self.source.read(name)
         module = name.removesuffix(".weight")
         if self._quantization and is_decoder_linear(module, self._model.get_submodule(module)):

@@ -1,4 +1,4 @@
-"""One safetensors file: open it, read it whole, write it.
+"""Open, read and write a single safetensors file.
 
 Source: the safetensors format (header length, JSON header, the tensors' bytes).
 """
@@ -58,11 +58,11 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write one safetensors file; the library's own ``save_file`` makes files that only the owner may read.
+    """Write one safetensors file. The library's ``save_file`` writes files that only their owner may read.
 
     The file is written under a temporary name and renamed: ``tensors`` may be memory-mapped from ``path`` itself.
     """
-    # Wide types first, so that each tensor lies at a multiple of its element's size.
+    # Wide types first, so that each tensor is aligned to the size of its elements.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,6 +1,6 @@
-"""The CLIP vision tower (pixels -> patch features, frozen in every stage) and the projector to text width.
+"""The CLIP vision tower (pixels -> patch features, frozen in every stage) and the projector.
 
-Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` vision width (1024 there).
+Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` hidden size of the tower (1024 for CLIP-L).
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, local_directory, read_model_config
 from babydoctor.schema import UserError
 
 PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
 
 _TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-"""The weights of a whole CLIP, such as openai/clip-vit-large-patch14, that its vision tower does not have."""
+"""Weights of a complete CLIP, such as openai/clip-vit-large-patch14, that do not belong to its vision tower."""
 
 
 def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> CLIPVisionModel:
-    """Load a CLIP tower from a directory or the hub: the tower alone, or the vision half of a whole CLIP.
+    """Load a CLIP vision tower from a directory or the hub. The checkpoint may also be a complete CLIP.
 
     Raises:
-        UserError: it is not there, not a CLIP, or weights are missing, unknown or of the wrong shape.
+        UserError: it does not exist, is not a CLIP, or has missing, unknown or wrongly shaped weights.
     """
     directory = local_directory(path)
     with torch.device("meta"):
@@ -42,7 +42,7 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
         expected = tower.get_parameter(name).shape
         if weight.shape != expected:
             raise UserError(
-                f"{directory}: weight {stored!r} has the shape {tuple(weight.shape)}, config.json asks for "
+                f"{directory}: weight {stored!r} has the shape {tuple(weight.shape)}, but config.json requires "
                 f"{tuple(expected)}"
             )
         module, _, parameter = name.rpartition(".")
@@ -59,7 +59,7 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
 
 
 def _plain_name(name: str) -> str:
-    """A tower's weight below ``vision_model.``, a level that some releases of transformers have and others do not."""
+    """The name of a weight without ``vision_model.``, which depends on the release of transformers."""
     return name.removeprefix("vision_model.")
 
 
@@ -67,14 +67,9 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
     """Read the configuration of a CLIP tower.
 
     Raises:
-        UserError: it is not there or not a CLIP.
+        UserError: it does not exist or is not a CLIP.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(local_directory(path, weights=False)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no vision tower could be read from {str(path)!r}: {error}") from error
+    config = read_model_config(path, "vision tower")
     if config.model_type not in ("clip", "clip_vision_model"):
         raise UserError(
             f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
@@ -84,7 +79,7 @@ def load_vision_config(path: str | Path) -> CLIPVisionConfig:
 
 
 def num_patches(config: object) -> int:
-    """Tokens that one image takes in the text, from the tower's configuration."""
+    """Tokens that one image takes, from the configuration of the tower."""
     return (config.image_size // config.patch_size) ** 2  # type: ignore[attr-defined]
 
 
@@ -92,15 +87,15 @@ def num_patches(config: object) -> int:
 def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: int = -2) -> torch.Tensor:
     """Features of hidden layer ``layer`` (negative, counted from the end) without the class token.
 
-    The layers above it are not computed. Equals ``hidden_states[layer][:, 1:]`` of the whole tower.
+    Later layers are not computed. Equal to ``hidden_states[layer][:, 1:]`` of the complete tower.
 
     Args:
-        pixel_values: ``[N, 3, S, S]``, normalised.
+        pixel_values: ``[N, 3, S, S]``, normalized.
 
     Returns:
         ``[N, P, D]`` in the tower's dtype.
     """
-    body = getattr(tower, "vision_model", tower)  # older transformers 5 releases nest the model once more
+    body = getattr(tower, "vision_model", tower)  # older releases of transformers 5 nest the model
     hidden = body.pre_layrnorm(body.embeddings(pixel_values.to(tower.dtype)))
     blocks = body.encoder.layers
     for block in blocks[: len(blocks) + 1 + layer]:
@@ -109,9 +104,9 @@ def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: in
     return hidden[:, 1:]
 
 
-def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Linear | nn.Sequential:
-    """Build an untrained projector ``[.., vision_width] -> [.., text_width]``: linear, or LLaVA-1.5's two-layer MLP."""
+def build_projector(kind: str, vision_size: int, text_size: int) -> nn.Linear | nn.Sequential:
+    """Build an untrained projector ``[.., vision_size] -> [.., text_size]``: linear, or LLaVA-1.5's two-layer MLP."""
     if kind == "linear":
-        return nn.Linear(vision_width, text_width)
+        return nn.Linear(vision_size, text_size)
     assert kind == "mlp2x_gelu", kind
-    return nn.Sequential(nn.Linear(vision_width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
+    return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one reader and one sharded writer, each with one weight in memory at a time.
+"""Read and write the weights of a model directory, with one weight in memory at a time.
 
 Source: the safetensors format (header length, JSON header, the tensors' bytes).
 """
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from babydoctor.hub import model_directory
+from babydoctor.hub import describe, model_directory
 from babydoctor.model.tensor_files import DTYPES, open_safetensors
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
@@ -24,6 +24,27 @@ from babydoctor.schema import UserError
 def local_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The directory itself, or the local copy of a model on the hub; see ``hub.model_directory``."""
     return model_directory(path, weights=weights)
+
+
+def read_model_config(path: str | Path, what: str) -> Any:
+    """Read the transformers configuration of a model from a directory or the hub.
+
+    Args:
+        what: the kind of model, for messages.
+
+    Raises:
+        UserError: it is not there, or its ``config.json`` cannot be read.
+    """
+    from transformers import AutoConfig
+
+    directory = local_directory(path, weights=False)
+    try:
+        return AutoConfig.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no {what} could be read from {str(path)!r} ({describe(error)}); give a directory with config.json, or "
+            "the id of a model on the hub"
+        ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -50,17 +71,18 @@ SHARD_BYTES = 2 * 2**30
 _MAPPED_BYTES = 2**29
 _HEADER_BYTES = 2**17
 _MAX_TENSORS = 512
-"""A shard is also closed after this many tensors, so that the header (about 150 bytes a tensor) always has room."""
+"""A shard is also closed after this many tensors, so that its header (about 150 bytes per tensor) fits."""
 
 
 class WeightReader:
     """Reads the weights of a checkpoint by name. One file is open at a time.
 
-    Weights are memory-mapped: those that the caller drops are unmapped when the next file is opened, and within a large
-    file after each ``_MAPPED_BYTES``. Reading a whole checkpoint therefore takes little memory, whatever its shards.
+    Weights are memory-mapped. Those that the caller no longer holds are unmapped when the next file is opened, and
+    after every ``_MAPPED_BYTES`` of a large file. So reading a whole checkpoint takes little memory, whatever its shard
+    size.
 
     Attributes:
-        files: the file of each weight by name, in the order in which files hold them.
+        files: the file of each weight by name, in file order.
 
     Raises:
         UserError: there are no weights, a file is damaged, or an index names a weight that its file lacks.
@@ -133,21 +155,21 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Read a ``.bin`` file of tensors; anything in it that is not plain data is refused.
+    """Read a ``.bin`` file of tensors. A file that holds anything but plain data is refused.
 
     Raises:
-        UserError: the pickle asks for code to be run, or does not hold tensors by name.
+        UserError: loading the pickle would run code, or it does not hold tensors by name.
     """
     import pickle
     import zipfile
 
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be memory-mapped.
+        # Files from torch versions before 1.6 are not zip archives and cannot be memory-mapped.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(
             f"{path} is refused: it is damaged or holds more than plain tensors, and opening it could run code "
-            f"({str(error).splitlines()[0]}). Convert it to safetensors where you trust it."
+            f"({str(error).splitlines()[0]}). Convert it to safetensors if you trust it."
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
@@ -155,18 +177,18 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 class ShardWriter:
-    """A checkpoint directory in the making: ``write`` each tensor, then ``close``.
+    """Writes a checkpoint directory: ``write`` each tensor, then ``close``.
 
     Files are named as transformers names them: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` with an
-    index. A safetensors header may end in spaces, so room for it is left at the start of each shard, and it is filled
-    in when the shard's last tensor has been written.
+    index. A safetensors header may end in spaces, so each shard starts with reserved space, and the header is written
+    there after the last tensor.
 
     Attributes:
-        shards: the names of the weights in each finished shard. Its file is flushed to disk.
+        shards: the names of the weights in each finished shard, whose file has been flushed to disk.
     """
 
     def __init__(self, directory: Path, *, shard_bytes: int | None = None) -> None:
-        """``shard_bytes``: size at which a shard is closed; by default ``SHARD_BYTES``."""
+        """``shard_bytes``: size at which a shard is closed; None: ``SHARD_BYTES``."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
@@ -220,7 +242,7 @@ class ShardWriter:
         self.shards.append([name for name in self._header if name != "__metadata__"])
 
     def close(self) -> None:
-        """Finish the last shard, give all shards their names, and write an index where there are several."""
+        """Finish the last shard, rename all shards, and write an index if there are several."""
         self.finish_shard()
         count = len(self.shards)
         weight_map, total = {}, 0
@@ -236,7 +258,7 @@ class ShardWriter:
             (self.directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1) + "\n")
 
     def abandon(self) -> None:
-        """Drop the open shard; finished shards stay."""
+        """Delete the open shard and keep the finished ones."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk also refuses what is still buffered
                 self._file.close()
@@ -248,9 +270,9 @@ class ShardWriter:
 
 
 def copy_model_files(source: Path, target: Path) -> None:
-    """Copy a model's weights, configuration and processor. Of weights in two formats, only those that are loaded."""
+    """Copy weights, configuration and processor of a model. Of weights in two formats, copy those that are loaded."""
     target.mkdir(parents=True, exist_ok=True)
     for file in (*weight_files(source), *source.glob("*.json")):
         if weight_files(source)[0].suffix == ".safetensors" and file.name == "pytorch_model.bin.index.json":
             continue
-        shutil.copyfile(file, target / file.name)  # the source's mode is not ours
+        shutil.copyfile(file, target / file.name)  # without the mode of the source

@@ -1,6 +1,6 @@
-"""What a micro-batch consists of, and its floating point operations. Arithmetic only.
+"""The contents of a micro-batch and its floating point operations. Arithmetic only.
 
-Bytes are counted in ``memory.py``. Symbols are explained there.
+``memory.py`` counts bytes and explains the symbols.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Architecture:
     vision_hidden_size: int
     vision_intermediate_size: int
     vision_layers: int
-    """Layers of the tower that are computed."""
+    """Number of layers of the tower that are computed."""
     num_patches: int
     image_size: int
     patch_size: int
@@ -102,7 +102,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """Without recomputation: what MFU counts."""
+        """The operations without recomputation, which MFU counts."""
         return self.total - self.recomputed
 
     def times(self, number: float) -> Flops:

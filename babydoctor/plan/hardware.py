@@ -20,7 +20,7 @@ class Hardware:
     """A device.
 
     Attributes:
-        memory_bytes: what one program can use.
+        memory_bytes: memory that one program can use.
         flops_per_s: dense bfloat16 matrix peak with float32 accumulation.
         bytes_per_s: memory bandwidth.
     """
@@ -91,7 +91,7 @@ def this_device(device: str) -> Hardware:
 
 
 def choose_device(name: str) -> str:
-    """``auto`` is CUDA where there is a GPU.
+    """Resolve ``auto`` to CUDA if there is a GPU, else to the CPU.
 
     Raises:
         UserError: the name is not known, or there is no such device.

@@ -1,4 +1,4 @@
-"""How many tokens a sample takes: measured where the rows are on this disk, else known from the published sets."""
+"""Tokens per sample: measured if the rows are on this disk, else known for the published sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from babydoctor.config import RunConfig
+from babydoctor.config import DataConfig
 from babydoctor.data.packing import common_prefix
 from babydoctor.schema import IGNORE_INDEX, Example, Sample, UserError
 
@@ -38,9 +38,9 @@ class TokenStatistics:
 # prompt, supervised tokens, and the tail from the first loss position on. Row counts are from the sets' cards.
 # - roco: 65,422 training rows; the mean of ROCO's 8,180 validation captions is 37.2 tokens (median 31, 95% below 88,
 #   longest 593), measured with LLaMA-2's SentencePiece vocabulary; the question and template take 80.
-# - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes a row, some 70 of them caption).
-# - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes a row,
-#   some 1,150 of them text, 4 characters a token; three quarters of it answers). 80K is a subset of it.
+# - lcs: estimated from the published JSON (181 MB for 558,128 rows is 324 bytes per row, about 70 of them caption).
+# - instruct: estimated from the published JSON of LLaVA-Instruct-150K (229 MB for 157,712 rows is 1,450 bytes per
+#   row, about 1,150 of them text, 4 characters per token; three quarters of it are answers). 80K is a subset of it.
 _KNOWN_SETS = {
     "roco": (65_422, 80, 76, 40, 40, "ROCO's validation captions, measured"),
     "lcs": (558_128, 1, 0, 18, 18, "size of the published JSON, estimated"),
@@ -48,17 +48,17 @@ _KNOWN_SETS = {
 }
 
 
-def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
+def known_statistics(data: DataConfig, num_patches: int) -> TokenStatistics:
     """Statistics of the published set that ``data.rows`` names by its folder: ``lcs``, ``instruct`` or ``roco``.
 
     Raises:
         UserError: the folder names none of these sets.
     """
     for name, (rows, around, prefix, supervised, tail, source) in _KNOWN_SETS.items():
-        if any(name in path.lower() for path in config.data.rows):
+        if any(name in path.lower() for path in data.rows):
             return TokenStatistics(
                 num_samples=rows,
-                num_tokens=min(config.data.max_length, num_patches + around + supervised),
+                num_tokens=min(data.max_length, num_patches + around + supervised),
                 num_tail=tail,
                 num_supervised=supervised,
                 num_images=1,
@@ -66,7 +66,7 @@ def known_statistics(config: RunConfig, num_patches: int) -> TokenStatistics:
                 num_prefix=prefix,
             )
     raise UserError(
-        f"data.rows={', '.join(config.data.rows)!r} does not exist, and its name is none of the known sets "
+        f"data.rows={', '.join(data.rows)!r} does not exist, and its name is none of the known sets "
         f"({', '.join(_KNOWN_SETS)}), so its length is unknown; write the rows first (babydoctor data ...)"
     )
 
@@ -109,23 +109,23 @@ def _tail(example: Example) -> int:
     return len(example) - int(supervised[0]) if len(supervised) else 1
 
 
-def find_statistics(config: RunConfig, language_model: str, num_patches: int) -> TokenStatistics:
-    """Measured where rows and tokenizer are on this disk, else the published set's."""
-    if not all(Path(rows).exists() for rows in config.data.rows) or not Path(language_model).is_dir():
-        return known_statistics(config, num_patches)
+def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> TokenStatistics:
+    """Measure the rows if rows and tokenizer are on this disk, else use the statistics of the published set."""
+    if not all(Path(rows).exists() for rows in data.rows) or not Path(language_model).is_dir():
+        return known_statistics(data, num_patches)
     from babydoctor.conversation import get_template, render
     from babydoctor.data.rows import RowError, load_rows, parse_row
     from babydoctor.data.tokens import encode, load_tokenizer
 
-    tokenizer, template = load_tokenizer(language_model), get_template(config.data.template)
+    tokenizer, template = load_tokenizer(language_model), get_template(data.template)
 
     def encode_sample(sample: Sample) -> Example:
         images = () if sample.image is None else (sample.image,)
         segments = render(sample.turns, template, system=sample.system)
-        return encode(segments, tokenizer, num_patches, max_length=config.data.max_length, id=sample.id, images=images)
+        return encode(segments, tokenizer, num_patches, max_length=data.max_length, id=sample.id, images=images)
 
     samples = []
-    for source, row in load_rows(config.data.rows):  # no image is opened: `babydoctor data check` does that
+    for source, row in load_rows(data.rows):  # no image is opened: `babydoctor data check` does that
         with contextlib.suppress(RowError):
             samples.append(parse_row(row, source))
     return measure_statistics(samples, encode_sample)

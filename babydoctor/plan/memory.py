@@ -1,7 +1,7 @@
 """Bytes of a training step, tensor by tensor. Arithmetic only.
 
 The formulas follow ``model/packed/`` line by line, and ``tests/test_planner.py`` compares them with the bytes that
-training really allocates. Whoever changes what those modules keep for the backward pass changes this file.
+training actually allocates. If those modules keep other tensors for the backward pass, this file must change too.
 
 Symbols: ``T`` tokens of the micro-batch, ``Q`` tokens from each document's first target on (all that the last layer
 computes besides keys and values), ``W`` hidden size, ``I`` intermediate size, ``r`` LoRA rank.
@@ -87,7 +87,7 @@ def step_moments(
 
 
 def layer_input_bytes(shape: Architecture, work: Work) -> float:
-    """``[T, W]``: all that is kept of a layer that is recomputed."""
+    """``[T, W]``: the only tensor kept of a layer that is recomputed."""
     return work.num_tokens * shape.hidden_size * shape.dtype_bytes
 
 
@@ -131,10 +131,10 @@ def lora_saved_bytes(shape: Architecture, work: Work, *, is_last: bool, is_cuda:
 
 
 def recomputed_layer_bytes(shape: Architecture, work: Work, saved: float, *, is_last: bool, is_cuda: bool) -> float:
-    """Temporary bytes of a layer that is recomputed: what it saves, and the most that comes beside it.
+    """Temporary bytes of a layer that is recomputed: the tensors it saves, and the peak of all others.
 
-    The most comes either at the end of the recomputation, when the forward function still holds its local variables,
-    or in the backward pass that follows.
+    That peak is either at the end of the recomputation, when the forward function still holds its local variables, or
+    in the backward pass that follows.
     """
     b, t, w = shape.dtype_bytes, work.num_tokens, shape.hidden_size
     rows = work.num_tail if is_last else t
@@ -150,7 +150,7 @@ def recomputed_layer_bytes(shape: Architecture, work: Work, saved: float, *, is_
 
 
 def backward_bytes(shape: Architecture, work: Work, *, is_last: bool) -> float:
-    """The most that one layer's backward pass needs for a moment beside what is saved.
+    """Peak of temporary bytes in the backward pass of one layer, besides saved tensors.
 
     - In ``down_proj``: the gradient of the residual stream, the input's gradient and its part through the LoRA; or
       the dequantized weight instead of the latter.

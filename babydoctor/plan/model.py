@@ -12,38 +12,19 @@ from typing import Any
 import torch
 
 from babydoctor.config import RunConfig
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B, LLAMA_2_13B
 from babydoctor.model.language_model import build_language_model, is_decoder_linear, load_language_config
 from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import read_manifest, resolve
-from babydoctor.model.vision import build_projector, num_patches
+from babydoctor.model.vision import build_projector, load_vision_config, num_patches
 from babydoctor.plan.costs import Architecture
-from babydoctor.schema import UserError
 
-LLAMA_2_7B = "meta-llama/Llama-2-7b-chat-hf"
-CLIP_L_14 = "openai/clip-vit-large-patch14"
+LLAMA_2_7B_ID = "meta-llama/Llama-2-7b-chat-hf"
+CLIP_L_ID = "openai/clip-vit-large-patch14"
 
-_KNOWN_LLAMAS: dict[str, dict[str, int]] = {
-    "meta-llama/Llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    },
-    "meta-llama/Llama-2-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "vocab_size": 32000,
-    },
-}
-_CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-_KNOWN_CLIPS: dict[str, dict[str, int]] = {
-    CLIP_L_14: {**_CLIP_L, "image_size": 224, "patch_size": 14},
-    "openai/clip-vit-large-patch14-336": {**_CLIP_L, "image_size": 336, "patch_size": 14},
-}
-"""Sizes of the hub's models, so that a plan needs no download. Source: their config.json."""
+_KNOWN_LLAMAS = {"meta-llama/Llama-2-7b": LLAMA_2_7B, "meta-llama/Llama-2-13b": LLAMA_2_13B}
+"""Sizes by the beginning of a hub id."""
+_KNOWN_CLIPS = {CLIP_L_ID: CLIP_L, "openai/clip-vit-large-patch14-336": {**CLIP_L, "image_size": 336}}
 
 
 @dataclass(frozen=True)
@@ -136,8 +117,8 @@ def base_models(config: RunConfig) -> tuple[str, str, str]:
             language = resolve(start, manifest.language_model)
             vision = resolve(start, manifest.vision_tower)
         elif language is None or vision is None:
-            note = f"init_from={config.init_from} does not exist yet: planned for {LLAMA_2_7B} and {CLIP_L_14}"
-            language, vision = language or LLAMA_2_7B, vision or CLIP_L_14
+            note = f"init_from={config.init_from} does not exist yet: planned for {LLAMA_2_7B_ID} and {CLIP_L_ID}"
+            language, vision = language or LLAMA_2_7B_ID, vision or CLIP_L_ID
     assert language is not None and vision is not None
     return language, vision, note
 
@@ -153,15 +134,11 @@ def _llama_config(reference: str) -> Any:
 
 
 def _clip_config(reference: str) -> Any:
-    from transformers import AutoConfig, CLIPVisionConfig
+    from transformers import CLIPVisionConfig
 
     if not Path(reference).is_dir() and reference in _KNOWN_CLIPS:
         return CLIPVisionConfig(**_KNOWN_CLIPS[reference])  # type: ignore[arg-type]
-    try:
-        config = AutoConfig.from_pretrained(reference)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no vision tower could be read from {reference!r}: {error}") from error
-    return getattr(config, "vision_config", config)
+    return load_vision_config(reference)
 
 
 def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: int) -> Architecture:

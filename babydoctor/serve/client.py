@@ -34,7 +34,7 @@ class AskError(UserError):
 
 
 def refusal_of(response: httpx.Response) -> ApiError:
-    """The error of a response that has been read: by its header, its JSON or, from other servers, its status."""
+    """The error of a response that was read: from its header, its JSON or, for other servers, its status."""
     try:
         data = json.loads(response.content.split(b"\0")[0])
     except ValueError:
@@ -52,7 +52,7 @@ def refusal_of(response: httpx.Response) -> ApiError:
 
 
 def is_refusal(response: httpx.Response) -> bool:
-    """Whether a response holds an error instead of a stream."""
+    """True if a response holds an error instead of a stream."""
     return response.status_code != 200 or ERROR_HEADER in response.headers
 
 
@@ -61,7 +61,7 @@ class LlavaStream:
 
     Args:
         front: what the stream's texts begin with: the prompt, or nothing with ``echo: false``.
-        so_far: what another worker has sent of this answer; it is not repeated.
+        so_far: the part of this answer that another worker has sent; it is not repeated.
     """
 
     def __init__(self, response: httpx.Response, *, front: str = "", so_far: str = "") -> None:
@@ -77,15 +77,15 @@ class LlavaStream:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the stream ended inside a message."""
+        """True if the stream ended inside a message."""
         return self._reader.pending > 0
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
-        """The next delta; None if none came in time. A sign of life is an empty delta.
+        """The next delta; None if none came in time. A keep-alive is an empty delta.
 
         Raises:
             EndOfAnswer: the stream has ended.
-            ValueError: the server sent something else than this protocol.
+            ValueError: the server does not follow this protocol.
             httpx.HTTPError: the connection broke.
         """
         while not self._ready:
@@ -108,7 +108,7 @@ class LlavaStream:
             return
 
     async def aclose(self) -> None:
-        """Stop reading. The response is closed by whoever opened it."""
+        """Stop reading. The caller that opened the response closes it."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
@@ -118,7 +118,7 @@ class LlavaStream:
 async def open_llava_stream(
     http: httpx.AsyncClient, body: dict[str, Any], *, url: str = ""
 ) -> AsyncIterator[LlavaStream]:
-    """Send a request and read its answer as deltas; leaving the context closes the connection, which stops the model.
+    """Send a request and read its answer as deltas. Leaving the context closes the connection, which stops the model.
 
     Raises:
         ApiError: the server refused.
@@ -139,8 +139,8 @@ class Client:
     """One server.
 
     Args:
-        url: of a controller or a worker, without ``/v1``.
-        api_key: if the server asks for one.
+        url: URL of a controller or a worker, without ``/v1``.
+        api_key: key, if the server requires one.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -189,7 +189,7 @@ class Client:
                     yield delta
 
     def ask_llava(self, model: str, question: str, image: bytes | None = None, **sampling: float) -> str:
-        """One question on the LLaVA protocol; the prompt is built here, as its clients do."""
+        """Ask one question over the LLaVA API. The client builds the prompt, as the protocol requires."""
         text = question if image is None else f"{IMAGE_TOKEN}\n{question}"
         prompt = prompt_text(render_prompt([Turn("user", text)], get_template(self.template(model))))
         images = [] if image is None else [image]
@@ -229,7 +229,7 @@ class Client:
                         yield piece
 
     def ask_openai(self, model: str, question: str, image: bytes | None = None) -> str:
-        """One question on OpenAI's API."""
+        """Ask one question over OpenAI's API."""
         return "".join(self.stream_openai(model, question, image))
 
 

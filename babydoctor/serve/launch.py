@@ -1,4 +1,4 @@
-"""Controller, workers and web UI as child processes of one command, which leaves none of them behind."""
+"""Run controller, workers and web UI as child processes of one command, which ends all of them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from babydoctor.serve.settings import (
 )
 
 MAX_RESTARTS = 5
-"""A worker that dies more often than this is broken, not unlucky."""
+"""A worker that dies more often than this is considered broken."""
 
 
 @dataclass
 class Launched:
-    """What runs."""
+    """The running parts."""
 
     children: list[Child]
     controller_url: str
@@ -63,7 +63,7 @@ class Launched:
                 child.start()
 
     def stop(self, patience_s: float) -> None:
-        """End the web UI, then the controller (its answers may finish), then the workers."""
+        """Stop the web UI, then the controller, whose answers may finish, then the workers."""
         try:
             for child in reversed(self.children):
                 if not child.name.startswith("worker"):
@@ -75,7 +75,7 @@ class Launched:
             for child in workers:
                 child.wait(patience_s)
         except KeyboardInterrupt:
-            pass  # a second Ctrl-C: no more patience
+            pass  # a second Ctrl-C: stop now
         finally:
             for child in self.children:
                 child.kill()
@@ -93,19 +93,19 @@ def launched(
     ready_within_s: float = 1800,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Launched]:
-    """Start all parts, wait until they are ready, and end them on leaving the context, whatever the reason.
+    """Start all parts, wait until they are ready, and stop them on leaving the context.
 
     Args:
         config: a YAML file like ``configs/serve.yaml``.
         overrides: ``key=value`` settings.
-        on_event: told what is being waited for.
+        on_event: called with what is being waited for.
 
     Raises:
         UserError: a port is taken, or a part ended before it was ready.
     """
     settings = load_settings(config, overrides)
     given = load_secrets()
-    # If none is given, each launch makes a secret, so that no other user of this machine can register a worker.
+    # By default each launch generates a secret, so that no other user of this machine can register a worker.
     known = Secrets(given.api_keys, given.registration or secrets.token_urlsafe(32))
     for part in ("controller", "worker", *(("page",) if page else ())):
         check_exposure(part, getattr(settings, part).host, settings, known)
@@ -152,7 +152,7 @@ class _ServeParts:
             LOG_LEVEL_VARIABLE: log_level,
         }
         if num_workers > 1:
-            # Without this each worker would start a thread for every core.
+            # By default each worker would start a thread for every core.
             threads = str(max(1, (os.cpu_count() or 1) // num_workers))
             self._environment.setdefault("OMP_NUM_THREADS", threads)
         own = settings.controller
@@ -166,7 +166,7 @@ class _ServeParts:
     def worker(self, index: int) -> tuple[Child, str]:
         own = self._settings.worker
         port = _free_port("worker", own.host, own.port + index if own.port else 0)
-        # A worker on this machine is called on the loopback address, whatever else it listens on.
+        # A worker on this machine is called at the loopback address, whatever addresses it listens on.
         url = _url(own.host, port)
         own_settings = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
         arguments = ["worker", str(self._run), *self._common, *own_settings]
@@ -231,9 +231,11 @@ def _answers(client: httpx.Client, url: str) -> bool:
 def _check_alive(served: Launched, deadline: float) -> None:
     for child in served.children:
         if child.exit_status is not None:
-            message = f"{child.name} ended with status {child.exit_status} before it was ready; see above why"
+            message = (
+                f"{child.name} ended with status {child.exit_status} before it was ready; its messages above say why"
+            )
             # The part's own exit status tells bad input from a failure.
             is_bad_input = child.exit_status == DEFAULT_EXIT_STATUS
             raise UserError(message, code="invalid_input" if is_bad_input else "part_stopped")
     if time.monotonic() > deadline:
-        raise UserError("the parts were not ready in time; `--verbose` shows what they do", code="part_stopped")
+        raise UserError("the parts were not ready in time; `--verbose` shows their logs", code="part_stopped")

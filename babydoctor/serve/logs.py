@@ -1,7 +1,7 @@
-"""Logs as one JSON object per line on stderr. They say what happened, never to whom or about what.
+"""Logs as one JSON object per line on stderr, without personal data.
 
-No prompt, answer, image, key or address gets in: records are built from named fields, and an exception is logged as
-its type and stack frames, without its message, which may quote a request.
+No prompt, answer, image, key or address is logged. Records are built from named fields. An exception is logged as its
+type and stack frames, without its message, which may quote a request.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _FOREIGN = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx", "h
 
 
 def new_request_id(proposed: str | None = None) -> str:
-    """The client's own id where it is a plain short one, else a new one."""
+    """The client's own id if it is short and plain, else a new one."""
     return proposed if proposed and _SAFE_ID.fullmatch(proposed) else uuid.uuid4().hex
 
 
 class JsonFormatter(logging.Formatter):
-    """Records -> JSON. ``event`` is the message of our own records; others give only their logger and level."""
+    """Records -> JSON. ``event`` is the message of BabyDoctor's records. Of others it names only the logger."""
 
     def __init__(self, part: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _foreign_event(record: logging.LogRecord) -> str:
-    """uvicorn's messages are fixed texts, shown without what is filled in; other libraries' may quote a request."""
+    """uvicorn's fixed message without its arguments. Messages of others may quote a request, so they are omitted."""
     if record.name == "uvicorn.error" and isinstance(record.msg, str):
         return f"uvicorn: {record.msg.strip().partition(chr(10))[0]}"  # a traceback's last line may quote a request
     return f"{record.name} reported"

@@ -25,7 +25,7 @@ class Child:
         self.start()
 
     def start(self) -> None:
-        # A session of its own: Ctrl-C reaches only the launcher, which ends the parts in the right order.
+        # In its own session, so that Ctrl-C reaches only the launcher, which stops the parts in the right order.
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
             env=self.environment,
@@ -38,12 +38,12 @@ class Child:
         return self.process.poll()
 
     def terminate(self) -> None:
-        """Ask it to end. A second SIGTERM would mean "now", without finishing running answers."""
+        """Send SIGTERM once. A second one would stop it at once, without finishing running answers."""
         if self.exit_status is None:
             self.process.terminate()
 
     def wait(self, patience_s: float) -> None:
-        """Wait for its end; SIGKILL after ``patience_s``."""
+        """Wait until it ends. Send SIGKILL after ``patience_s``."""
         try:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:

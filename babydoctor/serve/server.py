@@ -1,4 +1,4 @@
-"""Run an application under uvicorn: the socket is bound first, and running answers may finish on shutdown."""
+"""Run an application under uvicorn. The socket is bound first, and running answers may finish on shutdown."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WILDCARDS = ("0.0.0.0", "::", "")
 
 
 def bind(part: str, host: str, port: int) -> socket.socket:
-    """Bind a listening socket; port 0 takes a free one.
+    """Bind a listening socket; port 0 means any free port.
 
     Raises:
-        UserError: the port is taken, or the host is not one of this machine's.
+        UserError: the port is in use, or the host is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -47,10 +47,10 @@ def local_url(sock: socket.socket) -> str:
 
 
 def reachable_url(sock: socket.socket, caller: str) -> str:
-    """The URL under which ``caller`` (a URL, too) reaches this socket.
+    """The URL at which the caller reaches this socket. ``caller`` is the caller's URL.
 
     Raises:
-        UserError: the socket listens on this machine only and the caller is on another one.
+        UserError: the socket accepts connections only from this machine and the caller is on another one.
     """
     host = str(sock.getsockname()[0])
     caller_host = urlsplit(caller).hostname or ""
@@ -59,10 +59,10 @@ def reachable_url(sock: socket.socket, caller: str) -> str:
     if is_loopback(host):
         raise UserError(
             f"the worker listens on {host}, which the controller at {caller} cannot reach; set worker.host=0.0.0.0, "
-            "or worker.address=... where something in between forwards to it"
+            "or worker.address=... if a proxy forwards to it"
         )
     if host in WILDCARDS:
-        # Connecting a UDP socket sends nothing; it only asks which of our addresses faces the controller.
+        # Connecting a UDP socket sends nothing. It only finds which local address faces the controller.
         with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((caller_host, urlsplit(caller).port or 80))
@@ -75,9 +75,9 @@ def reachable_url(sock: socket.socket, caller: str) -> str:
 
 
 class DrainingServer(uvicorn.Server):
-    """On the first SIGTERM or SIGINT: ``drain``, then stop. On the second: stop now.
+    """A server that calls ``drain`` on the first SIGTERM or SIGINT and then stops. The second signal stops it at once.
 
-    uvicorn itself would tell every stream at once that its client has left.
+    Without this, uvicorn would tell all streams immediately that their clients have disconnected.
     """
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
@@ -96,7 +96,7 @@ class DrainingServer(uvicorn.Server):
             self.force_exit = self._draining is not None
             return
         self._draining = self._loop.create_task(self._drain_and_stop())
-        # Signal handlers run between two steps of the loop, which may be asleep.
+        # A signal handler does not wake up the event loop, which may be waiting.
         self._loop.call_soon_threadsafe(lambda: None)
 
     async def _drain_and_stop(self) -> None:
@@ -107,7 +107,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]]) -> None:
-    """Serve until a signal comes and running answers are finished."""
+    """Serve until a signal arrives and running answers are finished."""
     config = uvicorn.Config(
         app,
         log_config=None,

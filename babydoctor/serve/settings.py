@@ -1,7 +1,7 @@
-"""Settings of the serving parts: ``configs/serve.yaml`` plus ``key=value`` overrides. Secrets come from elsewhere.
+"""Settings of controller, workers and web UI: ``configs/serve.yaml`` plus ``key=value`` overrides.
 
-API keys and the registration secret are never in this file or on a command line: they come from the environment
-or from a file that only the operator can read.
+API keys and the registration secret are never in this file or on a command line. They come from the environment or from
+a file that only the operator can read.
 """
 
 from __future__ import annotations
@@ -26,28 +26,34 @@ MIN_SECRET_LENGTH = 16
 
 
 class Limits(Section):
-    """What a request may cost. All are checked before the work that they limit."""
+    """Limits of a request. Each is checked before the work that it limits."""
 
-    max_body_bytes: int = Field(32 * 2**20, gt=0, description="of a request; an image grows by a third in base64")
-    max_held_bytes: int = Field(2**30, gt=0, description="of all open requests together; more get 429")
-    body_timeout_s: float = Field(30, gt=0, description="to send the whole body")
-    max_pixels: int = Field(50_000_000, gt=0, description="of an image; checked in its header, before decoding")
-    decode_seconds: float = Field(2, gt=0, description="of CPU to decode an image of 4 megapixels; larger get more")
-    decode_memory_bytes: int = Field(512 * 2**20, gt=0, description="to decode an image of 4 megapixels, likewise")
-    max_images: int = Field(1, ge=1, description="of a request; the stages train on one")
-    max_prompt_chars: int = Field(65_536, gt=0, description="of a prompt, in characters")
-    max_queue: int = Field(64, ge=0, description="requests of a worker that wait for a slot; more get 429")
-    max_open: int = Field(1024, gt=0, description="requests that a controller holds open; more get 429")
-    request_timeout_s: float = Field(300, gt=0, description="from arrival to the last token")
-    keep_alive_s: float = Field(3, gt=0, description="longest silence of a stream; LLaVA's clients give up after 10")
+    max_body_bytes: int = Field(32 * 2**20, gt=0, description="size of a request; base64 makes images a third larger")
+    max_held_bytes: int = Field(2**30, gt=0, description="size of all open requests together; further ones get 429")
+    body_timeout_s: float = Field(30, gt=0, description="time for a client to send the whole body")
+    max_pixels: int = Field(50_000_000, gt=0, description="pixels of an image, read from its header before decoding")
+    decode_seconds: float = Field(
+        2, gt=0, description="CPU time to decode an image of 4 megapixels; larger ones get more"
+    )
+    decode_memory_bytes: int = Field(
+        512 * 2**20, gt=0, description="memory to decode an image of 4 megapixels; larger ones get more"
+    )
+    max_images: int = Field(1, ge=1, description="images in a request; the stages train on one")
+    max_prompt_chars: int = Field(65_536, gt=0, description="characters in a prompt")
+    max_queue: int = Field(64, ge=0, description="requests that wait for a slot of a worker; further ones get 429")
+    max_open: int = Field(1024, gt=0, description="open requests of a controller; further ones get 429")
+    request_timeout_s: float = Field(300, gt=0, description="time from arrival to the last token")
+    keep_alive_s: float = Field(
+        3, gt=0, description="longest time without data in a stream; LLaVA's clients give up after 10 s"
+    )
 
 
 class RemoteImages(Section):
     """Images by URL in OpenAI requests. Off while ``hosts`` is empty."""
 
-    hosts: tuple[str, ...] = Field((), description="host names that may be read from, exactly as in the URL")
-    max_bytes: int = Field(16 * 2**20, gt=0, description="of an image file")
-    timeout_s: float = Field(10, gt=0, description="for the whole download, redirects included")
+    hosts: tuple[str, ...] = Field((), description="host names that images may be read from, exactly as in the URL")
+    max_bytes: int = Field(16 * 2**20, gt=0, description="size of an image file")
+    timeout_s: float = Field(10, gt=0, description="time for the whole download, including redirects")
 
 
 class ControllerSettings(Section):
@@ -56,33 +62,41 @@ class ControllerSettings(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(21001, ge=0, le=65535, description="0: any free port")
     dispatch: Literal["lottery", "shortest_queue"] = Field(
-        "shortest_queue", description="how a request finds its worker; lottery weighs workers by their speed"
+        "shortest_queue", description="how a worker is chosen for a request; lottery weights workers by their speed"
     )
-    heart_beat_expiry_s: float = Field(30, gt=0, description="a worker silent for so long is out of rotation")
-    connect_timeout_s: float = Field(3, gt=0, description="to reach a worker")
-    worker_silence_s: float = Field(60, gt=0, description="a stream silent for so long is continued elsewhere")
+    heart_beat_expiry_s: float = Field(
+        30, gt=0, description="a worker without a heartbeat for this time gets no requests"
+    )
+    connect_timeout_s: float = Field(3, gt=0, description="time to connect to a worker")
+    worker_silence_s: float = Field(
+        60, gt=0, description="an answer without data for this time is continued on another worker"
+    )
     trusted_workers: tuple[str, ...] = Field(
-        (), description="URLs that may be registered without the secret: for the original LLaVA's workers"
+        (), description="URLs that may register without the secret, for workers of the original LLaVA"
     )
-    foreign_template: str = Field("v1", description="template for messages to workers that name none")
+    foreign_template: str = Field("v1", description="template of messages for workers that do not name one")
 
 
 class WorkerSettings(Section):
     """A worker: one copy of the model behind HTTP."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(21002, ge=0, le=65535, description="of the first worker; 0: any free port")
-    controller: str | None = Field("http://127.0.0.1:21001", description="null: the worker stands alone")
-    address: str | None = Field(None, description="URL under which the controller reaches this worker; null: found out")
-    model_name: str | None = Field(None, description="null: the name of the run directory")
+    port: int = Field(21002, ge=0, le=65535, description="port of the first worker; 0: any free port")
+    controller: str | None = Field("http://127.0.0.1:21001", description="URL of the controller; null: none")
+    address: str | None = Field(None, description="URL at which the controller reaches this worker; null: detected")
+    model_name: str | None = Field(
+        None, description="name of the model for clients; null: the name of the run directory"
+    )
     aliases: tuple[str, ...] = Field(
-        (), description="further names of the model; LLaVA's clients pick a template by a name like llava-llama-2-x"
+        (), description="more names of the model; LLaVA's clients choose a template by names such as llava-llama-2-x"
     )
     speed: float = Field(1, gt=0, description="weight in the lottery")
     heart_beat_s: float = Field(15, gt=0, description="seconds between heartbeats to the controller")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    drain_s: float = Field(60, ge=0, description="after SIGTERM, running answers get so long to finish")
-    retention_dir: str | None = Field(None, description="requests and answers are written there; null: never")
+    drain_s: float = Field(60, ge=0, description="time that running answers get to finish after SIGTERM")
+    retention_dir: str | None = Field(
+        None, description="folder to write requests and answers to; null: they are not stored"
+    )
 
 
 class PageSettings(Section):
@@ -91,7 +105,7 @@ class PageSettings(Section):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(7860, ge=0, le=65535, description="0: any free port")
     feedback_file: str | None = Field(
-        "feedback/feedback.jsonl", description="users' feedback is appended there, with their consent; null: none taken"
+        "feedback/feedback.jsonl", description="file for the feedback of users who consent; null: no feedback"
     )
 
 
@@ -106,9 +120,9 @@ class ServeSettings(Section):
     engine: dict[str, Any] = Field(default_factory=dict, description="settings of the engine, see EngineSettings")
     cors_origins: tuple[str, ...] = Field(
         (),
-        description="web pages that may call the APIs from a browser, e.g. https://app.example.org; *: all",
+        description="web sites that may call the APIs from a browser, e.g. https://app.example.org; *: all",
     )
-    public_without_keys: bool = Field(False, description="true: may listen beyond this machine without API keys")
+    public_without_keys: bool = Field(False, description="true allows other machines to connect without API keys")
 
 
 @dataclass(frozen=True)
@@ -132,10 +146,10 @@ def load_secrets(environment: Mapping[str, str] | None = None) -> Secrets:
     """Read the API keys and the registration secret from the environment.
 
     ``BABYDOCTOR_API_KEYS`` holds keys with commas between them; ``BABYDOCTOR_API_KEYS_FILE`` names a file with one
-    key a line (``#`` begins a comment). ``BABYDOCTOR_REGISTRATION_SECRET`` is what controller and workers share.
+    key per line (``#`` begins a comment). Controller and workers share ``BABYDOCTOR_REGISTRATION_SECRET``.
 
     Raises:
-        UserError: the file cannot be read, or a key is too short to be one.
+        UserError: the file cannot be read, or a key is too short.
     """
     environment = os.environ if environment is None else environment
     keys = [key.strip() for key in environment.get(KEYS_VARIABLE, "").split(",")]
@@ -151,13 +165,13 @@ def load_secrets(environment: Mapping[str, str] | None = None) -> Secrets:
         if len(value) < MIN_SECRET_LENGTH or not value.isascii() or not value.isprintable():
             raise UserError(
                 f"{name} holds a key of {len(value)} characters; a key has at least {MIN_SECRET_LENGTH} printable "
-                "ASCII ones. Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                "ASCII characters. Generate one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
     return Secrets(tuple(dict.fromkeys(keys)), secret)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server that listens on ``host`` can be reached from this machine only."""
+    """True if a server that listens on ``host`` can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -167,7 +181,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(part: str, host: str, settings: ServeSettings, secrets: Secrets) -> None:
-    """Refuse to listen beyond this machine without keys.
+    """Refuse to accept connections from other machines without keys.
 
     Raises:
         UserError: ``host`` is reachable from outside and there are no API keys, or no registration secret.
@@ -177,11 +191,11 @@ def check_exposure(part: str, host: str, settings: ServeSettings, secrets: Secre
     if not secrets.api_keys and not settings.public_without_keys:
         raise UserError(
             f"{part}.host={host} can be reached from other machines, and no API keys are set: anybody could use the "
-            f"model. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE}, listen on 127.0.0.1, or say "
-            "public_without_keys=true if something in front of it checks who may come in"
+            f"model. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE}, listen on 127.0.0.1, or set "
+            "public_without_keys=true if a proxy in front of it authenticates users"
         )
     if part == "controller" and not secrets.registration:
         raise UserError(
             f"controller.host={host} can be reached from other machines, and {SECRET_VARIABLE} is not set: anybody "
-            "could register a worker and be sent patients' images. Set it for the controller and for every worker"
+            "could register a worker and receive patients' images. Set it for the controller and for every worker"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -21,10 +22,15 @@ def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optim
     for name, parameter in model.trainable_parameters().items():
         rate = projector_rate if name.startswith("projector.") else config.learning_rate
         by_rate.setdefault(rate, []).append(parameter)
-    groups = [{"params": params, "lr": rate, "initial_lr": rate} for rate, params in by_rate.items()]
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": rate, "initial_lr": rate} for rate, params in by_rate.items()
+    ]
     if config.optimizer == "paged_adamw_8bit":
-        paged = import_bitsandbytes().optim.PagedAdamW8bit
-        return paged(groups, betas=config.betas, weight_decay=config.weight_decay)
+        optimizers = import_bitsandbytes().optim
+        # There is nothing to page on the CPU. There the paged class does the same as the other one, after a warning.
+        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+        adamw_8bit = optimizers.AdamW8bit if on_cpu else optimizers.PagedAdamW8bit
+        return adamw_8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 

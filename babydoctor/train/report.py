@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from babydoctor.config import RunConfig
 from babydoctor.data.loader import StepData
-from babydoctor.eval.report import headline_figures
+from babydoctor.eval.reporting.report import headline_figures
 from babydoctor.files import write_text
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.train.checkpoint import TrainState

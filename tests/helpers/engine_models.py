@@ -23,7 +23,7 @@ CONTEXT = 160
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that characters and stop strings spread over several tokens."""
+    """One token per byte, so that characters and stop strings span several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"</s>": EOS, **{letter: index + 1 for index, letter in enumerate(alphabet)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -41,7 +41,7 @@ def logits_and_greedy(run: Run, pixels: torch.Tensor, num_new: int) -> tuple[tor
 
 @torch.no_grad()
 def regret(run: Run, pixels: torch.Tensor, added: list[int], question: str = QUESTION) -> list[float]:
-    """How far below our best logit each added id is, given those before it."""
+    """How far the logit of each added id is below the largest one, given the ids before it."""
     template = get_template("llava_llama_2")
     prompt = encode(render_prompt([Turn("user", question)], template), run.tokenizer, run.model.num_patches)
     ids = torch.tensor([[*prompt.input_ids.tolist(), *added]])

@@ -40,21 +40,21 @@ class Repo:
 
 @dataclass
 class Hub:
-    """The state of the server, and the faults that it shall show."""
+    """The state of the server, and the faults to simulate."""
 
     url: str = ""
     repos: list[Repo] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and ``Range`` of each request so far."""
     cut_after: dict[str, int] = field(default_factory=dict)
-    """File name -> break the connection after so many bytes of it, each time."""
+    """File name -> close the connection after this many bytes of it, each time."""
     hold_after: dict[str, int] = field(default_factory=dict)
-    """File name -> send so many bytes of it, then nothing more until ``release`` is set."""
+    """File name -> send this many bytes of it, then wait until ``release`` is set."""
     release: threading.Event = field(default_factory=threading.Event)
     announced_size: dict[str, int] = field(default_factory=dict)
-    """File name -> the size that the hub claims."""
+    """File name -> the size that the hub reports."""
     spoiled: set[str] = field(default_factory=set)
-    """Names of files whose first byte arrives changed."""
+    """Names of files whose first byte is changed."""
 
     def add(self, kind: str, name: str, files: dict[str, bytes], *, gated: bool = False) -> Repo:
         self.repos.append(Repo(kind, name, files, gated))
@@ -99,9 +99,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, b"", {})
 
     def _find(self, kind: str, name: str, *, content: bool) -> Repo | None:
-        """The repository, or None after an error as the hub sends it. What a gated one holds may be listed."""
+        """The repository, or None after sending the hub's error. The files of a gated repository may be listed."""
         repo = next((repo for repo in self.hub.repos if (repo.kind, repo.name) == (kind, name)), None)
-        if repo is None:  # the hub does not tell strangers whether a private repository exists
+        if repo is None:  # the hub does not reveal whether a private repository exists
             self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
         elif repo.gated and content:
             message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
@@ -146,7 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         size = self.hub.announced_size.get(file, len(content))
         headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": f'"{_sha256(content)}"'}
-        # Another host than the hub's, as with the real one: clients must not send their token there.
+        # A different host, as with the real hub: clients must not send their token there.
         storage = self.hub.url.replace("127.0.0.1", "localhost")
         self._send(302, b"", headers | {"Location": f"{storage}/blobs/{file}/{_sha256(content)}"})
 

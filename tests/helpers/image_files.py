@@ -1,4 +1,4 @@
-"""Image files made byte by byte: DICOM with any header, PNG with any chunks, TIFF with any tags; and damage to them."""
+"""Build image files byte by byte: DICOM with any header, PNG with any chunks, TIFF with any tags. Also damage them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dicom_dataset(pixels: np.ndarray, **attributes: Any) -> Dataset:
     else:
         dataset.add_new("PixelData", "OW" if pixels.dtype.itemsize > 1 else "OB", pixels.tobytes())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd values are the point
+        warnings.simplefilter("ignore")  # invalid values are intended
         for keyword, value in attributes.items():
             if value is None:
                 delattr(dataset, keyword)
@@ -100,14 +100,14 @@ def encapsulated(frames: Sequence[bytes], syntax: str, *, has_delimiter: bool = 
 
 
 def png_chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
-    """One chunk; ``crc`` replaces the right checksum."""
+    """One chunk; ``crc`` replaces the correct checksum."""
     return (
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) if crc is None else crc)
     )
 
 
 def png(samples: np.ndarray, color_type: int, depth: int, *extra: bytes) -> bytes:
-    """A PNG of samples ``[h, w]`` or ``[h, w, channels]`` with 8 or 16 bits; ``extra`` chunks stand before the data."""
+    """A PNG of samples ``[h, w]`` or ``[h, w, channels]`` with 8 or 16 bits; ``extra`` chunks come before the data."""
     height, width = samples.shape[:2]
     rows = samples.astype(">u2" if depth == 16 else "u1").reshape(height, -1)
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -138,7 +138,7 @@ def tiff(samples: np.ndarray, photometric: int, *extra: tuple[int, int, int], or
 
 
 def damage(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip, set, cut, repeat or insert, mostly near the beginning, where headers stand."""
+    """Flip, set, cut, repeat or insert, mostly near the beginning, where headers are."""
     changed = bytearray(data)
     reach = len(data) if rng.random() < 0.4 else min(len(data), 2000)
     for _ in range(int(rng.choice([1, 2, 5, 20]))):

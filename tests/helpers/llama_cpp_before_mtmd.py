@@ -1,6 +1,6 @@
-"""Asks llama.cpp of March 2025 (llama-cpp-python 0.3.8), which has CLIP's class token where it belongs.
+"""Ask llama.cpp of March 2025 (llama-cpp-python 0.3.8), which has CLIP's class token in the right place.
 
-Run by tests with a ``PYTHONPATH`` on which that version lies, since two versions cannot live in one process:
+Tests run it with that version on the ``PYTHONPATH``, because two versions cannot be loaded into one process:
 ``python llama_cpp_before_mtmd.py FOLDER questions.json answers.json``. Questions are
 ``[[PNG path, question, longest answer], ...]``; each answer is ``[text, its ids but the last, the
 prompt's last logits]``.
@@ -37,7 +37,7 @@ def open_model(folder: Path) -> tuple[Any, Any]:
 
 
 def read_image(model: Any, tower: Any, png: bytes) -> None:
-    """The file's own way: llama.cpp decodes, prepares, encodes and projects the picture."""
+    """Let llama.cpp decode, preprocess, encode and project the image."""
     data = (ctypes.c_uint8 * len(png)).from_buffer(bytearray(png))
     embed = llava_cpp.llava_image_embed_make_with_bytes(tower, 1, data, len(png))
     past = ctypes.c_int(model.n_tokens)

@@ -1,7 +1,7 @@
-"""The other side of the wire: a worker and a controller that behave as the original LLaVA's do, without a model.
+"""A worker and a controller that behave like those of the original LLaVA code, without a model.
 
-They keep the original's habits that matter to a counterpart: the worker registers before it listens, waits for a permit
-before it sends headers, and never says why it stopped; the controller calls with ``requests`` and splits at NUL.
+They reproduce behavior that clients depend on: the worker registers before it listens, waits for a permit before it
+sends headers, and never sends a finish reason; the controller calls with ``requests`` and splits at NUL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORDS = ("the", "scan", "shows", "a", "clear", "lung", "and", "no", "sign", "of"
 
 
 def continuation(prompt: str, max_new_tokens: int) -> list[str]:
-    """The words that "the model" adds: it knows from the text where it is, as greedy decoding does."""
+    """The words that "the model" adds. They depend only on the text so far, as in greedy decoding."""
     written = prompt.rpartition("ASSISTANT:")[2].split()
     return [f" {WORDS[index % len(WORDS)]}" for index in range(len(written), len(written) + max_new_tokens)]
 

@@ -21,7 +21,7 @@ def make_example(length: int, num_images: int = 0, seed: int = 0) -> Example:
 
 
 def with_prefix(example: Example, text: list[int]) -> Example:
-    """The example behind words that are not supervised."""
+    """The example preceded by tokens that are not supervised."""
     head = np.array(text, np.int32)
     return Example(
         example.id,

@@ -47,7 +47,7 @@ def build_tiny(dtype=torch.float32, **values) -> BabyDoctor:
 
 
 def packed_inputs(lengths=(9, 17, 12)) -> Inputs:
-    """Documents of which each has an image in its tokens 1 to 4 and three targets at its end."""
+    """Documents, each with an image in tokens 1 to 4 and three targets at the end."""
     generator = torch.Generator().manual_seed(1)
     total = sum(lengths)
     image_mask, targets = np.zeros(total, bool), np.full(total, IGNORE_INDEX, np.int32)

@@ -32,7 +32,7 @@ class Sent:
     path: str
     body: Any = None
     raw: bytes | None = None
-    """The body's bytes where they are not ``body`` as JSON."""
+    """The bytes of the body, if they are not ``body`` as JSON."""
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
     @property
@@ -117,7 +117,7 @@ def mutate(sent: Sent, rng: np.random.Generator) -> Sent:
 
 
 def _damaged(value: Any, rng: np.random.Generator) -> Any:
-    """A JSON value with a change somewhere inside, more often further in."""
+    """A JSON value with a change somewhere inside, more often at deeper levels."""
     keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if keys and rng.random() < 0.8:
         key = keys[int(rng.integers(len(keys)))]
@@ -155,7 +155,7 @@ def _wild(rng: np.random.Generator) -> Any:
 
 
 def _limited(value: Any, rng: np.random.Generator) -> Any:
-    """The same with short answers, or the run would take hours; now and then a long one stays."""
+    """The same request with a short answer, or the run would take hours. A few long ones remain."""
     if isinstance(value, dict):
         for key in MAX_TOKENS_KEYS:
             number = value.get(key)

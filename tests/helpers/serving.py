@@ -1,4 +1,4 @@
-"""Real servers for tests: a tiny random run directory, processes on loopback, and clients as others write them."""
+"""Real servers for tests: a tiny random run directory, processes on loopback, and clients like those of others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = "[INST] <image>\nWhich modality is this? [/INST]"
 
 
 def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
-    """A run directory of random weights that answers with much text: one token a character, 4 layers of 64."""
+    """Write a run directory with random weights and long answers: one token per character, 4 layers, hidden size 64."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,7 +41,7 @@ def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
-    # A random model writes "t", "h" where the tokenizer would write "th": text does not give the same ids back.
+    # A random model generates "t", "h" where the tokenizer would encode "th", so text does not give the same ids back.
     merges = [("t", "h"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("Ġ", "s")]
     tokens = ["<unk>", "<s>", "</s>", *alphabet, *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -62,7 +62,7 @@ def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
     )
     language_model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # No end of text, so that an answer is as long as a test wants it.
+        # Without an end-of-text token answers are as long as a test asks for.
         language_model.lm_head.weight[:3] = 0
     vision = CLIPVisionModel(
         CLIPVisionConfig(
@@ -108,14 +108,14 @@ def tiny_run() -> Path:
 
 @functools.lru_cache
 def tiny_worker() -> Server:
-    """A worker that several test modules share: it stands alone, four slots, three places in its queue."""
+    """A worker without a controller that several test modules share: four slots and three places in its queue."""
     server = start_worker(tiny_run(), tiny_run().parent / "worker.log", "limits.max_queue=3")
     atexit.register(stop_all, [server])
     return wait_ready(server)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (80, 60)) -> bytes:
-    """A picture of noise."""
+    """An image of noise."""
     noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -143,7 +143,7 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """One process of ours."""
+    """One BabyDoctor process."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -162,7 +162,7 @@ class Server:
 
 
 def start(arguments: list[str], url: str, log: Path, *, environment: dict[str, str] | None = None) -> Server:
-    """Start a part of ours by its command and do not wait for it."""
+    """Start a part by its command without waiting for it."""
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -175,7 +175,7 @@ def start(arguments: list[str], url: str, log: Path, *, environment: dict[str, s
 
 
 def wait_until(condition, timeout_s: float = 180, what: str = "condition"):
-    """Wait for a true value and return it; the deadline only bounds a failure."""
+    """Wait for a true value and return it. The deadline only matters if the test fails."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.RequestException):
@@ -195,7 +195,7 @@ def wait_ready(server: Server, timeout_s: float = 180) -> Server:
 
 
 def start_worker(run: Path, log: Path, *settings: str, port: int | None = None, environment=None) -> Server:
-    """Start a worker; stands alone unless a setting names a controller."""
+    """Start a worker, without a controller unless a setting names one."""
     port = port or free_port()
     alone = [] if any(s.startswith("worker.controller=") for s in settings) else ["worker.controller=null"]
     arguments = ["worker", str(run), f"worker.port={port}", "engine.max_running=4", *alone, *settings]
@@ -237,7 +237,7 @@ def llava_answer(url: str, body: dict, **kwargs) -> str:
 
 
 def generation(image: bytes | None = None, **fields) -> dict:
-    """A body for LLaVA's wire, greedy."""
+    """A request body for the LLaVA API, with greedy decoding."""
     prompt = PROMPT if image is not None else PROMPT.replace("<image>\n", "")
     images = {} if image is None else {"images": [bare_base64(image)]}
     return {"model": "tiny", "prompt": prompt, "temperature": 0, "max_new_tokens": 32, "stop": "</s>"} | images | fields
@@ -248,7 +248,7 @@ def queue_length(url: str) -> int:
 
 
 def num_cancelled(worker: Server) -> int:
-    """How many answers were broken off because their reader had left."""
+    """Number of answers that were canceled because the client had disconnected."""
     text = requests.get(worker.url + "/metrics", timeout=5).text
     match = re.search(r'^babydoctor_answers_total{reason="cancelled"} (\S+)', text, re.M)
     return int(float(match.group(1))) if match else 0

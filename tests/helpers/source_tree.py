@@ -31,7 +31,7 @@ def imported_names(tree: ast.Module, *, only_at_import: bool = False) -> set[str
     """Full names of what a module imports.
 
     Args:
-        only_at_import: leave out what stands in functions and under ``TYPE_CHECKING``.
+        only_at_import: ignore imports in functions and under ``TYPE_CHECKING``.
     """
     nodes: Iterable[ast.AST] = _run_at_import(tree) if only_at_import else ast.walk(tree)
     names: set[str] = set()
@@ -68,7 +68,7 @@ def _run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def find_cycle(edges: dict[str, set[str]]) -> list[str]:
-    """A cycle as the nodes on it, the first one repeated at the end; empty if there is none."""
+    """The nodes of a cycle, with the first one repeated at the end; empty if there is none."""
     done: set[str] = set()
 
     def visit(node: str, trail: list[str]) -> list[str]:
@@ -86,7 +86,7 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 
 
 def process_switches(tree: ast.Module) -> list[int]:
-    """Lines that change the whole process: ctypes, environment variables, ``torch.set_*``, ``torch.backends``."""
+    """Lines that change the whole process: ctypes, environment, ``torch.set_*``, ``torch.backends``, warnings."""
     lines = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -102,7 +102,8 @@ def process_switches(tree: ast.Module) -> list[int]:
             is_switch = name.startswith("torch.set_") or name == "torch.use_deterministic_algorithms"
             methods = ("setdefault", "update", "pop", "popitem", "clear")
             is_environment = name in {f"os.environ.{method}" for method in methods} | {"os.putenv", "os.unsetenv"}
-            lines += [node.lineno] * (is_switch or is_environment)
+            is_message = name.split(".")[-1].startswith(("set_verbosity", "disable_progress_bar", "filterwarnings"))
+            lines += [node.lineno] * (is_switch or is_environment or is_message)
     return lines
 
 

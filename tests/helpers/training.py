@@ -1,4 +1,4 @@
-"""What several tests of training share: settings of small stages, training processes, interrupted runs, small disks."""
+"""Shared by tests of training: settings of small stages, training processes, interrupted runs, small disks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def unfinish(run: Path, last_step: int) -> None:
-    """Leave a run as a kill after ``last_step`` would: without newer checkpoints and results."""
+    """Put a run into the state after a kill at ``last_step``: without newer checkpoints and results."""
     for path in (run / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > last_step:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Chromium before real processes: controller, workers and web UI. Fixtures and steps for the browser tests.
+"""Fixtures and steps for browser tests: Chromium with a real controller, workers and web UI.
 
 Test modules import the fixtures by name.
 """
@@ -75,7 +75,7 @@ class Parts:
         return start_worker(tiny_run(), self.folder / "worker.log", *settings, "engine.max_running=2")
 
     def restart_worker(self) -> None:
-        """Start a worker in place of one that was killed, and wait until it can be asked."""
+        """Start a worker in place of one that was killed, and wait until it is ready."""
         self.worker = self.start_worker()
         wait_ready(self.worker, START_S)
         wait_until(lambda: "tiny" in self.models(), START_S, "the model's return")
@@ -96,7 +96,7 @@ class Parts:
 
 
 class ScriptedServer:
-    """An OpenAI-compatible server whose answers a test writes, piece by piece; it stands behind an upstream worker."""
+    """An OpenAI-compatible server for an upstream worker. The test writes its answers piece by piece."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -114,7 +114,7 @@ class ScriptedServer:
         wait_until(lambda: self._server.started, START_S, "the scripted server")
 
     def say(self, *pieces: str, allow: int | None = None) -> None:
-        """What the next answer is, and how many pieces of it come before ``allow`` is raised."""
+        """The next answer, and the number of pieces that are sent before ``allow`` is raised."""
         self.pieces = list(pieces)
         self.num_allowed = len(pieces) if allow is None else allow
 
@@ -214,7 +214,7 @@ def enter(tab: Any) -> None:
 
 
 def load(tab: Any, data: bytes) -> None:
-    """Load a file whose name would give a person away."""
+    """Load a file whose name would identify a person."""
     tab.locator("#bd-file").set_input_files({"name": f"{PATIENT}.bin", "mimeType": "", "buffer": data})
 
 

@@ -1,1 +1,1 @@
-"""``babydoctor bench rehearse``: every command of the project in turn, on random weights in the published layouts."""
+"""``babydoctor bench rehearse``: run every command of the project on random weights in the published layouts."""

@@ -1,7 +1,8 @@
-"""A copy of a run whose LoRAs matter.
+"""Copy a run and give it LoRAs that change its answers.
 
-After a few steps a LoRA changes nothing that rounding would not hide, so a merge that forgot it would pass. The copy
-has random ``B`` matrices that change each weight by a fifth of its spread.
+After a few steps the effect of a LoRA is smaller than rounding, so a merge that ignored it would pass. The copy has
+random ``B`` matrices that change each weight by a fifth of the weights' standard deviation.
+
 Run as a program: ``python -m babydoctor.bench.rehearse.adapters RUN OUT``.
 """
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from babydoctor.model.tensor_files import save_tensors
 
 SHARE = 0.2
-"""Spread of a LoRA's update relative to the spread of the weights."""
+"""Standard deviation of a LoRA's update relative to that of the weights."""
 
 
 def strengthen(run: Path, out: Path) -> None:

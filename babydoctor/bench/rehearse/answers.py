@@ -1,4 +1,4 @@
-"""Answers of one model by different roads, and how near they are. No torch: the rehearsal's own process stays small."""
+"""Compare answers of one model that was loaded in different ways. Free of torch, so the rehearsal stays small."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AnswerTensors:
-    """``tokens`` ``[N]`` are the model's own greedy choice; ``logits`` ``[N, V]`` are at the reference's tokens.
+    """An answer: ``tokens`` ``[N]`` are the model's greedy tokens, ``logits`` ``[N, V]`` those at the reference's
+    tokens.
 
-    ``prompt`` ``[T]`` are the ids of the prompt's text, without image slots. ``without_lora`` ``[N, V]`` are the
-    logits with the run's adapter switched off, None where there is none.
+    ``prompt`` ``[T]`` holds the ids of the prompt's text, without image slots. ``without_lora`` ``[N, V]`` holds the
+    logits with the run's adapter switched off, or is None if there is no adapter.
     """
 
     tokens: np.ndarray
@@ -23,10 +24,10 @@ class AnswerTensors:
 
 
 def differences(reference: AnswerTensors, other: AnswerTensors, tolerance: float) -> tuple[str, list[str]]:
-    """A sentence that says how near two roads are, and what is wrong.
+    """Describe the difference between two answers, and list what is wrong.
 
-    Greedy tokens must be equal. Where they part, the two candidates must be so near in the reference that rounding
-    decides; the tokens behind that answer different texts and are not compared.
+    Greedy tokens must be equal. Where they first differ, the logits of the two candidates must be so close in the
+    reference that rounding can decide. Later tokens continue different texts and are not compared.
     """
     vocab_size = reference.logits.shape[1]
     scale = float(np.abs(reference.logits).max())
@@ -35,19 +36,19 @@ def differences(reference: AnswerTensors, other: AnswerTensors, tolerance: float
     if not np.array_equal(reference.prompt, other.prompt):
         faults.append("the prompt has other tokens")
     if distance > tolerance:
-        faults.append(f"logits differ by {distance:.2%} of the largest, allowed are {tolerance:.0%}")
+        faults.append(f"logits differ by {distance:.2%} of the largest, at most {tolerance:.0%} is allowed")
     apart = np.flatnonzero(reference.tokens != other.tokens)
     num_equal = int(apart[0]) if len(apart) else len(reference.tokens)
     if len(apart):
         row = reference.logits[num_equal]
         gap = float(row[reference.tokens[num_equal]] - row[other.tokens[num_equal]]) / scale
         if gap > 2 * tolerance:
-            faults.append(f"token {num_equal + 1} is another one, and {gap:.2%} of the largest logit lie between them")
+            faults.append(f"token {num_equal + 1} differs, and the two logits are {gap:.2%} of the largest logit apart")
     told = f"{num_equal} of {len(reference.tokens)} greedy tokens equal, logits within {distance:.2%} of the largest"
     return told, faults
 
 
 def read_answer(path: Path) -> AnswerTensors:
-    """Read what ``main`` wrote."""
+    """Read an answer that ``main`` of ``roads`` wrote."""
     with np.load(path) as arrays:
         return AnswerTensors(arrays["tokens"], arrays["logits"], arrays["prompt"], arrays.get("without_lora"))

@@ -1,4 +1,4 @@
-"""Random weights in the layouts of the published checkpoints: LLaMA-2-7B-chat, and CLIP ViT-L/14 as a whole.
+"""Write random weights in the layouts of the published checkpoints: LLaMA-2-7B-chat and the complete CLIP ViT-L/14.
 
 Sources: the file lists and headers of ``meta-llama/Llama-2-7b-chat-hf`` (two shards, the rotary frequencies of every
 layer among the weights) and ``openai/clip-vit-large-patch14`` (one float32 file with both towers and their position
@@ -38,7 +38,7 @@ def write_checkpoints(size: Size, folder: Path) -> None:
 
 
 def write_llama(size: Size, folder: Path) -> None:
-    """Sharded bfloat16 weights with an index, ``config.json`` and ``generation_config.json``."""
+    """Write sharded bfloat16 weights with an index, ``config.json`` and ``generation_config.json``."""
     shards = ShardWriter(folder, shard_bytes=size.shard_bytes)
     torch.manual_seed(0)
     with ByteProgress("Writing random LLaMA weights", language_model_bytes(size.language)) as progress:
@@ -85,7 +85,7 @@ def language_model_bytes(sizes: dict[str, int]) -> int:
 
 
 def _llama_weights(sizes: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight with its published name, in the published order."""
+    """Yield each weight with its published name, in the published order."""
     hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     head_dim = hidden // sizes["num_attention_heads"]
     kv_size = head_dim * sizes["num_key_value_heads"]
@@ -100,7 +100,7 @@ def _llama_weights(sizes: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
     }
     # Wider than the published initialization in tiny models, so that every layer matters to the answer.
     std = max(0.02, 0.7 / hidden**0.5)
-    # With small embeddings the image would drown the text, and every greedy token would be the same.
+    # With small embeddings the image would dominate, and every greedy token would be the same.
     yield "model.embed_tokens.weight", _random(vocabulary, hidden, std=0.5)
     for index in range(sizes["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
@@ -115,9 +115,9 @@ def _llama_weights(sizes: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_tokenizer(vocab_size: int, folder: Path) -> None:
-    """A SentencePiece BPE tokenizer with byte fallback and the files of the published one.
+    """Write a SentencePiece BPE tokenizer with byte fallback and the files of the published one.
 
-    It is trained on made-up words: LLaMA's own may not be passed on.
+    It is trained on made-up words, because LLaMA's own tokenizer may not be redistributed.
     """
     import sentencepiece
     from transformers import AutoTokenizer
@@ -180,7 +180,7 @@ def _made_up_text(vocab_size: int) -> Iterator[str]:
 
 
 def write_clip(size: Size, folder: Path) -> None:
-    """One float32 ``model.safetensors`` with both towers, ``config.json`` and ``preprocessor_config.json``."""
+    """Write one float32 ``model.safetensors`` with both towers, ``config.json`` and ``preprocessor_config.json``."""
     torch.manual_seed(1)
     shards = ShardWriter(folder, shard_bytes=2**62)
     text_positions = 77

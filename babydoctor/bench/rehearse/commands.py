@@ -1,4 +1,4 @@
-"""Run one command of the project in a process of its own, with its time and peak memory."""
+"""Run one command of the project in its own process and measure its time and peak memory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class StepError(Exception):
 
 @dataclass(frozen=True)
 class FinishedProcess:
-    """What a process did.
+    """The result of a process.
 
-    ``peak_bytes`` is the largest resident size of it or of one of its children. The kernel counts the process that
-    starts it too, until the new program takes over, so the rehearsal's own process imports nothing large.
+    ``peak_bytes`` is the largest resident size of the process or one of its children. The kernel also counts the parent
+    between fork and exec, so the rehearsal's own process imports nothing large.
     """
 
     status: int
@@ -43,7 +43,7 @@ class FinishedProcess:
     stderr: str
 
     def tail(self) -> str:
-        """The last lines of the output, errors last."""
+        """The last lines of the output, with stderr last."""
         lines = [line for text in (self.stdout, self.stderr) for line in text.rstrip().splitlines()]
         return "\n".join(line[:LINE_CHARS] for line in lines[-TAIL_LINES:])
 
@@ -59,7 +59,7 @@ class Process:
 
     Args:
         log: path without suffix; ``.out`` and ``.err`` are added.
-        num_threads: for its arithmetic; None: as many as there are cores.
+        num_threads: OpenMP threads; None: as many as there are cores.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, num_threads: int | None = None) -> None:
@@ -110,7 +110,7 @@ class Process:
             os.kill(self._child.pid, number)
 
     def stop(self) -> FinishedProcess:
-        """Ask it to end as Ctrl-C in a terminal or a service manager would; kill it if it does not."""
+        """End the process with SIGTERM, like a service manager; kill it if it does not end."""
         self.send(signal.SIGTERM)
         deadline = time.monotonic() + STOP_PATIENCE_S
         while (finished := self.poll()) is None:
@@ -145,7 +145,7 @@ def run_process(
     """Run a program to its end.
 
     Args:
-        limit_s: after so many seconds it is killed.
+        limit_s: the program is killed after this many seconds.
         kill_when: SIGKILL is sent as soon as this is true.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the steps of a rehearsal share: where things are, how commands run, and what came out."""
+"""State shared by the steps of a rehearsal: paths, running commands, and results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 @dataclass
 class Row:
-    """One line of the table: a command, or a comparison of what came out (``seconds`` is None)."""
+    """One line of the table: a command, or a comparison of results (``seconds`` is None)."""
 
     step: str
     label: str
@@ -38,8 +38,8 @@ class Context:
     """A rehearsal in progress.
 
     Attributes:
-        work: folder of everything that is written.
-        rows: what came out so far.
+        work: folder for all files.
+        rows: the results so far.
     """
 
     size: Size
@@ -58,7 +58,7 @@ class Context:
 
     @property
     def run(self) -> Path:
-        """The run that is asked, merged and exported: the last stage's, with LoRAs that matter."""
+        """The run that is asked, merged and exported: a copy of the last stage with LoRAs that change its answers."""
         return self.work / "runs" / "strong"
 
     @property
@@ -90,8 +90,8 @@ class Context:
         """Run a command and add its row.
 
         Args:
-            kill_when: the command is killed with SIGKILL when this is true, and must not end before.
-            plan_of: the peak that was planned for, in bytes, from the command's output.
+            kill_when: SIGKILL is sent when this is true; the command must not end before.
+            plan_of: reads the planned peak in bytes from the command's output.
 
         Raises:
             StepError: the command failed.
@@ -134,7 +134,7 @@ class Context:
 
     @contextlib.contextmanager
     def product(self, *products: Path) -> Iterator[None]:
-        """Make room for what a command writes, and delete it at the end of the block where it is large."""
+        """Delete old output of a command, and delete the new output at the end of the block if the size asks for it."""
         remove(*products)
         try:
             yield
@@ -143,12 +143,12 @@ class Context:
                 remove(*products)
 
     def save(self) -> None:
-        """Write the rows, so that a rehearsal in parts (``--only``) has one table."""
+        """Save the rows, so that a rehearsal in parts (``--only``) has one table."""
         values = {"size": self.size.name, "rows": [asdict(row) for row in self.rows]}
         (self.work / "rows.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
     def load(self) -> None:
-        """Read the rows of an earlier part.
+        """Load the rows of an earlier part.
 
         Raises:
             UserError: the folder holds a rehearsal of another size, or none.
@@ -163,7 +163,7 @@ class Context:
 
 
 def remove(*paths: Path) -> None:
-    """Delete what an earlier try of a step left."""
+    """Delete what an earlier attempt of a step left."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The three training sets in the layouts in which they are published, filled with phantoms.
+"""Write the three training sets in their published layouts, filled with phantoms.
 
 Run as a program: ``python -m babydoctor.bench.rehearse.data_sets PHANTOMS OUT``, where ``PHANTOMS`` was written by
 ``babydoctor data phantom``. Writes ``OUT/lcs``, ``OUT/instruct`` and ``OUT/roco`` as ``babydoctor data lcs``,
@@ -85,7 +85,7 @@ def _read_rows(phantoms: Path, name: str, split: str) -> list[dict[str, Any]]:
 
 
 def _jpeg(phantoms: Path, image: str, number: int) -> bytes:
-    """A phantom as JPEG; the shapes differ, since the sets' images are rarely square."""
+    """A phantom as JPEG. The aspect ratios vary, because the sets' images are rarely square."""
     with Image.open(phantoms / "images" / image) as picture:
         size = MAX_EDGE, MIN_EDGE + 17 * number % (MAX_EDGE - MIN_EDGE)
         shape = size if number % 2 else size[::-1]

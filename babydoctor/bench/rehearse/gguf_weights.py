@@ -1,7 +1,7 @@
-"""Hold the weights of a GGUF export against those of an HF export of the same run.
+"""Compare the weights of a GGUF export with those of an HF export of the same run.
 
-Run as a program: ``python -m babydoctor.bench.rehearse.gguf_weights GGUF HF DTYPE``; exit status 1 where they differ.
-llama.cpp itself is asked by ``tests/test_interop_gguf.py``.
+Run as a program: ``python -m babydoctor.bench.rehearse.gguf_weights GGUF HF DTYPE``; exit status 1 if they differ.
+``tests/test_interop_gguf.py`` runs llama.cpp itself.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-"""GGUF's names and transformers'. Queries and keys are not compared: their rows are in another order."""
+"""GGUF's names and transformers'. Query and key weights are not compared, because their rows are in another order."""
 
 LARGEST_ERROR = {"float32": 0.005, "bfloat16": 0.01, "float16": 0.01, "q8_0": 0.02, "q5_0": 0.08, "q4_0": 0.15}
-"""Root mean square of the difference, relative to the weights', that a format may cause."""
+"""Largest root mean square of the difference, relative to that of the weights, for each format."""
 
 
 def compare(gguf_folder: Path, hf_folder: Path, dtype: str) -> tuple[int, float, list[str]]:
-    """Number of compared tensors, the largest relative error, and what is wrong."""
+    """Return the number of compared tensors, the largest relative error, and what is wrong."""
     import gguf
 
     reader: Any = gguf.GGUFReader(gguf_folder / "model.gguf")

@@ -1,4 +1,4 @@
-"""Rehearsal of merge, export and import: every road must give the run's own answers."""
+"""Rehearsal of merge, export and import: every result must give the run's own answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from babydoctor.bench.rehearse.context import Context
 from babydoctor.eval.tasks import CAPTION_PROMPT
 
 CONTROL = 2.0
-"""A lost LoRA must show as at least so many times the tolerance."""
+"""A lost LoRA must change the logits by at least this many times the tolerance."""
 
 
 def ask_reference(context: Context) -> None:
-    """What the run itself answers, and that its LoRA has a part in it."""
+    """Record the answer of the run itself, and check that its LoRA affects it."""
     ask(context, "run", context.run, reference=None)
     answer = read_answer(_answer_file(context, "run"))
     if answer.without_lora is None:
@@ -26,7 +26,7 @@ def ask_reference(context: Context) -> None:
 
 
 def merge(context: Context) -> None:
-    """``babydoctor merge``, asked like the run."""
+    """``babydoctor merge``: the merged run must answer like the run."""
     out = context.work / "merged"
     with context.product(out, context.work / "merged.partial"):
         context.execute("merge", cli("merge", context.run, "--out", out, *_dtype(context)))
@@ -34,7 +34,7 @@ def merge(context: Context) -> None:
 
 
 def export_hf_and_gguf(context: Context) -> None:
-    """``babydoctor export --format hf``, asked through transformers; ``--format gguf``, whose weights must be its."""
+    """Export as ``hf``, which is asked through transformers, and as ``gguf``, whose weights are compared with it."""
     hf, gguf, dtype = context.work / "hf", context.work / "gguf", context.size.gguf_dtype
     with context.product(hf, gguf):
         context.execute("export hf", cli("export", context.run, "--format", "hf", "--out", hf, *_dtype(context)))
@@ -46,14 +46,14 @@ def export_hf_and_gguf(context: Context) -> None:
 
 
 def export_llava(context: Context) -> None:
-    """``babydoctor export --format llava`` and ``babydoctor import`` of the result, asked like the run."""
+    """Export as ``llava`` and import the result: the imported run must answer like the run."""
     out, imported = context.work / "llava", context.work / "imported"
     with context.product(imported):
         with context.product(out):
             arguments = cli("export", context.run, "--format", "llava", "--out", out, *_dtype(context))
             context.execute("export llava", arguments)
             arguments = cli("import", out, "--vision-tower", context.vision_tower, "--out", imported)
-            arguments += ["--template", context.template]  # the original keeps no record of it
+            arguments += ["--template", context.template]  # LLaVA checkpoints do not record it
             context.execute("import", arguments)
         ask(context, "imported", imported)
 
@@ -79,5 +79,5 @@ def _answer_file(context: Context, name: str) -> Path:
 
 
 def _dtype(context: Context) -> list[str]:
-    """The precision that is compared in, where it is not the run's own."""
+    """The option for the precision of the comparison, if it is not the run's own."""
     return [] if context.size.dtype == "bfloat16" else ["--dtype", context.size.dtype]

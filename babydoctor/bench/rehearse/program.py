@@ -1,4 +1,4 @@
-"""The rehearsal: steps that each run real commands. A step that fails is reported, and the others run if they can."""
+"""The rehearsal: each step runs real commands. A failed step is reported, and steps that do not need it still run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from babydoctor.schema import UserError
 
 @dataclass(frozen=True)
 class RehearsalStep:
-    """A part of the rehearsal. It is skipped where one that it ``needs`` has failed in the same rehearsal."""
+    """A part of the rehearsal. It is skipped if a step in ``needs`` has failed in the same rehearsal."""
 
     name: str
     run: Callable[[Context], None]
@@ -37,7 +37,7 @@ STEPS = (
         for number, stage in enumerate(STAGES)
     ),
     RehearsalStep("plan", training.plan_last, ("instruct",)),
-    # These run on the last stage that has finished.
+    # These steps use the last stage that has finished.
     RehearsalStep("strong", training.strengthen_last, ("align",)),
     RehearsalStep("chat", serving.chat, ("strong",)),
     RehearsalStep("eval", serving.evaluate, ("strong",)),
@@ -57,11 +57,11 @@ def rehearse(
 
     Args:
         only: names of steps; empty: all. Their inputs must be in ``keep``.
-        keep: folder that everything is written to and stays in; None: a temporary one.
+        keep: folder for all files, which are kept; None: a temporary folder.
         guide: write the table into the bench guide.
 
     Returns:
-        Whether every command and every comparison was good.
+        True if every command and every comparison succeeded.
 
     Raises:
         UserError: an unknown size or step, or ``keep`` holds another size.
@@ -81,7 +81,7 @@ def rehearse(
             context.load()
             context.rows = [row for row in context.rows if row.step not in only]
         else:
-            remove(work / "runs")  # no step may take a stage of an earlier rehearsal
+            remove(work / "runs")  # no step may use a stage of an earlier rehearsal
         begun = time.monotonic()
         run_steps(context, steps)
         print_table(console, context.rows)
@@ -98,7 +98,7 @@ def rehearse(
 
 
 def run_steps(context: Context, steps: Sequence[RehearsalStep]) -> None:
-    """Run steps in order and record what came out after each."""
+    """Run the steps in order and save the results after each."""
     failed: set[str] = set()
     begun = time.monotonic()
     for number, step in enumerate(steps, 1):

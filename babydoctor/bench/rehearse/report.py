@@ -31,7 +31,7 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
 
 
 def write_guide(size: str, rows: Sequence[Row], guide: Path = GUIDE) -> None:
-    """Put the table between the size's markers in the guide.
+    """Write the table between the markers of the size in the guide.
 
     Raises:
         UserError: the guide has no such markers.

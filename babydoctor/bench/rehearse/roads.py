@@ -1,6 +1,6 @@
-"""What a model answers, by whatever road it is loaded: greedy tokens and logits, for comparison.
+"""Load a model in one of several ways and compute its answer for a comparison: greedy tokens and logits.
 
-Run as a program, one process a model: ``python -m babydoctor.bench.rehearse.roads KIND MODEL --out FILE ...``.
+Run as a program, with one process per model: ``python -m babydoctor.bench.rehearse.roads KIND MODEL --out FILE ...``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from babydoctor.schema import IMAGE_TOKEN, Turn
 def answer_run(
     path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any
 ) -> AnswerTensors:
-    """Ask a run directory. ``reference`` are token ids to compute logits at; None: the greedy ones."""
+    """Ask a run directory. ``reference`` holds the token ids to compute logits at; None: the greedy tokens."""
     from babydoctor.conversation import get_template, render_prompt
     from babydoctor.data.tokens import encode
     from babydoctor.imaging.load import load_image
@@ -65,7 +65,7 @@ def answer_run(
 def answer_hf(
     path: Path, image: Path, question: str, num_tokens: int, dtype: torch.dtype, reference: Any
 ) -> AnswerTensors:
-    """Ask an export for transformers, as its README says: the processor, the chat template, ``generate``."""
+    """Ask an export for transformers as its README describes: processor, chat template, ``generate``."""
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 

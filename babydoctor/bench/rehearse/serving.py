@@ -1,4 +1,4 @@
-"""Rehearsal of asking: terminal, evaluation and both APIs must give the same greedy answer."""
+"""Rehearsal of inference: ``chat``, ``eval`` and both APIs must give the same greedy answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chat(context: Context) -> None:
 
 
 def evaluate(context: Context) -> None:
-    """``babydoctor eval``: ten questions of ROCO; the first is chat's."""
+    """``babydoctor eval``: ten questions of ROCO. The first one is also asked by ``chat``."""
     out = context.work / "eval"
     remove(out)
     arguments = cli("eval", context.run, "--task", "roco", "--data", context.held_out, "--out", out)
@@ -47,7 +47,7 @@ def evaluate(context: Context) -> None:
 
 
 def serve(context: Context) -> None:
-    """``babydoctor serve``: controller and worker over HTTP, asked over both APIs."""
+    """``babydoctor serve``: start controller and worker, and ask over both APIs."""
     ports = [_free_port() for _ in range(2)]
     url = f"http://127.0.0.1:{ports[0]}"
     arguments = cli("serve", context.run, f"controller.port={ports[0]}", f"worker.port={ports[1]}", "--no-page")

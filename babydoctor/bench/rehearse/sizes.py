@@ -1,22 +1,14 @@
-"""The three sizes of the rehearsal: which widths, how many layers, rows, steps and tokens."""
+"""The three sizes of the rehearsal: hidden sizes, layers, rows, steps and tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B
 from babydoctor.schema import UserError
 
 GIB = 2**30
 
-LLAMA_2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
-CLIP_L_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_TEXT = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -28,25 +20,25 @@ CLIP_L_TEXT = {
 
 @dataclass(frozen=True)
 class Size:
-    """What one rehearsal runs on.
+    """The size of one rehearsal.
 
     Attributes:
         language: sizes of the LLaMA, by the keys of its ``config.json``.
-        vision: sizes of CLIP's vision tower (224 px, patch 14 in every size).
-        text: sizes of CLIP's text tower, which nothing reads.
+        vision: sizes of CLIP's vision tower. Its images have 224 px and its patches 14 px in every size.
+        text: sizes of CLIP's text tower, which is not used.
         shard_bytes: largest shard of the published LLaMA; the published 7B has two shards.
-        steps, batch_size: of each training stage.
-        micro_batch_tokens: of each stage; empty: as shipped. Small ones make a small step accumulate.
-        num_threads: of each process; None: as many as there are cores. Tiny models are slower on several.
-        num_sample_answers: that the last stage gives while it trains; each takes a long time in wide models.
+        steps, batch_size: for each training stage.
+        micro_batch_tokens: for each stage; empty: as shipped. Small values make a small step accumulate gradients.
+        num_threads: for each process; None: as many as there are cores. Tiny models are slower on several threads.
+        num_sample_answers: sample answers of the last stage; each takes a long time in wide models.
         num_rows: rows of each training set.
         answer_tokens: longest answer of chat, evaluation and the APIs.
-        greedy_tokens: tokens that are compared between a run and what was made of it.
-        dtype: in which runs and exports are compared. float32 shows small faults; 7B does not fit in it.
-        tolerance: largest difference of logits, relative to the largest logit, that passes for rounding.
-        gguf_dtype: of the exported GGUF.
+        greedy_tokens: tokens that are compared between a run and its merged and exported forms.
+        dtype: precision of the comparison. float32 reveals small errors, but 7B does not fit into memory.
+        tolerance: largest difference of logits, relative to the largest logit, that counts as rounding.
+        gguf_dtype: ``--dtype`` of the exported GGUF.
         checks_plan: whether peaks must agree with the plan. Tiny models are smaller than the noise.
-        deletes_products: whether merged and exported weights are deleted as soon as they were compared.
+        deletes_products: whether merged and exported weights are deleted after their comparison.
         limit_s: a command that takes longer is stopped and counts as failed.
     """
 
@@ -109,7 +101,7 @@ SIZES = {
     "wide": Size(
         name="wide",
         language={**LLAMA_2_7B, "num_hidden_layers": 2},
-        vision={**CLIP_L_VISION, "num_hidden_layers": 4},
+        vision={**CLIP_L, "num_hidden_layers": 4},
         text={**CLIP_L_TEXT, "num_hidden_layers": 2},
         shard_bytes=300_000_000,
         steps=2,
@@ -130,7 +122,7 @@ SIZES = {
     "7b": Size(
         name="7b",
         language=LLAMA_2_7B,
-        vision=CLIP_L_VISION,
+        vision=CLIP_L,
         text=CLIP_L_TEXT,
         shard_bytes=10_000_000_000,
         steps=2,

@@ -13,7 +13,7 @@ from babydoctor.bench.rehearse.sizes import GIB
 
 PLAN_TOLERANCE = 0.10
 PROCESS_ALLOWANCE_BYTES = round(0.75 * GIB)
-"""How much of the plan's allowance for the process itself (1 GiB) a short run may leave unused."""
+"""How much of the plan's allowance for the process (1 GiB) a short run may leave unused."""
 
 _PLAN_LINE = re.compile(r"plan: ([\d.]+) of [\d.]+ GiB")
 _TOTAL_LINE = re.compile(r"^ *total +([\d.]+) GiB", re.M)
@@ -21,13 +21,13 @@ SET_OF_STAGE = {"align": "lcs", "instruct": "instruct", "radiology": "roco"}
 
 
 def write_checkpoints(context: Context) -> None:
-    """Random weights in the published layouts."""
+    """Write random weights in the published layouts."""
     remove(context.work / "base")
     context.execute_module("write checkpoints", "checkpoints", context.size.name, context.work / "base")
 
 
 def prepare_data(context: Context) -> None:
-    """The three sets from their published files, as ``babydoctor data`` makes them, each one checked."""
+    """Prepare the three sets from their published files with ``babydoctor data``, and check each one."""
     work, count = context.work, context.size.num_rows
     phantoms, sources, data = work / "phantoms", work / "sources", work / "data"
     remove(phantoms, sources, data)
@@ -48,14 +48,14 @@ def prepare_data(context: Context) -> None:
 
 
 def plan_last(context: Context) -> None:
-    """``babydoctor plan`` of the last stage; ``train`` makes the same plan for each stage and prints its total."""
+    """``babydoctor plan`` for the last stage. ``train`` makes the same plan for each stage and prints its total."""
     stage = STAGES[-1]
     arguments = cli("plan", CONFIGS / f"{stage}.yaml", *stage_overrides(context, stage, context.stage_run(stage)))
     context.execute(f"plan {stage}", [*arguments, "--gpu", "cpu"], plan_of=planned_bytes)
 
 
 def stage_overrides(context: Context, stage: str, output: Path) -> list[str]:
-    """Paths and counts; everything else is the shipped configuration's."""
+    """Settings for paths and counts. Everything else is from the shipped configuration."""
     size, data = context.size, context.work / "data" / SET_OF_STAGE[stage]
     overrides = [
         f"output_dir={output}",
@@ -79,7 +79,7 @@ def stage_overrides(context: Context, stage: str, output: Path) -> list[str]:
 
 
 def train_stage(context: Context, stage: str) -> None:
-    """Train a stage to its end; train it again, kill it after the first checkpoint, resume it; compare the two."""
+    """Train a stage to its end. Train it again, kill it after the first checkpoint, resume it, and compare the two."""
     whole, killed = context.stage_run(stage), context.work / "runs" / f"{stage}-killed"
     remove(whole, killed)
     config = CONFIGS / f"{stage}.yaml"
@@ -101,19 +101,19 @@ def train_stage(context: Context, stage: str) -> None:
 
 
 def planned_bytes(finished: FinishedProcess) -> int | None:
-    """The peak that a command said it plans with: ``train`` in one line, ``plan`` in a table."""
+    """The planned peak in a command's output: one line of ``train``, or the table of ``plan``."""
     match = _PLAN_LINE.search(finished.stdout + finished.stderr) or _TOTAL_LINE.search(finished.stdout)
     return None if match is None else round(float(match[1]) * GIB)
 
 
 def check_output(context: Context, stage: str, finished: FinishedProcess) -> None:
-    """Report noise that users would take for an error."""
+    """Report output that users would mistake for an error."""
     if "LOAD REPORT" in finished.stdout + finished.stderr:
         context.compare(f"{stage}: output", "transformers' LOAD REPORT is shown", ["the layout is the normal one"])
 
 
 def check_peak(context: Context) -> None:
-    """Compare the last command's peak with its plan. A peak above the plan is what ends in an out-of-memory."""
+    """Compare the last command's peak with its plan. A peak above the plan could run out of memory."""
     row = context.rows[-1]
     if not context.size.checks_plan or not row.plan_bytes or not row.peak_bytes:
         return
@@ -128,7 +128,7 @@ def check_peak(context: Context) -> None:
 
 
 def check_lineage(context: Context, stage: str, run: Path) -> None:
-    """The manifest must name each stage so far, with its steps."""
+    """Check that the manifest names each stage so far with its steps."""
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     lineage = [(entry["name"], entry["steps"]) for entry in manifest["lineage"]]
     expected = [(name, context.size.steps) for name in STAGES[: STAGES.index(stage) + 1]]
@@ -170,7 +170,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def strengthen_last(context: Context) -> None:
-    """Copy the last finished stage with LoRAs that matter; the rest of the rehearsal runs on the copy."""
+    """Copy the last finished stage with LoRAs that change its answers. The later steps use the copy."""
     finished = [stage for stage in STAGES if (context.stage_run(stage) / "manifest.json").is_file()]
     if not finished:
         raise StepError("no stage has finished")

@@ -3,12 +3,12 @@
 Shapes: ``H`` query heads, ``K`` key/value heads, ``T`` tokens of all documents end to end, ``Q`` query rows, ``D`` head
 size.
 
-A packed micro-batch is one row of ``T`` tokens. Each document attends to itself alone, so attention is computed
-document by document: the work is the sum of the squared lengths, not the square of their sum, and no ``T x T`` mask is
-ever built. On CUDA one variable-length kernel does it; on the CPU it runs block by block, below.
+A packed micro-batch is one row of ``T`` tokens. Each document attends only to itself, so attention is computed document
+by document. The cost is the sum of the squared lengths, not the square of their sum, and no ``T x T`` mask is built. On
+CUDA one variable-length kernel computes all documents. The CPU computes blocks of queries.
 
-A prefix that all documents share may come first, once: it attends to itself, and every document attends to it and to
-itself. ``data/layout.py`` describes who sees what.
+A prefix shared by all documents may be stored once, at the beginning. It attends to itself, and every document attends
+to the prefix and to itself. ``data/layout.py`` describes which rows see which keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DENSE_ATTENTION_NAME = "babydoctor_dense"
 
 QUERY_BLOCK = 128
 """Query rows per block on the CPU. Keys after the block's last query are skipped, so smaller blocks save work and keep
-a block's scores in the cache; below 128 the matrix products become too small to run fast."""
+their scores in the cache. Below 128 rows the matrix products become too small to run fast."""
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
@@ -38,7 +38,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
     Args:
         query: ``[Q, H, D]``.
         key, value: ``[T, K, D]``.
-        layout: which rows see which keys; on the tensors' device.
+        layout: which rows see which keys; on the device of the tensors.
 
     Returns:
         ``[Q, H, D]``.
@@ -58,9 +58,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
 class _BlockAttention(torch.autograd.Function):
     """Blocks of queries against the keys up to the block's end; the backward pass reuses the probabilities.
 
-    Blocks of the same size are multiplied together, whatever document they are from: on two cores, eight documents at
-    once reach twice the rate of one after the other. torch's own kernel for the CPU ran at a tenth of the matrix
-    multiplication rate (bfloat16, 300 positions).
+    Blocks of equal size are computed in one batched product, also if they belong to different documents. On two cores,
+    eight documents at once reach twice the rate of one at a time. torch's CPU kernel reached a tenth of the matrix
+    product rate (bfloat16, 300 tokens).
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _equal_blocks(spans: Sequence[Span]) -> dict[tuple[int, int], list[Span]]:
-    """The spans cut into blocks of at most ``QUERY_BLOCK`` rows, by size (rows, keys up to the last row's own)."""
+    """Split the spans into blocks of up to ``QUERY_BLOCK`` rows, grouped by size: (rows, keys of the last row)."""
     groups: dict[tuple[int, int], list[Span]] = {}
     for span in spans:
         for start in range(0, span.num_rows, QUERY_BLOCK):
@@ -130,7 +130,7 @@ def _scaled_bmm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.
 
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
-    """``[T, H, D]`` -> ``[H, T, D]`` with each head's positions side by side, as matrix products want them."""
+    """``[T, H, D]`` -> ``[H, T, D]``, contiguous for each head, as batched matrix products need it."""
     return x.transpose(0, 1).contiguous()
 
 
@@ -143,7 +143,7 @@ def _gather_rows(x: torch.Tensor, blocks: Sequence[Span]) -> torch.Tensor:
 
 
 def _gather_keys(x: torch.Tensor, blocks: Sequence[Span]) -> torch.Tensor:
-    """``[H, T, D]`` -> ``[H * blocks, keys, D]``: for each block the prefix and what it sees of its own document."""
+    """``[H, T, D]`` -> ``[H * blocks, keys, D]``: for each block the shared prefix and the keys of its own document."""
     if len(blocks) == 1 and not blocks[0].shared:
         return x[:, blocks[0].keys]
     pieces = []
@@ -160,7 +160,7 @@ def _split(parts: torch.Tensor, blocks: Sequence[Span]) -> tuple[torch.Tensor, .
 
 
 def _add_keys(total: torch.Tensor, blocks: Sequence[Span], parts: torch.Tensor) -> None:
-    """Add ``parts`` ``[H * blocks, keys, D]`` to where ``_gather_keys`` took them from in ``total`` ``[H, T, D]``."""
+    """Reverse of ``_gather_keys``: add ``parts`` ``[H * blocks, keys, D]`` to their keys in ``total`` ``[H, T, D]``."""
     shared = blocks[0].shared
     if shared:
         total[:, :shared] += parts[:, :shared].unflatten(0, (-1, len(blocks))).sum(1)
@@ -169,9 +169,9 @@ def _add_keys(total: torch.Tensor, blocks: Sequence[Span], parts: torch.Tensor) 
 
 
 def _causal_strip(longest: int, like: torch.Tensor) -> torch.Tensor:
-    """``[QUERY_BLOCK, longest + QUERY_BLOCK]``: zeros, and at the right end a causal triangle.
+    """A mask ``[QUERY_BLOCK, longest + QUERY_BLOCK]`` of zeros with a causal triangle at the right end.
 
-    A block of ``n`` queries against ``m`` keys finds its mask in the first ``n`` rows, in the ``m`` columns that end
+    The mask of a block of ``n`` queries and ``m`` keys is in the first ``n`` rows and in the ``m`` columns that end
     ``QUERY_BLOCK - n`` before the right edge.
     """
     strip = torch.zeros(QUERY_BLOCK, longest + QUERY_BLOCK, dtype=like.dtype, device=like.device)
@@ -181,9 +181,9 @@ def _causal_strip(longest: int, like: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """torch's variable-length attention and the argument that makes it causal; None where torch lacks it.
+    """torch's variable-length attention and the arguments that make it causal; None if torch does not have it.
 
-    Torch 2.10 takes ``is_causal``, later releases a ``window_size``. Both align the last query with the last key.
+    Torch 2.10 takes ``is_causal``, later releases take ``window_size``. Both align the last query with the last key.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -197,17 +197,17 @@ def _varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]] | None:
 
 @functools.cache
 def _has_varlen_kernel() -> bool:
-    """Whether the variable-length kernel runs here: it needs Ampere or newer."""
+    """True if the variable-length kernel runs here. It needs Ampere or newer."""
     if _varlen_kernel() is None:
         return False
-    # Without a GPU only fake tensors get here.
+    # Without a GPU only fake tensors reach this line.
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout
 ) -> torch.Tensor:
-    """One variable-length kernel for all documents. It knows no shared keys: each document gets a copy of them."""
+    """One variable-length kernel for all documents. It does not support shared keys, so each document gets a copy."""
     kernel = _varlen_kernel()
     assert kernel is not None and layout.query_bounds is not None
     varlen_attn, causal = kernel
@@ -228,10 +228,11 @@ def _varlen_attention(
 
 
 class _CopyPrefix(torch.autograd.Function):
-    """``[T, H, D]`` -> ``[L, H, D]``: the keys of each span, the shared prefix copied to every span that sees it.
+    """``[T, H, D]`` -> ``[L, H, D]``: the keys of each span, with a copy of the shared prefix for each span that sees
+    it.
 
-    The backward pass gathers and sums. ``index_add_``, which autograd would use, is slower and adds in random order,
-    so that a resumed run would round differently.
+    The backward pass gathers and sums. Autograd would use ``index_add_``, which is slower and adds in random order, so
+    a resumed run would round differently.
     """
 
     @staticmethod
@@ -247,7 +248,7 @@ class _CopyPrefix(torch.autograd.Function):
 
 
 def span_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-    """Torch's own kernel, one span after the other: the GPU path without the variable-length kernel."""
+    """torch's kernel for one span at a time. Used on GPUs without the variable-length kernel."""
     from torch.nn.attention.bias import causal_lower_right
 
     outputs = []
@@ -261,7 +262,7 @@ def span_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 
 
 def register_attention() -> None:
-    """Make ``dense_attention`` known to transformers. Calling it again changes nothing."""
+    """Register ``dense_attention`` with transformers. Calling it again has no effect."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(DENSE_ATTENTION_NAME, dense_attention)
@@ -277,10 +278,10 @@ def dense_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of all positions to all, as CLIP's layers call it: ``[B, H, T, D]`` -> ``[B, T, H, D]`` and None.
+    """Attention without a mask, in the form that CLIP's layers call: ``[B, H, T, D]`` -> ``[B, T, H, D]`` and None.
 
-    On the CPU two matrix products with a softmax between take half as long as torch's kernel (257 positions,
-    bfloat16); on CUDA, or with a mask or gradients, it is that kernel.
+    On the CPU, two matrix products and a softmax take half as long as torch's kernel (257 tokens, bfloat16). On CUDA,
+    or with a mask or gradients, torch's kernel is used.
     """
     if query.is_cuda or attention_mask is not None or torch.is_grad_enabled():
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

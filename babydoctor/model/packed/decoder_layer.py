@@ -1,8 +1,8 @@
-"""LLaMA's decoder layer as training runs it: over packed documents, keeping little for the backward pass.
+"""LLaMA's decoder layer for training: it runs over packed documents and keeps little for the backward pass.
 
-The weights stay in transformers' modules; only the order of computation is ours.
+The weights are those of transformers' modules. Only the computation is implemented here.
 
-Shapes: ``T`` tokens of all documents end to end, ``Q`` tokens whose result is wanted, ``W`` hidden size, ``H`` heads,
+Shapes: ``T`` tokens of all documents end to end, ``Q`` tokens whose output is needed, ``W`` hidden size, ``H`` heads,
 ``D`` head size, ``I`` feed-forward size.
 
 Source: LLaMA (Touvron et al. 2023): pre-norm with RMSNorm, rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020).
@@ -37,8 +37,8 @@ def decoder_layer(
         hidden: ``[T, W]``.
         cos, sin: ``[T, D]``.
         attention_layout: which query rows see which keys; its rows are the ``Q`` tokens of ``tail``.
-        tail: ``[Q]`` int64, the tokens whose result is wanted; keys and values are computed for all ``T``, all else
-            for these only. None: all tokens.
+        tail: ``[Q]`` int64, the tokens whose output is needed. Keys and values are computed for all ``T`` tokens, the
+            rest only for these. None: all tokens.
         ops: the elementwise operations.
 
     Returns:

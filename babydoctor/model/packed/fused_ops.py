@@ -1,8 +1,8 @@
-"""The elementwise operations between a training step's matrix products, each with its own backward pass.
+"""Fused elementwise operations between the matrix products of a training step, with their backward passes.
 
-Run one by one, every operation reads and writes all of its tensors, and on a processor with fast matrix units that
-takes longer than the products in between. So each chain of operations becomes one kernel: compiled by torch on the CPU,
-written in Triton by the Liger project on CUDA (``liger_ops.py``).
+Run separately, each operation reads and writes all of its tensors. On a processor with fast matrix units this takes
+longer than the matrix products. So consecutive operations become one kernel: compiled by torch on the CPU, and Liger
+Kernel's Triton kernels on CUDA (``liger_ops.py``).
 
 Shapes: ``T`` tokens, ``H`` heads, ``D`` head size, ``I`` feed-forward size.
 
@@ -22,10 +22,10 @@ from torch.nn.functional import silu
 
 
 class ElementwiseOps:
-    """The operations of one model: plain PyTorch, or with ``compiled`` one kernel per chain.
+    """The operations of one model in plain PyTorch or, with ``compiled``, as fused kernels.
 
-    A kernel is compiled when it is first used. All of them take about ten seconds, or one second where torch still has
-    them from an earlier run.
+    A kernel is compiled on its first use. All of them together take about ten seconds, or one second if they are in
+    torch's cache from an earlier run.
 
     Raises:
         RuntimeError: torch.compile does not work here; on the CPU it needs a C++ compiler.
@@ -42,7 +42,7 @@ class ElementwiseOps:
         self.masked, self.add_masked = wrap(_masked), wrap(_add_masked)
 
     def rms_norm(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        """``x / rms(x) * weight`` over the last dimension, the mean in float32, as transformers' ``LlamaRMSNorm``."""
+        """``x / rms(x) * weight`` over the last dimension, with a float32 mean, like transformers' ``LlamaRMSNorm``."""
         module: Any = norm
         return _RMSNorm.apply(x, module.weight.to(x.dtype), module.variance_epsilon, self)
 
@@ -51,7 +51,7 @@ class ElementwiseOps:
         return _SwiGLU.apply(gate, up, self)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotary position embedding of ``[T, H, D]`` with ``cos`` and ``sin`` ``[T, D]``; halves form the pairs."""
+        """Rotary embedding of ``[T, H, D]`` with ``cos`` and ``sin`` ``[T, D]``; ``i`` pairs with ``i + D/2``."""
         return _Rotate.apply(x, cos, sin, self)
 
     def rotate_pair(
@@ -76,10 +76,10 @@ def _check_compiler() -> None:
 class _Kernels:
     """A function of tensors, compiled to one kernel for each combination of widths and memory layouts.
 
-    Tensors of two and more dimensions have the tokens first; only their number may change under a kernel. What
-    torch.compile generates also depends on the sizes that it sees first, down to the rounding. So it is shown dummy
-    inputs of a fixed size, not the first real batch, and a resumed run gets bitwise-identical kernels. Each time it
-    is shown a fresh function, because functions remember what they were compiled for.
+    In tensors with two or more dimensions the first one is the number of tokens, the only size that may change. The
+    code that torch.compile generates, and its rounding, also depend on the first sizes that it sees. So kernels are
+    compiled for dummy inputs of a fixed size, not for the first real batch, and a resumed run gets bitwise-identical
+    kernels. Each kernel is compiled from a new function object, because torch caches by function.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -87,7 +87,7 @@ class _Kernels:
         self.kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        # Detached: a kernel knows nothing of autograd, and would be compiled again for tensors with gradients.
+        # Detached, because a kernel would be compiled again for tensors that require gradients.
         args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
         key = tuple(_kind(arg) for arg in args)
         if key not in self.kernels:
@@ -151,7 +151,7 @@ def _normalize_back(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, i
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps its two inputs; ``silu(gate)`` is computed again in the backward pass."""
+    """Keeps its two inputs and recomputes ``silu(gate)`` in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, ops: ElementwiseOps) -> torch.Tensor:
@@ -177,7 +177,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ops: ElementwiseOps) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.ops = ops
-        # The CPU's attention multiplies head by head, so it wants a head's tokens next to each other.
+        # Attention on the CPU multiplies per head, so the tokens of a head should be contiguous.
         return ops.turn(x, cos, sin, 1, not x.is_cuda)
 
     @staticmethod
@@ -186,9 +186,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn_in_passes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int, by_head: bool) -> torch.Tensor:
-    """``x`` rotated by its angle (``sign`` 1) or back (-1), in three passes. With ``by_head``, memory is ``[H, T, D]``.
+    """Rotate ``x`` by its angle (``sign`` 1) or back (-1) in three passes. With ``by_head``, memory is ``[H, T, D]``.
 
-    A compiler makes slow code of the writes into halves; without one ``_turn_at_once`` is slow.
+    torch.compile generates slow code for the writes into halves. Without it ``_turn_at_once`` is slow.
     """
     shape = (x.shape[1], x.shape[0], x.shape[2]) if by_head else x.shape
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -202,7 +202,7 @@ def _turn_in_passes(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign:
 
 
 def _turn_at_once(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int, by_head: bool) -> torch.Tensor:
-    """``_turn_in_passes`` as one expression, for the compiler."""
+    """``_turn_in_passes`` as a single expression, for torch.compile."""
     half = x.shape[-1] // 2
     first, second = x.unflatten(-1, (2, half)).unbind(-2)
     cos, sin = cos[:, None, :half], sign * sin[:, None, :half]
@@ -216,9 +216,9 @@ def _masked(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 
 
 def _add_masked(total: torch.Tensor, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """``total`` plus ``x`` where ``keep`` is 1. Not for autograd; it may overwrite ``total`` and ``x``."""
+    """``total`` plus ``x`` where ``keep`` is 1. Not for autograd, because it may overwrite ``total`` and ``x``."""
     return total.add_(x.mul_(keep))
 
 
 PLAIN_OPS = ElementwiseOps()
-"""Plain PyTorch, without kernels to compile."""
+"""Plain PyTorch without compilation."""

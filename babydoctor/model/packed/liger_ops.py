@@ -1,6 +1,7 @@
-"""The elementwise operations on CUDA by Liger Kernel's Triton kernels (Hsu et al. 2024).
+"""The fused operations on CUDA, with Liger Kernel's Triton kernels (Hsu et al. 2024).
 
-Liger's RMSNorm and SwiGLU keep what ours keep for the backward pass. Its rotary embedding works in place.
+Liger's RMSNorm and SwiGLU keep the same tensors for the backward pass as those of ``fused_ops.py``. Its rotary
+embedding works in place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from babydoctor.model.packed.fused_ops import ElementwiseOps
 
 
 class LigerOps(ElementwiseOps):
-    """Liger's kernels; dropout masks by torch's compiler.
+    """Liger's kernels. Dropout masks are applied by kernels that torch compiles.
 
     Raises:
         ImportError: liger-kernel is not installed.
@@ -33,7 +34,7 @@ class LigerOps(ElementwiseOps):
 
     def rms_norm(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         module: Any = norm
-        # Not in place: the gradient that comes in also belongs to the residual stream.
+        # Not in place, because the incoming gradient is also used by the residual stream.
         normed: torch.Tensor = self._rms_norm.apply(
             x, module.weight.to(x.dtype), module.variance_epsilon, 0.0, "llama", False
         )
@@ -46,7 +47,7 @@ class LigerOps(ElementwiseOps):
     def rotate_pair(
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Liger takes [1, H, T, D] and turns it to [1, T, H, D], which is how our tensors lie in memory.
+        # Liger takes [1, H, T, D] and transposes it to [1, T, H, D], the memory layout of these tensors.
         heads_first = (x.transpose(0, 1)[None] for x in (query, key))
         query, key = self._rope.apply(*heads_first, cos[None], sin[None])
         return query[0].transpose(0, 1), key[0].transpose(0, 1)

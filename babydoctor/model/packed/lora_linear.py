@@ -1,10 +1,10 @@
-"""Linear layers that share an input, each with a frozen base (plain or 4-bit) and maybe a LoRA, as one operation.
+"""Linear layers that share an input, as one operation. Each has a frozen base (plain or 4-bit) and optionally a LoRA.
 
-Shapes: ``T`` positions, ``I`` input width, ``O`` output width, ``r`` LoRA rank.
+Shapes: ``T`` tokens, ``I`` input size, ``O`` output size, ``r`` LoRA rank.
 
-Autograd on peft's layers keeps a dropped-out copy of the input for every layer, a copy of each LoRA weight in
-bfloat16, and adds gradients in separate passes. Here one dropped-out input serves all layers that read the same
-input, LoRA products accumulate into the base's result, and bfloat16 copies live only while they are used.
+Autograd on peft's layers keeps one input after dropout per layer and a bfloat16 copy of each LoRA weight, and adds
+gradients in separate passes. Here all layers that read the same input share one input after dropout, LoRA products
+accumulate into the output of the base, and bfloat16 copies exist only while they are used.
 
 Source: LoRA (Hu et al. 2021), ``y = x W' + alpha / r * dropout(x) A' B'``.
 """
@@ -25,33 +25,33 @@ from babydoctor.model.nf4 import dequantized_weight
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 
 ADAPTER = "default"
-"""peft's name for the one adapter that is ever injected."""
+"""peft's name of the only adapter."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer taken apart. ``scale`` holds LoRA's alpha / r and dropout's 1 / (1 - p)."""
+    """A base layer and the scale of its LoRA: alpha / r, times dropout's 1 / (1 - p). 0 without a LoRA."""
 
     base: nn.Module
     scale: float = 0.0
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[O, I]``; a 4-bit weight is dequantised anew at each call, so that no float copy stays."""
+        """The weight ``[O, I]``. A 4-bit weight is dequantized in each call, so that no float copy is kept."""
         return dequantized_weight(self.base).to(dtype)
 
 
 def apply_linears(
     x: torch.Tensor, modules: Sequence[nn.Module], ops: ElementwiseOps = PLAIN_OPS
 ) -> tuple[torch.Tensor, ...]:
-    """Each module's output for the same input.
+    """Apply each module to the same input.
 
     Args:
         x: ``[T, I]`` in the dtype to compute in.
-        modules: ``nn.Linear``, bitsandbytes 4-bit layers, or peft LoRA layers over either, frozen but for the LoRA.
-            LoRA layers that read the same input share its dropout mask.
+        modules: ``nn.Linear``, bitsandbytes 4-bit layers, or peft LoRA layers over either. Everything but the LoRA is
+            frozen. All LoRA layers share one dropout mask.
 
     Returns:
-        One ``[T, O]`` a module.
+        One ``[T, O]`` per module.
     """
     layers, factors = [], []
     dropout = max((_dropout(module) for module in modules), default=0.0)
@@ -69,8 +69,10 @@ def apply_linears(
 
 
 class _FrozenLinears(torch.autograd.Function):
-    """The operation. It keeps the dropped-out input (only where there is a LoRA), the mask and the low-rank products;
-    never a weight, which for a 4-bit base would be a float copy of it.
+    """Keeps the input after dropout (only if there is a LoRA), the mask and the low-rank products for the backward
+    pass.
+
+    Weights are not kept, because a 4-bit base would need a float copy.
     """
 
     @staticmethod
@@ -125,10 +127,10 @@ def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Ten
 
 
 def draw_keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -> torch.Tensor:
-    """``shape`` uint8, 0 with probability ``dropout``, else 1, from torch's global generator of the device.
+    """Draw a uint8 mask that is 0 with probability ``dropout``, else 1, from torch's global generator of the device.
 
-    On the CPU that generator only seeds NumPy's SFC64, of whose 64-bit numbers each gives four elements: fifteen times
-    as fast as ``bernoulli_``, and the probability is right to 1 / 65,536.
+    On the CPU that generator seeds NumPy's SFC64, and each of its 64-bit numbers gives four elements. This is fifteen
+    times as fast as ``bernoulli_``. The probability is exact to 1 / 65,536.
     """
     if device.type != "cpu":
         return torch.empty(tuple(shape), dtype=torch.uint8, device=device).bernoulli_(1 - dropout)
@@ -145,12 +147,12 @@ def _is_4bit(base: nn.Module) -> bool:
 
 
 def has_lora(module: nn.Module) -> bool:
-    """Whether peft put a LoRA over the module, and it is switched on."""
+    """True if the module is a peft LoRA layer and its adapter is active."""
     if not hasattr(module, "lora_A"):
         return False
     peft_layer: Any = module
     active = ADAPTER in peft_layer.active_adapters and not peft_layer.disable_adapters
-    assert not peft_layer.merged, "a LoRA that peft merged into its base"
+    assert not peft_layer.merged, "peft has merged this LoRA into its base"
     return active
 
 

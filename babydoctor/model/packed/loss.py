@@ -1,6 +1,6 @@
-"""Summed next-token loss at supervised positions only, without holding all logits.
+"""Summed next-token loss at the loss positions, without keeping all logits.
 
-Shapes: ``M`` supervised positions, ``D`` text width, ``V`` vocabulary.
+Shapes: ``M`` loss positions, ``D`` hidden size, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Most memory that the float32 logits of one chunk may take. On a CPU they should stay in its cache, and below 128
-rows of a vocabulary of 32,000 the matrix products become slow; a GPU wants large products."""
+"""Largest size of the float32 logits of one chunk. On a CPU they should fit in the cache, but with fewer than 128 rows
+of a vocabulary of 32,000 the matrix products become slow. A GPU needs large products."""
 
 
 def chunk_rows(vocabulary: int, *, is_cuda: bool) -> int:
-    """Positions whose logits are computed at once."""
+    """Number of positions whose logits are computed at once."""
     return max(1, CHUNK_BYTES["cuda" if is_cuda else "cpu"] // (4 * vocabulary))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a frozen output layer, summed over positions.
 
-    The gradient with respect to the hidden states is computed in the forward pass while a chunk's logits are at
-    hand, so nothing of size ``M x V`` is kept or computed twice. The output layer gets no gradient.
+    The gradient of the hidden states is computed in the forward pass, while the logits of a chunk exist. So nothing of
+    size ``M x V`` is kept or computed twice. The output layer gets no gradient.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # Made once for all chunks: a fresh tensor of this size costs the CPU more in page faults than in arithmetic.
+        # Allocated once for all chunks, because page faults of new tensors would cost the CPU more than the arithmetic.
         size = (min(chunk, len(targets)), len(weight))
         narrow = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
         wide, log_wide = (torch.empty(size, dtype=torch.float32, device=hidden.device) for _ in range(2))
@@ -61,7 +61,7 @@ def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     """Sum of ``-log softmax(hidden @ weight.T)[target]`` over positions, float32.
 
     Args:
-        hidden: ``[M, D]``, the positions that have a target.
+        hidden: ``[M, D]``, the hidden states at the loss positions.
         weight: ``[V, D]``, frozen.
         targets: ``[M]`` int64.
     """

@@ -1,4 +1,4 @@
-"""Which elementwise operations a model trains with: ``train.fuse``."""
+"""Select the elementwise operations for training (``train.fuse``)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from babydoctor.schema import UserError
 logger = logging.getLogger(__name__)
 
 FUSE_FROM_HIDDEN_SIZE = 256
-"""Hidden size below which ``auto`` compiles nothing: a tiny model trains in minutes."""
+"""``auto`` compiles nothing below this hidden size, because a tiny model trains within minutes."""
 
 
 def select_ops(fuse: bool | Literal["auto"], device: torch.device, hidden_size: int) -> ElementwiseOps:
-    """The operations that ``train.fuse`` asks for: Liger's kernels on CUDA, compiled ones on the CPU, or plain PyTorch.
+    """Return the operations for ``train.fuse``: Liger's kernels on CUDA, compiled ones on the CPU, or plain PyTorch.
 
     Raises:
-        UserError: ``train.fuse: true`` where there are no kernels.
+        UserError: ``fuse`` is True and there are no kernels for this device.
     """
     if fuse == "auto":
         fuse = hidden_size >= FUSE_FROM_HIDDEN_SIZE
@@ -39,5 +39,5 @@ def select_ops(fuse: bool | Literal["auto"], device: torch.device, hidden_size: 
         fix = "run pip install liger-kernel" if device.type == "cuda" else "install a C++ compiler (g++)"
         if is_asked:
             raise UserError(f"train.fuse=true: {error}; {fix}, or set train.fuse=auto") from error
-        logger.warning("%s; training steps take a tenth to a fifth longer than they could: %s", error, fix)
+        logger.warning("%s; training steps take 10 to 20%% longer without fused kernels; to get them: %s", error, fix)
         return PLAIN_OPS

@@ -1,6 +1,6 @@
-"""Checks before any work is done: keys, request slots, the form of images and JSON. No torch.
+"""Checks before any work is done: keys, request slots, base64 of images, shape of JSON. Free of torch.
 
-Everything here takes microseconds, so that a server under load can still refuse.
+All checks take microseconds, so a server under load can still refuse requests.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from babydoctor.serve.api.shape_errors import Path, field_name
 from babydoctor.serve.settings import Limits
 
 MAX_JSON_DEPTH = 32
-"""A request of ours is 6 deep. Deeper ones only try the parser's stack."""
+"""Valid requests nest 6 deep. Deeper ones could exhaust the parser's stack."""
 
 MAX_JSON_MARKS = 50_000
-"""Strings, brackets and commas. A long chat has a few thousand; millions would keep the server parsing."""
+"""Limit of strings, brackets and commas. A long chat has a few thousand; millions would take long to parse."""
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 _STANDARD_ALPHABET = str.maketrans("-_", "+/")
-"""From the URL-safe alphabet of base64."""
+"""Translates the URL-safe alphabet of base64."""
 
 
 class Keys:
-    """A set of keys; comparing takes the same time whichever of them is right, and how nearly."""
+    """A set of keys. A comparison takes the same time for all keys, whether they match, nearly match or not."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        # Hashes have one length, so not even the keys' lengths can be measured.
+        # All hashes have the same length, so the lengths of keys cannot be measured either.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def accepts(self, key: str) -> bool:
-        """Whether it is one of the keys."""
+        """True if ``key`` is one of the keys."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         found = False
         for known in self._digests:  # no early exit
@@ -53,7 +53,7 @@ class Keys:
 
 
 def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    """The key of ``Authorization: Bearer KEY``, or of ``X-API-Key``; empty where there is neither."""
+    """The key of ``Authorization: Bearer KEY``, or of ``X-API-Key``; empty if there is neither."""
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
             return value[7:].strip().decode("latin-1")
@@ -63,7 +63,7 @@ def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
 
 
 class RequestSlots:
-    """Request slots of one worker: those that run and those that wait. One more is refused at once.
+    """Request slots of one worker, for running and waiting requests. Any further request is refused at once.
 
     Args:
         num_slots: requests that run at the same time.
@@ -81,7 +81,7 @@ class RequestSlots:
         return self.num_slots + self.max_queue
 
     def take(self) -> None:
-        """Take a slot; the caller returns it with ``free``, whatever happens.
+        """Take a slot. The caller must return it with ``free``.
 
         Raises:
             ApiError: 429 with the time after which a slot is likely to be free.
@@ -128,7 +128,7 @@ def decode_image(text: str, index: int) -> bytes:
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
-    """Check what can be checked without decoding or tokenising.
+    """Check a request as far as possible without decoding or tokenizing.
 
     Raises:
         ApiError: 413 or 422, naming the field and the limit.
@@ -140,7 +140,7 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
             param="prompt",
         )
     marked = request.prompt
-    if request.turns:  # in an answer the mark is text
+    if request.turns:  # in an answer the marker is text
         marked = "".join(turn.text for turn in request.turns if turn.role == "user")
     check_image_count(marked, request.images or (), limits)
 
@@ -161,13 +161,13 @@ def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> Non
     if len(images) > limits.max_images:
         raise ApiError(
             "too_many_images",
-            f"{len(images)} images came; this server takes {limits.max_images} a conversation.",
+            f"The request has {len(images)} images; this server takes {limits.max_images} per conversation.",
             param="images",
         )
 
 
-# Strings are skipped whole, in C; brackets inside them do not count.
-# A string that does not end matches up to the end of the body, or each quote in it would be tried again.
+# Strings are skipped as a whole, in C; brackets inside them do not count.
+# An unterminated string matches up to the end of the body; otherwise each quote in it would be tried again.
 _STRING_OR_MARK = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{},]', re.S)
 
 
@@ -213,7 +213,7 @@ def check_json_text(body: bytes) -> None:
 
 
 def _path_of_surrogate(value: Any, path: Path = ()) -> Path | None:
-    """Where in a JSON value text stands that UTF-8 cannot hold; for a key, the object that has it."""
+    """The path of a text in a JSON value that UTF-8 cannot encode; for a key, the path of its object."""
     if isinstance(value, str):
         return path if any("\ud800" <= char <= "\udfff" for char in value) else None
     if isinstance(value, dict):

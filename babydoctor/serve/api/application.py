@@ -1,4 +1,4 @@
-"""A worker's or a controller's application: the shared routes behind the gate."""
+"""Build the application of a worker or a controller: the shared routes behind the gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the routes need of a worker's engine or of a controller's choice of workers."""
+"""The interface between the routes and a worker's engine or a controller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from babydoctor.serve.settings import ServeSettings
 
 
 class Backend(Protocol):
-    """What answers the requests."""
+    """Answers requests."""
 
     @property
     def settings(self) -> ServeSettings: ...
@@ -23,13 +23,13 @@ class Backend(Protocol):
     def model_names(self) -> list[str]: ...
 
     def template(self, model: str) -> Template:
-        """The template of a model. Raises ``ApiError`` if nobody serves it."""
+        """The template of a model. Raises ``ApiError`` if no worker serves it."""
 
     def unready(self) -> str | None:
-        """Why no request can be answered now; None if one can."""
+        """The reason why no request can be answered now; None if requests can be answered."""
 
     async def open(self, request: GenerateRequest) -> AnswerStream:
-        """Begin an answer. Raises ``ApiError``. Cancelling it releases everything."""
+        """Start an answer. Raises ``ApiError``. Canceling the call releases all resources."""
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]: ...
 

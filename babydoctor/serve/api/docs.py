@@ -1,11 +1,11 @@
 """The OpenAPI document and ``/docs``: error and reply schemas, security schemes, Swagger UI without the internet.
 
-Hospital networks seldom reach a CDN, so ``fastapi-offline`` brings Swagger UI's files along.
+Hospital networks seldom reach a CDN, so ``fastapi-offline`` serves the files of Swagger UI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -17,40 +17,39 @@ from babydoctor import __version__
 DOCS_FILES = "/docs-files/"
 
 OPEN_PATHS = ("/healthz", "/readyz", "/health", "/docs", "/openapi.json")
-"""Answered without a key, as is everything under ``DOCS_FILES``."""
+"""Paths that need no key, like everything under ``DOCS_FILES``."""
 
 _DESCRIPTIONS = {
-    400: "The body cannot be parsed; on /v1: a field is wrong, the message names it",
+    400: "The body cannot be parsed. On /v1 also: a field is wrong; the message names it",
     401: "No valid API key",
     403: "No valid registration secret",
-    404: "No such model; the message lists those there are",
+    404: "No such model; the message lists the models that exist",
     408: "The body arrived too slowly",
     413: "Body or image too large",
     422: "A field is wrong; the message names it",
-    429: "Busy; Retry-After says when to come back",
+    429: "Busy; Retry-After says when to try again",
     500: "The server failed",
     503: "No worker can answer now",
     504: "The answer took too long",
 }
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error", "text", "error_code"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "code", "param"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "code": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-            },
-        },
-        "text": {"type": "string"},
-        "error_code": {"type": "integer"},
-    },
-}
+
+def _object(optional: Mapping[str, dict[str, Any]] | None = None, **required: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an object: its required properties, and those that may be absent."""
+    return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
+_MAYBE_OBJECT = {"type": ["object", "null"]}
+_ERROR_SCHEMA = _object(
+    error=_object(message=_STRING, type=_STRING, code=_STRING, param={"type": ["string", "null"]}),
+    text=_STRING,
+    error_code=_INTEGER,
+)
 
 BODY_ERRORS = (400, 401, 408, 413, 422, 500)
 WORK_ERRORS = (*BODY_ERRORS, 404, 429, 503, 504)
@@ -70,61 +69,27 @@ def reply(name: str, description: str, *, streams: bool = False) -> dict[int | s
     return {200: {"description": description, "content": content}}
 
 
-def _object(required: list[str], **properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "required": required, "properties": properties}
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-_STRING, _INTEGER = {"type": "string"}, {"type": "integer"}
-_MAYBE_OBJECT = {"type": ["object", "null"]}
 _FINISH = {"type": "string", "enum": ["stop", "length"]}
-_USAGE = _object(
-    ["prompt_tokens", "completion_tokens", "total_tokens"],
-    prompt_tokens=_INTEGER,
-    completion_tokens=_INTEGER,
-    total_tokens=_INTEGER,
-) | {"type": ["object", "null"]}
-_MESSAGE = _object(["role", "content"], role={"const": "assistant"}, content=_STRING, refusal={"type": "null"})
+_USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER) | _MAYBE_OBJECT
+_MESSAGE = _object(optional={"refusal": {"type": "null"}}, role={"const": "assistant"}, content=_STRING)
 
 
-def _completion(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+def _completion(kind: str, **answer: dict[str, Any]) -> dict[str, Any]:
+    """A completion of OpenAI's API, whose choices hold ``answer``."""
     return _object(
-        ["id", "object", "created", "model", "choices", "usage"],
         id=_STRING,
         object={"const": kind},
         created=_INTEGER,
         model=_STRING,
-        choices=_list(choice),
+        choices=_list(_object(optional={"logprobs": _MAYBE_OBJECT}, index=_INTEGER, **answer, finish_reason=_FINISH)),
         usage=_USAGE,
     )
 
 
 REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
-    "ChatCompletion": _completion(
-        "chat.completion",
-        _object(
-            ["index", "message", "finish_reason"],
-            index=_INTEGER,
-            message=_MESSAGE,
-            finish_reason=_FINISH,
-            logprobs=_MAYBE_OBJECT,
-        ),
-    ),
-    "Completion": _completion(
-        "text_completion",
-        _object(
-            ["index", "text", "finish_reason"],
-            index=_INTEGER,
-            text=_STRING,
-            finish_reason=_FINISH,
-            logprobs=_MAYBE_OBJECT,
-        ),
-    ),
+    "ChatCompletion": _completion("chat.completion", message=_MESSAGE),
+    "Completion": _completion("text_completion", text=_STRING),
     "ModelResponse": _object(
-        ["id", "object", "created_at", "status", "model", "output", "usage"],
         id=_STRING,
         object={"const": "response"},
         created_at=_INTEGER,
@@ -133,13 +98,11 @@ REPLY_SCHEMAS: dict[str, dict[str, Any]] = {
         output=_list({"type": "object"}),
         usage=_MAYBE_OBJECT,
     ),
-    "GeneratedText": _object(
-        ["text", "error_code"], text=_STRING, error_code=_INTEGER, finish_reason=_FINISH, usage=_USAGE
-    ),
+    "GeneratedText": _object(text=_STRING, error_code=_INTEGER, optional={"finish_reason": _FINISH, "usage": _USAGE}),
 }
 
 _SECURITY_SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server, if it has any."},
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, if the server requires one."},
     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 
@@ -147,7 +110,7 @@ _SECURITY_SCHEMES = {
 def build_app(
     title: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]], *, has_keys: bool
 ) -> FastAPI:
-    """An application with ``/docs``, whose OpenAPI document says whether keys are needed."""
+    """Build an application with ``/docs``. Its OpenAPI document says whether keys are needed."""
     app = FastAPIOffline(
         docs_url="/docs",
         redoc_url=None,

@@ -1,7 +1,7 @@
-"""LLaVA's stream: JSON messages, a NUL byte after each, whose ``text`` is everything so far.
+"""LLaVA's stream: JSON messages, each followed by a NUL byte, whose ``text`` is the whole text so far.
 
-The cumulative text exists here only; everything else in the package handles deltas. Source:
-``llava/serve/model_worker.py`` of the original, release 1.2; the fields beside ``text`` and ``error_code`` are ours.
+Only this module handles the cumulative text; the rest of the package uses deltas. Source:
+``llava/serve/model_worker.py`` of the original code, release 1.2. Fields besides ``text`` and ``error_code`` are ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from babydoctor.serve.api.errors import (
 from babydoctor.serve.api.streaming import AnswerDelta
 
 OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
-"""Sent with ``ERROR_NONE`` when the prompt leaves no room for an answer, word for word as the original does."""
+"""Sent with ``ERROR_NONE`` when the prompt leaves no room for an answer. This is the original's text."""
 
 DELIMITER = b"\0"
 """Ends each message. JSON escapes NUL, so it never occurs inside one."""
@@ -38,7 +38,7 @@ ERROR_HEADER = "x-babydoctor-error"
 """Code of the error in a stream that begins with HTTP 200, so that a controller need not read the body."""
 
 NO_TOKEN_ID = -1
-"""The id in log-probabilities of a server that sends none."""
+"""The token id in log-probabilities from a server that sends no ids."""
 
 _CODE_OF_NUMBER: dict[int, ApiCode] = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
 
@@ -73,8 +73,8 @@ class LlavaWriter:
         return data
 
     def encode(self, delta: AnswerDelta | None) -> bytes:
-        """The messages for one delta. In silence the last text is sent again, the only sign of life that the
-        original's clients know."""
+        """The messages for one delta. Without a delta the last text is sent again, the only
+        keep-alive that the original's clients understand."""
         delta = delta or AnswerDelta()
         error = delta.error
         if error is None:
@@ -100,11 +100,11 @@ def _frame(message: dict[str, Any]) -> bytes:
 
 
 class LlavaReader:
-    """Bytes in any portions -> deltas.
+    """Chunks of bytes -> deltas.
 
     Args:
         front: what ``text`` begins with, see ``LlavaWriter``.
-        so_far: what another worker has sent of this answer; it is not repeated.
+        so_far: the part of this answer that another worker has sent; it is not repeated.
     """
 
     def __init__(self, front: str = "", so_far: str = "") -> None:
@@ -113,7 +113,7 @@ class LlavaReader:
         self.so_far = so_far
 
     def feed(self, data: bytes) -> Iterator[AnswerDelta]:
-        """Yield a delta for each message that ``data`` completes; a sign of life is an empty one.
+        """Yield a delta for each message that ``data`` completes; a keep-alive is an empty delta.
 
         Raises:
             ValueError: a message is longer than ``MAX_MESSAGE_BYTES``, or not JSON with a ``text``.
@@ -143,7 +143,7 @@ class LlavaReader:
         if message.get("code") == OVERFLOW:
             return AnswerDelta(error=overflow_error())
         text = text.removeprefix(self._front)
-        # A worker that continues a lost one's answer begins where that one began.
+        # A worker that continues the answer of a lost one sends it from its beginning.
         new, self.so_far = text[len(self.so_far) :], max(text, self.so_far, key=len)
         return AnswerDelta(
             new,
@@ -161,7 +161,7 @@ def _usage(value: Any) -> Usage | None:
 
 
 def _logprobs(value: Any) -> Iterator[TokenLogprob]:
-    """FastChat's workers send ``logprobs`` as an object of another form; only ours are read."""
+    """Log-probabilities of a BabyDoctor worker. FastChat's workers send another form, which is ignored."""
     for item in value if isinstance(value, list) else ():
         top = tuple((NO_TOKEN_ID, text, value) for text, value in item.get("top", ()))
         yield TokenLogprob(NO_TOKEN_ID, item["text"], item["logprob"], top)

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: an id, the key, the size of its body, one line in the log."""
+"""Checks before a route handles a request: request id, API key, size of the body. Also logs one line per request."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from babydoctor.serve.settings import Limits
 logger = logging.getLogger(__name__)
 
 QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
-"""Polled by machines; logged only when something is wrong."""
+"""Paths that machines poll. They are logged only on errors."""
 
 
 class Gate:
     """ASGI middleware around a whole application.
 
     Args:
-        keys: what clients must present one of; empty: nothing is asked for.
+        keys: clients must send one of these; empty: no key is needed.
         open_paths: answered without a key.
     """
 
@@ -98,10 +98,10 @@ class Gate:
             self._held_bytes -= held
 
     async def _read_body(self, receive: Receive) -> bytes:
-        """Read the body within its limits and check its shape.
+        """Read the body within its limits and check its JSON shape.
 
         Raises:
-            ApiError: 408, 413, 422, or 429 where all open requests together are too large.
+            ApiError: 408, 413, 422, or 429 if all open requests together are too large.
         """
         limit = self.limits.max_body_bytes
         parts: list[bytes] = []
@@ -126,7 +126,7 @@ class Gate:
                 if self._held_bytes + size > self.limits.max_held_bytes:
                     raise ApiError("queue_full", "The server is busy. Please try again soon.")
             else:
-                # Nothing is kept any more, but reading on lets the client finish sending and see the answer.
+                # The rest is discarded. Reading on lets the client finish sending and see the answer.
                 parts.clear()
                 if size > 4 * limit:
                     break
@@ -139,7 +139,7 @@ class Gate:
 
 
 def _receive_again(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives a body that was read, once, and then goes on."""
+    """A ``receive`` that first returns a body that was already read."""
     left: list[bytes] = [body]
 
     async def receive_again() -> Message:
@@ -154,7 +154,7 @@ _HTTP_CODES: dict[int, ApiCode] = {404: "not_found", 405: "method_not_allowed"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves as ``ApiError.body()``; none repeats a whole prompt or image."""
+    """Send every error as ``ApiError.body()``. No error repeats a whole prompt or image."""
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -177,7 +177,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """Field and reason. FastAPI's own answer repeats the input: a whole prompt, a whole image."""
+    """An error with field and reason. FastAPI's own answer would repeat the input, such as a whole image."""
     items = error.errors()
     if items[0]["type"] != "json_invalid":
         return shape_error(items, error.body)
@@ -190,7 +190,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 
 def _http_error(error: HTTPException) -> ApiError:
     if error.status_code == 400 and isinstance(error.__cause__, ValueError):
-        # FastAPI could not parse the body, for a reason that is not JSON's grammar.
+        # FastAPI could not parse the body, for another reason than JSON syntax.
         fault = error.__cause__
         reason = "it is not UTF-8" if isinstance(fault, UnicodeError) else "a number has too many digits"
         return ApiError("bad_json", f"The body is not valid JSON: {reason}.")
@@ -198,7 +198,7 @@ def _http_error(error: HTTPException) -> ApiError:
 
 
 def _with_json_type(scope: Scope) -> None:
-    """Take a body without a Content-Type as JSON, as the original's servers do; OpenAI's API wants the header."""
+    """Treat a body without a Content-Type as JSON, like LLaVA's servers do. OpenAI's API requires the header."""
     is_llava = not scope["path"].startswith("/v1/")
     if is_llava and not any(name == b"content-type" and value.strip() for name, value in scope["headers"]):
         scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]

@@ -1,9 +1,9 @@
-"""Fetch an image by URL, where the operator allows it: from named hosts, never from private addresses.
+"""Fetch an image by URL from hosts that the operator allows, never from private addresses.
 
-A server that fetches what a stranger names can be sent at the hospital's own network (SSRF). So: host names from a
-list; every address that the name resolves to is checked, and the connection goes to the checked address itself, so
-that a second DNS answer cannot slip in another; redirects pass the same checks; size and time are bounded; proxies
-from the environment are not used.
+A server that fetches arbitrary URLs can be used to attack the hospital's own network (SSRF). Therefore host names must
+be on a list. Every address that a name resolves to is checked, and the connection goes to the checked address, so a
+second DNS answer cannot replace it. Redirects pass the same checks. Size and time are limited. Proxies from the
+environment are not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AddressCheck = Callable[[str], bool]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet (also when it is an IPv4 one wrapped in IPv6)."""
+    """True for an IP address of the public internet, including an IPv4 address embedded in an IPv6 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -76,7 +76,7 @@ async def fetch_image(url: str, settings: RemoteImages, is_allowed: AddressCheck
         is_allowed: which IP addresses may be connected to.
 
     Raises:
-        ApiError: 422 where the URL is not allowed, 413 where the image is too large, 422 where it does not come.
+        ApiError: 422 if the URL is not allowed or the download fails, 413 if the image is too large.
     """
     if not settings.hosts:
         raise _refused("Images by URL are off on this server; send the image itself as a data URL.")
@@ -112,7 +112,7 @@ def _check_url(url: str, settings: RemoteImages) -> str:
     if parts.scheme not in ("http", "https") or not url.isascii() or parts.username or parts.password:
         raise _refused("The image's URL must be a plain http or https one.")
     host = (parts.hostname or "").lower()
-    # With a port, the list has to name the port too: another service of that machine is another matter.
+    # If the URL has a port, the list must name the port too, because it may be a different service of that machine.
     named = host if port is None else f"{host}:{port}"
     if named not in {allowed.lower() for allowed in settings.hosts}:
         raise _refused("This server may not read images from that host; send the image as a data URL.")

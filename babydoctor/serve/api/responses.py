@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def error_response(error: ApiError, path: str) -> JSONResponse:
-    """An ``ApiError`` as HTTP. OpenAI's clients expect 400 for a bad request where the others get 422."""
+    """An ``ApiError`` as an HTTP response. OpenAI's clients get 400 for a bad request, other clients 422."""
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -30,7 +30,7 @@ def error_response(error: ApiError, path: str) -> JSONResponse:
 
 
 class AnswerResponse(Response, ABC):
-    """A response that reads an answer and closes it whatever happens: end, error, deadline, a client that left.
+    """A response that reads an answer and closes it in every case: end, error, deadline or a client that disconnected.
 
     Args:
         opening: from ``streaming.start_opening``.
@@ -50,7 +50,7 @@ class AnswerResponse(Response, ABC):
         writing = asyncio.ensure_future(self.write(scope, send))
         leaving = asyncio.ensure_future(_until_disconnect(receive))
         try:
-            # The writer keeps the deadline itself; this one is for a client that does not read.
+            # The writer has its own deadline. This one is for clients that do not read.
             spare_s = self._deadline - time.monotonic() + 5
             await asyncio.wait({writing, leaving}, timeout=spare_s, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
@@ -71,7 +71,7 @@ class AnswerResponse(Response, ABC):
             await self._opening.result().aclose()
 
     async def next_delta(self) -> AnswerDelta | None:
-        """The next delta, None after a while of silence. Errors come as deltas.
+        """The next delta; None if none arrives for a while. Errors are deltas too.
 
         Raises:
             EndOfAnswer: everything has been read.
@@ -101,10 +101,10 @@ async def _until_disconnect(receive: Receive) -> None:
 
 
 class StreamedAnswer(AnswerResponse):
-    """Deltas as they come.
+    """Streams deltas as they arrive.
 
     Args:
-        encode: a delta (None: a while of silence) -> bytes to send.
+        encode: a delta (None: a keep-alive) -> bytes to send.
         trailer: sent at the end of an answer without error.
     """
 
@@ -119,7 +119,7 @@ class StreamedAnswer(AnswerResponse):
     ) -> None:
         self.media_type = media_type
         super().__init__(opening, limits)
-        # The length is not known; nginx must not buffer the stream.
+        # The length is unknown, and nginx must not buffer the stream.
         del self.headers["content-length"]
         self.headers["x-accel-buffering"] = "no"
         self.headers["cache-control"] = "no-store"
@@ -141,10 +141,10 @@ class StreamedAnswer(AnswerResponse):
 
 
 class CollectedAnswer(AnswerResponse):
-    """The whole answer as one JSON document; an error keeps the HTTP status of its code.
+    """Sends the whole answer as one JSON document. An error has the HTTP status of its code.
 
     Args:
-        build: everything that was generated, one delta for each answer -> the document.
+        build: one merged delta for each answer -> the document.
     """
 
     def __init__(

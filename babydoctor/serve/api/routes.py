@@ -1,6 +1,6 @@
-"""Routes that controller and worker share: operators', LLaVA's protocol, FastChat's additions, OpenAI's APIs.
+"""Routes that controller and worker share: for operators, the LLaVA API, FastChat's additions, OpenAI's APIs.
 
-Behind them is a ``Backend``: a worker's engine, or a controller's choice of workers.
+They call a ``Backend``: a worker's engine, or a controller that chooses among workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from babydoctor.serve.metrics import CONTENT_TYPE
 
 
 def add_common_routes(app: FastAPI, backend: Backend) -> None:
-    """Add the routes that do not depend on what kind of backend answers."""
+    """Add the routes that do not depend on the kind of backend."""
     _add_operator_routes(app, backend)
     _add_llava_routes(app, backend)
     _add_fastchat_routes(app, backend)
@@ -64,7 +64,7 @@ def _add_operator_routes(app: FastAPI, backend: Backend) -> None:
 def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
     stream_docs: dict[int | str, dict[str, Any]] = {
         200: {
-            "description": "JSON objects, a NUL byte after each; `text` is the prompt and everything generated so far.",
+            "description": "JSON objects, a NUL byte after each; `text` is the prompt and all text generated so far.",
             "content": {STREAM_TYPE: {"schema": {"type": "string", "format": "binary"}}},
         }
     }
@@ -78,7 +78,7 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
         try:
             opening = await start_opening(backend.open(with_own_placeholders(body)))
         except ApiError as error:
-            # The original's clients read these from the stream; any other refusal is an HTTP status.
+            # The original's clients read these errors from the stream. All other refusals are HTTP statuses.
             if error.code != OVERFLOW and error.error_code not in (ERROR_NO_WORKER, ERROR_UNREACHABLE):
                 raise
             message = writer.encode(AnswerDelta(error=error))
@@ -87,7 +87,7 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/worker_attention", tags=["LLaVA"], responses=errors(*WORK_ERRORS))
     async def worker_attention(body: AttentionRequest) -> AttentionReply:
-        """Where on the image each piece of a given answer looked."""
+        """Attention from each piece of a given answer to the image patches."""
         return AttentionReply.model_validate(await backend.attention(body))
 
 
@@ -106,7 +106,7 @@ def _add_fastchat_routes(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/count_token", tags=["FastChat"], responses=errors(*WORK_ERRORS))
     async def count_token(body: CountTokenRequest) -> dict[str, int]:
-        """How many tokens a prompt takes, images included."""
+        """Number of tokens of a prompt, including images."""
         return {"count": await backend.count_tokens(body), "error_code": 0}
 
     @app.post("/worker_get_conv_template", tags=["FastChat"], responses=errors(*WORK_ERRORS))

@@ -1,4 +1,4 @@
-"""One plain sentence for a request body of the wrong shape: the field, what was sent, and what to send instead.
+"""One plain sentence about a request body with the wrong shape: the field, what was sent, and what to send instead.
 
 pydantic reports one error for each branch of a union, in terms of Python types. Here the errors of one field become
 one expectation, and the most specific field wins: of ``content: str | list`` with a bad item in the list, the item is
@@ -15,7 +15,7 @@ from typing import Any
 from babydoctor.serve.api.errors import ApiError
 
 MAX_SHOWN_CHARS = 40
-"""Longer text of the client is cut in messages: it may be a whole prompt or image."""
+"""Longer text of a client is cut in messages, because it may be a whole prompt or image."""
 
 Path = tuple[int | str, ...]
 
@@ -65,7 +65,7 @@ def shape_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     first = located[0][0]
     inside = [path for path, _ in located if path[: len(first)] == first]
     path = max(inside, key=len)
-    # A branch that got past the type and then failed is the one that was meant.
+    # The client meant the branch whose type matched, even if it failed later.
     faults = sorted((error for place, error in located if place == path), key=lambda e: e["type"] in _EXPECTED)
     name = field_name(path)
     return ApiError("bad_request", _sentence(name, faults), param=name or None)
@@ -80,8 +80,8 @@ def field_name(path: Path) -> str:
 
 
 def describe(value: Any, *, quotes: bool = False) -> str:
-    """A client's value in a message: short, and printable whatever it holds. Text stays out of it without ``quotes``,
-    because a patient's name may stand in the wrong field."""
+    """A client's value for a message, short and printable. Without ``quotes`` it holds no text of the client, because a
+    patient's name may be in the wrong field."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -112,7 +112,7 @@ def _sentence(name: str, faults: Sequence[Mapping[str, Any]]) -> str:
         value = limit["tag"]
     if fault["loc"][-1] == "[key]":
         field = f"Each key of {field}"
-    # A number or a name from a list was meant there, never free text.
+    # These fields expect a number or a name from a list, never free text.
     quotes = not any(word in _CONTAINERS for word in expected)
     return f"{field} must be {' or '.join(expected)}, not {describe(value, quotes=quotes)}."
 

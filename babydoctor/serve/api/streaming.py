@@ -1,7 +1,7 @@
-"""An answer on its way: filled by a worker's engine or a controller's relay, read by an HTTP response.
+"""A streamed answer: a worker's engine or a controller's relay writes it, an HTTP response reads it.
 
-Both sides run at their own speed. What the reader has not fetched is merged into one delta, so a slow client costs
-neither memory nor a request slot. However the response ends, the answer is closed, and that stops the work behind it.
+Both sides run at their own speed. Deltas that were not read yet are merged into one, so a slow client costs neither
+memory nor a request slot. However the response ends, it closes the answer, and this stops the work for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEADERS_WITHIN_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta:
-    """What is new in an answer since the delta before. The last one has a ``finish_reason`` or an ``error``.
+    """What is new in an answer since the previous delta. The last one has a ``finish_reason`` or an ``error``.
 
     ``text`` precedes ``error``: a delta with both is text that arrived and an error that followed.
     """
@@ -34,7 +34,7 @@ class AnswerDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     error: ApiError | None = None
     index: int = 0
-    """Which of several answers to one request (``n``)."""
+    """Index of the answer if a request has several (``n``)."""
 
     def then(self, later: AnswerDelta) -> AnswerDelta:
         """Both deltas as one."""
@@ -50,24 +50,24 @@ class AnswerDelta:
 
 
 class EndOfAnswer(Exception):
-    """There is nothing more to read."""
+    """Raised when there is nothing more to read."""
 
 
 class Readable(Protocol):
-    """What a response reads: one answer, or several to one request."""
+    """The source of a response: one answer, or several answers to one request."""
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
         """The next delta; None if none came in time. Raises ``EndOfAnswer``."""
 
     async def aclose(self) -> None:
-        """Stop the work behind it. May be called more than once."""
+        """Stop the work for it. May be called more than once."""
 
 
 class AnswerStream:
     """One answer. ``put``, ``finish`` and ``fail`` are called in the event loop's thread.
 
-    An answer never ends with a blank: blanks at the end of the text so far wait for more text, and are dropped where
-    none comes. Token ids, log-probabilities and usage are passed on as they come.
+    An answer never ends with whitespace: whitespace at the end of the text so far is held back until more text arrives,
+    and dropped if none does. Token ids, log-probabilities and usage are passed on at once.
 
     Args:
         on_close: stops the work; awaited once, when the reader is done or has left.
@@ -77,7 +77,7 @@ class AnswerStream:
         self._on_close = on_close
         self._pending: AnswerDelta | None = None
         self._blanks = ""
-        """Blanks at the end of the text so far."""
+        """Whitespace at the end of the text so far."""
         self._ended = False
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
@@ -92,7 +92,7 @@ class AnswerStream:
         return self._ended
 
     def put(self, delta: AnswerDelta) -> None:
-        """Append a delta; after the end this does nothing."""
+        """Append a delta. Has no effect after the end."""
         if self._ended:
             return
         text = self._blanks + delta.text
@@ -119,7 +119,7 @@ class AnswerStream:
         """
         if self._pending is None and not self._ended:
             # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that arrives together with a result, and
-            # the answer of a client that left would be generated to the end.
+            # an answer whose client has disconnected would be generated to the end.
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
             timer = loop.call_later(timeout_s, self._wake)
@@ -152,7 +152,7 @@ class AnswerStream:
 
 
 class AnswerGroup:
-    """Several answers to one request, read as one stream of deltas that carry their answer's ``index``."""
+    """Several answers to one request as one stream of deltas with the ``index`` of their answer."""
 
     def __init__(self, answers: Sequence[AnswerStream]) -> None:
         self._answers = answers
@@ -182,7 +182,7 @@ class AnswerGroup:
         return self._ready.pop(0)
 
     def _take(self, read: asyncio.Future[AnswerDelta | None], index: int) -> bool:
-        """Book one finished read. True if it brought nothing."""
+        """Record one finished read. True if it returned no delta."""
         try:
             delta = read.result()
         except EndOfAnswer:

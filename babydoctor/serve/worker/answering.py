@@ -1,4 +1,4 @@
-"""A request on its way from the engine's events to an answer."""
+"""Turn the engine's events of a request into an answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AnsweredRequest:
         text = delta.text if self.resumed is None else self.resumed.add(delta.token_ids)
         self._put(AnswerDelta(text, token_ids=delta.token_ids, logprobs=delta.logprobs))
         if self.resumed is not None and self.resumed.ended and self.handle is not None:
-            # A stop string that began with the lost worker and ended here; the engine saw only its end.
+            # A stop string that began in the lost worker's tokens; the engine saw only its end.
             self._end("stop")
             self.handle.cancel()
 
@@ -60,7 +60,7 @@ class AnsweredRequest:
         if reason in ("stop", "length"):
             self._end(reason)
         elif reason == "deadline":
-            # A request that never got its turn met load, not a failure of the server.
+            # A request that never started to run failed because of load, not because of an error of the server.
             has_waited = finished.queue_s >= finished.total_s
             self.answer.fail(ApiError("queue_full", _WAITED) if has_waited else late_error())
         elif reason == "error":
@@ -79,7 +79,7 @@ class AnsweredRequest:
 
 
 class EventPump:
-    """Carries events from the engine's thread into the event loop, all of one decode step with one wake-up."""
+    """Passes events from the engine's thread to the event loop, with one wake-up per decode step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[AnsweredRequest, Event], None]) -> None:
         self._loop = loop
@@ -95,7 +95,7 @@ class EventPump:
             self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        # Cleared first: an event that is pushed from here on schedules another round.
+        # Cleared first, so that an event pushed from now on schedules another round.
         self._is_scheduled = False
         while self._events:
             self._deliver(*self._events.popleft())

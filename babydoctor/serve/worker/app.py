@@ -1,4 +1,4 @@
-"""A worker as an ASGI application, and how its model is loaded."""
+"""Load a worker's model and build its ASGI application."""
 
 from __future__ import annotations
 

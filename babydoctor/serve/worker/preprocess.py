@@ -1,4 +1,4 @@
-"""From a request's text to the engine's input: token ids, pixels, sampling. Runs in threads beside the event loop."""
+"""Turn a request into the engine's input: token ids, pixels, sampling. Runs in threads beside the event loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PIXEL_CACHE_SIZE = 64
 """Images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px."""
 
 CONTEXT_TOKENS = 8
-"""Prompt tokens before a continued answer that its first token is decoded with."""
+"""Number of prompt tokens that the first token of a continued answer is decoded with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Preprocessor:
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
-        """Encode the turns where the client sent messages, so that nothing in their text can become a control token.
+        """Encode the turns if the client sent messages, so that no text in them can become a control token.
 
         A client of the LLaVA protocol writes the whole prompt itself, control tokens included.
 
@@ -117,7 +117,7 @@ class Preprocessor:
             images=tuple(self.load(data, index) for index, data in enumerate(images)),
             max_new_tokens=num_left,
             temperature=max(0.0, request.temperature),
-            # 0 is allowed in the protocol and means the likeliest token alone.
+            # The protocol allows 0, which means only the most likely token.
             top_p=max(request.top_p, 1e-6),
             top_k=max(0, request.top_k),
             min_p=request.min_p,
@@ -146,7 +146,7 @@ class Preprocessor:
             raise ApiError("bad_schema", f"{error}.", param="response_format") from None
 
     def load(self, data: bytes, index: int) -> ImageInput:
-        """Decode an image, or find its pixels. The cache key is content and settings, never a name or a size."""
+        """Decode an image, or take its pixels from the cache. The cache key is its content and the settings."""
         settings = self._run.manifest.image
         key = hashlib.sha256(repr(settings).encode() + b"\0" + data).hexdigest()
         pixels = self._pixels.get(key)
@@ -167,7 +167,7 @@ class Preprocessor:
             ApiError: it cannot be computed.
         """
         images = tuple(self.load(decode_image(text, index), index) for index, text in enumerate(request.images))
-        # The answer is marked as supervised, so that the labels say which tokens are its.
+        # The answer is marked as supervised, so the labels show which tokens belong to it.
         answer_text = request.answer
         if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
             answer_text = f" {answer_text}"
@@ -196,7 +196,7 @@ def _last_text_ids(example: Example) -> tuple[int, ...]:
 
 
 def decode_limits(limits: Limits) -> DecodeLimits:
-    """What decoding one image of a request may cost."""
+    """Limits for decoding one image of a request."""
     return DecodeLimits(
         max_pixels=limits.max_pixels, seconds=limits.decode_seconds, memory_bytes=limits.decode_memory_bytes
     )

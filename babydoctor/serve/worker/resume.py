@@ -1,4 +1,4 @@
-"""Text of given tokens: of an answer that another worker began, and of one whose attention is asked for."""
+"""Decode given tokens: of an answer that another worker began, or of one whose attention is requested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ResumedText:
     """Decodes all tokens as one answer, so that words, characters and stop strings may span the break.
 
     Args:
-        token_ids: what was generated before.
+        token_ids: the tokens generated before.
         stops: strings that end the answer.
         eos: tokens that end it.
         spelled_after: tokens of the prompt whose text the answer continues.
@@ -49,7 +49,7 @@ class ResumedText:
         return text
 
     def flush(self) -> str:
-        """The rest of the text when no token will follow."""
+        """The rest of the text, when no more tokens follow."""
         text, self._unread = self._unread, ""
         if self._filter.found is None:
             text += self._filter.add(self._detokenizer.flush())

@@ -18,7 +18,7 @@ from babydoctor.schema import UserError
 
 
 class Retention:
-    """Appends to ``requests.jsonl`` in a folder, with each image once, named by its SHA-256."""
+    """Appends to ``requests.jsonl`` in a folder. Each image is stored once, named by its SHA-256."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)

@@ -1,7 +1,7 @@
-"""A worker without a model: it passes requests on to an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...).
+"""A worker without a model that forwards requests to an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...).
 
-To controller and clients it is a worker like any other, with its own admission, deadlines, errors and metrics. When a
-client leaves, the connection to the server behind is closed, which stops the answer there.
+For controller and clients it is a normal worker, with its own admission, deadlines, errors and metrics. When a client
+disconnects, the connection to the server is closed, which stops the answer there.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PROBE_EVERY_S = 5.0
 _BROKE_OFF = "The server behind this worker broke off."
 
 NUM_RUNNING = 16
-"""Requests passed on at the same time; the server behind has a queue of its own."""
+"""Requests forwarded at the same time. The server has its own queue."""
 
 
 @dataclass(eq=False)
 class _PassedRequest:
-    """One request that was passed on."""
+    """One forwarded request."""
 
     answer: AnswerStream
     received_s: float
@@ -55,8 +55,8 @@ class UpstreamWorker(SingleModelBackend):
     """The backend behind a worker's routes, as ``worker.Worker`` is.
 
     Args:
-        url: of the server, with or without ``/v1``.
-        model: its name there.
+        url: URL of the server, with or without ``/v1``.
+        model: name of the model on the server.
         template: the template in which clients send prompts.
         api_key: sent to the server.
     """
@@ -93,7 +93,7 @@ class UpstreamWorker(SingleModelBackend):
         passed.answer = AnswerStream(lambda: self._stop(passed))
         self._open.add(passed)
         passed.task = asyncio.ensure_future(self._run(passed, body))
-        # Until the server has accepted the request, a refusal is an HTTP status and not a broken stream.
+        # Wait until the server has accepted the request, so that a refusal is an HTTP status and not a broken stream.
         try:
             await asyncio.wait([passed.task, passed.accepted], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -121,7 +121,7 @@ class UpstreamWorker(SingleModelBackend):
         self._probing = asyncio.ensure_future(self._probe())
 
     async def drain(self) -> None:
-        """Take nothing new; let running answers finish within ``drain_s``, then end them."""
+        """Accept no new requests, let running answers finish within ``drain_s``, then stop them."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
         while self._open and time.monotonic() < deadline:
@@ -213,13 +213,13 @@ class UpstreamWorker(SingleModelBackend):
             passed.task.cancel()
 
     async def _stop(self, passed: _PassedRequest) -> None:
-        """The reader is done or has left: close the connection, so that the server behind stops too."""
+        """The reader is done or has disconnected: close the connection, so that the server stops too."""
         if passed.task is not None and not passed.task.done():
             passed.task.cancel()
             await asyncio.wait([passed.task])
 
     async def _probe(self) -> None:
-        """Check the server regularly, so that ``/readyz`` tells when it has gone."""
+        """Check the server regularly, so that ``/readyz`` reports if it is down."""
         assert self._client is not None
         while True:
             try:
@@ -242,15 +242,15 @@ def load_upstream(
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         answer = httpx.get(f"{api_root(url)}/models", headers=headers, timeout=CONNECT_TIMEOUT_S)
-        # transformers serve lists what lies in the hub's cache, not what it serves: a name that is given counts.
+        # `transformers serve` lists the models in the hub's cache, not those it serves, so a given name is not checked.
         if model is None:
             answer.raise_for_status()
             model = answer.json()["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"--url {url!r}: no OpenAI-compatible server lists a model there ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Start it first, or name the model with --model where it lists none; if it "
-            "wants a key, put it into BABYDOCTOR_UPSTREAM_KEY"
+            f"{str(error).splitlines()[0]}). Start it first, or name the model with --model if it lists none. If it "
+            "needs a key, set BABYDOCTOR_UPSTREAM_KEY"
         ) from None
     chosen = str(model)
     name = settings.worker.model_name or chosen.rstrip("/").rpartition("/")[2]

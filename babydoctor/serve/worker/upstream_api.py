@@ -24,7 +24,7 @@ from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, GenerateRequest
 def chat_body(request: GenerateRequest, model: str, template: Template, limits: DecodeLimits) -> dict[str, Any]:
     """The body of the server's chat completions.
 
-    Messages from OpenAI's API are passed on as they came (``turns``); a prompt of the LLaVA protocol is parsed.
+    Messages from OpenAI's API are forwarded unchanged (``turns``). A prompt of the LLaVA API is parsed.
 
     Raises:
         ApiError: an image cannot be decoded, the prompt is not in the template, or a field is not supported.
@@ -54,7 +54,7 @@ def chat_body(request: GenerateRequest, model: str, template: Template, limits: 
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if turns[-1].role == "assistant":
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    # Only what differs from the default: not every server knows vLLM's fields.
+    # Only values that differ from the defaults, because not every server knows vLLM's fields.
     defaults = GenerateRequest(prompt="")
     for name in ("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"):
         if (value := getattr(request, name)) != getattr(defaults, name):
@@ -82,7 +82,7 @@ def _conversation(request: GenerateRequest, template: Template) -> tuple[str | N
 
 
 def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
-    if turn.role == "assistant":  # there the mark is text
+    if turn.role == "assistant":  # in an answer the marker is text
         return {"role": turn.role, "content": turn.text}
     # An image is on a line of its own before the text; the server's chat template puts it there again.
     text = turn.text.replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
@@ -91,7 +91,7 @@ def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
 
 
 def _image_url(text: str, index: int, limits: DecodeLimits) -> str:
-    """A data URL; what other servers cannot read (DICOM, TIFF, 16 bits) becomes a PNG."""
+    """A data URL. Images that other servers cannot read (DICOM, TIFF, 16 bits) are converted to PNG."""
     data = decode_image(text, index)
     try:
         image = load_image(data, limits=limits)
@@ -136,7 +136,7 @@ def lost(message: str = "The server behind this worker cannot be reached.") -> A
 
 
 def refusal(status: int, body: bytes, headers: httpx.Headers) -> ApiError:
-    """The server's refusal; its words are passed on if the client can do something about it."""
+    """The error for the server's refusal. Its message is forwarded if the client can fix the problem."""
     if status == 429:
         wait = headers.get("retry-after", "")
         message = "The model is busy. Please try again soon."

@@ -37,7 +37,7 @@ EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAH0lEQVR42mMUYYAAJijNwMLAcIKBgcECIYLJYMTQBQA7"
     "4gE5OWSK5gAAAABJRU5ErkJggg=="
 )
-"""A picture of 8 x 8 pixels, so that the OpenAPI document's example can be sent as it stands."""
+"""An image of 8 x 8 pixels, so that the example in the OpenAPI document can be sent unchanged."""
 
 
 class StreamOptions(Body):
@@ -45,7 +45,7 @@ class StreamOptions(Body):
 
 
 class ChatRequest(SamplingBody):
-    """Body of ``/v1/chat/completions``. The last message may be the assistant's: the answer then continues it."""
+    """Body of ``/v1/chat/completions``. If the last message is the assistant's, the answer continues it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -75,10 +75,11 @@ class ChatRequest(SamplingBody):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    n: int | None = Field(1, description="Answers to the same messages, 1 to 8.")
+    n: int | None = Field(1, description="Number of answers to the same messages, 1 to 8.")
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = Field(
-        None, description="vLLM's. False refuses a last message of the assistant instead of continuing it."
+        None,
+        description="From vLLM. False refuses a last message of the assistant instead of continuing it.",
     )
 
 

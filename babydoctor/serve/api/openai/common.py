@@ -1,4 +1,4 @@
-"""What OpenAI's three APIs have in common: sampling fields, refusal of what is not supported, events.
+"""Shared by OpenAI's three APIs: sampling fields, refusal of unsupported fields, events.
 
 Source: https://platform.openai.com/docs/api-reference. Field names beyond OpenAI's are vLLM's.
 """
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = frozenset(
         "parallel_tool_calls",
     }
 )
-"""Fields that are accepted and change nothing about the answer: bookkeeping of OpenAI's own service."""
+"""Fields that are accepted and do not affect the answer. They belong to OpenAI's own service."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
@@ -49,7 +49,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "include": ([], ["reasoning.encrypted_content"]),
 }
-"""Values of unsupported fields that ask for nothing."""
+"""Values with which unsupported fields have no effect."""
 
 
 class SamplingBody(BaseModel):
@@ -61,17 +61,19 @@ class SamplingBody(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="Default 1.")
     top_p: float | None = Field(None, ge=0, le=1)
     stream: bool | None = False
-    top_k: int | None = Field(None, ge=-1, description="vLLM's: choose from this many likeliest tokens.")
-    min_p: float | None = Field(None, ge=0, le=1, description="vLLM's: least share of the likeliest token.")
+    top_k: int | None = Field(None, ge=-1, description="From vLLM: sample from this many most likely tokens.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="From vLLM: smallest probability, relative to that of the most likely token."
+    )
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="vLLM's; 1: off.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    ignore_eos: bool | None = Field(None, description="vLLM's: generate past the end-of-text token.")
+    ignore_eos: bool | None = Field(None, description="From vLLM: generate past the end-of-text token.")
 
     def sampling(self, answer_index: int = 0) -> dict[str, Any]:
-        """The fields of ``protocol.Sampling``. Each of several answers gets a seed of its own."""
+        """The fields of ``protocol.Sampling``. Each of several answers gets its own seed."""
         names = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
         values = {name: getattr(self, name) for name in (*names, "temperature", "ignore_eos")}
         if self.seed is not None:
@@ -80,7 +82,7 @@ class SamplingBody(BaseModel):
 
 
 def refuse_unknown(body: BaseModel) -> None:
-    """Refuse fields that the server does not know and that ask for something.
+    """Refuse unknown fields whose values would have an effect.
 
     Raises:
         ApiError: names the field.
@@ -97,7 +99,7 @@ def unsupported(param: str, reason: str = "is not supported by this server") -> 
 
 
 def num_answers(n: int | None) -> int:
-    """How many answers a request wants.
+    """The number of answers that a request asks for.
 
     Raises:
         ApiError: more than ``MAX_ANSWERS``.
@@ -135,7 +137,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What form the answer has. JSON is enforced token by token (constrained decoding)."""
+    """The format of the answer. JSON is enforced by constrained decoding."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -192,5 +194,5 @@ def sse_silence() -> bytes:
 
 
 def sse_error(delta: AnswerDelta) -> bytes:
-    """The error that ends a stream; nothing where there is none."""
+    """The event for the error that ends a stream; empty without an error."""
     return sse({"error": delta.error.body()["error"]}) if delta.error is not None else b""

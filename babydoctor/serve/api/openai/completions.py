@@ -1,4 +1,4 @@
-"""OpenAI's completions: a prompt as it stands, without a template.
+"""OpenAI's completions: the prompt is used unchanged, without a template.
 
 Source: https://platform.openai.com/docs/api-reference/completions
 """
@@ -31,7 +31,7 @@ from babydoctor.serve.api.protocol import GenerateRequest, Text
 from babydoctor.serve.api.streaming import AnswerDelta
 
 DEFAULT_TOKENS = 16
-"""OpenAI's default of ``max_tokens`` here."""
+"""Default of ``max_tokens`` for completions at OpenAI."""
 
 
 class CompletionRequest(SamplingBody):
@@ -47,7 +47,7 @@ class CompletionRequest(SamplingBody):
     max_tokens: int | None = Field(None, ge=1, description="Default 16.")
     stop: Text | list[Text] | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(1, description="Answers to each prompt; at most 8 answers in all.")
+    n: int | None = Field(1, description="Number of answers to each prompt; at most 8 answers in total.")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = Field(False, description="Whether the text begins with the prompt.")
     response_format: ResponseFormat | None = None

@@ -21,7 +21,7 @@ MAX_MESSAGES = 256
 
 
 class ImageUrl(Body):
-    url: str = Field(description="`data:image/png;base64,...`; http(s) only where the operator allows the host.")
+    url: str = Field(description="`data:image/png;base64,...`, or an http(s) URL if the operator allows the host.")
     detail: str | None = None
 
     @model_validator(mode="before")
@@ -60,11 +60,11 @@ class ChatConversation:
 
     @property
     def continues(self) -> bool:
-        """True where the last message is the assistant's, which the answer then continues."""
+        """True if the last message is the assistant's; the answer then continues it."""
         return bool(self.turns) and self.turns[-1].role == "assistant"
 
     def generate_fields(self, template: Template) -> dict[str, Any]:
-        """The fields of ``GenerateRequest`` that tell the conversation.
+        """The fields of ``GenerateRequest`` that hold the conversation.
 
         Raises:
             ApiError: the turns do not alternate.
@@ -126,7 +126,7 @@ def _content(message: Message) -> tuple[str, list[str]]:
         [message.content] if isinstance(message.content, str) else [p.text for p in parts if isinstance(p, TextPart)]
     )
     text = "\n".join(texts)
-    if IMAGE_TOKEN in text and message.role != "assistant":  # an earlier answer is text, whatever it says
+    if IMAGE_TOKEN in text and message.role != "assistant":  # an earlier answer is plain text
         raise ApiError(
             "bad_messages",
             f"A message holds {IMAGE_TOKEN!r}, which marks an image in prompts.",

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API without state: each request carries its whole conversation.
+"""OpenAI's Responses API without state: each request contains the whole conversation.
 
 Source: https://platform.openai.com/docs/api-reference/responses
 """

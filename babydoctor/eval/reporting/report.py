@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from babydoctor.eval import plots
 from babydoctor.eval.ask import Prediction
+from babydoctor.eval.reporting import plots
 from babydoctor.eval.score import HEADLINES, is_right
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.imaging.isolation import load_image
@@ -42,7 +42,7 @@ def write_report(
     right = result["conditions"]["right"]
     headlines = headline_figures(result)
     stages = run["manifest"]["lineage"] if run else []
-    css = (files("babydoctor.eval") / "templates" / "report.css").read_text(encoding="utf-8")
+    css = (files("babydoctor.eval.reporting") / "templates" / "report.css").read_text(encoding="utf-8")
     page = (
         _environment()
         .get_template("report.html")
@@ -77,7 +77,7 @@ def write_report(
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("babydoctor.eval"),
+        loader=PackageLoader("babydoctor.eval.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

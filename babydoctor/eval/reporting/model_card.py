@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from babydoctor.eval.report import headline_figures
+from babydoctor.eval.reporting.report import headline_figures
 from babydoctor.markers import read_section, write_section
 
 SECTION = "eval figures"
