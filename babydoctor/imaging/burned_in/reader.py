@@ -67,6 +67,7 @@ class TextReader:
 
     def find(self, image: Image.Image, *, seconds: float = SEARCH_SECONDS) -> list[TextBox]:
         """See ``find_text``."""
+        self.check()
         with self._process() as process:
             found = process.read(np.asarray(image.convert("RGB")), seconds)
         boxes = [
@@ -75,6 +76,11 @@ class TextReader:
             if right > left and bottom > top and (kind := kind_of(text, score)) is not None
         ]
         return widen(boxes, image.width, image.height)
+
+    def check(self) -> None:
+        """Raise ``TextSearchError`` where the extra ``ocr`` is not installed."""
+        if not is_available():
+            raise TextSearchError("reading text in images needs the extra ocr: pip install 'babydoctor[ocr]'")
 
     def close(self) -> None:
         """End the processes that are idle."""
@@ -102,8 +108,6 @@ class _Process:
     """One process, for one picture at a time."""
 
     def __init__(self, num_threads: int) -> None:
-        if not is_available():
-            raise TextSearchError("reading text in images needs the extra ocr: pip install 'babydoctor[ocr]'")
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).parents[3])
         kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
@@ -126,7 +130,7 @@ class _Process:
         header = {"height": pixels.shape[0], "width": pixels.shape[1], "seconds": seconds}
         try:
             self._connection.send_bytes(json.dumps(header).encode())
-            self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1))
+            self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
         except OSError:
             raise TextSearchError("the search for text failed: its process has ended") from None
         # The limit is one of CPU time: on a busy machine the process waits for its turn.
