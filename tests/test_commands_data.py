@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner, Result
 
 from babydoctor.cli.data import register
+from babydoctor.imaging.burned_in import is_available
 from babydoctor.schema import UserError
 
 
@@ -174,3 +175,25 @@ def test_the_module_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not is_available(), reason="the extra ocr is not installed")
+def test_check_finds_burned_in_text(tmp_path: Path, images: Path) -> None:
+    scan = Image.new("RGB", (300, 200), (40, 40, 40))
+    scan.save(images / "clean.png")
+    ImageDraw.Draw(scan).text((20, 20), "Doe, Jane 12/03/1957", font=ImageFont.load_default(20), fill="white")
+    scan.save(images / "named.png")
+    rows = write(tmp_path / "rows.json", [row("1", "clean.png"), row("2", "named.png"), row("3", "cut.png")])
+    result = run("check", rows, "--images", images, "--bad", tmp_path / "bad.jsonl", "--burned-in-text")
+    assert result.exit_code == 1
+    problems = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(p["id"], p["reason"]) for p in problems] == [("3", "image_undecodable"), ("2", "burned_in_text")]
+    assert problems[1]["detail"].startswith("named.png: 1 ")
+    assert "Doe" not in result.output + (tmp_path / "bad.jsonl").read_text()
+
+
+def test_check_says_what_burned_in_text_needs(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("babydoctor.imaging.burned_in.reader.is_available", lambda: False)
+    rows = write(tmp_path / "rows.json", [row("1", "a.png")])
+    result = run("check", rows, "--images", images, "--bad", tmp_path / "bad.jsonl", "--burned-in-text")
+    assert isinstance(result.exception, UserError) and "babydoctor[ocr]" in str(result.exception)

@@ -14,6 +14,8 @@ _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    from babydoctor.cli.burned_in_text import measure_burned_in_text
+
     group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
     group.command("train")(train)
     group.command("serve")(serve)
@@ -22,6 +24,7 @@ def register(app: typer.Typer) -> None:
     group.command("gpu")(gpu)
     group.command("report")(report)
     group.command("rehearse")(rehearse)
+    group.command("burned-in-text")(measure_burned_in_text)
     app.add_typer(group, name="bench")
 
 

@@ -41,6 +41,9 @@ def check(
     template: Template_ = "llava_llama_2",
     max_length: Annotated[int, typer.Option(help="Longest row in tokens, including the image.")] = 2048,
     num_patches: NumPatches = 256,
+    burned_in_text: Annotated[
+        bool, typer.Option("--burned-in-text", help="Also look for names, dates and numbers in the pixels.")
+    ] = False,
 ) -> None:
     """Read every row, decode every image and list what is bad. Exit status 1 if anything is bad."""
     from babydoctor.data.problems import summarize, write_problems
@@ -54,6 +57,10 @@ def check(
     if tokenizer is not None:
         problems += _find_long_rows(samples, tokenizer, template, max_length, num_patches)
     problems += _find_bad_images(samples, ImageFolder(images))
+    if burned_in_text:
+        from babydoctor.data.burned_in_text import find_burned_in_text
+
+        problems += find_burned_in_text(samples, ImageFolder(images))
     write_problems(problems, bad)
     num_bad = len({problem.source for problem in problems})
     num_images = len({sample.image for sample in samples if sample.image is not None})

@@ -31,6 +31,8 @@ REASONS: dict[str, str] = {
     "image_path": "an image reference that is absolute, leaves the image folder or is no text",
     "image_missing": "the image file is not there",
     "image_undecodable": "the image cannot be decoded",
+    "burned_in_text": "the image shows what looks like a name, a date or a number; hide it or leave the row out",
+    "text_search_failed": "the search for text in the image failed, so nothing is known about it",
 }
 """Every reason for which a row can be bad, and what it means."""
 

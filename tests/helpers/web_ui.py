@@ -102,6 +102,7 @@ class ScriptedServer:
         self.pieces: list[str] = []
         self.num_allowed = 0
         self.num_requests = 0
+        self.last_request: dict[str, Any] = {}
         self.num_finished = 0
         app = FastAPI()
         app.get("/v1/models")(self._models)
@@ -127,6 +128,7 @@ class ScriptedServer:
 
     async def _chat(self, request: Request) -> StreamingResponse:
         self.num_requests += 1
+        self.last_request = await request.json()
         return StreamingResponse(self._stream(list(self.pieces)), media_type="text/event-stream")
 
     async def _stream(self, pieces: list[str]) -> AsyncIterator[str]:

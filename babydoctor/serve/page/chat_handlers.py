@@ -22,6 +22,7 @@ from babydoctor.serve.page.handlers import (
 )
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
+from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
 from babydoctor.serve.page.texts import PageError
 
@@ -34,7 +35,14 @@ class ConversationHandlers(Handlers):
 
     An answer is written by a task of its session, so it survives a reload or a broken connection. The tab's timer
     calls ``on_follow`` while an answer is being written.
+
+    Args:
+        text: hides burned-in text before a model gets the image.
     """
+
+    def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, text: TextHandlers) -> None:
+        super().__init__(ui, sessions, client)
+        self.text = text
 
     @shows_errors_async
     async def on_ask(
@@ -42,8 +50,11 @@ class ConversationHandlers(Handlers):
     ) -> Changes:
         """Start to answer a question."""
         session = self.sessions.accepted(request.session_hash)
-        exchange = self._check(session, question, model, _sampling(temperature, top_p, max_tokens))
-        return self._start(session, exchange) | {self.ui.question: ""}
+        sampling = _sampling(temperature, top_p, max_tokens)
+        self._check(session, question, model, sampling)
+        hidden = await self.text.search(session)
+        exchange = self._check(session, question, model, sampling)
+        return self._start(session, exchange) | {self.ui.question: ""} | hidden
 
     @shows_errors_async
     async def on_again(
@@ -54,9 +65,10 @@ class ConversationHandlers(Handlers):
         last = session.last
         if last is None:
             raise PageError("no_answer")
+        hidden = await self.text.search(session)
         exchange = self._check(session, last.question, model, _sampling(temperature, top_p, max_tokens))
         session.exchanges.pop()
-        return self._start(session, exchange)
+        return self._start(session, exchange) | hidden
 
     async def on_follow(self, question: str, request: gr.Request) -> Changes:
         """The answer so far; the last call also shows how it ended."""

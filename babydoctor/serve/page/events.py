@@ -16,6 +16,7 @@ from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
 from babydoctor.serve.page.image_handlers import ImageHandlers
 from babydoctor.serve.page.layout import Layout, script
+from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
@@ -56,7 +57,8 @@ class WebUI:
         with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
             self.ui = Layout([*self.examples.values()], self.feedback_file is not None)
             self.images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
-            self.talk = ConversationHandlers(self.ui, self.sessions, self.client)
+            self.text = TextHandlers(self.ui, self.sessions, self.client)
+            self.talk = ConversationHandlers(self.ui, self.sessions, self.client, self.text)
             self._connect_tab(demo)
             self._connect_image()
             self._connect_chat()
@@ -65,7 +67,7 @@ class WebUI:
     @property
     def _image(self) -> list[Any]:
         ui = self.ui
-        image = [ui.viewer, ui.window_group, ui.preset, ui.center, ui.width, ui.frame, ui.facts]
+        image = [ui.viewer, ui.text_boxes, ui.window_group, ui.preset, ui.center, ui.width, ui.frame, ui.facts]
         return [*image, ui.image_status]
 
     @property
@@ -101,20 +103,28 @@ class WebUI:
     def _connect_image(self) -> None:
         ui = self.ui
         loaded = [*self._image, *self._chat]
-        ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE).then(None, js=script("uploadDone()", "...none"))
-        ui.gallery.select(self.images.on_example, None, loaded, **PRIVATE)
-        ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST)
-        ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST)
+        uploaded = ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE)
+        changed = [
+            uploaded.then(None, js=script("uploadDone()", "...none")),
+            ui.gallery.select(self.images.on_example, None, loaded, **PRIVATE),
+            ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST),
+            ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST),
+        ]
         # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
         moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
-        gr.on(moved, self.images.on_window, [ui.center, ui.width], self._image, **LATEST)
+        changed.append(gr.on(moved, self.images.on_window, [ui.center, ui.width], self._image, **LATEST))
+        text = [ui.viewer, ui.text_boxes, ui.image_status]
+        for change in changed:
+            change.then(self.text.on_view, None, text, **LATEST)
+        ui.text_boxes.select(self.text.on_box, None, text, **PRIVATE)
 
     def _connect_chat(self) -> None:
         ui, talk = self.ui, self.talk
         settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
-        gr.on([ui.send.click, ui.question.submit], talk.on_ask, [ui.question, *settings], self._chat, **PRIVATE)
+        asked = [*self._chat, ui.viewer, ui.text_boxes]
+        gr.on([ui.send.click, ui.question.submit], talk.on_ask, [ui.question, *settings], asked, **PRIVATE)
         ui.question.change(None, [ui.question], None, js=script("keepDraft(question)", "question"))
-        ui.again.click(talk.on_again, settings, self._chat, **PRIVATE)
+        ui.again.click(talk.on_again, settings, asked, **PRIVATE)
         ui.follow.tick(talk.on_follow, [ui.question], self._chat, **ONCE)
         ui.stop.click(talk.on_stop, None, [ui.stop, ui.status], **PRIVATE)
         ui.clear.click(talk.on_clear, None, self._chat, **PRIVATE)

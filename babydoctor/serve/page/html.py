@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.scan import Scan, View, describe
@@ -82,9 +83,31 @@ def status(text: str, kind: str = "error") -> str:
     return _render("status.html", text=text, kind=kind) if text else ""
 
 
-def viewer(view: View | None) -> str:
-    """The image as the model gets it."""
-    return _render("viewer.html", view=view)
+def viewer(view: View | None, scan: Scan | None = None) -> str:
+    """The image as the model gets it, with boxes around burned-in text."""
+    if view is None or scan is None:
+        return _render("viewer.html", view=view, boxes=())
+    boxes = [(box, scan.text.is_hidden(box)) for box in scan.text.identifying(scan.frame)]
+    return _render("viewer.html", view=view, boxes=boxes, size=view.source_size)
+
+
+def text_boxes(scan: Scan, is_searched: bool) -> str:
+    """What was found of burned-in text, with buttons that hide or show it; empty without the extra ``ocr``."""
+    if not is_available():
+        return ""
+    boxes = scan.text.identifying(scan.frame)
+    return _render(
+        "text_boxes.html",
+        text=scan.text,
+        was_changed=bool(scan.text.shown or scan.text.hides_marks),
+        is_searched=is_searched,
+        boxes=boxes,
+        num_hidden=sum(map(scan.text.is_hidden, boxes)),
+        marks=scan.text.marks(scan.frame),
+        kinds=texts.TEXT_KINDS,
+        failed=texts.TEXT_SEARCH_FAILED,
+        none_found=texts.NO_TEXT_FOUND,
+    )
 
 
 def facts(scan: Scan | None) -> str:
@@ -92,7 +115,8 @@ def facts(scan: Scan | None) -> str:
     if scan is None:
         return ""
     is_warning = scan.facts.get("burned_in_annotation") == "YES"
-    note = texts.BURNED_IN_WARNING if is_warning else texts.BURNED_IN_NOTE
+    searched = texts.BURNED_IN_SEARCHED if is_available() else texts.BURNED_IN_NOTE
+    note = texts.BURNED_IN_WARNING if is_warning else searched
     return _render("facts.html", scan=scan, rows=describe(scan), note=note, is_warning=is_warning)
 
 

@@ -12,6 +12,7 @@ from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
 from babydoctor.serve.page.layout import Layout
+from babydoctor.serve.page.privacy.search import is_searched
 from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
@@ -134,7 +135,10 @@ class ImageHandlers(Handlers):
 
     def _show_view(self, session: Session, scan: Scan) -> Changes:
         session.view = scan.view()
-        return {self.ui.viewer: show.viewer(session.view)}
+        return {
+            self.ui.viewer: show.viewer(session.view, scan),
+            self.ui.text_boxes: show.text_boxes(scan, is_searched(scan)),
+        }
 
     def _with_scan(self, request: gr.Request) -> tuple[Session, Scan]:
         session = self.sessions.accepted(request.session_hash)

@@ -117,6 +117,7 @@ class Layout:
         self.image_status = _html("", "bd-image-status")
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
         self.viewer = _html(show.viewer(None), "bd-viewer")
+        self.text_boxes = _html("", "bd-text-boxes", BUTTONS)
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
             self.preset = gr.Dropdown([FILE_WINDOW], value=FILE_WINDOW, label="Window", elem_id="bd-preset")
             with gr.Row():

@@ -10,16 +10,18 @@ import base64
 import io
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
 from babydoctor.errors import UserErrorCode
+from babydoctor.imaging.burned_in import TextBox, hide
 from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
 from babydoctor.imaging.isolation import load_image, render
 from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
+from babydoctor.serve.page.privacy.pixel_text import PixelText
 from babydoctor.serve.page.texts import PageError
 
 MAX_VIEW_EDGE = 1536
@@ -60,13 +62,19 @@ _WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
 
 @dataclass(frozen=True)
 class View:
-    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL."""
+    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL.
+
+    ``source_size`` is the (width, height) before it was shrunk; ``hidden`` are texts that it does not show, in pixels
+    of that size.
+    """
 
     png: bytes = field(repr=False)
     width: int
     height: int
     caption: str
     thumbnail: str = field(default="", repr=False)
+    source_size: tuple[int, int] = (0, 0)
+    hidden: tuple[TextBox, ...] = ()
 
     @property
     def data_url(self) -> str:
@@ -108,6 +116,7 @@ class Scan:
     center: float | None = None
     width: float | None = None
     preset: str | None = None
+    text: PixelText = field(default_factory=PixelText)
 
     @property
     def num_frames(self) -> int:
@@ -143,14 +152,25 @@ class Scan:
         self.center, self.width = float(center), max(float(width), _NARROWEST)
 
     def view(self) -> View:
-        """Render the chosen frame under the chosen window.
+        """Render the chosen frame under the chosen window, without the texts that are hidden.
+
+        Raises:
+            PageError: the frame cannot be decoded.
+        """
+        frame = self.frame
+        image, caption = self.rendered()
+        hidden = tuple(self.text.hidden(frame))
+        return replace(_to_view(hide(image, hidden), caption), source_size=image.size, hidden=hidden)
+
+    def rendered(self) -> tuple[Image.Image, str]:
+        """The chosen frame under the chosen window with all its text, and one line that says how it was made.
 
         Raises:
             PageError: the frame cannot be decoded.
         """
         if self.dicom is None:
             assert self.picture is not None
-            return _to_view(self.picture, "")
+            return self.picture, ""
         try:
             image = render(self.dicom, self.frame, self.center, self.width, self.preset)
         except UserError as error:
@@ -158,7 +178,7 @@ class Scan:
         window = str(image.info.get("window", ""))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
-        return _to_view(image, frame + window)
+        return image, frame + window
 
     def window_range(self) -> WindowRange:
         """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""

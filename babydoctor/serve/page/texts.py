@@ -44,6 +44,18 @@ BURNED_IN_WARNING = (
     "Do not ask about this image unless it is anonymous."
 )
 
+BURNED_IN_SEARCHED = (
+    "Text burned into the pixels is looked for automatically, and some of it may be missed. Look at the image before "
+    "you ask."
+)
+TEXT_KINDS = {"name": "may be a name", "date": "date, time or age", "number": "number", "unclear": "unclear text"}
+"""What is said of each kind of identifying text. The text itself is not repeated."""
+TEXT_SEARCH_FAILED = (
+    "The search for text in the picture failed, so text burned into the pixels was not found. Look at the image before "
+    "you ask."
+)
+NO_TEXT_FOUND = "No text that may identify a person was found in the picture."
+
 OVERLAY_NOTE = (
     "Color shows which patches of the image the model drew on most while it wrote, averaged over its layers and "
     "attention heads and scaled to its own maximum. It does **not** show that the answer is right, nor why it was "

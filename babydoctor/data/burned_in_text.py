@@ -1,0 +1,68 @@
+"""Which images of a data set show text that may identify a person."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from babydoctor.data.problems import Problem
+from babydoctor.data.rows import ImageFolder, read_image
+from babydoctor.imaging.burned_in import TextBox, TextReader, TextSearchError
+from babydoctor.progress import named_progress
+from babydoctor.schema import Sample, UserError
+
+Reference = str | bytes
+
+
+def find_burned_in_text(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
+    """Search each image once for names, dates and numbers, on all cores.
+
+    Images that cannot be decoded are left to the caller's own check. Problems give kinds and places, never the text.
+
+    Raises:
+        TextSearchError: the extra ``ocr`` is not installed.
+    """
+    found = dict(_search([sample.image for sample in samples if sample.image is not None], folder))
+    return [
+        Problem(sample.source, sample.id, *found[sample.image])
+        for sample in samples
+        if sample.image is not None and sample.image in found
+    ]
+
+
+def _search(references: Iterable[Reference], folder: ImageFolder) -> Iterator[tuple[Reference, tuple[str, str]]]:
+    """(Image, (reason, detail)) of each image that identifies somebody or could not be searched."""
+    distinct = list(dict.fromkeys(references))
+    num_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    reader = TextReader(num_processes, num_threads=1)
+
+    def search(reference: Reference) -> tuple[str, str] | None:
+        try:
+            image = read_image(reference, folder)
+        except UserError:
+            return None
+        name = reference if isinstance(reference, str) else "embedded image"
+        try:
+            boxes = [box for box in reader.find(image) if box.is_identifying]
+        except TextSearchError as error:
+            return "text_search_failed", f"{name}: {error}"
+        return ("burned_in_text", f"{name}: {describe(boxes)}") if boxes else None
+
+    reader.check()
+    try:
+        with ThreadPoolExecutor(num_processes) as pool, named_progress() as update:
+            for done, (reference, problem) in enumerate(zip(distinct, pool.map(search, distinct), strict=True), 1):
+                update("looking for text", done, len(distinct))
+                if problem is not None:
+                    yield reference, problem
+    finally:
+        reader.close()
+
+
+def describe(boxes: Sequence[TextBox]) -> str:
+    """Kinds and places of texts, for example ``1 name, 1 date at 12,8-90,20 12,30-95,41`` (left,top-right,bottom)."""
+    counts = Counter(box.kind for box in boxes)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    return f"{kinds} at " + " ".join(f"{box.left},{box.top}-{box.right},{box.bottom}" for box in boxes)
