@@ -219,9 +219,14 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its key, ``train.batch_size``."""
+    return dict(_flatten(config.model_dump(mode="json")))
+
+
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Each key whose values differ, with the old and the new value (None if its section is absent)."""
-    old_values, new_values = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
+    old_values, new_values = flat_settings(old), flat_settings(new)
     keys = (*old_values, *(key for key in new_values if key not in old_values))
     return {
         key: (old_values.get(key), new_values.get(key)) for key in keys if old_values.get(key) != new_values.get(key)

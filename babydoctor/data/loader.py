@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from babydoctor.config import DataConfig, TrainConfig
 from babydoctor.conversation import get_template, render
 from babydoctor.data.layout import HostBatch
-from babydoctor.data.packing import pack
+from babydoctor.data.packing import build_batch, pack
 from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
-from babydoctor.schema import Batch, Example, Sample, UserError
+from babydoctor.schema import IGNORE_INDEX, Batch, Example, Sample, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ class StepDataset(Dataset[StepData]):
             else:
                 examples.append(example)
         batches = pack(examples, self.max_tokens, self.num_ranks, share_prefix=self.share_prefix)
-        mine = [batch for batch in batches[self.rank :: self.num_ranks] if len(batch)]
+        mine = self._batches_of_rank(batches) if examples else []
         return StepData(
             batches=[HostBatch(batch, self.encoder.pixels(batch, self.images_dir, loaded)) for batch in mine],
             num_supervised=sum(batch.num_supervised for batch in batches),
@@ -175,6 +175,22 @@ class StepDataset(Dataset[StepData]):
             cut=[(example.id, example.num_cut) for example in examples if example.num_cut],
             bad=bad,
         )
+
+    def _batches_of_rank(self, batches: list[Batch]) -> list[Batch]:
+        """This rank's micro-batches: as many as every other rank has, because their backward passes wait for each
+        other. Where a step has fewer documents than ranks, a stand-in without a loss takes an empty one's place.
+        """
+        mine = batches[self.rank :: self.num_ranks]
+        if self.num_ranks == 1:
+            return [batch for batch in mine if len(batch)]
+        return [batch if len(batch) else _stand_in() for batch in mine]
+
+
+def _stand_in() -> Batch:
+    """A micro-batch of two tokens that predict nothing, so that its loss and its gradients are zero."""
+    zeros = np.zeros(2, np.int32)
+    labels = np.full(2, IGNORE_INDEX, np.int32)
+    return build_batch([Example("", zeros, labels, np.zeros(2, np.bool_))])
 
 
 def iterate_steps(dataset: StepDataset, start: int, total: int, num_workers: int) -> Iterator[StepData]:

@@ -20,6 +20,7 @@ from babydoctor.model.packed.attention import DENSE_ATTENTION_NAME, register_att
 from babydoctor.model.packed.decoder_layer import decoder_layer
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 from babydoctor.model.packed.loss import summed_cross_entropy
+from babydoctor.model.packed.module_call import call_module
 from babydoctor.model.vision import num_patches, patch_features
 
 
@@ -110,14 +111,31 @@ class BabyDoctor(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Summed negative log-likelihood (float32 scalar) of one packed micro-batch.
 
-        Logits are computed at the loss positions only.
+        Logits are computed at the loss positions only. The precision is that of the frozen weights.
         """
-        features = None if batch.pixel_values is None else self.encode_images(batch.pixel_values)
-        embeds = self.embed_packed(batch.input_ids, batch.image_index, features)
-        # Of the tokens before a document's first target, only the last layer's keys and values are needed.
-        hidden = self.decode(embeds[None], batch.position_ids[None], batch.every, (batch.tail_index, batch.tail))[0]
-        hidden = hidden.index_select(0, batch.loss_index)  # [M, D]
-        return summed_cross_entropy(hidden, self.language_model.lm_head.weight, batch.loss_targets)
+        dtype = self.language_model.dtype
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            features = self._features(batch.pixel_values)
+            embeds = self.embed_packed(batch.input_ids, batch.image_index, features)
+            # Of the tokens before a document's first target, only the last layer's keys and values are needed.
+            hidden = self.decode(embeds[None], batch.position_ids[None], batch.every, (batch.tail_index, batch.tail))[0]
+            hidden = hidden.index_select(0, batch.loss_index)  # [M, D]
+            head: Any = self.language_model.lm_head
+            return call_module(head, lambda x: summed_cross_entropy(x, head.weight, batch.loss_targets), hidden)
+
+    def _features(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
+        """``[N, P, D]``, or None without images.
+
+        A trained projector runs on zero images too: every micro-batch then reaches every trained parameter, which
+        engines with collectives in the backward pass need.
+        """
+        if pixel_values is not None:
+            return self.encode_images(pixel_values)
+        weight = next(self.projector.parameters())
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        shape = (0, self.num_patches, self.vision.config.hidden_size)
+        return self.projector(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
 
     def decode(
         self,
@@ -147,11 +165,12 @@ class BabyDoctor(nn.Module):
             for index, layer in enumerate(body.layers):
                 is_last = tail is not None and index == len(body.layers) - 1
                 wanted, attention_layout = tail if is_last and tail else (None, layout)
-                run = decoder_layer
+                where = {"cos": cos, "sin": sin, "attention_layout": attention_layout, "tail": wanted}
+                run: Any = partial(decoder_layer, layer, **where, ops=self.ops)
                 if self._recomputes(index):
-                    run = partial(checkpoint, decoder_layer, use_reentrant=False)
-                hidden = run(layer, hidden, cos, sin, attention_layout, wanted, self.ops)
-            return self.ops.rms_norm(hidden, body.norm)[None]
+                    run = partial(checkpoint, run, use_reentrant=False)
+                hidden = call_module(layer, run, hidden)
+            return call_module(body.norm, lambda x: self.ops.rms_norm(x, body.norm), hidden)[None]
 
     def _recomputes(self, index: int) -> bool:
         return bool(self.recompute_every) and index % self.recompute_every == 0 and torch.is_grad_enabled()

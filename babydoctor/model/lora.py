@@ -162,14 +162,20 @@ def load_lora(model: LlamaForCausalLM, directory: Path, *, trainable: bool = Fal
                 parameter.data = parameter.data.to(model.dtype)
 
 
-def save_lora(model: LlamaForCausalLM, directory: Path, base: str) -> None:
-    """Write the injected LoRA so that ``peft.PeftModel.from_pretrained(base_model, directory)`` loads it."""
+def save_lora(
+    model: LlamaForCausalLM, directory: Path, base: str, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write the injected LoRA so that ``peft.PeftModel.from_pretrained(base_model, directory)`` loads it.
+
+    Args:
+        weights: the LoRA's weights by their names in ``model``; None: those that the model holds.
+    """
     import peft
 
     directory.mkdir(parents=True, exist_ok=True)
     state = {
         PEFT_PREFIX + name: value.detach().contiguous().cpu()
-        for name, value in peft.get_peft_model_state_dict(model).items()
+        for name, value in peft.get_peft_model_state_dict(model, state_dict=weights).items()
     }
     save_tensors(state, directory / "adapter_model.safetensors")
     config = lora_config(model)

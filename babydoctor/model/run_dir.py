@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -209,12 +210,22 @@ def load_projector(projector: torch.nn.Module, path: Path) -> None:
         raise UserError(f"{path} does not fit the model: {error}") from error
 
 
-def save_trained(model: BabyDoctor, directory: Path, base: str) -> None:
-    """Write what training changed: the projector and the LoRA adapter, if there is one."""
-    state = {name: value.detach().contiguous().cpu() for name, value in model.projector.state_dict().items()}
+def save_trained(
+    model: BabyDoctor, directory: Path, base: str, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write what training changed: the projector and the LoRA adapter, if there is one.
+
+    Args:
+        weights: projector and LoRA by their names in ``model``, where the model itself holds shares of them only.
+    """
+    weights = weights or dict(model.named_parameters())
+    projector = {name.removeprefix("projector."): x for name, x in weights.items() if name.startswith("projector.")}
+    state = {name: value.detach().contiguous().cpu() for name, value in projector.items()}
     save_tensors(state, directory / "projector.safetensors")
     if has_lora(model.language_model):
-        save_lora(model.language_model, directory / "adapter", base)
+        prefix = "language_model."
+        lora = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        save_lora(model.language_model, directory / "adapter", base, lora)
 
 
 def adopt_base(start: Path, reference: str, run: Path) -> str:

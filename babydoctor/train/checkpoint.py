@@ -19,6 +19,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,39 @@ class TrainState:
     data_fingerprint: str
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's contents: the trained parameters, the optimizer's tensors by path, and its numbers."""
+
+    parameters: dict[str, torch.Tensor]
+    optimizer_tensors: dict[str, torch.Tensor]
+    optimizer_numbers: dict[str, Any]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict`` gave it."""
+        return _join_optimizer_state(self.optimizer_tensors, self.optimizer_numbers)
+
+
 def save_checkpoint(
-    run: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
+    run: Path,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer_state: dict[str, Any],
+    state: TrainState,
+    *,
+    keep: int,
 ) -> Path:
     """Write ``checkpoints/step-N`` atomically, then delete all but the newest ``keep`` checkpoints.
+
+    Args:
+        parameters: the trained parameters by name.
+        optimizer_state: from ``torch.optim.Optimizer.state_dict``.
 
     Raises:
         UserError: the disk is full. Earlier checkpoints are still there.
     """
     path = run / "checkpoints" / f"step-{state.step}"
-    tensors, numbers = _split_optimizer_state(optimizer)
-    parameters = {name: p.detach().contiguous().cpu() for name, p in model.trainable_parameters().items()}
+    tensors, numbers = _split_optimizer_state(optimizer_state)
+    parameters = {name: value.detach().contiguous().cpu() for name, value in parameters.items()}
     size = sum(tensor.nbytes for tensor in (*parameters.values(), *tensors.values()))
     what = f"the checkpoint of step {state.step} ({size / 1e9:.2f} GB)"
     with explain_full_disk(what, run, _full_disk_hint(run)), atomic_directory(path) as directory:
@@ -135,24 +158,25 @@ def _set_aside(checkpoint: Path) -> None:
     checkpoint.rename(target)
 
 
-def load_checkpoint(path: Path, model: BabyDoctor, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load a checkpoint's parameters and optimizer state into ``model`` and ``optimizer``.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint into the CPU's memory."""
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    parameters, tensors = (load_tensors(path / f"{name}.safetensors") for name in ("trainable", "optimizer"))
+    return Checkpoint(parameters, tensors, values["optimizer"])
+
+
+@torch.no_grad()
+def load_parameters(checkpoint: Checkpoint, model: BabyDoctor) -> None:
+    """Copy a checkpoint's parameters into a model whose weights are not sharded yet.
 
     Raises:
-        UserError: it was written by a model with other trainable parameters.
+        UserError: the checkpoint was written by a model with other trainable parameters.
     """
-    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     parameters = model.trainable_parameters()
-    saved = load_tensors(path / "trainable.safetensors")
-    if saved.keys() != parameters.keys():
-        odd = sorted(saved.keys() ^ parameters.keys())[0]
-        raise UserError(f"{path} does not fit the model: {odd!r} is in one and not in the other")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    numbers = values.pop("optimizer")
-    optimizer.load_state_dict(_join_optimizer_state(load_tensors(path / "optimizer.safetensors"), numbers))
-    return TrainState(**values)
+    if odd := sorted(checkpoint.parameters.keys() ^ parameters.keys()):
+        raise UserError(f"the checkpoint does not fit the model: {odd[0]!r} is in one and not in the other")
+    for name, parameter in parameters.items():
+        parameter.copy_(checkpoint.parameters[name])
 
 
 def read_state(path: Path) -> TrainState:
@@ -162,13 +186,12 @@ def read_state(path: Path) -> TrainState:
     return TrainState(**values)
 
 
-def _split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors by their path (``0/exp_avg``) on the CPU, and everything else as JSON.
 
     bitsandbytes nests its quantized moments one level deeper than torch does, and all parameters share two
     quantization maps. A tensor that was met before is not stored again: ``shared`` maps its path to the first one.
     """
-    state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     shared: dict[str, str] = {}

@@ -89,7 +89,8 @@ class HeldOut:
         model.eval()
         total = 0.0
         for batch in self.batches:
-            total += forward(model, HostBatch(batch, self.encoder.pixels(batch, self.images_dir))).item()
+            host = HostBatch(batch, self.encoder.pixels(batch, self.images_dir))
+            total += forward(model, host, model.device).item()
         model.train()
         return total / sum(batch.num_supervised for batch in self.batches)
 

@@ -28,14 +28,17 @@ from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
 from babydoctor.plan.plan import build_plan, check_fits, recompute_every
 from babydoctor.plan.report import format_short
-from babydoctor.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from babydoctor.train.checkpoint import Checkpoint, TrainState, load_parameters, read_checkpoint, save_checkpoint
 from babydoctor.train.in_training_eval import InTrainingEval
 from babydoctor.train.interrupt import StopSignals
 from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_factor, set_learning_rate
-from babydoctor.train.output import OutputDirectory, is_finished, num_steps
+from babydoctor.train.output import OutputDirectory, identify_start, is_finished, num_steps, shared_settings
+from babydoctor.train.ranks import Ranks
 from babydoctor.train.report import Reporter, StepResult
+from babydoctor.train.sharding import Trainee, whole
 from babydoctor.train.stage import finish_run, prepare_manifest
 from babydoctor.train.step import accumulate_gradients, explain_out_of_memory, seed_step
+from babydoctor.train.strategy import start_accelerator, strategy_of
 from babydoctor.train.tracking import check_tracking
 
 logger = logging.getLogger(__name__)
@@ -56,21 +59,23 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
     """
     check_tracking(config.tracking)
     run = Path(config.output_dir)
-    if resume and is_finished(config):
+    accelerator = start_accelerator(config.train)
+    ranks, device = Ranks(accelerator), accelerator.device
+    strategy, is_main = strategy_of(accelerator), ranks.is_main
+    ranks.check_same({**shared_settings(config), "--resume": resume, "accelerate strategy": strategy})
+    if ranks.from_main(lambda: resume and is_finished(config)):
         logger.warning("%s is finished already", run)
         return run
-    accelerator = Accelerator()
-    is_main, device = accelerator.is_main_process, accelerator.device
     full_disk = explain_full_disk("the run", run, "free some space and run the command again with --resume")
-    output = OutputDirectory(config, resume=resume, is_main=is_main)
+    output = OutputDirectory(config, ranks, resume=resume)
     with StopSignals() as stop, full_disk, explain_out_of_memory(config.train), output:
-        with accelerator.main_process_first():
-            output.find_checkpoint()
-            manifest, projector_file = prepare_manifest(config)
+        output.find_checkpoint()
+        manifest, projector_file = ranks.in_turn(lambda: prepare_manifest(config))
 
         # The data: rows are checked now; images are read ahead, step by step.
         tokenizer = load_tokenizer(manifest.language_model)
-        samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, run / "bad.jsonl")
+        bad_rows = run / "bad.jsonl" if is_main else None
+        samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, bad_rows)
         num_image_tokens = num_patches(load_vision_config(manifest.vision_tower))
         encoder = Encoder(config.data, tokenizer, manifest.image, num_image_tokens)
 
@@ -78,12 +83,14 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         plan = build_plan(config, this_device(str(device)), statistics=measure_statistics(samples, encoder.encode))
         check_fits(config, plan)
         tokens = plan.micro_batch_tokens
-        ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-        dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=tokens, **ranks)
+        number = {"rank": ranks.rank, "num_ranks": ranks.number}
+        dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=tokens, **number)
         total_steps = num_steps(config, len(dataset))
 
         # Where to begin: at the first step, or after the newest checkpoint.
         state = TrainState(step=0, samples=0, data_fingerprint=fingerprint(samples))
+        found = {**identify_start(config, manifest), "data.rows": state.data_fingerprint, "micro-batch size": tokens}
+        ranks.check_same(found)
         state = output.check_continues(state, manifest, len(dataset))
         evaluation = None
         if is_main:
@@ -92,12 +99,9 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         # The model: frozen parts in model.dtype, the trainable ones in float32.
         model = build_trainable_model(config, manifest, projector_file, device)
         model.recompute_every = recompute_every(plan.gradient_checkpointing)
-        optimizer = build_optimizer(model, config.train)
-        if output.checkpoint is not None:
-            load_checkpoint(output.checkpoint, model, optimizer)
-        output.begin(manifest, state)
+        trainee = prepare(model, config.train, accelerator, share_checkpoint(output.checkpoint, ranks))
+        output.begin(manifest, state, strategy)
         first_step = state.step
-        save = partial(save_checkpoint, run, model, optimizer, keep=config.train.keep_checkpoints)
 
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
         with reporter:
@@ -106,9 +110,10 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
             # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
             if evaluation and evaluation.is_due(first_step):
                 stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
+            ranks.wait()
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
-                result = take_step(model, optimizer, data, state.step, total_steps, config.train, accelerator)
+                result = take_step(trainee, data, state.step, total_steps, config.train, accelerator)
                 state = TrainState(state.step + 1, state.samples + data.num_samples, state.data_fingerprint)
                 output.keep()
                 if on_memory_stable and device.type == "cpu" and state.step - first_step == STEPS_TO_FULL_SIZE:
@@ -117,19 +122,21 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
 
                 # The checkpoint comes first: an evaluation that fails or is stopped loses no step.
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
-                if is_main and is_saved:
-                    save(state)
+                if is_saved:
+                    save(run, trainee, state, config.train)
                 if evaluation and evaluation.is_due(state.step):
                     stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
-                if share_stop(stop, accelerator) and state.step < total_steps:
-                    if is_main and not is_saved:
-                        save(state)
+                stop.received = ranks.any_signal(stop.received)  # other ranks wait here for what rank 0 does
+                if stop.received is not None and state.step < total_steps:
+                    if not is_saved:
+                        save(run, trainee, state, config.train)
                     raise stop.stopped_after(state.step, total_steps, run)
 
+            weights = trainee.gather_weights()
             if is_main:
-                finish_run(run, manifest, model, state)
+                finish_run(run, manifest, model, state, weights)
         reporter.conclude()
-        accelerator.wait_for_everyone()
+        ranks.wait()
     return run
 
 
@@ -147,30 +154,43 @@ def build_trainable_model(
     return model.train()
 
 
+def share_checkpoint(path: Path | None, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint in every rank, also where only the main process has the file; None without one."""
+    if path is None:
+        return None
+    here = read_checkpoint(path) if ranks.is_main else Checkpoint({}, {}, {})
+    numbers = ranks.from_main(lambda: here.optimizer_numbers)
+    return Checkpoint(ranks.share(here.parameters), ranks.share(here.optimizer_tensors), numbers)
+
+
+def prepare(
+    model: BabyDoctor, config: TrainConfig, accelerator: Accelerator, checkpoint: Checkpoint | None = None
+) -> Trainee:
+    """Build the optimizer, load the checkpoint, and let accelerate share both over the ranks."""
+    if checkpoint is not None:
+        load_parameters(checkpoint, model)
+    trainee = Trainee(accelerator, model, build_optimizer(model, config))
+    if checkpoint is not None:
+        trainee.load_optimizer_state(checkpoint.optimizer_state())
+    return trainee
+
+
+def save(run: Path, trainee: Trainee, state: TrainState, config: TrainConfig) -> None:
+    """Write a checkpoint. All ranks must call it; the main process writes."""
+    parameters, optimizer_state = trainee.gather_trained(), trainee.gather_optimizer_state()
+    if trainee.is_main:
+        save_checkpoint(run, parameters, optimizer_state, state, keep=config.keep_checkpoints)
+
+
 def take_step(
-    model: BabyDoctor,
-    optimizer: torch.optim.Optimizer,
-    data: StepData,
-    step: int,
-    total_steps: int,
-    config: TrainConfig,
-    accelerator: Accelerator,
+    trainee: Trainee, data: StepData, step: int, total_steps: int, config: TrainConfig, accelerator: Accelerator
 ) -> StepResult:
     """One optimizer step, counted from 0: gradients of all micro-batches, clipping, update."""
     factor = learning_rate_factor(step, total_steps, config.warmup_ratio, config.schedule)
-    learning_rate = set_learning_rate(optimizer, factor)
+    learning_rate = set_learning_rate(trainee.optimizer, factor)
     seed_step(config.seed, step, accelerator.process_index)
-    loss = accumulate_gradients(model, data, accelerator)
-    norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters().values(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, learning_rate)
-
-
-def share_stop(stop: StopSignals, accelerator: Accelerator) -> bool:
-    """True on all ranks after the same step if any rank received a stop signal."""
-    if accelerator.num_processes > 1:
-        received = torch.tensor(stop.received or 0, device=accelerator.device)
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        stop.received = int(received.item()) or None
-    return stop.received is not None
+    loss = accumulate_gradients(trainee.engine, data, accelerator)
+    norm = accelerator.clip_grad_norm_(list(trainee.model.trainable_parameters().values()), config.max_grad_norm)
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, whole(torch.as_tensor(norm)), learning_rate)

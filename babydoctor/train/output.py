@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from babydoctor.config import RunConfig, changed_settings, dump_config, load_config
+from babydoctor.config import RunConfig, changed_settings, dump_config, flat_settings, load_config
 from babydoctor.files import LOCK_FILE, DirectoryLock, remove_leftovers, write_json, write_text
 from babydoctor.model.run_dir import Manifest, read_manifest
 from babydoctor.model.weights import local_directory, weight_files
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import TrainState, find_newest_intact, read_state
+from babydoctor.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ class OutputDirectory:
         changes: settings that differ from the run's own, as ``key -> (old, new)``.
     """
 
-    def __init__(self, config: RunConfig, *, resume: bool, is_main: bool) -> None:
-        """Only the main process writes; the others read what it found."""
-        self.config, self.resume, self.is_main = config, resume, is_main
+    def __init__(self, config: RunConfig, ranks: Ranks, *, resume: bool) -> None:
+        """Only the main process reads and writes the directory; it tells the other ranks what it found."""
+        self.config, self.resume, self.ranks = config, resume, ranks
         self.path = Path(config.output_dir)
         self.checkpoint: Path | None = None
         self.changes: dict[str, tuple[Any, Any]] = {}
@@ -70,16 +71,18 @@ class OutputDirectory:
         self._undo = False
 
     def __enter__(self) -> OutputDirectory:
-        if self.is_main:
-            self._created = _make_directory(self.path)
-            was_started = (self.path / LOCK_FILE).exists()
-            try:
-                self._lock.acquire()
-                self._open(was_started)
-            except BaseException:
-                self._close()
-                raise
+        self.ranks.from_main(self._acquire)
         return self
+
+    def _acquire(self) -> None:
+        self._created = _make_directory(self.path)
+        was_started = (self.path / LOCK_FILE).exists()
+        try:
+            self._lock.acquire()
+            self._open(was_started)
+        except BaseException:
+            self._close()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and self._undo:
@@ -89,22 +92,24 @@ class OutputDirectory:
         self._close()
 
     def find_checkpoint(self) -> None:
-        """Set ``checkpoint`` and ``changes``; called by each rank, the main process first.
+        """Set ``checkpoint`` and ``changes``.
 
         Raises:
             UserError: the run was trained with settings that change what is learned, or its checkpoints are damaged.
         """
+        self.checkpoint = self.ranks.from_main(self._find_checkpoint)
+
+    def _find_checkpoint(self) -> Path | None:
         written = self.path / "config.yaml"
         if not written.is_file():
-            return
+            return None
         self._before = load_config(written)
-        self.checkpoint = find_newest_intact(self.path)
+        checkpoint = find_newest_intact(self.path)
         self.changes = changed_settings(self._before, self.config)
-        if self.checkpoint is None:
+        if checkpoint is None:
             logger.warning("%s has no checkpoint yet; training starts from the first step", self.path)
-            if self.is_main:
-                shutil.rmtree(self.path / "base_adapters", ignore_errors=True)
-            return
+            shutil.rmtree(self.path / "base_adapters", ignore_errors=True)
+            return None
         refused = {key: values for key, values in self.changes.items() if not _may_change(key)}
         if refused:
             lines = [f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in refused.items()]
@@ -113,6 +118,7 @@ class OutputDirectory:
                 + "\n".join(lines)
                 + f"\nUse the run's values (they are in {written}), or train with these in another output_dir."
             )
+        return checkpoint
 
     def check_continues(self, start: TrainState, manifest: Manifest, num_steps_per_epoch: int) -> TrainState:
         """The state to train on from: ``start``, or the checkpoint's if it fits the data, the base and the length.
@@ -120,8 +126,12 @@ class OutputDirectory:
         Raises:
             UserError: the rows or the base models are others than the run's, or the run would become shorter.
         """
-        if self.checkpoint is None or self._before is None:
+        if self.checkpoint is None:
             return start
+        return self.ranks.from_main(lambda: self._check_continues(start, manifest, num_steps_per_epoch))
+
+    def _check_continues(self, start: TrainState, manifest: Manifest, num_steps_per_epoch: int) -> TrainState:
+        assert self.checkpoint is not None and self._before is not None
         saved = read_state(self.checkpoint)
         if saved.data_fingerprint != start.data_fingerprint:
             raise UserError(
@@ -148,15 +158,25 @@ class OutputDirectory:
                 )
         return saved
 
-    def begin(self, manifest: Manifest, state: TrainState) -> None:
-        """Record the configuration, and on resume what changed. Everything is loaded and training begins."""
-        if not self.is_main:
+    def begin(self, manifest: Manifest, state: TrainState, strategy: str) -> None:
+        """Record the configuration and the ranks, and on resume what changed. Everything is loaded, training begins."""
+        if not self.ranks.is_main:
             return
+        now = {"ranks": self.ranks.number, "strategy": strategy}
         if self.checkpoint is None:
-            history: dict[str, Any] = {"start": identify_start(self.config, manifest), "resumes": []}
+            history: dict[str, Any] = {"start": identify_start(self.config, manifest), **now, "resumes": []}
         else:
             history = self._history()
-            changed = {key: {"from": old, "to": new} for key, (old, new) in self.changes.items()}
+            before = {key: history.get(key, value) for key, value in now.items()}  # older runs did not record it
+            if before != now:
+                logger.warning(
+                    "%s continues on %d ranks (%s); until step %d it was trained on %d (%s). Losses then differ by "
+                    "rounding, and LoRA dropout draws other random numbers",
+                    *(self.path, now["ranks"], strategy, state.step, before["ranks"], before["strategy"]),
+                )
+            changes = {**self.changes, **{key: (before[key], now[key]) for key in now if before[key] != now[key]}}
+            history.update(now)
+            changed = {key: {"from": old, "to": new} for key, (old, new) in changes.items()}
             created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             history["resumes"].append({"step": state.step, "time": created, "changed": changed})
         write_json(self.path / HISTORY, history)
@@ -195,6 +215,16 @@ class OutputDirectory:
 
     def _history(self) -> dict[str, Any]:
         return json.loads((self.path / HISTORY).read_text(encoding="utf-8"))
+
+
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that all ranks must share: all but those that say where things lie or what rank 0 reports.
+
+    What lies there is compared by content.
+    """
+    own = ("output_dir", "tracking", "data.rows", "data.images", "data.num_workers", "data.eval_rows", "data.eval_images")
+    places = (*own, "init_from", "model.language_model", "model.vision_tower")
+    return {key: value for key, value in flat_settings(config).items() if not _is_below(key, places)}
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -239,7 +269,11 @@ def _identify_files(files: list[Path], text: str = "") -> str:
 
 
 def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in _CHANGEABLE)
+    return _is_below(key, _CHANGEABLE)
+
+
+def _is_below(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
 def _make_directory(path: Path) -> list[Path]:

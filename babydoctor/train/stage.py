@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from babydoctor.config import RunConfig
 from babydoctor.data.sources import published_versions
@@ -80,13 +83,17 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
     return manifest, projector_file
 
 
-def finish_run(run: Path, manifest: Manifest, model: BabyDoctor, state: TrainState) -> None:
+def finish_run(
+    run: Path, manifest: Manifest, model: BabyDoctor, state: TrainState, weights: Mapping[str, torch.Tensor]
+) -> None:
     """Write projector, adapter and, last of all, the manifest that marks the run as finished.
+
+    ``weights`` are those of projector and LoRA, whole, by their names in ``model``.
 
     A run that was finished before and made longer is unfinished while its files are replaced.
     """
     with atomic_directory(run / ".trained") as directory:
-        save_trained(model, directory, manifest.language_model)
+        save_trained(model, directory, manifest.language_model, weights)
     (run / "manifest.json").unlink(missing_ok=True)
     for path in (run / ".trained").iterdir():
         target = run / path.name

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward and the sum of gradients over ranks."""
+"""The parts of one optimizer step: forward, backward and the sum of gradients over ranks."""
 
 from __future__ import annotations
 
@@ -7,43 +7,38 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from babydoctor.config import TrainConfig
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import StepData
-from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.schema import UserError
 
 
-def accumulate_gradients(model: BabyDoctor, data: StepData, accelerator: Accelerator) -> torch.Tensor:
-    """Forward and backward over this rank's micro-batches; gradients are summed over ranks.
+def accumulate_gradients(engine: nn.Module, data: StepData, accelerator: Accelerator) -> torch.Tensor:
+    """Forward and backward over this rank's micro-batches; the last one sums the gradients over ranks.
+
+    Args:
+        engine: a ``BabyDoctor``, or what ``accelerator.prepare`` made of it.
 
     Returns:
         The mean loss per supervised token of the whole step, over all ranks: a scalar on the device, so that nothing
         waits for it here. Each token weighs the same, however the step is split into micro-batches.
     """
     total = torch.zeros((), device=accelerator.device)
-    for batch in data.batches:
-        loss = forward(model, batch) / max(1, data.num_supervised)
-        loss.backward()
+    for index, batch in enumerate(data.batches):
+        accelerator.sync_gradients = index == len(data.batches) - 1
+        with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(engine):
+            loss = forward(engine, batch, accelerator.device) / max(1, data.num_supervised)
+            # Every engine averages the gradients over ranks; this makes it a sum.
+            accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    if accelerator.num_processes > 1:
-        gradients = []
-        for parameter in model.trainable_parameters().values():
-            if parameter.grad is None:  # this rank had no sample with an image, or none at all
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        for gradient in gradients:
-            torch.distributed.all_reduce(gradient)
-        torch.distributed.all_reduce(total)
-    return total
+    return accelerator.reduce(total)
 
 
-def forward(model: BabyDoctor, batch: HostBatch) -> torch.Tensor:
+def forward(engine: nn.Module, batch: HostBatch, device: torch.device) -> torch.Tensor:
     """Summed loss of one micro-batch (float32 scalar), computed in the frozen weights' precision."""
-    device, dtype = model.device, model.language_model.dtype
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss: torch.Tensor = model(batch.to(device))
+    loss: torch.Tensor = engine(batch.to(device))
     return loss
 
 

@@ -1,0 +1,184 @@
+"""Trained parameters and optimizer state as whole tensors, whatever engine holds them in which parts.
+
+So a checkpoint has one format, and a run can continue on another number of ranks or with another engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from babydoctor.model.babydoctor import BabyDoctor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter besides its number of steps. Sharding engines run no other optimizer."""
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 (a ``DTensor``) or ZeRO-3 shards; any other tensor itself.
+
+    All ranks must call it.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
+
+
+def gather(parameters: Iterable[tuple[str, nn.Parameter]], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Whole parameters on the CPU by name, one at a time; none of them with ``keep=False``. All ranks must call it."""
+    gathered = {}
+    for name, parameter in parameters:
+        value = whole(parameter)
+        if keep:
+            gathered[name] = value.contiguous().cpu()
+    return gathered
+
+
+class PlainState:
+    """The state of an optimizer over plain parameters or FSDP2's ``DTensor``s."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """``torch.optim.Optimizer.state_dict`` with whole tensors. All ranks must call it."""
+        state = self.optimizer.state_dict()
+        return {**state, "state": _map_tensors(state["state"], whole)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; each rank keeps its share."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        shared = {
+            index: {key: _share_like(value, parameters[index]) for key, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": shared})
+
+
+class ZeroState:
+    """The state of an AdamW that ZeRO-2 or ZeRO-3 runs over flat shares of the parameters."""
+
+    def __init__(self, optimizer: Any, groups: list[list[nn.Parameter]], rank: int) -> None:
+        """``groups``: the parameters of each group before the optimizer was prepared."""
+        self.zero, self.rank = optimizer, rank
+        self.parameters = [parameter for group in groups for parameter in group]
+        self._sizes = [len(group) for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``PlainState.state_dict``."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = [values["step"] for values in self.zero.optimizer.state.values()]
+        state = {}
+        for index, parameter in enumerate(self.parameters if steps else ()):
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            state[index] = {"step": steps[0], **moments}
+        return {"state": state, "param_groups": self._groups()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As ``PlainState.load_state_dict``."""
+        if not state["state"]:
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        step = next(iter(state["state"].values()))["step"]
+        self._allocate(step)
+        for index, parameter in enumerate(self.parameters):
+            for key in MOMENTS:
+                value = state["state"][index][key].to(parameter.device)
+                if hasattr(parameter, "ds_id"):
+                    safe_set_local_optimizer_state(parameter, self._own_part(value, parameter), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_part(self, value: torch.Tensor, parameter: Any) -> torch.Tensor:
+        size = parameter.partition_numel()
+        flat = value.flatten()[self.rank * size : (self.rank + 1) * size]
+        return nn.functional.pad(flat, (0, size - len(flat)))
+
+    def _allocate(self, step: torch.Tensor) -> None:
+        """What AdamW allocates in its first step, and the number of steps done."""
+        flat = getattr(self.zero, "fp32_partitioned_groups_flat", None) or self.zero.single_partition_of_fp32_groups
+        for tensor in flat:
+            moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
+            self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device), **moments}
+        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups, first = [], 0
+        for group, size in zip(self.zero.optimizer.param_groups, self._sizes, strict=True):
+            rest = {key: value for key, value in group.items() if key != "params"}
+            groups.append({**rest, "params": list(range(first, first + size))})
+            first += size
+        return groups
+
+
+class Trainee:
+    """A stage's model and optimizer as accelerate prepared them for their engine.
+
+    Attributes:
+        model: the plain model; under FSDP and ZeRO-3 its weights are shares.
+        engine: what runs a training step's forward pass.
+        optimizer: what steps.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: BabyDoctor, optimizer: torch.optim.Optimizer) -> None:
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        self.model = model
+        # DDP would send these from rank 0 at the start, 13 GB for a 7B model. Every rank has read them itself.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+        self.engine, self.optimizer = accelerator.prepare(model, optimizer)
+        self.is_main = accelerator.is_main_process
+        self._state: PlainState | ZeroState
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._state = ZeroState(self.optimizer.optimizer, groups, accelerator.process_index)
+        else:
+            self._state = PlainState(self.optimizer.optimizer)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Load the optimizer's state from a checkpoint."""
+        self._state.load_state_dict(state)
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """The trained parameters by name, in the main process. All ranks must call it."""
+        return gather(self.model.trainable_parameters().items(), keep=self.is_main)
+
+    def gather_weights(self) -> dict[str, torch.Tensor]:
+        """What a finished run stores, trained parameters and projector. As ``gather_trained``."""
+        named = self.model.named_parameters()
+        kept = [(name, p) for name, p in named if p.requires_grad or name.startswith("projector.")]
+        return gather(kept, keep=self.is_main)
+
+    def gather_optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, as ``torch.optim.Optimizer.state_dict`` gives it. All ranks must call it."""
+        return self._state.state_dict()
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+def _share_like(value: Any, parameter: nn.Parameter) -> Any:
+    """This rank's share of a whole tensor of the shape of a parameter that FSDP2 shards."""
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
