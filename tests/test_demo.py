@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from babydoctor.config import load_config
-from babydoctor.demo import demo
-from babydoctor.demo.table import IN_TERMS, shortfalls, to_markdown
+from babydoctor.demo import demo, robustness
+from babydoctor.demo.table import IN_TERMS, ROBUSTNESS_ROWS, robustness_shortfalls, shortfalls, to_markdown
 from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings
 from babydoctor.phantom.text import KINDS
@@ -62,6 +62,25 @@ def test_each_threshold_of_the_check() -> None:
     assert early.startswith("20.0% are in radiology terms before")
 
 
+def made_up_robustness(changed: dict[str, float] | None = None) -> dict[str, Any]:
+    """The parts of ``robustness.json`` that the demo reads; ``changed`` by "GROUP/KIND"."""
+    groups = [f"{group}/{kind}" for group in ROBUSTNESS_ROWS for kind in (*KINDS, "outside")]
+    values = dict.fromkeys(groups, 0.96) | (changed or {})
+    return {"groups": {name: {"accuracy": value, "num_questions": 50} for name, value in values.items()}}
+
+
+def test_each_threshold_of_wording_size_and_temperature() -> None:
+    assert robustness_shortfalls(made_up_robustness()) == []
+    (words,) = robustness_shortfalls(made_up_robustness({"held-out/side": 0.4}))
+    assert words == "accuracy with held-out wordings is 82.0%, below 90% of the 96.0% with trained ones"
+    (declined,) = robustness_shortfalls(made_up_robustness({"held-out/outside": 0.8}))
+    assert declined == "80.0% of the outside questions in held-out wordings are declined, below 90%"
+    (size,) = robustness_shortfalls(made_up_robustness({"512 px/finding": 0.8}))
+    assert size == "accuracy at 512 px is 92.0%, more than 3% from the 96.0% at 84 px"
+    (sampled,) = robustness_shortfalls(made_up_robustness({"temperature 1/level": 0.6}))
+    assert sampled == "87.0% of the answers at temperature 1 are right, below 90%"
+
+
 def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
@@ -75,11 +94,21 @@ def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatc
     (tmp_path / "first").write_text("")
     monkeypatch.setattr(demo, "build_steps", lambda work: [step("first"), step("second"), step("third")])
     monkeypatch.setattr(demo, "print_scores", lambda work, update: ["accuracy is low"])
-    monkeypatch.setattr(demo, "try_out", lambda work, ask_once: ran.append(f"chat, once: {ask_once}"))
+
+    def try_out(work: Path, ask_all: bool) -> list[str]:
+        ran.append(f"chat, all: {ask_all}")
+        return wrong
+
+    wrong: list[str] = []
+    monkeypatch.setattr(demo, "try_out", try_out)
     assert demo.run_demo(tmp_path, check=True) == 1
-    assert ran == ["second", "third", "chat, once: True"]
+    assert ran == ["second", "third", "chat, all: True"]
     assert demo.run_demo(tmp_path, check=False) == 0
-    assert ran[3:] == ["chat, once: False"]
+    assert ran[3:] == ["chat, all: False"]
+    monkeypatch.setattr(demo, "print_scores", lambda work, update: [])
+    assert demo.run_demo(tmp_path, check=True) == 0
+    wrong = ["Phantom CT, nodule, 'Describe the image.' (web UI): 'Left'"]
+    assert demo.run_demo(tmp_path, check=True) == 1
 
 
 def test_the_tiny_configurations_are_the_three_stages(tmp_path: Path) -> None:
@@ -113,16 +142,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 SHORT = ["train.max_steps=2", "train.batch_size=4", "data.eval_limit=2", "train.num_sample_answers=1"]
 
 
-def test_the_table_comes_from_the_phantom_task(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables_come_from_the_phantom_task_and_the_other_ways_to_ask(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in ("phantoms", *demo.STAGES):
         (tmp_path / folder).symlink_to(work / ("align" if folder in demo.STAGES else folder))
     for stage in demo.STAGES:
         demo.score_stage(tmp_path, stage)
+    monkeypatch.setattr(robustness, "NUM_WORDINGS", 2)
+    monkeypatch.setattr(robustness, "NUM_SIZED_CASES", 1)
+    monkeypatch.setattr(robustness, "NUM_SAMPLED", 8)
+    demo.score_robustness(tmp_path)
     questions = (work / "phantoms" / "questions.jsonl").read_text().splitlines()
     metrics = demo.read_scores(tmp_path)["align"]
     assert metrics["num_questions"] == len(questions)
     assert list(metrics["conditions"]) == ["right", "shuffled", "blank"]
     assert (tmp_path / "scores" / "align" / "report.html").is_file()
+
+    assert demo.read_robustness(tmp_path)["groups"]["temperature 1/side"]["num_questions"] > 0
 
     # An answer that looks like markup is printed unchanged, and the table goes between its markers.
     for stage in demo.STAGES:
@@ -133,7 +170,7 @@ def test_the_table_comes_from_the_phantom_task(work: Path, tmp_path: Path, capsy
     guide.write_text("before\n<!-- demo scores: begin -->\nold\n<!-- demo scores: end -->\nafter\n")
     demo.print_scores(tmp_path, guide)
     assert capsys.readouterr().out.count("[/INST] [bold]a mass") == len(demo.STAGES)
-    table = to_markdown(demo.read_scores(tmp_path))
+    table = to_markdown(demo.read_scores(tmp_path), demo.read_robustness(tmp_path))
     assert guide.read_text() == (f"before\n<!-- demo scores: begin -->\n{table}\n<!-- demo scores: end -->\nafter\n")
     chance = metrics["chance"]
     assert f"| chance |  | {100 * chance['by_question_type']['modality']:.1f} |" in table
@@ -162,12 +199,12 @@ def test_demo_and_train_give_bitwise_equal_stages(work: Path, tmp_path: Path) ->
     script = f"""
 import sys
 from babydoctor.cli.main import main
-from babydoctor.demo import demo
+from babydoctor.demo import demo, robustness
 all_steps, overrides = demo.build_steps, demo.stage_overrides
 demo.build_steps = lambda work: [step for step in all_steps(work) if step.result == work / "instruct/manifest.json"]
 demo.stage_overrides = lambda work, stage: [*overrides(work, stage), *{settings!r}]
 demo.print_scores = lambda work, update: []
-demo.try_out = lambda work, ask_once: None
+demo.try_out = lambda work, ask_all: []
 sys.argv = ["babydoctor", "demo", "--check", "--dir", {str(tmp_path / "demo")!r}]
 main()
 """

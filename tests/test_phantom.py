@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from babydoctor.eval.metrics import normalize
 from babydoctor.phantom import text
+from babydoctor.phantom.asking import expand, load_wordings, misspell, restyle
 from babydoctor.phantom.case import FINDINGS, MODALITIES, Case, build_cases, load_cases
 from babydoctor.phantom.drawing import draw
 from babydoctor.phantom.write import write_phantoms
@@ -159,6 +161,68 @@ def test_reports_speak_in_terms_and_conversations_do_not(folder: Path) -> None:
         assert word in terse and word not in lay
     for word in ("lump", "bubble", "x-ray", "magnet"):
         assert word in lay and word not in terse
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_case_is_the_same_picture_at_every_size(modality: str) -> None:
+    for finding in FINDINGS:
+        case = make_case(modality=modality, finding=finding)
+        small = draw(case, 84).astype(float)
+        for size in (112, 224, 512):
+            shrunk = Image.fromarray(draw(case, size)).resize((84, 84), Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(shrunk, float) - small).mean() < 0.12 * small.std(), (finding, size)
+
+
+def test_each_kind_of_request_has_many_wordings_and_held_out_ones_are_never_trained_on(folder: Path) -> None:
+    wordings, rng = load_wordings(), np.random.default_rng(0)
+
+    def expanded(patterns: tuple[str, ...]) -> set[str]:
+        return {normalize(expand(pattern, "none", rng)) for pattern in patterns for _ in range(60)}
+
+    asked = {
+        normalize(turn["value"].replace(IMAGE_TOKEN, ""))
+        for name in ("instruct", "radiology")
+        for row in json.loads((folder / f"{name}_train.json").read_text())
+        for turn in row["conversations"]
+        if turn["from"] == "human"
+    }
+    assert set(wordings.trained) == set(wordings.held_out) == set(text.REQUESTS)
+    for kind in text.REQUESTS:
+        trained, held_out = expanded(wordings.trained[kind]), expanded(wordings.held_out[kind])
+        assert len(trained) >= 30 and len(held_out) >= 24, kind
+        assert not held_out & (trained | asked), kind
+
+
+def test_typing_errors_change_one_word_and_plain_questions_come_often() -> None:
+    rng = np.random.default_rng(0)
+    sentence = "Which modality is this?"
+    for _ in range(50):
+        words = zip(sentence.split(), misspell(sentence, rng).split(), strict=True)
+        assert sum(before != after for before, after in words) <= 1
+    drawn = [restyle(sentence, rng) for _ in range(400)]
+    assert 0.4 < drawn.count(sentence) / 400 < 0.7
+    assert any("lease" in question for question in drawn) and sentence.lower().rstrip("?") in drawn
+
+
+def test_replies_to_each_kind_of_request() -> None:
+    ill, well = make_case(modality="mr", finding="cyst", level="middle"), make_case(finding="none")
+    replies = {kind: text.term_replies(kind, ill) for kind in text.REQUESTS}
+    assert replies["location"] == ("Left mid zone",) and replies["level"] == ("Mid zone",)
+    assert replies["report"] == (
+        "Coronal chest MRI shows a thin-walled cyst in the left mid zone.",
+        "Coronal chest MRI. Thin-walled cyst, left mid zone.",
+    )
+    assert replies["outside"][0].startswith("I can only answer questions about ")
+    for kind in ("finding", "side", "level", "location"):
+        assert text.term_replies(kind, well) == ("No abnormality",)
+
+
+def test_no_text_tells_a_size(folder: Path) -> None:
+    for path in folder.glob("*_train.json"):
+        answers = [
+            t["value"] for row in json.loads(path.read_text()) for t in row["conversations"] if t["from"] == "gpt"
+        ]
+        assert not [a for a in answers if re.search(r"\b(mm|large|\d+)\b|small [^r]", a)]
 
 
 def test_errors_name_the_argument_and_the_fix(tmp_path: Path) -> None:

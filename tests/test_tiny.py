@@ -72,8 +72,8 @@ def test_the_tokenizer_is_laid_out_like_llamas(base: Path) -> None:
     tokenizer = load_tokenizer(base / "llama")
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]) == [0, 1, 2, 3, 258]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-    assert len(tokenizer) <= 1024
-    for words in ("This is an X-ray picture.", "größer als 3\nµm", "Effusion, left lower zone, about 50 mm."):
+    assert len(tokenizer) <= 2048
+    for words in ("This is an X-ray picture.", "größer als 3\nµm", "Loculated effusion, left lower zone."):
         ids = tokenizer(words)["input_ids"]
         assert ids[0] == 1
         assert tokenizer.decode(ids, skip_special_tokens=True) == words
@@ -95,6 +95,18 @@ def test_the_corpus_holds_no_image_and_no_radiology_answer() -> None:
     assert all("<image>" not in piece for piece in corpus)
     assert not any(answer in piece for piece in corpus for answer in terse)
     assert corpus == build_corpus(build_cases("train", 240, 0), 400, seed=0)
+
+
+def test_the_base_reads_every_term_as_the_stages_write_it(base: Path) -> None:
+    tokenizer = load_tokenizer(base / "llama")
+    read = {
+        i
+        for document in build_corpus(build_cases("train", 240, 0), 200, seed=0)
+        for i in tokenizer(document)["input_ids"]
+    }
+    for terms in text.TERMS.values():
+        for term in terms.values():
+            assert set(tokenizer(term)["input_ids"]) <= read, term
 
 
 def test_caption_pieces_add_up_to_the_caption(phantoms: Path) -> None:

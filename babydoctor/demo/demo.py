@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from babydoctor.demo.table import CONDITIONS, HEAD, SECTION, shortfalls, table_rows, to_markdown
+from babydoctor.demo.table import (
+    CONDITIONS,
+    HEAD,
+    ROBUSTNESS_HEAD,
+    SECTION,
+    robustness_rows,
+    robustness_shortfalls,
+    shortfalls,
+    table_rows,
+    to_markdown,
+)
 from babydoctor.markers import write_section
+from babydoctor.phantom.case import DEMO_SEED
 from babydoctor.phantom.text import QUESTIONS, REPORT_QUESTION
 from babydoctor.schema import UserError
 
 STAGES = ("align", "instruct", "radiology")
-NUM_TRAIN, NUM_HELD_OUT, IMAGE_SIZE, SEED = 4800, 480, 84, 7
+NUM_TRAIN, NUM_HELD_OUT, IMAGE_SIZE = 4800, 480, 84
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 TEMPLATE = "llava_llama_2"
@@ -60,7 +71,7 @@ def build_steps(work: Path) -> list[Step]:
             f"Phantoms: {NUM_TRAIN} for training, {NUM_HELD_OUT} held out",
             phantoms / "truth.jsonl",
             lambda: write_phantoms(
-                phantoms, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=SEED, size=IMAGE_SIZE
+                phantoms, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=DEMO_SEED, size=IMAGE_SIZE
             ),
         ),
         Step("Tiny base: CLIP tower, tokenizer, chat LLaMA", base / "llama", lambda: make_tiny_base(phantoms, base)),
@@ -78,6 +89,13 @@ def build_steps(work: Path) -> list[Step]:
                 partial(score_stage, work, stage),
             ),
         ]
+    steps.append(
+        Step(
+            "Score of radiology with other wordings, image sizes and at temperature 1",
+            work / "scores" / "robustness.json",
+            partial(score_robustness, work),
+        )
+    )
     picture = work / "demo_cases.png"
     draw = partial(draw_cases, phantoms, work / "instruct", work / "radiology", picture)
     steps.append(Step("Picture of some cases", picture, draw))
@@ -103,12 +121,12 @@ def run_demo(work: Path, *, check: bool, update: Path | None = None) -> int:
         console.print(f"[dim]  {time.monotonic() - step_started:.0f} s[/]")
     missing = print_scores(work, update)
     console.print(f"picture: {work / 'demo_cases.png'}")
-    try_out(work, ask_once=check)
+    missing += try_out(work, ask_all=check)
     console.print(f"total: {time.monotonic() - started:.0f} s")
     if not check:
         return 0
     for text in missing:
-        console.print(f"[red]too low:[/] {text}")
+        console.print(f"[red]failed:[/] {escape(text)}")
     console.print("[red]check failed[/]" if missing else "[green]check passed[/]")
     return 1 if missing else 0
 
@@ -161,6 +179,25 @@ def score_stage(work: Path, stage: str) -> None:
         evaluate(work / "scores" / stage, task, config, run=work / stage, progress=progress)
 
 
+def score_robustness(work: Path) -> None:
+    """Ask the last stage in other ways and write ``scores/robustness.json``."""
+    from babydoctor.demo.robustness import measure
+    from babydoctor.progress import named_progress
+
+    with named_progress() as update:
+        measure(
+            work / "phantoms",
+            work / STAGES[-1],
+            work / "scores" / "robustness.json",
+            lambda done, total: update("other ways to ask", done, total),
+        )
+
+
+def read_robustness(work: Path) -> dict[str, Any]:
+    """``robustness.json`` of the last stage."""
+    return dict(json.loads((work / "scores" / "robustness.json").read_text(encoding="utf-8")))
+
+
 def read_scores(work: Path) -> dict[str, dict[str, Any]]:
     """``metrics.json`` of each stage."""
     paths = {stage: work / "scores" / stage / "metrics.json" for stage in STAGES}
@@ -168,23 +205,32 @@ def read_scores(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def print_scores(work: Path, update: Path | None = None) -> list[str]:
-    """Print the score table and an example. Returns what the last stage lacks.
+    """Print the score tables and an example. Returns what the last stage lacks.
 
     Args:
-        update: Markdown file to write the table to, between its markers.
+        update: Markdown file to write the tables to, between its markers.
     """
-    stages = read_scores(work)
-    table = Table(title=f"{stages[STAGES[0]]['num_questions']} closed questions about held-out phantoms, % correct")
-    for column in HEAD:
-        table.add_column(column, justify="left" if column in HEAD[:2] else "right")
-    for number, row in enumerate(table_rows(stages), 1):
-        table.add_row(*row, end_section=number % len(CONDITIONS) == 0)
-    console.print(table)
+    stages, robustness = read_scores(work), read_robustness(work)
+    title = f"{stages[STAGES[0]]['num_questions']} closed questions about held-out phantoms, % correct"
+    _print_table(title, HEAD, table_rows(stages), num_names=2, section=len(CONDITIONS))
+    _print_table("Other wordings, sizes and sampling, % correct", ROBUSTNESS_HEAD, robustness_rows(robustness))
     _print_example(work)
     if update is not None:
-        write_section(update, SECTION, to_markdown(stages))
+        write_section(update, SECTION, to_markdown(stages, robustness))
         console.print(f"updated: {update}")
-    return shortfalls(stages["radiology"], stages["instruct"])
+    return shortfalls(stages["radiology"], stages["instruct"]) + robustness_shortfalls(robustness)
+
+
+def _print_table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1, section: int = 0
+) -> None:
+    """Print a table; its first columns hold names, and a line follows each ``section`` rows."""
+    table = Table(title=title)
+    for number, column in enumerate(head):
+        table.add_column(column, justify="left" if number < num_names else "right")
+    for number, row in enumerate(rows, 1):
+        table.add_row(*row, end_section=section > 0 and number % section == 0)
+    console.print(table)
 
 
 def _print_example(work: Path) -> None:
@@ -201,8 +247,11 @@ def _print_example(work: Path) -> None:
         console.print(f"  after {stage:<10} {answer!r}", markup=False)
 
 
-def try_out(work: Path, *, ask_once: bool) -> None:
-    """Ask about a held-out phantom in this process and, with ``ask_once``, over each API."""
+def try_out(work: Path, *, ask_all: bool) -> list[str]:
+    """Ask about a held-out phantom in this process and, with ``ask_all``, all a new user tries first over HTTP.
+
+    Returns the wrong answers, in words.
+    """
     from babydoctor.demo.pictures import ask_about
     from babydoctor.phantom.case import load_cases
 
@@ -214,19 +263,22 @@ def try_out(work: Path, *, ask_once: bool) -> None:
     console.print(f"\n[bold]{escape(command)}[/]")
     (answer,) = ask_about(work / "radiology", [image], question, max_new_tokens=256)
     console.print(answer, markup=False)
-    console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}, {case.size_mm} mm[/]")
-    if ask_once:
-        ask_over_each_api(work / "radiology", image.read_bytes())
+    console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}[/]")
+    return ask_examples(work / "radiology") if ask_all else []
 
 
-def ask_over_each_api(run: Path, image: bytes, question: str = "What is the main finding?") -> None:
-    """Start controller, worker and web UI on free ports, ask once over each API, and stop them."""
-    from babydoctor.serve.client import Client
-    from babydoctor.serve.launch import launched
+def ask_examples(run: Path) -> list[str]:
+    """Ask each example of the web UI every ready-made question, as the web UI does and over both APIs.
 
-    ports = ["controller.port=0", "worker.port=0", "page.port=0"]
-    with launched(run, overrides=ports) as served, Client(served.controller_url) as client:
-        (model,) = client.models()
-        console.print(f"\n[bold]{question}[/] asked over HTTP at {served.controller_url}; web UI at {served.page_url}")
-        console.print(f"  LLaVA API:  {client.ask_llava(model, question, image)}", markup=False)
-        console.print(f"  OpenAI API: {client.ask_openai(model, question, image)}", markup=False)
+    Returns the wrong answers, in words.
+    """
+    from babydoctor.demo.first_contact import ask_everything, wrong_answers
+
+    console.print("\n[bold]The web UI's examples and ready-made questions, asked over HTTP[/]")
+    answers = ask_everything(run)
+    for answer in answers:
+        if answer.way == "OpenAI API":
+            console.print(f"  {answer.example}: {answer.question} {answer.answer}", markup=False)
+    wrong = wrong_answers(answers)
+    console.print(f"{len(answers) - len(wrong)} of {len(answers)} answers are right")
+    return wrong

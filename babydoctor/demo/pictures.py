@@ -73,5 +73,5 @@ def varied_cases(cases: Sequence[Case], count: int) -> list[Case]:
 
 
 def _truth(case: Case) -> str:
-    location = f", {case.side} {case.level}, {case.size_mm:.0f} mm" if case.side else ""
+    location = f", {case.side} {case.level}" if case.side else ""
     return f"{case.modality}, {case.finding}{location}"

@@ -15,7 +15,20 @@ CONDITIONS = ("right", "shuffled", "blank")
 HEAD = ("after", "image", *KINDS, "all", "in radiology terms")
 IN_TERMS = "closed_accuracy_in_radiology_terms"
 SECTION = "demo scores"
-"""Name of the markers around the table in a Markdown file."""
+"""Name of the markers around the tables in a Markdown file."""
+
+ROBUSTNESS_ROWS = {
+    "trained": "trained wordings",
+    "held-out": "held-out wordings",
+    "image last": "question before the image",
+    "84 px": "drawn at 84 px",
+    "224 px": "drawn at 224 px",
+    "512 px": "drawn at 512 px",
+    "temperature 1": "temperature 1",
+}
+"""Groups of questions of ``robustness.py`` and their names in the table."""
+
+ROBUSTNESS_HEAD = ("radiology, asked", *KINDS, "location", "report", "all", "outside, declined")
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,10 @@ class Thresholds:
         from_chance: largest distance from chance over all questions when images are shuffled.
         from_chance_per_kind: the same for each kind; three standard errors of about 400 questions.
         in_terms_before: largest accuracy in radiology terms before the last stage, which teaches the terms.
+        held_out_wordings: accuracy with held-out wordings, as a share of the accuracy with trained wordings.
+        declined: share of outside questions that are declined.
+        between_sizes: largest difference in accuracy between images of 84 px and larger ones.
+        at_temperature_1: share of right answers at temperature 1.
     """
 
     accuracy: float = 0.85
@@ -35,6 +52,10 @@ class Thresholds:
     from_chance: float = 0.05
     from_chance_per_kind: float = 0.08
     in_terms_before: float = 0.05
+    held_out_wordings: float = 0.9
+    declined: float = 0.9
+    between_sizes: float = 0.03
+    at_temperature_1: float = 0.9
 
 
 def accuracies(metrics: Mapping[str, Any], condition: str) -> dict[str, float]:
@@ -66,15 +87,75 @@ def table_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def to_markdown(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table in Markdown, with a sentence that explains it."""
+def group_accuracy(robustness: Mapping[str, Any], group: str, kind: str) -> float | None:
+    """Accuracy of a group of questions for one kind, or for "all" but outside questions. None if nothing was asked."""
+    groups = robustness["groups"]
+    names = [
+        name
+        for name in groups
+        if name.startswith(f"{group}/")
+        and (name == f"{group}/{kind}" or (kind == "all" and not name.endswith("/outside")))
+    ]
+    total = sum(groups[name]["num_questions"] for name in names)
+    return sum(groups[name]["accuracy"] * groups[name]["num_questions"] for name in names) / total if total else None
+
+
+def robustness_rows(robustness: Mapping[str, Any]) -> list[list[str]]:
+    """Rows under ``ROBUSTNESS_HEAD``: wordings, sizes and temperature."""
+    kinds = (*ROBUSTNESS_HEAD[1:-1], "outside")
+    rows = []
+    for group, name in ROBUSTNESS_ROWS.items():
+        values = [group_accuracy(robustness, group, kind) for kind in kinds]
+        rows.append([name, *("" if value is None else f"{100 * value:.1f}" for value in values)])
+    return rows
+
+
+def robustness_shortfalls(robustness: Mapping[str, Any], thresholds: Thresholds | None = None) -> list[str]:
+    """What the last stage lacks with other wordings, sizes and at temperature 1, in words."""
+    limits = thresholds or Thresholds()
+
+    def accuracy(group: str, kind: str = "all") -> float:
+        value = group_accuracy(robustness, group, kind)
+        assert value is not None, (group, kind)
+        return value
+
+    found = []
+    trained, held_out = accuracy("trained"), accuracy("held-out")
+    if held_out < limits.held_out_wordings * trained:
+        least = f"{limits.held_out_wordings:.0%} of the {trained:.1%} with trained ones"
+        found.append(f"accuracy with held-out wordings is {held_out:.1%}, below {least}")
+    for group in ("trained", "held-out"):
+        if accuracy(group, "outside") < limits.declined:
+            share = f"{accuracy(group, 'outside'):.1%} of the outside questions in {ROBUSTNESS_ROWS[group]}"
+            found.append(f"{share} are declined, below {limits.declined:.0%}")
+    for group in ("224 px", "512 px"):
+        if abs(accuracy(group) - accuracy("84 px")) > limits.between_sizes:
+            found.append(
+                f"accuracy at {group} is {accuracy(group):.1%}, more than {limits.between_sizes:.0%} from the "
+                f"{accuracy('84 px'):.1%} at 84 px"
+            )
+    if accuracy("temperature 1") < limits.at_temperature_1:
+        found.append(
+            f"{accuracy('temperature 1'):.1%} of the answers at temperature 1 are right, below "
+            f"{limits.at_temperature_1:.0%}"
+        )
+    return found
+
+
+def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str, Any] | None = None) -> str:
+    """The tables in Markdown, each with a sentence that explains it."""
     metrics = next(iter(stages.values()))
     lines = markdown_table(HEAD, table_rows(stages))
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
         "phantoms, whole answers only. Chance is the best constant answer to each kind of question."
     )
-    return "\n".join([*lines, "", note])
+    parts = ["\n".join([*lines, "", note])]
+    if robustness is not None:
+        count = sum(group["num_questions"] for group in robustness["groups"].values())
+        parts += ["\n".join(markdown_table(ROBUSTNESS_HEAD, robustness_rows(robustness)))]
+        parts += [f"Percent correct of {count:,} questions in other wordings, at other image sizes and with sampling."]
+    return "\n\n".join(parts)
 
 
 def shortfalls(last: Mapping[str, Any], before: Mapping[str, Any], thresholds: Thresholds | None = None) -> list[str]:

@@ -3,9 +3,10 @@
 They replace openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat on machines without downloads. They are saved
 as ordinary transformers directories (``clip/`` and ``llama/``), so no other code treats them specially.
 
-The LLaMA trains on text only: plain sentences, and conversations with a description in place of the image. It learns
-the vocabulary and the form of the conversations, but in a few hundred steps it does not learn to answer from a
-description. It learns to use images in the three stages only.
+The LLaMA trains on text only: plain sentences, radiology reports and records, and conversations with a description in
+place of the image. It learns the vocabulary, radiology's terms included, and the form of the conversations, but in a
+few hundred steps it does not learn to answer from a description. It never sees a question that is answered in
+radiology's terms. It learns to use images in the three stages only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from babydoctor.conversation import get_template, prompt_text, render
 from babydoctor.phantom import text
+from babydoctor.phantom.asking import expand, load_wordings
 from babydoctor.phantom.case import Case, load_cases
 from babydoctor.progress import loss_progress
 from babydoctor.schema import Turn, UserError
@@ -38,7 +40,7 @@ WORD_START = "▁"
 class LanguageSettings:
     """Sizes and optimizer settings of the language model."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     hidden_size: int = 192
     intermediate_size: int = 512
     num_layers: int = 4
@@ -59,17 +61,19 @@ def build_corpus(cases: Sequence[Case], count: int, seed: int) -> list[str]:
     for number in range(count):
         case = cases[int(rng.integers(len(cases)))]
         kind = number % 8
-        if kind < 5:
+        if kind < 4:
             description = text.caption(case) if rng.random() < 0.7 else text.lay_description(case)
             turns = []
             for question, answer in text.lay_turns(case, rng):
                 turns += [Turn("user", question), Turn("assistant", answer)]
             turns[0] = Turn("user", f"{description}\n{turns[0].text}")
             corpus.append(prompt_text(render(turns, template)))
-        elif kind == 5:
+        elif kind == 4:
             corpus.append(f"{text.lay_description(case)}\n{text.caption(case)}\n</s>")
+        elif kind == 5:
+            corpus.append(f"{text.report(case, rng)}\n{text.record(case, rng)}</s>")
         elif kind == 6:
-            corpus.append(f"{text.report(case, rng)}</s>")
+            corpus.append(f"{text.record(case, rng)}\n{text.report(case, rng)}</s>")
         else:
             question, answer = text.GENERAL[int(rng.integers(len(text.GENERAL)))]
             corpus.append(prompt_text(render([Turn("user", question), Turn("assistant", answer)], template)))
@@ -84,6 +88,7 @@ def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: in
     rng = np.random.default_rng(0)
     # Every word of the three training sets gets its own piece, including the terms that only stage 3 uses.
     words = [*corpus, text.REPORT_QUESTION]
+    words += [expand(pattern, "none", rng) for lines in load_wordings().trained.values() for pattern in lines * 20]
     words += [text.report(case, rng) for case in cases[:500]]
     words += [question for wordings in text.QUESTIONS.values() for question in wordings]
     words += [term for terms in text.TERMS.values() for term in terms.values()] * 20

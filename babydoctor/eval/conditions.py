@@ -63,7 +63,11 @@ class ConditionedImages:
         self.settings = settings
         self.seed = seed
         self._source = {q.image_key: q.image for q in questions if q.image is not None}
-        self._other = shuffle_images(list(self._source), seed) if condition == "shuffled" else {}
+        self._other: dict[str, dict[str, str]] = {}
+        if condition == "shuffled":
+            for group in {question.shuffled_among for question in questions}:
+                keys = [q.image_key for q in questions if q.image is not None and group in ("", q.shuffled_among)]
+                self._other[group] = shuffle_images(keys, seed)
         self._load = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
 
     def pixels(self, question: Question) -> np.ndarray | None:
@@ -79,7 +83,8 @@ class ConditionedImages:
             mean = np.array(self.settings.mean, np.float32)[:, None, None]
             std = np.array(self.settings.std, np.float32)[:, None, None]
             return (colors - mean) / std
-        return self._load(self._other.get(question.image_key, question.image_key))
+        others = self._other.get(question.shuffled_among, {})
+        return self._load(others.get(question.image_key, question.image_key))
 
     def _read(self, image_key: str) -> np.ndarray:
         source = self._source[image_key]

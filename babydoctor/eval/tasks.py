@@ -45,6 +45,7 @@ class Question:
         groups: attributes to break figures down by, for example ``{"question_type": "PRES"}``.
         subsets: subsets that are also scored on their own, for example "article_disjoint".
         cluster: unit that the bootstrap resamples; empty: the image.
+        shuffled_among: shuffled images come from questions with the same value; empty: from all questions.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Question:
     groups: Mapping[str, str] = field(default_factory=dict)
     subsets: tuple[str, ...] = ()
     cluster: str = ""
+    shuffled_among: str = ""
 
     @property
     def yes_no_reference(self) -> str:
@@ -178,7 +180,8 @@ def load_phantom(config: TaskConfig) -> Task:
     """The closed questions about held-out phantoms (``questions.jsonl`` of ``babydoctor data phantom``).
 
     The first reference is the answer in radiology terms, which stage 3 teaches. The others are the answers in lay words
-    of the earlier stages.
+    of the earlier stages. A question about side or level is never shuffled to a normal image, where the right answer is
+    that there is no abnormality: chance would then not be that of the question.
     """
     folder = Path(config.data)
     path = folder / "questions.jsonl"
@@ -201,6 +204,7 @@ def load_phantom(config: TaskConfig) -> Task:
                 (row["answer"], *lay),
                 "closed",
                 {"question_type": kind},
+                shuffled_among="finding" if kind in ("side", "level") else "",
             )
         )
     return Task("phantom", tuple(questions), ("Generated phantoms: these figures say nothing about real patients.",))

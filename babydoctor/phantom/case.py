@@ -18,6 +18,9 @@ LEVELS = ("upper", "middle", "lower")
 SIZES_MM = {"small": (25.0, 34.0), "large": (46.0, 60.0)}
 SPLITS = ("train", "held_out")
 
+DEMO_SEED = 7
+"""Seed of the demo's cases. The web UI's examples are cases of its held-out split."""
+
 
 @dataclass(frozen=True)
 class Case:

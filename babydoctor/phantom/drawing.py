@@ -18,7 +18,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from babydoctor.phantom.case import Case
-from babydoctor.phantom.shapes import Grid, bar, blend, build_grid, ellipse, smooth_noise
+from babydoctor.phantom.shapes import (
+    CANONICAL_SIZE,
+    Grid,
+    bar,
+    blend,
+    build_grid,
+    ellipse,
+    grain,
+    smooth_noise,
+    speckle,
+)
 
 MM_PER_UNIT = 180.0
 """The image is 2 units = 360 mm wide."""
@@ -190,7 +200,7 @@ def _radiograph(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -
         image = image + 0.16 * bar(grid, body.cx + sign * 0.4, body.cy - 0.62, 0.6, 0.05, sign * -0.18)
         image = image + 0.12 * ellipse(grid, body.cx + sign * 0.2, body.cy - 0.02, 0.07, 0.2, sign * 0.4, soft=6)
     image = image + 0.03 * smooth_noise(rng, size, 9, 9)
-    return paint_finding(image, grid, case, body) + 0.018 * rng.standard_normal((size, size))
+    return paint_finding(image, grid, case, body) + 0.018 * grain(rng, size)
 
 
 def _ct(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
@@ -212,8 +222,8 @@ def _ct(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.nda
     edge = np.clip(1 - np.abs(np.abs(grid.x - body.cx) - body.lung_x - body.lung_rx - 0.03) / 0.045, 0, 1)
     beads = edge * body.ribs(grid, 0.09) * (np.abs(grid.y) < 0.6)
     image = blend(image, np.clip(1.5 * beads, 0, 1), 0.95)
-    streaks = smooth_noise(rng, size, size // 2, 3)
-    return paint_finding(image, grid, case, body) + 0.02 * streaks + 0.012 * rng.standard_normal((size, size))
+    streaks = smooth_noise(rng, size, CANONICAL_SIZE // 2, 3)
+    return paint_finding(image, grid, case, body) + 0.02 * streaks + 0.012 * grain(rng, size)
 
 
 def _mr(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
@@ -232,10 +242,10 @@ def _mr(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.nda
     column = np.clip((0.09 - np.abs(grid.x - body.cx)) / (2 * grid.pixel) + 0.5, 0, 1) * body.torso(grid, 0.06)
     image = blend(image, column, np.where(discs, 0.7, 0.2).astype(np.float32))
     image = paint_finding(image, grid, case, body)
-    ghost = 0.08 * np.roll(image, int(rng.integers(size // 6, size // 3)), axis=0)
+    shift = int(rng.integers(CANONICAL_SIZE // 6, CANONICAL_SIZE // 3)) * size // CANONICAL_SIZE
+    ghost = 0.08 * np.roll(image, shift, axis=0)
     shading = 1 + 0.3 * (rng.uniform(-1, 1) * grid.x + rng.uniform(-1, 1) * grid.y)
-    grain = np.hypot(rng.standard_normal((size, size)), rng.standard_normal((size, size)))
-    return (image + ghost) * shading + 0.02 * grain
+    return (image + ghost) * shading + 0.02 * speckle(rng, size, CANONICAL_SIZE, CANONICAL_SIZE)
 
 
 def _ultrasound(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -> np.ndarray:
@@ -254,7 +264,7 @@ def _ultrasound(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -
     tissue = tissue + 0.35 * np.exp(-(((depth - 0.9) / 0.05) ** 2))
     image = paint_finding(tissue, grid, case, body)
     # Speckle is multiplicative, and finer along the beam than across it.
-    fine = np.hypot(smooth_noise(rng, size, size, size // 2), smooth_noise(rng, size, size, size // 2))
+    fine = speckle(rng, size, CANONICAL_SIZE, CANONICAL_SIZE // 2)
     image = image * (0.62 + 0.34 * fine) * np.clip(1.25 - 0.28 * (depth - 0.86), 0, 2)
     return image * fan
 
@@ -263,7 +273,10 @@ _DRAW = {"radiograph": _radiograph, "ct": _ct, "mr": _mr, "ultrasound": _ultraso
 
 
 def draw(case: Case, size: int) -> np.ndarray:
-    """Draw a case: uint8 ``[size, size]``. The same case always gives the same pixels."""
+    """Draw a case: uint8 ``[size, size]``. The same case always gives the same pixels.
+
+    A case is the same picture at every size: shrunk to 84 px, a drawing of 512 px looks like one of 84 px.
+    """
     rng = np.random.default_rng(case.noise_seed)
     grid = build_grid(size)
     body = Torso.draw(rng)

@@ -10,10 +10,17 @@ from functools import lru_cache
 
 import numpy as np
 
+CANONICAL_SIZE = 84
+"""The tiny tower's input size. Edges, rims and noise have the widths that they have in an image of this size."""
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixel centers of an ``S x S`` image: ``x`` is ``[1, S]``, ``y`` is ``[S, 1]``, ``pixel`` is a pixel's width."""
+    """Pixel centers of an ``S x S`` image: ``x`` is ``[1, S]``, ``y`` is ``[S, 1]``.
+
+    ``pixel`` is the width of a pixel of a canonical image, so a phantom is the same picture at every size. Smaller
+    images than that use their own pixels, because thinner edges would alias.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -28,7 +35,7 @@ class Grid:
 def build_grid(size: int) -> Grid:
     """The pixel centers of an image with ``size`` pixels a side."""
     centers = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    return Grid(x=centers[None, :], y=centers[:, None], pixel=2.0 / size)
+    return Grid(x=centers[None, :], y=centers[:, None], pixel=2.0 / min(size, CANONICAL_SIZE))
 
 
 @lru_cache(maxsize=32)
@@ -39,16 +46,31 @@ def _interpolation(size: int, knots: int) -> np.ndarray:
     return np.clip(weights, 0, 1).astype(np.float32)
 
 
+def _stretch(knots: np.ndarray, size: int) -> np.ndarray:
+    """Interpolate a field of knots ``[R, C]`` to an image ``[S, S]``."""
+    rows, columns = knots.shape
+    return _interpolation(size, rows) @ knots.astype(np.float32) @ _interpolation(size, columns).T
+
+
 def smooth_noise(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
     """A smooth random field ``[S, S]`` with unit variance at its ``rows x columns`` knots."""
-    knots = rng.standard_normal((rows, columns)).astype(np.float32)
-    return _interpolation(size, rows) @ knots @ _interpolation(size, columns).T
+    return _stretch(rng.standard_normal((rows, columns)), size)
+
+
+def grain(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Noise ``[S, S]`` with the grain of a canonical image's pixels."""
+    return smooth_noise(rng, size, CANONICAL_SIZE, CANONICAL_SIZE)
+
+
+def speckle(rng: np.random.Generator, size: int, rows: int, columns: int) -> np.ndarray:
+    """Speckle ``[S, S]``: the magnitude of complex noise at ``rows x columns`` knots."""
+    return _stretch(np.hypot(*rng.standard_normal((2, rows, columns))), size)
 
 
 def ellipse(
     grid: Grid, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, soft: float = 1.0
 ) -> np.ndarray:
-    """Mask ``[S, S]`` of a filled ellipse with an edge ``soft`` pixels wide. ``angle`` is in radians, clockwise."""
+    """Mask ``[S, S]`` of a filled ellipse with an edge of ``soft`` canonical pixels; ``angle``: radians, clockwise."""
     dx, dy = grid.x - cx, grid.y - cy
     cos, sin = np.cos(angle), np.sin(angle)
     u, v = (dx * cos + dy * sin) / rx, (dy * cos - dx * sin) / ry

@@ -11,13 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from babydoctor.phantom.asking import ask
 from babydoctor.phantom.case import Case
 from babydoctor.schema import IMAGE_TOKEN
 
 KINDS = ("modality", "finding", "side", "level")
-"""The kinds of closed questions. Side and level are asked only about cases with a finding."""
+"""The kinds of closed questions. The evaluation asks about side and level only where there is a finding."""
 
-# The evaluation asks the first wording.
+REQUESTS = {
+    "modality": 1.0,
+    "finding": 1.4,
+    "side": 1.1,
+    "level": 1.1,
+    "location": 0.4,
+    "report": 0.6,
+    "outside": 0.9,
+}
+"""Kinds of requests in a conversation and how often they come, relative to each other."""
+
+# The evaluation asks the first wording. ``wordings.yaml`` holds the others that are trained on.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "modality": ("What kind of scan is this?", "How was this picture made?"),
     "finding": ("What is the main finding?", "What stands out in this picture?"),
@@ -83,6 +95,9 @@ _REPORT_FINDING = {
 _DESCRIBE = ("Please describe this picture.", "Can you explain to me what this picture shows?")
 _WORRY = ("Should I worry about it?", "Please show it to a doctor. I am a research model and no doctor.")
 
+OUTSIDE = "I can only answer questions about the kind of scan, the finding, its side and its height."
+"""The reply to a question that a phantom cannot answer."""
+
 GENERAL: tuple[tuple[str, str], ...] = (
     ("Who are you?", "I am BabyDoctor, a small research model. I am no doctor."),
     ("Hello!", "Hello! You can show me a scan and ask me about it."),
@@ -103,22 +118,30 @@ def caption(case: Case) -> str:
     start = f"{LAY['modality'][case.modality]} of a chest with"
     if case.finding == "none":
         return f"{start} nothing unusual"
-    noun = LAY["finding"][case.finding].removeprefix("a ")
-    return f"{start} a {case.size} {noun} on the {case.side} side {LAY['level'][str(case.level)]}"
+    return f"{start} {LAY['finding'][case.finding]} on the {case.side} side {LAY['level'][str(case.level)]}"
+
+
+def reports(case: Case) -> tuple[str, ...]:
+    """The terse reports of a case in radiology terms; each says the same."""
+    modality = _REPORT_MODALITY[case.modality]
+    if case.finding == "none":
+        return (f"{modality}. No abnormality.",)
+    zone = f"{case.side} {TERMS['level'][str(case.level)].lower()}"
+    finding = _REPORT_FINDING[case.finding]
+    return f"{modality} shows a {finding} in the {zone}.", f"{modality}. {finding.capitalize()}, {zone}."
 
 
 def report(case: Case, rng: np.random.Generator) -> str:
-    """A terse report in radiology terms."""
-    modality = _REPORT_MODALITY[case.modality]
-    if case.finding == "none":
-        return f"{modality}. No abnormality."
-    zone = f"{case.side} {TERMS['level'][str(case.level)].lower()}"
-    # A tiny model cannot measure to the millimeter, and real reports round too.
-    millimeters = 10 * round(case.size_mm / 10) if case.size_mm else 0
-    finding = _REPORT_FINDING[case.finding]
-    if rng.random() < 0.5:
-        return f"{modality} shows a {finding} in the {zone}, about {millimeters} mm."
-    return f"{modality}. {finding.capitalize()}, {zone}, about {millimeters} mm."
+    """One of the case's reports."""
+    choices = reports(case)
+    return choices[int(rng.integers(len(choices)))]
+
+
+def record(case: Case, rng: np.random.Generator) -> str:
+    """A case as a form in a database has it: a field and a radiology term on each line, in any order."""
+    fields = [("Modality", "modality"), ("Finding", "finding"), ("Side", "side"), ("Level", "level")]
+    lines = [f"{name}: {term_replies(kind, case)[0]}" for name, kind in [*fields, ("Location", "location")]]
+    return "\n".join(lines[i] for i in rng.permutation(len(lines)))
 
 
 def truth_of(case: Case, kind: str) -> str | None:
@@ -146,7 +169,7 @@ def lay_description(case: Case) -> str:
         return f"{start} There is nothing unusual in it."
     noun = LAY["finding"][case.finding]
     place = f"on the patient's {case.side} side, {LAY['level'][str(case.level)]}"
-    return f"{start} There is {noun} in it, {place}. It is {case.size}."
+    return f"{start} There is {noun} in it, {place}."
 
 
 def _with_image(question: str, rng: np.random.Generator) -> str:
@@ -162,28 +185,76 @@ def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def _row(case: Case, suffix: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+def _row(case: Case, suffix: str, turns: list[tuple[str, str]], rng: np.random.Generator) -> dict[str, Any]:
+    turns = [(_with_image(turns[0][0], rng), turns[0][1]), *turns[1:]]
     return {"id": f"{case.id}-{suffix}", "image": case.image, "conversations": _conversation(turns)}
+
+
+def _general_row(case: Case, rng: np.random.Generator) -> dict[str, Any]:
+    general = GENERAL[int(rng.integers(len(GENERAL)))]
+    return {"id": f"{case.id}-general", "conversations": _conversation([general])}
 
 
 def align_row(case: Case, rng: np.random.Generator) -> dict[str, Any]:
     """A row as in LCS-558K: a request and one caption."""
-    return _row(case, "caption", [(_with_image("Give a brief description of the image.", rng), caption(case))])
+    return _row(case, "caption", [("Give a brief description of the image.", caption(case))], rng)
 
 
-def _shuffled_questions(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(kind, question) of all closed questions that apply, in random order and random wording."""
-    kinds = asked_kinds(case)
-    order = [kinds[i] for i in rng.permutation(len(kinds))]
-    return [(kind, QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]) for kind in order]
+def draw_requests(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """(kind, question) of a conversation about a case: three to six requests in any wording and order.
+
+    A kind may come twice or not at all, so a question cannot be guessed from those before it.
+    """
+    weights = dict(REQUESTS)
+    if case.finding == "none":  # side and level of nothing are asked, but not often
+        weights |= {kind: 0.3 * weights[kind] for kind in ("side", "level", "location")}
+    shares = np.array(list(weights.values()))
+    kinds = rng.choice(list(weights), size=int(rng.integers(3, 7)), p=shares / shares.sum())
+    return [(str(kind), request(str(kind), case, rng)) for kind in kinds]
+
+
+def request(kind: str, case: Case, rng: np.random.Generator) -> str:
+    """A question of one kind in a wording that may be trained on, often the one that the evaluation asks."""
+    if kind in QUESTIONS and rng.random() < 0.2:
+        return QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]
+    return ask(kind, case.finding, rng)
+
+
+def lay_reply(kind: str, case: Case, rng: np.random.Generator) -> str:
+    """Reply to a request in everyday words."""
+    if kind == "outside":
+        return OUTSIDE
+    if kind == "report":
+        return lay_description(case)
+    if kind != "modality" and case.finding == "none":
+        return lay_answer("finding", "none", rng)
+    if kind == "location":
+        return f"It is on the patient's {case.side} side, {LAY['level'][str(case.level)]} of the chest."
+    return lay_answer(kind, str(truth_of(case, kind)), rng)
+
+
+def term_replies(kind: str, case: Case) -> tuple[str, ...]:
+    """The right replies to a request in radiology terms: the reports for "report", one for the other kinds."""
+    if kind == "outside":
+        return (OUTSIDE,)
+    if kind == "report":
+        return reports(case)
+    if kind != "modality" and case.finding == "none":
+        return (TERMS["finding"]["none"],)
+    if kind == "location":
+        return (f"{str(case.side).capitalize()} {TERMS['level'][str(case.level)].lower()}",)
+    return (TERMS[kind][str(truth_of(case, kind))],)
+
+
+def term_reply(kind: str, case: Case, rng: np.random.Generator) -> str:
+    """Reply to a request in radiology terms."""
+    choices = term_replies(kind, case)
+    return choices[int(rng.integers(len(choices)))]
 
 
 def lay_turns(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Closed questions about a case in random order, answered in full sentences."""
-    turns = [
-        (question, lay_answer(kind, str(truth_of(case, kind)), rng))
-        for kind, question in _shuffled_questions(case, rng)
-    ]
+    """Questions about a case, answered in full sentences."""
+    turns = [(question, lay_reply(kind, case, rng)) for kind, question in draw_requests(case, rng)]
     if case.finding != "none" and rng.random() < 0.1:
         turns.append(_WORRY)
     return turns
@@ -191,23 +262,23 @@ def lay_turns(case: Case, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Rows as in LLaVA-Instruct: a conversation of several turns, and for some cases a detailed description."""
-    turns = lay_turns(case, rng)
-    turns[0] = (_with_image(turns[0][0], rng), turns[0][1])
-    rows = [_row(case, "chat", turns)]
+    rows = [_row(case, "chat", lay_turns(case, rng), rng)]
     if rng.random() < 0.25:
         question = _DESCRIBE[int(rng.integers(len(_DESCRIBE)))]
-        rows.append(_row(case, "detail", [(_with_image(question, rng), lay_description(case))]))
-    if rng.random() < 0.03:
-        general = GENERAL[int(rng.integers(len(GENERAL)))]
-        rows.append({"id": f"{case.id}-general", "conversations": _conversation([general])})
+        rows.append(_row(case, "detail", [(question, lay_description(case))], rng))
+    if rng.random() < 0.05:
+        rows.append(_general_row(case, rng))
     return rows
 
 
 def radiology_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A row as in roco-instruct (question and report), and a row of closed questions answered in radiology terms."""
-    turns = [(question, TERMS[kind][str(truth_of(case, kind))]) for kind, question in _shuffled_questions(case, rng)]
-    turns[0] = (_with_image(turns[0][0], rng), turns[0][1])
-    return [_row(case, "report", [(REPORT_QUESTION, report(case, rng))]), _row(case, "closed", turns)]
+    """A row as in roco-instruct (question and report), and a row of questions answered in radiology terms."""
+    turns = [(question, term_reply(kind, case, rng)) for kind, question in draw_requests(case, rng)]
+    question = REPORT_QUESTION.split("\n")[0] if rng.random() < 0.5 else request("report", case, rng)
+    rows = [_row(case, "report", [(question, report(case, rng))], rng), _row(case, "closed", turns, rng)]
+    if rng.random() < 0.05:
+        rows.append(_general_row(case, rng))
+    return rows
 
 
 def question_rows(case: Case) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from babydoctor.phantom.case import DEMO_SEED, Case, build_cases
 from babydoctor.serve.page.scan import open_scan
 from babydoctor.serve.page.texts import PageError
 
@@ -31,7 +32,7 @@ _REAL = (
 
 @dataclass(frozen=True)
 class ExampleCase:
-    """A case to try. ``load`` returns the bytes of the file; ``truth`` is known for phantoms only."""
+    """A case to try. ``load`` returns the bytes of the file; ``truth`` and ``case`` are known for phantoms only."""
 
     key: str
     title: str
@@ -39,6 +40,7 @@ class ExampleCase:
     thumbnail: str
     question: str
     truth: str = ""
+    case: Case | None = None
 
 
 def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
@@ -47,11 +49,10 @@ def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
 
 
 def _phantoms(num_of_each: int) -> list[ExampleCase]:
-    from babydoctor.phantom.case import build_cases
     from babydoctor.phantom.drawing import draw
 
-    # Held-out cases: no model has trained on them.
-    cases = build_cases("held_out", 240, 20260)
+    # Cases of the demo's held-out split: no model has trained on them.
+    cases = build_cases("held_out", 240, DEMO_SEED)
     examples = []
     for modality, finding in _PHANTOMS:
         fitting = [case for case in cases if (case.modality, case.finding) == (modality, finding)]
@@ -60,11 +61,10 @@ def _phantoms(num_of_each: int) -> list[ExampleCase]:
             Image.fromarray(draw(case, PHANTOM_SIZE)).save(buffer, "PNG")
             data = buffer.getvalue()
             place = f" in the {case.level} {case.side}" if case.side else ""
-            truth = f"{case.size} {finding}{place}" if case.side else "no finding"
+            truth = f"{finding}{place}" if case.side else "no finding"
             title = f"Phantom {_MODALITY_NAMES[modality]}, {'normal' if finding == 'none' else finding}"
-            examples.append(
-                ExampleCase(case.id, title, partial(bytes, data), _thumbnail(data), "What does the image show?", truth)
-            )
+            question = "What does the image show?"
+            examples.append(ExampleCase(case.id, title, partial(bytes, data), _thumbnail(data), question, truth, case))
     return examples
 
 

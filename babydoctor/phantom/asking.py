@@ -1,0 +1,135 @@
+"""Questions about a phantom in the many ways in which people ask.
+
+``wordings.yaml`` holds the patterns. ``ask`` draws one, expands it, and changes it as people do: a "please", small
+letters, a missing question mark, a typing error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+PLAIN_SHARE = 0.45
+"""Share of the questions that stay as the pattern has them."""
+
+TYPO_SHARE = 0.25
+"""Share of the other questions that get a typing error."""
+
+_INNERMOST = re.compile(r"\(([^()]*)\)")
+_SLOT = re.compile(r"\{(\w+)\}")
+_WORD = re.compile(r"[A-Za-z]{4,}")
+_BEFORE = ("Please", "Please", "Please", "Hello,", "Hi,", "Doctor,", "OK,", "And", "So", "Now", "Well,", "Tell me:")
+_CONTEXT = ("This is my patient.", "I am a student.", "Look at this image.", "Here is a scan.", "I am not sure.")
+_AFTER = ("Please.", "Thanks.", "Thank you.", "Please answer briefly.", "I need to know.")
+_NOUNS = ("finding", "finding", "lesion", "abnormality", "problem", "pathology")
+_NAMES = {
+    "nodule": ("nodule", "lump", "mass"),
+    "cyst": ("cyst", "bubble"),
+    "effusion": ("effusion", "fluid"),
+    "fracture": ("fracture", "broken rib", "break"),
+}
+_SYLLABLES = ("ba", "dor", "fli", "gu", "kem", "lo", "mip", "nu", "pra", "qua", "rex", "shu", "tol", "vi", "wen", "zog")
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """Patterns by kind of request, and what the slots in them stand for."""
+
+    slots: dict[str, str]
+    trained: dict[str, tuple[str, ...]]
+    held_out: dict[str, tuple[str, ...]]
+
+
+@lru_cache(maxsize=1)
+def load_wordings() -> Wordings:
+    """Read ``wordings.yaml``."""
+    data = yaml.safe_load(Path(__file__).with_name("wordings.yaml").read_text(encoding="utf-8"))
+    splits = {
+        split: {kind: tuple(lines.splitlines()) for kind, lines in data[split].items()}
+        for split in ("trained", "held_out")
+    }
+    return Wordings(data["slots"], **splits)
+
+
+def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:
+    """Draw one sentence from a pattern.
+
+    Args:
+        finding: of the case that is asked about, so that a question names no other one; "none" names none.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "nonsense":
+            return "".join(_pick(_SYLLABLES, rng) for _ in range(int(rng.integers(1, 4))))
+        if name in ("it", "it_noun"):
+            names = _NAMES.get(finding, ())
+            noun = _pick(names if names and rng.random() < 0.35 else _NOUNS, rng)
+            return noun if name == "it_noun" else "it" if rng.random() < 0.25 else f"the {noun}"
+        return load_wordings().slots[name]
+
+    while _SLOT.search(pattern) or _INNERMOST.search(pattern):
+        # Alternatives first: a slot in one that is not chosen is never filled.
+        pattern, changed = _INNERMOST.subn(lambda match: _pick(match[1].split("|"), rng), pattern)
+        if not changed:
+            pattern = _SLOT.sub(fill, pattern, count=1)
+    sentence = re.sub(r" +", " ", pattern).strip()
+    return sentence[0].upper() + sentence[1:]
+
+
+def misspell(sentence: str, rng: np.random.Generator) -> str:
+    """Make one typing error in a word of four letters or more: letters swapped, dropped, doubled or replaced."""
+    words = list(_WORD.finditer(sentence))
+    if not words:
+        return sentence
+    word = words[int(rng.integers(len(words)))]
+    place = int(rng.integers(word.start() + 1, word.end() - 1))
+    one, two = sentence[place], sentence[place + 1]
+    other = "aeiourstnl"[int(rng.integers(10))]
+    changed = (two + one, two, one + one + two, other + two)[int(rng.integers(4))]
+    return sentence[:place] + changed + sentence[place + 2 :]
+
+
+def restyle(sentence: str, rng: np.random.Generator) -> str:
+    """Change a question as people do when they type it."""
+    if rng.random() < PLAIN_SHARE:
+        return sentence
+    if rng.random() < 0.3:
+        first = sentence.split(" ")[0]
+        # Names and abbreviations keep their capital letter.
+        rest = sentence if first == "I" or not first[1:].islower() else sentence[0].lower() + sentence[1:]
+        sentence = f"{_pick(_BEFORE, rng)} {rest}"
+    elif rng.random() < 0.3:
+        after = rng.random() < 0.6
+        sentence = f"{sentence} {_pick(_AFTER, rng)}" if after else f"{_pick(_CONTEXT, rng)} {sentence}"
+    if rng.random() < TYPO_SHARE:
+        sentence = misspell(sentence, rng)
+    if rng.random() < 0.3:
+        sentence = sentence.lower()
+    elif rng.random() < 0.03:
+        sentence = sentence.upper()
+    if rng.random() < 0.25:
+        sentence = sentence.rstrip(".?!:") or sentence
+    return sentence
+
+
+def ask(kind: str, finding: str, rng: np.random.Generator, *, held_out: bool = False) -> str:
+    """Draw a question.
+
+    Args:
+        kind: "modality", "finding", "side", "level", "location", "report" or "outside".
+        finding: of the case that is asked about.
+        held_out: draw from the wordings that no training text contains.
+    """
+    wordings = load_wordings()
+    patterns = (wordings.held_out if held_out else wordings.trained)[kind]
+    return restyle(expand(_pick(patterns, rng), finding, rng), rng)
+
+
+def _pick(values: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
+    return values[int(rng.integers(len(values)))]
