@@ -7,7 +7,6 @@ import struct
 import zlib
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 _J2K = "1.2.840.10008.1.2.4.91"
@@ -32,7 +31,7 @@ def jp2_loop() -> bytes:
     return _dicom(_J2K, signature + bytes(4) + b"ftyp" + bytes(20))
 
 
-def decoy_siz(edge: int = 30_000) -> bytes:
+def decoy_siz(edge: int = 13_000) -> bytes:
     """A codestream of ``edge`` x ``edge`` pixels behind a comment box that holds a second header of 16 x 16."""
     decoy = b"\xff\x4f" + _siz(16)
     real = b"\xff\x4f" + _siz(edge) + _cod() + b"\xff\x90\x00\x0a\0\0\0\0\0\0\0\1\xff\x93" + bytes(64) + b"\xff\xd9"
@@ -40,7 +39,10 @@ def decoy_siz(edge: int = 30_000) -> bytes:
         b"\x00\x00\x00\x0cjP  \r\n\x87\n"
         + _box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
         + _box(b"uuid", bytes(16) + decoy)
-        + _box(b"jp2h", _box(b"ihdr", struct.pack(">IIHBBBB", edge, edge, 1, 7, 7, 0, 0)) + _box(b"colr", b"\1\0\0\0\0\0\x11"))
+        + _box(
+            b"jp2h",
+            _box(b"ihdr", struct.pack(">IIHBBBB", edge, edge, 1, 7, 7, 0, 0)) + _box(b"colr", b"\1\0\0\0\0\0\x11"),
+        )
         + _box(b"jp2c", real)
     )
     return _dicom(_J2K, boxes, Rows=16, Columns=16)
@@ -73,7 +75,9 @@ def png_bomb(edge: int) -> bytes:
         (b"IDAT", data),
         (b"IEND", b""),
     )
-    packed = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    packed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 

@@ -66,6 +66,7 @@ class EngineCore:
         self.num_running = 0
         self.accepting = True
         self.stopping = False
+        self.step_began_s: float | None = None
         self.stats = EngineStats(max_running=self.kv_cache.max_running, kv_bytes=self.kv_cache.num_bytes)
         self._model = model
         self._decoder = decoder
@@ -81,7 +82,9 @@ class EngineCore:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
+                    self.step_began_s = time.monotonic()
                     self._step()
+                    self.step_began_s = None
         except BaseException as stopped_by:
             error = stopped_by
             logger.exception("the engine stopped because of an internal error")

@@ -65,6 +65,11 @@ class ControllerMetrics(HttpMetrics):
         self.failovers = Counter(
             "babydoctor_failovers", "Answers that were continued on another worker", registry=self.registry
         )
+        self.quarantined = Counter(
+            "babydoctor_quarantined",
+            "Requests that lost their worker and were not offered again",
+            registry=self.registry,
+        )
         self.failed_connections = Counter(
             "babydoctor_failed_connections", "Connections to workers that failed", registry=self.registry
         )

@@ -39,6 +39,9 @@ class Limits(Section):
     max_queue: int = Field(64, ge=0, description="requests of a worker that wait for a slot; more get 429")
     max_open: int = Field(1024, gt=0, description="requests that a controller holds open; more get 429")
     request_timeout_s: float = Field(300, gt=0, description="from arrival to the last token")
+    stuck_s: float = Field(
+        120, gt=0, description="a step of the engine, or decoding, without progress for so long: /readyz is 503"
+    )
     keep_alive_s: float = Field(3, gt=0, description="longest silence of a stream; LLaVA's clients give up after 10")
 
 
