@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from babydoctor.schema import UserError
+from babydoctor.serve.connections import ConnectionLimits
 from babydoctor.serve.settings import is_loopback
 
 WILDCARDS = ("0.0.0.0", "::", "")
@@ -127,8 +128,16 @@ def _end_within(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
-def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]], *, drain_s: float = 0) -> None:
+def run_server(
+    app: ASGIApp,
+    sock: socket.socket,
+    drain: Callable[[], Awaitable[None]],
+    *,
+    drain_s: float = 0,
+    connections: ConnectionLimits | None = None,
+) -> None:
     """Serve until a signal comes and running answers are finished; ``drain`` takes at most ``drain_s``."""
+    connections = connections or ConnectionLimits()
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -139,6 +148,7 @@ def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[
         backlog=1024,
         ws="none",
         loop="asyncio",
+        http=connections.protocol,  # type: ignore[arg-type]  # uvicorn calls it as it would the class
     )
     with contextlib.suppress(KeyboardInterrupt):
         DrainingServer(config, drain, drain_s + END_S).run(sockets=[sock])
