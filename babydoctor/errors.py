@@ -17,6 +17,7 @@ UserErrorCode = Literal[
     "dicom_without_decoder",
     "image_decode_failed",
     "image_decode_timeout",
+    "image_decoder_down",
     "conversation_order",
     "prompt_format",
     "address_invalid",

@@ -85,7 +85,7 @@ def controller(overrides: Overrides = None, config: Config = None) -> None:
 
     sock = bind("controller", settings.controller.host, settings.controller.port)
     app = build_controller_app(settings, secrets)
-    run_server(app, sock, app.state.drain)
+    run_server(app, sock, app.state.drain, drain_s=settings.worker.drain_s, connections=app.state.connections)
 
 
 def worker(
@@ -133,7 +133,7 @@ def worker(
     sock = bind("worker", own.host, own.port)
     address = (own.address or reachable_url(sock, own.controller)) if own.controller else None
     app = build_worker_app(backend, secrets, address)
-    run_server(app, sock, app.state.drain)
+    run_server(app, sock, app.state.drain, drain_s=own.drain_s, connections=app.state.connections)
 
 
 def web(

@@ -67,6 +67,7 @@ class EngineCore:
         self.num_ending = 0  # requests that have ended and whose last event is not published yet
         self.accepting = True
         self.stopping = False
+        self.step_began_s: float | None = None
         self.stats = EngineStats(max_running=self.kv_cache.max_running, kv_bytes=self.kv_cache.num_bytes)
         self._model = model
         self._decoder = decoder
@@ -83,7 +84,9 @@ class EngineCore:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
+                    self.step_began_s = time.monotonic()
                     self._step()
+                    self.step_began_s = None
         except BaseException as stopped_by:
             error = stopped_by
             logger.exception("the engine stopped because of an internal error")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -75,6 +76,12 @@ class Engine:
     def healthy(self) -> bool:
         """True while the engine's thread runs and accepts requests."""
         return self._core.accepting and self._thread.is_alive()
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the step that is being computed has taken so far; 0 between steps. Takes no lock."""
+        began_s = self._core.step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def start(self) -> Engine:
         """Start the engine's thread."""

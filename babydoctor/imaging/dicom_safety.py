@@ -61,8 +61,8 @@ def codestream_header(data: bytes) -> tuple[int, int, int] | None:
 
     JPEG: ITU-T T.81 B.2.2, JPEG-LS: T.87 C.2.2, JPEG 2000: T.800 A.5.1.
     """
-    siz = data[:4096].find(b"\xff\x4f\xff\x51")  # start of codestream, then the image and tile size
-    if siz >= 0 and len(data) >= siz + 43:
+    siz = _codestream_start(data)
+    if data[siz : siz + 4] == b"\xff\x4f\xff\x51" and len(data) >= siz + 43:  # start of codestream, then SIZ
         right, bottom, left, top = (int.from_bytes(data[siz + i : siz + i + 4], "big") for i in (8, 12, 16, 20))
         return right - left, bottom - top, (data[siz + 42] & 0x7F) + 1
     if data[:2] != b"\xff\xd8":
@@ -78,3 +78,24 @@ def codestream_header(data: bytes) -> tuple[int, int, int] | None:
         else:
             position += 2 + length
     return None
+
+
+def _codestream_start(data: bytes) -> int:
+    """Where the codestream of a JP2 file begins (T.800 I.5); 0 for other data.
+
+    Only the boxes say so: a comment may hold bytes that look like the header of a small picture.
+
+    Raises:
+        ValueError: a box has no length. pydicom's own search for the codestream would never end.
+    """
+    if data[4:8] != b"jP  ":
+        return 0
+    position = 0
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"jp2c":
+            return position + 8
+        if length < 8:
+            raise ValueError("a box of the JPEG 2000 file has no length")
+        position += length
+    return 0

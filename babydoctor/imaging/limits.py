@@ -29,6 +29,7 @@ ERROR_CODES: dict[UserErrorCode, str] = {
     "dicom_without_decoder": "the package that decodes this compression is not installed",
     "image_decode_failed": "the decoding process died or needed too much memory",
     "image_decode_timeout": "decoding took longer than the limit",
+    "image_decoder_down": "no decoding process can be started on this machine",
 }
 """Every code of an ``ImageError``, and what it means."""
 

@@ -67,10 +67,39 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
     return {"exception": type(error).__name__, "stack": stack[-12:]}
 
 
+class RateLimit(logging.Filter):
+    """Lets at most ``burst`` records of one event at once through and ``per_s`` a second after that.
+
+    The next record that gets through carries the number of those that were left out. An attack must fill neither the
+    disk nor the time of the event loop.
+    """
+
+    def __init__(self, per_s: float = 20, burst: int = 200) -> None:
+        super().__init__()
+        self._per_s, self._burst = per_s, burst
+        self._left: dict[str, tuple[float, float, int]] = {}
+        """Event -> (records that may still pass, when that was counted, records left out since)."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = f"{record.name} {record.levelno} {str(record.msg)[:80]}"
+        if key not in self._left and len(self._left) >= 1000:
+            self._left.clear()  # our events are a few dozen; other libraries may put anything into a message
+        allowance, counted_s, num_left_out = self._left.get(key, (float(self._burst), record.created, 0))
+        allowance = min(self._burst, allowance + max(0.0, record.created - counted_s) * self._per_s)
+        if allowance < 1:
+            self._left[key] = (allowance, record.created, num_left_out + 1)
+            return False
+        if num_left_out:
+            record.fields = {**getattr(record, "fields", {}), "left_out": num_left_out}
+        self._left[key] = (allowance - 1, record.created, 0)
+        return True
+
+
 def set_up_logging(part: str, level: str = "INFO") -> None:
     """Send all logs of this process to stderr as JSON. Called once, by the command that runs a part."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(part))
+    handler.addFilter(RateLimit())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from babydoctor.serve.connections import ConnectionLimits
+from babydoctor.serve.settings import Limits
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -22,6 +25,21 @@ class HttpMetrics:
         self._duration = Histogram(
             "babydoctor_request_seconds", "Time to the last byte", ["route"], buckets=_LATENCY_S, registry=self.registry
         )
+
+        self._connections_ended = Counter(
+            "babydoctor_connections_ended", "Connections that the server ended", ["reason"], registry=self.registry
+        )
+
+    def connections(self, limits: Limits) -> ConnectionLimits:
+        """The limits of a server's connections, counted here."""
+        found = ConnectionLimits(
+            limits.max_connections,
+            limits.head_timeout_s,
+            limits.stall_timeout_s,
+            lambda reason: self._connections_ended.labels(reason).inc(),
+        )
+        self.gauge("connections", "Connections that are open", lambda: len(found.open))
+        return found
 
     def observe(self, route: str, status: int, duration_s: float) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -64,6 +82,11 @@ class ControllerMetrics(HttpMetrics):
         super().__init__()
         self.failovers = Counter(
             "babydoctor_failovers", "Answers that were continued on another worker", registry=self.registry
+        )
+        self.quarantined = Counter(
+            "babydoctor_quarantined",
+            "Requests that lost their worker and were not offered again",
+            registry=self.registry,
         )
         self.failed_connections = Counter(
             "babydoctor_failed_connections", "Connections to workers that failed", registry=self.registry

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from urllib.parse import urlsplit
@@ -14,9 +16,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from babydoctor.schema import UserError
+from babydoctor.serve.connections import ConnectionLimits
 from babydoctor.serve.settings import is_loopback
 
 WILDCARDS = ("0.0.0.0", "::", "")
+
+END_S = 8.0
+"""For closing connections and freeing the model after running answers have been drained."""
+
+_END_NOW_S = 3.0
 
 
 def bind(part: str, host: str, port: int) -> socket.socket:
@@ -78,11 +86,15 @@ class DrainingServer(uvicorn.Server):
     """A server that calls ``drain`` on the first SIGTERM or SIGINT and then stops. The second signal stops it at once.
 
     Without this, uvicorn would tell all streams immediately that their clients have disconnected.
+
+    Args:
+        end_within_s: the process ends this long after the first signal, even if a thread is stuck.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], end_within_s: float) -> None:
         super().__init__(config)
         self._drain = drain
+        self._end_within_s = end_within_s
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -91,6 +103,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        _end_within(self._end_within_s if self._draining is None else _END_NOW_S)
         if self._draining is not None or self._loop is None:
             self.should_exit = True
             self.force_exit = self._draining is not None
@@ -103,11 +116,28 @@ class DrainingServer(uvicorn.Server):
         try:
             await self._drain()
         finally:
+            _end_within(END_S)
             self.should_exit = True
 
 
-def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[None]]) -> None:
-    """Serve until a signal arrives and running answers are finished."""
+def _end_within(seconds: float) -> None:
+    """End this process after so long, whatever its threads wait for, and print their stacks first.
+
+    The timer is a thread of C that needs no interpreter lock. A later call replaces an earlier one.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+
+
+def run_server(
+    app: ASGIApp,
+    sock: socket.socket,
+    drain: Callable[[], Awaitable[None]],
+    *,
+    drain_s: float = 0,
+    connections: ConnectionLimits | None = None,
+) -> None:
+    """Serve until a signal arrives and running answers are finished; ``drain`` takes at most ``drain_s``."""
+    connections = connections or ConnectionLimits()
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -118,6 +148,7 @@ def run_server(app: ASGIApp, sock: socket.socket, drain: Callable[[], Awaitable[
         backlog=1024,
         ws="none",
         loop="asyncio",
+        http=connections.protocol,  # type: ignore[arg-type]  # uvicorn calls it as it would the class
     )
     with contextlib.suppress(KeyboardInterrupt):
-        DrainingServer(config, drain).run(sockets=[sock])
+        DrainingServer(config, drain, drain_s + END_S).run(sockets=[sock])

@@ -31,6 +31,9 @@ class Limits(Section):
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="size of a request; base64 makes images a third larger")
     max_held_bytes: int = Field(2**30, gt=0, description="size of all open requests together; further ones get 429")
     body_timeout_s: float = Field(30, gt=0, description="time for a client to send the whole body")
+    max_connections: int = Field(2048, gt=0, description="connections of one part; the idlest is closed beyond it")
+    head_timeout_s: float = Field(10, gt=0, description="time for a client to send a request's head")
+    stall_timeout_s: float = Field(60, gt=0, description="a client that reads nothing for this long is disconnected")
     max_pixels: int = Field(50_000_000, gt=0, description="pixels of an image, read from its header before decoding")
     decode_seconds: float = Field(
         2, gt=0, description="CPU time to decode an image of 4 megapixels; larger ones get more"
@@ -43,6 +46,9 @@ class Limits(Section):
     max_queue: int = Field(64, ge=0, description="requests that wait for a slot of a worker; further ones get 429")
     max_open: int = Field(1024, gt=0, description="open requests of a controller; further ones get 429")
     request_timeout_s: float = Field(300, gt=0, description="time from arrival to the last token")
+    stuck_s: float = Field(
+        120, gt=0, description="a step of the engine, or decoding, without progress for so long: /readyz is 503"
+    )
     keep_alive_s: float = Field(
         3, gt=0, description="longest time without data in a stream; LLaVA's clients give up after 10 s"
     )

@@ -28,6 +28,7 @@ class DecodePool:
         self._idle: list[DecodeProcess] = []
         self._num_busy = 0
         self._reserved = 0
+        self._start_failed = False
 
     def decode(
         self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits
@@ -49,6 +50,17 @@ class DecodePool:
             self._give_back(process)
         return values, info
 
+    @property
+    def is_down(self) -> bool:
+        """True while no process could be started at the last attempt and none is left."""
+        with self._changed:
+            return self._start_failed and not self._idle
+
+    def try_start(self) -> None:
+        """Start a process if none is there; ``is_down`` tells whether that worked."""
+        with contextlib.suppress(ImageError):
+            self._give_back(self._take())
+
     def _take(self) -> DecodeProcess:
         with self._changed:
             while not self._idle and self._num_busy >= self.size:
@@ -57,12 +69,18 @@ class DecodePool:
             if self._idle:
                 return self._idle.pop()
         try:
-            return DecodeProcess()
-        except BaseException:
+            process = DecodeProcess()
+        except BaseException as error:
             with self._changed:
+                self._start_failed = True
                 self._num_busy -= 1
                 self._changed.notify()
+            if isinstance(error, OSError):  # no memory, no file handle or no process left for it
+                text = f"the decoding process did not start ({error.strerror})"
+                raise ImageError(text, "image_decoder_down") from error
             raise
+        self._start_failed = False
+        return process
 
     def _give_back(self, process: DecodeProcess) -> None:
         with self._changed:

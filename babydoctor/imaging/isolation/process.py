@@ -67,7 +67,7 @@ class DecodeProcess:
                 errors.seek(0)
                 reason = errors.read()[-500:].decode(errors="replace").strip()
                 raise ImageError(
-                    f"the decoding process did not start ({reason or error})", "image_decode_failed"
+                    f"the decoding process did not start ({reason or error})", "image_decoder_down"
                 ) from None
 
     @property

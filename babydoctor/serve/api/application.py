@@ -35,6 +35,7 @@ def build_application(
     app = build_app(title, lifespan, has_keys=bool(secrets.api_keys))
     app.state.backend = backend
     app.state.drain = drain
+    app.state.connections = backend.metrics.connections(backend.settings.limits)
     add_error_handlers(app)
     add_own_routes(app)
     add_common_routes(app, backend)

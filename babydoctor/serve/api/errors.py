@@ -117,7 +117,9 @@ ERROR_KINDS: Mapping[ApiCode, ErrorKind] = {
         404, "No worker serves that model; the message lists those that exist", ERROR_NO_WORKER
     ),
     "no_worker": ErrorKind(503, "The workers of this model are down at the moment", ERROR_NO_WORKER, 5),
-    "not_ready": ErrorKind(503, "`/readyz` and `/health`: no request can be answered now"),
+    "not_ready": ErrorKind(
+        503, "No request can be answered now: the engine or image decoding is stuck or dead", retry_after_s=5
+    ),
     "queue_full": ErrorKind(429, "All request slots are taken; `Retry-After` says when to come back", retry_after_s=5),
     "draining": ErrorKind(503, "The server is shutting down", retry_after_s=5),
     "deadline": ErrorKind(504, "The answer took longer than `limits.request_timeout_s`"),
@@ -144,6 +146,7 @@ CODE_OF_USER_ERROR: Mapping[UserErrorCode, ApiCode] = {
     "dicom_unsupported": "bad_image",
     "image_decode_failed": "image_decode_failed",
     "image_decode_timeout": "image_decode_timeout",
+    "image_decoder_down": "not_ready",
     "conversation_order": "bad_messages",
     "prompt_format": "bad_prompt",
     "address_invalid": "bad_worker_name",

@@ -24,6 +24,9 @@ from babydoctor.serve.settings import Limits
 
 logger = logging.getLogger(__name__)
 
+MAX_OPEN_BODY_BYTES = 2**17
+"""Of a request that needs no client's key: registrations and heartbeats."""
+
 QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
 """Paths that machines poll. They are logged only on errors."""
 
@@ -44,7 +47,8 @@ class Gate:
         self.open_paths = frozenset(open_paths)
         self.limits = limits
         self.metrics = metrics
-        self._held_bytes = 0
+        self.held_bytes = 0
+        metrics.gauge("held_bytes", "Bytes of request bodies in memory", lambda: self.held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,7 +78,7 @@ class Gate:
             REQUEST_ID.reset(token)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held = 0
+        held = _Held(self)
         try:
             if (
                 self.keys
@@ -84,26 +88,30 @@ class Gate:
             ):
                 raise ApiError("bad_key", "This server needs an API key: send 'Authorization: Bearer KEY'.")
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                body = await self._read_body(receive)
-                held = len(body)
+                body = await self._read_body(receive, held, scope["path"])
                 _with_json_type(scope)
                 receive = _receive_again(body, receive)
                 del body
         except ApiError as error:
+            held.release()
             return await error_response(error, scope["path"])(scope, receive, send)
-        self._held_bytes += held
+        except BaseException:
+            held.release()
+            raise
         try:
             await self.app(scope, receive, send)
         finally:
-            self._held_bytes -= held
+            held.release()
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read_body(self, receive: Receive, held: _Held, path: str) -> bytes:
         """Read the body within its limits and check its JSON shape.
 
         Raises:
             ApiError: 408, 413, 422, or 429 if all open requests together are too large.
         """
         limit = self.limits.max_body_bytes
+        if path in self.open_paths:  # anybody may send to these
+            limit = min(limit, MAX_OPEN_BODY_BYTES)
         parts: list[bytes] = []
         size, more = 0, True
         deadline = time.monotonic() + self.limits.body_timeout_s
@@ -123,11 +131,11 @@ class Gate:
             more = message.get("more_body", False)
             if size <= limit:
                 parts.append(chunk)
-                if self._held_bytes + size > self.limits.max_held_bytes:
-                    raise ApiError("queue_full", "The server is busy. Please try again soon.")
+                held.add(len(chunk))
             else:
                 # The rest is discarded. Reading on lets the client finish sending and see the answer.
                 parts.clear()
+                held.release()
                 if size > 4 * limit:
                     break
         if size > limit:
@@ -136,6 +144,29 @@ class Gate:
         check_json_shape(body)
         check_json_text(body)
         return body
+
+
+class _Held:
+    """Bytes of one request's body that are in memory, counted from the first one on."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that arrived.
+
+        Raises:
+            ApiError: 429 where the bodies of all requests together are too large.
+        """
+        self._num_bytes += num_bytes
+        self._gate.held_bytes += num_bytes
+        if self._gate.held_bytes > self._gate.limits.max_held_bytes:
+            raise ApiError("queue_full", "The server is busy. Please try again soon.")
+
+    def release(self) -> None:
+        self._gate.held_bytes -= self._num_bytes
+        self._num_bytes = 0
 
 
 def _receive_again(body: bytes, receive: Receive) -> Receive:

@@ -200,3 +200,4 @@ class HeartBeat(Body):
 
     worker_name: str = Field(max_length=2048)
     queue_length: int = Field(ge=0, le=10**9)
+    draining: bool | None = Field(None, description="True while the worker takes no new requests; ours say so.")

@@ -60,7 +60,7 @@ def _add_worker_routes(app: FastAPI, controller: Controller) -> None:
     async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
         """A worker is alive. `exist` false: register again; `reachable` false: its address cannot be reached."""
         url = controller.check_registrant(request, body.worker_name)
-        record = controller.heart_beat(url, body.queue_length)
+        record = controller.heart_beat(url, body.queue_length, body.draining)
         return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
 
     @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))

@@ -159,8 +159,8 @@ class Controller:
         self.fleet.seen_models.update(status.model_names)
         log(logger, logging.INFO, "worker registered", worker=record.worker_id, models=status.model_names)
 
-    def heart_beat(self, url: str, queue_length: int) -> WorkerRecord | None:
-        record = self.registry.report(url, queue_length, time.monotonic())
+    def heart_beat(self, url: str, queue_length: int, draining: bool | None = None) -> WorkerRecord | None:
+        record = self.registry.report(url, queue_length, time.monotonic(), draining=draining)
         # The original's workers register before they listen, so the first probe waits for the first heartbeat.
         if record is not None and (record.failed or not record.proven):
             self._probe_soon(record)

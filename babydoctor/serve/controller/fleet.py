@@ -25,7 +25,15 @@ OUR_SILENCE_S = 20.0
 
 
 class WorkerLost(Exception):
-    """The connection to a worker failed."""
+    """The connection to a worker failed.
+
+    Args:
+        was_sent: the worker had the request, so the request may be the reason.
+    """
+
+    def __init__(self, *, was_sent: bool = True) -> None:
+        super().__init__()
+        self.was_sent = was_sent
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +72,7 @@ class Fleet:
             ApiError: it refuses.
         """
         content = json.dumps(body).encode()
+        was_sent = False
         for is_last in (False, True):
             request = self.client.build_request(
                 "POST", record.url + GENERATE_PATH, content=content, headers=self.call_headers()
@@ -71,25 +80,29 @@ class Fleet:
             try:
                 response = await self._send(request, self.silence_s(record))
                 break
-            except (httpx.ConnectError, httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                self.lose(record, error, was_sent=was_sent)
+            except (httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
                 self.lose(record, error)
             except (httpx.TransportError, OSError) as error:
                 # A kept-alive connection may be closed just as it is used again; that says nothing yet.
+                was_sent = True
                 if is_last:
                     self.lose(record, error)
         await _check_refusal(response)
         return response
 
-    def lose(self, record: WorkerRecord, error: Exception) -> None:
-        """Take a worker out of rotation.
+    def lose(self, record: WorkerRecord, error: Exception, *, was_sent: bool = True) -> None:
+        """Take a worker out of rotation and note which requests it may have died of.
 
         Raises:
             WorkerLost: always.
         """
         self.metrics.failed_connections.inc()
+        record.note_loss()
         self.on_failure(record)
         log(logger, logging.WARNING, "worker lost", worker=record.worker_id, reason=type(error).__name__)
-        raise WorkerLost from error
+        raise WorkerLost(was_sent=was_sent) from error
 
     async def _send(self, request: httpx.Request, timeout_s: float) -> httpx.Response:
         """Send and wait for the headers; a response that arrives after the caller has gone is closed.

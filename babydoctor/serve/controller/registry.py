@@ -37,11 +37,20 @@ class WorkerRecord:
     """Requests that this controller has open on it."""
     unreported: int = 0
     """Requests sent, minus requests ended, since its last report."""
+    untouched: set[object] = field(default_factory=set)
+    """Requests on it of which it has not sent a token."""
+    suspects: frozenset[object] | None = None
+    """What ``untouched`` held when the worker was lost: one of these may have been the reason."""
     worker_id: str = field(init=False)
 
     def __post_init__(self) -> None:
         # Logs name workers by this id: an address in a log says where patients' images go.
         self.worker_id = "w-" + hashlib.sha256(self.url.encode()).hexdigest()[:8]
+
+    def note_loss(self) -> None:
+        """The worker was lost. Only the first loss of a record says who was there."""
+        if self.suspects is None:
+            self.suspects = frozenset(self.untouched)
 
     @property
     def load(self) -> float:
@@ -95,12 +104,15 @@ class Registry:
     def remove(self, url: str) -> None:
         self.records.pop(url, None)
 
-    def report(self, url: str, queue_length: int, now_s: float) -> WorkerRecord | None:
+    def report(self, url: str, queue_length: int, now_s: float, *, draining: bool | None = None) -> WorkerRecord | None:
         """Note a heartbeat. None: the worker is unknown and has to register again."""
         record = self.records.get(url)
         if record is not None:
             record.last_seen_s = now_s
-            record.status = record.status.model_copy(update={"queue_length": queue_length})
+            changed: dict[str, object] = {"queue_length": queue_length}
+            if draining is not None:
+                changed["draining"] = draining
+            record.status = record.status.model_copy(update=changed)
             record.unreported = 0
         return record
 
@@ -110,6 +122,7 @@ class Registry:
         record.unreported = 0
         record.last_seen_s = now_s
         record.failed = record.doubtful = False
+        record.suspects = None
         record.proven = True
 
     def expire(self, now_s: float) -> list[WorkerRecord]:

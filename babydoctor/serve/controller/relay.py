@@ -3,6 +3,9 @@
 A worker that dies in the middle costs the client a pause only. Our own workers send the ids of their tokens, so another
 one continues from exactly the same tokens and a greedy answer is the same as without the failure. The original's
 workers send text only; there the next worker gets prompt and text so far as its prompt.
+
+A request that killed its worker must not kill the next one. It is refused if it was the only one on the lost worker
+without a token, if two workers were lost with it in that state, or if ``MAX_LOSSES`` were lost with it at all.
 """
 
 from __future__ import annotations
@@ -23,8 +26,15 @@ from babydoctor.serve.logs import log
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES = 4
+"""Workers that may be lost in the middle of one answer. Each one before had sent tokens of it."""
+
 FAILOVER_PATIENCE_S = 20.0
 """How long a broken answer waits for a worker that can continue it."""
+
+
+class WorkerHandsOver(Exception):
+    """A worker that shuts down gives the rest of an answer to another one."""
 
 
 class Relay:
@@ -39,6 +49,8 @@ class Relay:
         self._token_ids: tuple[int, ...] = ()
         self._num_deltas = 0
         self._tried: list[WorkerRecord] = []
+        self._num_losses = 0
+        self._num_early_losses = 0
 
     async def open(self) -> AnswerStream:
         """Find a worker that takes the request.
@@ -70,7 +82,8 @@ class Relay:
             self._tried.append(record)
             try:
                 return record, await self._start(record)
-            except WorkerLost:
+            except WorkerLost as error:
+                self._check_innocent(record, error)
                 lost = True
             except ApiError as error:
                 # 429 and 5xx are about that worker, everything else is about the request.
@@ -83,11 +96,32 @@ class Relay:
         """Send the request to a worker. On success the caller ends the record's request."""
         registry = self._fleet.registry
         registry.begin(record)
+        record.untouched.add(self)
         try:
             return await self._fleet.start_stream(record, self._body_for(record))
         except BaseException:
+            record.untouched.discard(self)
             registry.end(record)
             raise
+
+    def _check_innocent(self, record: WorkerRecord, lost: WorkerLost) -> None:
+        """Note that a worker was lost with this request on it.
+
+        Raises:
+            ApiError: the request is probably the reason.
+        """
+        record.note_loss()
+        if not lost.was_sent or record.suspects is None:
+            return
+        is_suspect = self in record.suspects
+        self._num_losses += 1
+        self._num_early_losses += is_suspect
+        is_alone = is_suspect and len(record.suspects) == 1
+        if is_alone or self._num_early_losses > 1 or self._num_losses >= MAX_LOSSES:
+            log(logger, logging.ERROR, "request not offered again", worker=record.worker_id, losses=self._num_losses)
+            self._fleet.metrics.quarantined.inc()
+            message = "The worker was lost while it read this request, so the request is not given to another one."
+            raise ApiError("worker_lost", message)
 
     def _body_for(self, record: WorkerRecord) -> dict[str, object]:
         """The request for this worker, continuing after what has arrived already."""
@@ -112,8 +146,16 @@ class Relay:
             try:
                 await self._read(record, response)
                 return
+            except WorkerHandsOver:
+                log(logger, logging.INFO, "worker hands over", worker=record.worker_id)
             except (WorkerLost, ValueError) as error:
                 log(logger, logging.WARNING, "stream broke", worker=record.worker_id, reason=type(error).__name__)
+                if isinstance(error, WorkerLost):
+                    try:
+                        self._check_innocent(record, error)
+                    except ApiError as refusal:
+                        self._answer.fail(refusal)
+                        return
             except ApiError as error:
                 self._answer.fail(error)
                 return
@@ -122,6 +164,7 @@ class Relay:
                 self._answer.fail(ApiError("internal", "The server failed at this request."))
                 return
             finally:
+                record.untouched.discard(self)
                 self._fleet.registry.end(record)
                 # Shielded: even if the client leaves at this moment, the connection must be closed.
                 await asyncio.shield(response.aclose())
@@ -161,9 +204,11 @@ class Relay:
             while (delta := await self._next(record, stream)) is not None:
                 if delta.error is not None:
                     if delta.error.code == "draining":
-                        raise WorkerLost
+                        raise WorkerHandsOver
+                    if delta.error.code == "not_ready":  # stuck: it may be because of this request
+                        self._fleet.lose(record, TimeoutError())
                     return self._answer.fail(delta.error)
-                self._pass_on(delta)
+                self._pass_on(delta, record)
                 if delta.finish_reason is not None:
                     return self._answer.finish()
         except (httpx.TransportError, httpx.StreamError, OSError) as error:
@@ -177,10 +222,11 @@ class Relay:
         self._answer.put(AnswerDelta(finish_reason="stop"))
         self._answer.finish()
 
-    def _pass_on(self, delta: AnswerDelta) -> None:
+    def _pass_on(self, delta: AnswerDelta, record: WorkerRecord) -> None:
         is_sign_of_life = not (delta.text or delta.token_ids or delta.logprobs or delta.finish_reason)
         if is_sign_of_life:
             return
+        record.untouched.discard(self)
         self._token_ids += delta.token_ids
         self._num_deltas += 1
         self._answer.put(delta)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from babydoctor.serve.api.admission import Keys
 from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
-from babydoctor.serve.page.uploads import Uploads, read_upload
+from babydoctor.serve.page.uploads import Uploads
 
 FOLDER = Path(__file__).parent
 
@@ -137,7 +137,7 @@ def build_page_app(
     async def upload(request: Request) -> dict[str, str]:
         """Take a file as the body. The reply is its token, or the code of an error."""
         try:
-            return {"token": uploads.put(await read_upload(request))}
+            return {"token": uploads.put(await uploads.read(request))}
         except PageError as error:
             return {"error": error.code}
 

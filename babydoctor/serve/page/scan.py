@@ -119,6 +119,12 @@ class Scan:
     text: PixelText = field(default_factory=PixelText)
 
     @property
+    def num_bytes(self) -> int:
+        """Memory that the file or its pixels take."""
+        picture = self.picture.width * self.picture.height * 3 if self.picture else 0
+        return picture + (2 * len(self.dicom.data) if self.dicom else 0)  # the file, and the values parsed from it
+
+    @property
     def num_frames(self) -> int:
         return self.dicom.num_frames if self.dicom else 1
 

@@ -22,6 +22,9 @@ from babydoctor.serve.page.texts import PageError
 MAX_SESSIONS = 256
 """Beyond this number the session that was used longest ago is deleted."""
 
+MAX_BYTES = 2**30
+"""Images and views of all sessions together; beyond it the session that was used longest ago is deleted."""
+
 KEEP_MIN = 15
 """Minutes for which the session of a closed tab is kept."""
 
@@ -90,6 +93,15 @@ class Session:
     @property
     def last(self) -> Exchange | None:
         return self.exchanges[-1] if self.exchanges else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the image and its views take."""
+        views = {id(each.view): each.view for each in self.exchanges}
+        if self.view is not None:
+            views[id(self.view)] = self.view
+        total = sum(len(view.png) + len(view.thumbnail) for view in views.values())
+        return total + (self.scan.num_bytes if self.scan else 0)
 
     @property
     def is_answering(self) -> bool:
@@ -173,6 +185,7 @@ class Sessions:
         if session is None:
             raise PageError("session_lost")
         self._use(connection or "", token, session)
+        self._make_room()
         return session
 
     def accepted(self, connection: str | None) -> Session:
@@ -214,6 +227,14 @@ class Sessions:
         session.connections.add(connection)
         session.left_at_s = None
         self._sessions.move_to_end(token)
+
+    def _make_room(self) -> None:
+        """Delete the sessions that were used longest ago until the rest fits, but never the last one."""
+        total = sum(session.num_bytes for session in self._sessions.values())
+        while total > MAX_BYTES and len(self._sessions) > 1:
+            token, session = next(iter(self._sessions.items()))
+            total -= session.num_bytes
+            self._delete(token)
 
     def _delete(self, token: str) -> None:
         self._sessions.pop(token).stop()

@@ -119,6 +119,7 @@ SENTENCES: dict[str, str] = {
     "session_lost": "The server was restarted and has lost your image and conversation. Please reload this tab.",
     "session_gone": "The server no longer has the image and the conversation of this tab. Please load the image again.",
     "upload_too_large": "The file is larger than the limit of {limit_mb} MB. Export a single image of it.",
+    "uploads_busy": "Others are loading large files at the moment. Please try again in a minute.",
     "upload_broken": "The file did not arrive whole. Please check the connection and try again.",
     "bad_event": "This tab sent something that the server does not know. Please reload the tab.",
     "upload_gone": "The file was not fetched in time. Please load it again.",

@@ -41,12 +41,16 @@ class SingleModelBackend:
             speed=self.settings.worker.speed,
             queue_length=self.slots.taken,
             template=self._template.name,
-            draining=self.draining,
+            draining=self.unready() is not None,
         )
 
     def _check_model(self, model: str) -> None:
         if model and model not in (names := self.model_names()):
             raise model_not_found(model, names)
+
+    def unready(self) -> str | None:
+        """Why no request can be answered now; None if one can."""
+        raise NotImplementedError
 
     def _check_not_draining(self) -> None:
         if self.draining:

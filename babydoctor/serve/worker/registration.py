@@ -91,7 +91,8 @@ class Registration:
         return await self._register(client)
 
     def _heart_beat(self) -> dict[str, object]:
-        return {"worker_name": self._address, "queue_length": self._status().queue_length}
+        status = self._status()
+        return {"worker_name": self._address, "queue_length": status.queue_length, "draining": status.draining}
 
     async def _post(self, client: httpx.AsyncClient, path: str, body: dict[str, object]) -> httpx.Response | None:
         try:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.engine.request import Delta, EngineError, Event, Finished, FinishReason, Usage
+from babydoctor.imaging.isolation import shared_pool
 from babydoctor.serve.api.admission import check_image_count, check_request
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import AttentionRequest, CountTokenRequest, GenerateRequest
@@ -25,6 +26,7 @@ from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
+from babydoctor.serve.worker.health import Health
 from babydoctor.serve.worker.preprocess import Preprocessor, api_error
 from babydoctor.serve.worker.retention import Retention
 
@@ -52,6 +54,8 @@ class Worker(SingleModelBackend):
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
         # Waits for the engine, so it has a thread of its own: preprocessing must not wait with it.
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
+        self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
+        self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None
         retention_dir = settings.worker.retention_dir
         self._retention = Retention(retention_dir) if retention_dir else None
@@ -60,9 +64,7 @@ class Worker(SingleModelBackend):
     # What the common routes ask of a backend.
 
     def unready(self) -> str | None:
-        if self.draining:
-            return "The worker is shutting down."
-        return None if self.engine.healthy else "The engine has stopped; restart the worker."
+        return "The worker is shutting down." if self.draining else self.health.problem()
 
     async def open(self, request: GenerateRequest) -> AnswerStream:
         self._check_model(request.model)
@@ -100,7 +102,13 @@ class Worker(SingleModelBackend):
     async def count_tokens(self, request: CountTokenRequest) -> int:
         self._check_model(request.model)
         self._check_prompt_length(request.prompt)
-        return len(await self._in_thread(self._preprocessor.encode, request.prompt))
+        self._check_not_draining()
+        self.slots.take()
+        started_s = time.monotonic()
+        try:
+            return len(await self._in_thread(self._preprocessor.encode, request.prompt))
+        finally:
+            self.slots.free(time.monotonic() - started_s)
 
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
@@ -118,26 +126,50 @@ class Worker(SingleModelBackend):
     def start(self) -> None:
         """Called in the event loop before the first request."""
         self._pump = EventPump(asyncio.get_running_loop(), self._on_event)
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        """Log what goes wrong, and give up the answers of an engine that is stuck, so that others continue them."""
+        known: str | None = None
+        while True:
+            await asyncio.sleep(min(1.0, self.settings.limits.stuck_s / 4))
+            problem = self.health.problem()
+            if problem != known:
+                log(logger, logging.ERROR if problem else logging.INFO, "health", problem=problem)
+            known = problem
+            if problem is not None:
+                self._fail_open(ApiError("not_ready", problem))
+                await asyncio.to_thread(self.health.retry_decoders)
+
+    def _fail_open(self, error: ApiError) -> None:
+        for answered in list(self._open):
+            answered.answer.fail(error)
+            if answered.handle is not None:
+                answered.handle.cancel()
 
     async def drain(self) -> None:
         """Take nothing new and let running answers finish within ``drain_s``; then end them, so that a controller
         continues them elsewhere."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
-        while self.slots.taken and time.monotonic() < deadline:
+        while self.slots.taken and time.monotonic() < deadline and self.health.problem() is None:
             await asyncio.sleep(0.05)
-        for answered in list(self._open):
-            answered.answer.fail(draining_error())
-            if answered.handle is not None:
-                answered.handle.cancel()
+        self._fail_open(draining_error())
         if self._open:
             await asyncio.sleep(0.5)
 
     def close(self) -> None:
         """Stop the engine and the threads."""
+        if self._watching is not None:
+            self._watching.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._attention_thread.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
+
+    def _check_not_draining(self) -> None:
+        super()._check_not_draining()
+        if (problem := self.health.problem()) is not None:
+            raise ApiError("not_ready", problem)
 
     def _check_prompt_length(self, prompt: str) -> None:
         limit = self.settings.limits.max_prompt_chars
@@ -240,7 +272,8 @@ class Worker(SingleModelBackend):
 
         def call() -> Any:
             REQUEST_ID.set(request_id)
-            return function(*args)
+            with self.health.preparing.job():
+                return function(*args)
 
         return await loop.run_in_executor(self._threads, call)
 
