@@ -76,7 +76,7 @@ def test_a_real_ct_is_shown_in_hounsfield_units() -> None:
 def test_without_a_window_the_frame_gives_one_and_it_is_told() -> None:
     image = render(read_dicom(examples.get_path("ct")))
     assert (
-        image.info["window"] == "centre -38, width 1646 (percentiles 0.5 to 99.5 of the frame; the file has no window)"
+        image.info["window"] == "center -38, width 1646 (percentiles 0.5 to 99.5 of the frame; the file has no window)"
     )
     mostly = np.zeros((20, 20), np.int16)
     mostly[0, 0] = 50
@@ -124,7 +124,7 @@ def test_jpeg_ls_needs_no_other_package() -> None:
 
 def test_windows_follow_the_standard() -> None:
     values = np.array([[-100, 0, 1, 2, 3, 4, 100]], np.int16)
-    # PS3.3 C.11.2.1.2.1: with centre 2 and width 5, x <= -0.5 is black and x > 3.5 is white.
+    # PS3.3 C.11.2.1.2.1: with center 2 and width 5, x <= -0.5 is black and x > 3.5 is white.
     shown = grey(build(values, WindowCenter="2", WindowWidth="5"))
     assert shown == [0, 32, 96, 159, 223, 255, 255]
     exact = grey(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))

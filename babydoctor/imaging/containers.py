@@ -1,7 +1,7 @@
-"""Picture files without their metadata: what Pillow must decode, and the EXIF orientation. Pure.
+"""Strip metadata from picture files before Pillow decodes them, and read the EXIF orientation. Pure.
 
-Metadata never changes whether a picture can be read, so text, profiles and EXIF are taken out before the decoder sees
-the file. Only the orientation is used, and it is read here by a parser that ignores what it does not need.
+Metadata must not decide whether a picture can be read, so text, profiles and EXIF are removed before the decoder sees
+the file. Only the orientation is used. It is read by a parser that ignores everything else.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _TIFF_PIXEL_TAGS = frozenset(
 
 @dataclass(frozen=True)
 class Container:
-    """A picture file cleaned of metadata.
+    """A picture file without metadata.
 
-    ``orientation`` is EXIF's, 1 to 8. ``transparent_key`` holds the samples of PNG's tRNS chunk for grey and RGB.
+    ``orientation`` is EXIF's, 1 to 8. ``transparent_key`` holds the samples of PNG's tRNS chunk for gray and RGB.
     ``bit_depth`` and ``color_type`` are those of PNG's header, ``is_white_zero`` TIFF's photometric interpretation 0,
     ``is_planar_wide`` a TIFF whose samples of more than 8 bits lie in separate planes.
     """
@@ -62,7 +62,7 @@ def picture_format(data: bytes) -> str | None:
 
 
 def clean(data: bytes, format: str) -> Container:
-    """Take the metadata out of a picture. Damage is left as it is, for the decoder to report."""
+    """Remove the metadata of a picture. Damage is left for the decoder to report."""
     try:
         if format == "PNG":
             return _clean_png(data)
@@ -78,7 +78,7 @@ def clean(data: bytes, format: str) -> Container:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """Orientation of an EXIF block (a TIFF structure); 1 where it states none that exists."""
+    """Orientation of an EXIF block (a TIFF structure); 1 if it states no valid one."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 10:
         return 1
@@ -102,7 +102,7 @@ def _orientation(data: bytes, order: str, kind: int, at: int) -> int:
 
 
 def _clean_png(data: bytes) -> Container:
-    """Keep the critical chunks and palettes' transparency; a wrong checksum of an ancillary chunk does not matter."""
+    """Keep the critical chunks and the transparency of palettes. Checksums of ancillary chunks are not checked."""
     kept, position, orientation, transparency = [PNG_MAGIC], len(PNG_MAGIC), 1, b""
     depth, color_type = data[24], data[25]
     while position + 8 <= len(data):
@@ -149,7 +149,7 @@ def _raw_profile(kind: bytes, body: bytes) -> bytes:
 
 
 def _clean_jpeg(data: bytes) -> Container:
-    """Drop comments and application segments but JFIF's and Adobe's, which say how colors are stored."""
+    """Drop comments and application segments, except JFIF's and Adobe's, which say how colors are stored."""
     kept, position, orientation = [data[:2]], 2, 1
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -198,7 +198,7 @@ def _clean_tiff(data: bytes) -> Container:
 
 
 def _first_short(data: bytes, order: str, entry: int, value_at: int, is_big: bool) -> int:
-    """First number of an entry of type SHORT, which stands in the entry itself where all numbers fit."""
+    """First number of an entry of type SHORT. It is in the entry itself if all numbers fit there."""
     at, count = entry + value_at, struct.unpack_from(order + ("Q" if is_big else "I"), data, entry + 4)[0]
     if 2 * count > (8 if is_big else 4):
         at = struct.unpack_from(order + ("Q" if is_big else "I"), data, at)[0]

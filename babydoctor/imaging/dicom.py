@@ -48,7 +48,7 @@ def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
     """Read the header of a DICOM image; ``name`` stands for the file in messages when ``source`` is bytes.
 
     Raises:
-        ImageError: it is no DICOM, holds no image, is of a kind that is not read, or a frame has more than
+        ImageError: it is not DICOM, holds no image, is of an unsupported kind, or a frame has more than
             ``max_pixels`` pixels.
     """
     if isinstance(source, bytes):
@@ -85,11 +85,11 @@ def render(
     max_pixels: int = MAX_PIXELS,
     square_pixels: bool = True,
 ) -> Image.Image:
-    """One frame as an RGB picture; where pixels are not square, it is stretched so that they are.
+    """One frame as an RGB picture. If pixels are not square, it is stretched so that they become square.
 
-    Grey frames are shown under ``center`` and ``width``, or the CT ``preset``, or the file's first window or VOI
+    Gray frames are shown under ``center`` and ``width``, or the CT ``preset``, or the file's first window or VOI
     LUT, or else a window made from the frame's own values. ``image.info["window"]`` says which, and
-    ``image.info["warnings"]`` what was doubtful in the file and how it was read.
+    ``image.info["warnings"]`` what was unclear in the file and how it was interpreted.
 
     Raises:
         ImageError: the frame, window or preset does not exist, or the pixels cannot be decoded.
@@ -105,7 +105,7 @@ def render(
 
 
 def _render(dicom: DicomImage, frame: int, chosen: Window | None) -> tuple[Image.Image, list[str]]:
-    """One frame, a pixel for each of the file's, and what was doubtful about it."""
+    """One frame with the file's own pixels, and the warnings about it."""
     warnings = list(dicom.warnings)
     if not dicom.is_grey and chosen is not None:
         raise ImageError(
@@ -154,7 +154,7 @@ def _to_grey(
 ) -> tuple[np.ndarray, str]:
     """Stored values -> uint8 ``[rows, columns]``, and how they were windowed.
 
-    Integers of up to 16 bits are mapped through a table of all their values: fast, and without a float per pixel.
+    Integers of up to 16 bits are mapped through a table of all values. This is fast and needs no float per pixel.
     """
     padding = _padding_mask(dicom, stored, cells)
     if stored.dtype.kind == "f" or (stored.dtype.itemsize > 2 and int(np.ptp(stored)) > 0xFFFF):
@@ -179,14 +179,14 @@ def _to_grey(
 
 
 def _offsets(stored: np.ndarray, lowest: int) -> np.ndarray:
-    """Positions in a table that begins at the value ``lowest``."""
+    """Indices into a table that begins at the value ``lowest``."""
     if lowest == 0:
         return stored
     return stored.astype(np.int32) - np.int32(lowest) if abs(lowest) < 2**30 else stored.astype(np.int64) - lowest
 
 
 def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:
-    """How often each value from ``lowest`` on occurs; in pieces, because counting widens every value to 64 bits."""
+    """Count each value from ``lowest`` on, in pieces, because counting widens every value to 64 bits."""
     flat, counts = seen.ravel(), np.zeros(size, np.int64)
     for start in range(0, flat.size, 1 << 20):
         counts += np.bincount(flat[start : start + (1 << 20)].astype(np.int64) - lowest, minlength=size)
@@ -194,7 +194,7 @@ def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:
 
 
 def _padding_mask(dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None) -> np.ndarray | None:
-    """Where the scanner saw nothing, ``[rows, columns]``; None where the file names no padding."""
+    """Mask of padding pixels, ``[rows, columns]``; None if the file defines no padding value."""
     layout = dicom.layout
     is_signed = None if layout.is_float else bool(layout.is_signed)
     between = padding_range(dicom.dataset, layout.bits_allocated, is_signed)
@@ -208,7 +208,7 @@ def _padding_mask(dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | Non
 
 
 def _modality_values(dicom: DicomImage, levels: np.ndarray, frame: int, warnings: list[str]) -> tuple[np.ndarray, bool]:
-    """Stored values -> the modality's units, and whether the file asks for no change."""
+    """Stored values -> the units of the modality, and True if the file changes nothing."""
     for item in items(dicom.dataset, "ModalityLUTSequence")[:1]:
         return _table(dicom, item, can_be_negative=bool(dicom.layout.is_signed)).look_up(levels).astype(float), False
     slope, intercept = rescale(dicom.dataset, frame, warnings)
@@ -232,7 +232,7 @@ def _voi(
     *,
     is_identity: bool,
 ) -> tuple[np.ndarray, str]:
-    """Values -> 0 to 1 by window or VOI LUT, and which it was. ``counts`` weigh ``counted`` where it is a table."""
+    """Values -> 0 to 1 by window or VOI LUT, and which one. ``counts`` are the weights of a table ``counted``."""
     own = windows(dicom.dataset, frame)
     window = chosen or (own[0] if own else None)
     if window is None:
@@ -248,19 +248,19 @@ def _voi(
             window = Window(top / 2, top, f"{bits}-bit values as stored", "LINEAR_EXACT")
         else:
             window = window_of_values(counted, counts=counts)
-    explanation = f"centre {window.center:g}, width {window.width:g} ({window.explanation})"
+    explanation = f"center {window.center:g}, width {window.width:g} ({window.explanation})"
     return apply_window(values, window), explanation
 
 
 def _is_inverse(dicom: DicomImage) -> bool:
-    """MONOCHROME1 asks for the inverse, and so does the presentation LUT shape; both together mean it once."""
+    """MONOCHROME1 means inverted, and so does the presentation LUT shape INVERSE. Both together invert once."""
     return dicom.photometric == "MONOCHROME1" or text(dicom.dataset, "PresentationLUTShape").upper() == "INVERSE"
 
 
 def _square_pixels(
     dicom: DicomImage, frame: int, image: Image.Image, warnings: list[str], max_pixels: int
 ) -> Image.Image:
-    """Stretch the axis of the larger spacing: a reformatted CT with 3 mm slices would look squashed."""
+    """Stretch the axis with the larger spacing, or a reformatted CT with 3 mm slices would look squashed."""
     vertical, horizontal = pixel_shape(dicom.dataset, frame, warnings)
     if abs(vertical / horizontal - 1) < 0.01:
         return image

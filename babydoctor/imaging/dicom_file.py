@@ -31,7 +31,7 @@ _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", 
 
 @dataclass(frozen=True)
 class DicomFile:
-    """A parsed file. ``transfer_syntax`` is a UID; ``warnings`` say what the file left open and how it was read."""
+    """A parsed file. ``transfer_syntax`` is a UID; ``warnings`` say what the file leaves open and how it was read."""
 
     dataset: Any = field(repr=False)
     transfer_syntax: str
@@ -41,14 +41,14 @@ class DicomFile:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Tell DICOM by content: the prefix, or a first data element of a group that files begin with."""
+    """Recognize DICOM by content: the prefix, or a first data element of a group that files begin with."""
     if data[128:132] == b"DICM":
         return True
     return picture_format(data) is None and _start_of_elements(data) is not None
 
 
 def _start_of_elements(data: bytes) -> int | None:
-    """Where the first data element stands in a file without the regular prefix."""
+    """Position of the first data element in a file without the regular prefix."""
     for start in (0, 4 if data[:4] == b"DICM" else None, None if data[:128].strip(b"\0") else 128):
         if start is not None and _is_element(data[start : start + 12], len(data)):
             return start
@@ -68,7 +68,7 @@ def parse_file(data: bytes, name: str, max_pixels: int) -> DicomFile:
     """Parse a file with pydicom and decide its transfer syntax.
 
     Raises:
-        ImageError: it is no DICOM or holds no image, or a deflated file is too large.
+        ImageError: it is not DICOM, holds no image, or is deflated and too large.
     """
     if data[128:132] != b"DICM":
         start = _start_of_elements(data)
@@ -116,7 +116,7 @@ def _walk_meta(data: bytes) -> tuple[str, int]:
 
 
 def _close_sequence(data: bytes, name: str) -> bytes | None:
-    """The file with an end mark after encapsulated pixel data that lacks it; None where that is not the fault."""
+    """The file with the missing end mark of its encapsulated pixel data; None if something else is wrong."""
     matches = list(_ENCAPSULATED_PIXELS.finditer(data))
     if not matches:
         return None
@@ -192,7 +192,7 @@ def _syntax_of_codestream(data: bytes) -> str | None:
 
 
 def fragments(data: bytes) -> list[bytes]:
-    """Items of encapsulated pixel data after the offset table. An item that the data does not hold whole ends them."""
+    """Items of encapsulated pixel data after the offset table. A truncated item ends them."""
     found, position = [], 0
     while data[position : position + 4] == _ITEM:
         end = position + 8 + int.from_bytes(data[position + 4 : position + 8], "little")

@@ -1,6 +1,6 @@
-"""The one place that decides how a DICOM file's pixels are stored. Refuses by name what it does not know.
+"""Decide how the pixels of a DICOM file are stored. Anything unknown is refused by name.
 
-A missing type 1 element with one obvious meaning is filled in, with a warning that the user sees.
+A missing type 1 element with one obvious meaning is filled in, with a warning for the user.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DECODER_HINT = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 @dataclass(frozen=True)
 class PixelLayout:
-    """How pixels are stored. ``is_signed`` is None where the file does not say; then values must agree both ways."""
+    """How pixels are stored. ``is_signed`` is None if the file does not say; then both readings must agree."""
 
     transfer_syntax: str
     is_encapsulated: bool
@@ -60,10 +60,10 @@ class PixelLayout:
 
 
 def read_layout(file: DicomFile, name: str, max_pixels: int) -> tuple[PixelLayout, tuple[str, ...]]:
-    """Decide the layout of a file's pixels, and say what had to be assumed.
+    """Decide the layout of a file's pixels, with warnings about assumptions.
 
     Raises:
-        ImageError: something is missing, contradictory or of a kind that is not read.
+        ImageError: something is missing, contradictory or not supported.
     """
     dataset, warnings = file.dataset, list(file.warnings)
     keyword = next(key for key in PIXEL_KEYWORDS if key in dataset)
@@ -239,7 +239,7 @@ def _sign(dataset: Any, stored: int, samples: int, name: str, warnings: list[str
 
 
 def _fit_to_data(layout: PixelLayout, data: bytes, name: str, warnings: list[str]) -> PixelLayout:
-    """Compare the header with the pixel data: fewer frames are shown with a warning, none at all is an error."""
+    """Compare the header with the pixel data. Missing frames are a warning; no frame at all is an error."""
     if layout.is_encapsulated:
         available = len(fragments(data))
     else:

@@ -1,4 +1,4 @@
-"""A DICOM image whose header is parsed, and what may be told about it without telling whose it is."""
+"""A DICOM image with a parsed header, and the facts about it that do not identify a person."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class DicomImage:
     """An image object with its header parsed.
 
     ``pixel_spacing`` is (row, column) in mm of the first frame. ``windows`` are the first frame's own, in the file's
-    order. ``warnings`` say what was doubtful in the header and how it was read. ``dataset`` and ``data`` (the file)
-    hold everything else, the patient's name included, so they are kept out of ``repr``.
+    order. ``warnings`` say what was unclear in the header and how it was interpreted. ``dataset`` and ``data`` (the
+    file) hold everything else, including the patient's name, so ``repr`` does not show them.
     """
 
     name: str
@@ -81,10 +81,10 @@ class DicomImage:
 
 
 def harmless_facts(dicom: DicomImage) -> dict[str, Any]:
-    """What may be shown or logged: nothing from ``IDENTIFYING_TAGS``, no free text, no UIDs, no private tags.
+    """Facts that may be shown or logged: nothing from ``IDENTIFYING_TAGS``, no free text, no UIDs, no private tags.
 
-    A list of what is allowed, so that a new or private attribute stays inside. Text is passed on only where it has
-    the form of a DICOM code string.
+    This is an allow-list, so new or private attributes are never shown. Text must have the form of a DICOM code
+    string.
     """
     with reading_values(dicom.name):
         return _harmless_facts(dicom)
@@ -115,7 +115,7 @@ def _harmless_facts(dicom: DicomImage) -> dict[str, Any]:
 
 
 def identifying_tags(dicom: DicomImage) -> tuple[str, ...]:
-    """Which of ``IDENTIFYING_TAGS`` the file carries with a value, nested items included. Keywords, never values."""
+    """Keywords of the ``IDENTIFYING_TAGS`` that have a value in the file, also in nested items. Never their values."""
     found: set[str] = set()
     wanted = frozenset(IDENTIFYING_TAGS)
     with reading_values(dicom.name):

@@ -1,6 +1,6 @@
 """Lookup tables of DICOM files: modality LUT, VOI LUT and palettes (PS3.3 C.11.1, C.11.2, C.7.6.3.1.5 and .6).
 
-A color frame becomes RGB here, through its palette where it has one.
+Color frames are converted to RGB here, through their palette if they have one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _MAX_ENTRIES = 65536
 
 @dataclass(frozen=True)
 class LookupTable:
-    """``entries[i]`` belongs to the input ``first + i``; inputs beyond the ends take the end's entry."""
+    """``entries[i]`` belongs to the input ``first + i``; inputs beyond the ends get the first or last entry."""
 
     first: int
     entries: np.ndarray
     bits: int
 
     def look_up(self, values: np.ndarray) -> np.ndarray:
-        """Entries for ``values`` of any shape; fractions are cut off, as the standard's viewers do."""
+        """Entries for ``values`` of any shape; fractions are truncated, as in other viewers."""
         index = np.floor(values + 1e-6) if values.dtype.kind == "f" else values.astype(np.int64)
         return self.entries[np.clip(index - self.first, 0, len(self.entries) - 1).astype(np.int64)]
 
@@ -38,8 +38,8 @@ def read_table(
     """Read ``<prefix>Descriptor`` and ``<prefix>Data``.
 
     Args:
-        can_be_negative: whether inputs may be; decides how a first input value of the wrong type is read.
-        segmented: keyword of segmented data that may stand in place of the plain data.
+        can_be_negative: True if inputs may be negative. Decides how a first input value of the wrong type is read.
+        segmented: keyword of segmented data that may replace the plain data.
 
     Raises:
         ImageError: the table is missing, empty or contradicts itself.
@@ -71,7 +71,7 @@ def _has_value(item: Any, keyword: str) -> bool:
 
 
 def _entries(item: Any, keyword: str, count: int, bits: int, is_big_endian: bool) -> np.ndarray:
-    """A table's entries; two 8-bit entries may share a word, the first in its low byte."""
+    """The entries of a table. Two 8-bit entries may share a word, the first one in its low byte."""
     if not _has_value(item, keyword):
         return np.zeros(0, np.int64)
     words = _words(item, keyword, is_big_endian)
@@ -118,7 +118,7 @@ def _expand(words: list[int], out: list[int], name: str, depth: int, limit: int 
 
 
 def unit_values(table: LookupTable) -> np.ndarray:
-    """A VOI LUT's entries from 0 to 1; its descriptor may understate the bits that entries use."""
+    """The entries of a VOI LUT, scaled to 0 to 1. The descriptor may understate the number of bits."""
     bits = table.bits if 1 <= table.bits <= 16 else 16
     top = 2.0**bits - 1
     largest = int(table.entries.max())
@@ -140,7 +140,7 @@ def to_color(dicom: DicomImage, values: np.ndarray, warnings: list[str]) -> np.n
 
 
 def supplemental_colors(dicom: DicomImage, image: Image.Image, stored: np.ndarray, warnings: list[str]) -> Image.Image:
-    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay grey."""
+    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19). The others stay gray."""
     if "RedPaletteColorLookupTableDescriptor" not in dicom.dataset:
         return image
     if text(dicom.dataset, "PixelPresentation").upper() not in ("COLOR", "MIXED"):

@@ -19,8 +19,8 @@ _RLE = "1.2.840.10008.1.2.5"
 def decode_frame(dicom: DicomImage, frame: int, warnings: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """(stored values, cells) of one frame.
 
-    Values are ``[rows, columns]``, or ``[rows, columns, 3]`` with YBR already turned into RGB. ``cells`` are the same
-    with all allocated bits, where values leave some out; they may hold a padding value that needs more bits.
+    Values are ``[rows, columns]``, or ``[rows, columns, 3]`` with YBR converted to RGB. ``cells`` hold all allocated
+    bits, of which values may leave out some. A padding value may need the additional bits.
 
     Raises:
         ImageError: there is no such frame, or it cannot be decoded.
@@ -54,7 +54,7 @@ def _float_frame(layout: PixelLayout, data: bytes, frame: int) -> np.ndarray:
 
 
 def _native_cells(dicom: DicomImage, data: bytes, frame: int) -> np.ndarray:
-    """Uncompressed cells of a frame as unsigned integers, flat."""
+    """Uncompressed cells of a frame as a flat array of unsigned integers."""
     layout = dicom.layout
     count = layout.frame_bits // layout.bits_allocated
     is_word = str(dicom.dataset["PixelData"].VR) == "OW"
@@ -134,7 +134,7 @@ def _stored_values(layout: PixelLayout, cells: np.ndarray, name: str, warnings: 
 
 
 def _codec_values(dicom: DicomImage, data: bytes, frame: int, warnings: list[str]) -> np.ndarray:
-    """Values of a JPEG, JPEG-LS, JPEG 2000 or HTJ2K frame by pydicom's decoders."""
+    """Decode a JPEG, JPEG-LS, JPEG 2000 or HTJ2K frame with pydicom's decoders."""
     from pydicom.pixels import get_decoder
 
     layout, offsets = dicom.layout, _extended_offsets(dicom.dataset)
@@ -167,7 +167,7 @@ def _codec_values(dicom: DicomImage, data: bytes, frame: int, warnings: list[str
         )
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise nearly anything on damaged files
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
         text = " ".join(str(error).split())
         raise ImageError(f"{dicom.name}: frame {frame} cannot be decoded ({text[:300]})", "image_unreadable") from error
     if values.shape[:2] != (layout.rows, layout.columns):

@@ -1,7 +1,7 @@
-"""Numbers and text of a DICOM data set, read so that one damaged or empty element spoils nothing else.
+"""Read numbers and text of a DICOM data set. A damaged or empty element does not affect others.
 
-Where an attribute may stand in several places, the functional group of the frame wins over the shared one, and that
-over the top level (PS3.3 C.7.6.16). An element without a usable value counts as absent.
+If an attribute is in several places, the functional group of the frame has priority over the shared one, and that over
+the top level (PS3.3 C.7.6.16). An element without a usable value counts as absent.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 from babydoctor.imaging.windows import Window, WindowFunction
 
-_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files have
+_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files use
 _MAX_LABEL = 64
 
 MAX_SPACING_RATIO = 40
-"""Vertical over horizontal pixel spacing, or the other way round; more is taken for a mistake in the header."""
+"""Largest ratio of vertical and horizontal pixel spacing. A larger ratio is considered an error in the header."""
 
 
 def numbers(item: Any, keyword: str) -> list[float]:
-    """An element's numbers in their order, NaN for what is no number; empty where it is absent or empty."""
+    """The numbers of an element in order, NaN for anything else; empty if it is absent or empty."""
     if item is None or keyword not in item:
         return []
     try:
         value = item[keyword].value
-    except Exception:  # pydicom converts a value when it is asked for, and raises nearly anything
+    except Exception:  # pydicom converts values on access and raises many kinds of errors
         value = _raw_text(item, keyword)
     if value is None or (isinstance(value, (str, bytes)) and not value.strip()):
         return []
@@ -48,19 +48,19 @@ def _raw_text(item: Any, keyword: str) -> Any:
 
 
 def number(item: Any, keyword: str) -> float | None:
-    """An element's first number where it is finite, else None."""
+    """The first number of an element if it is finite, else None."""
     found = numbers(item, keyword)
     return found[0] if found and math.isfinite(found[0]) else None
 
 
 def integer(item: Any, keyword: str) -> int | None:
-    """An element's first number where it is whole, else None."""
+    """The first number of an element if it is whole, else None."""
     value = number(item, keyword)
     return int(value) if value is not None and value == int(value) else None
 
 
 def text(item: Any, keyword: str) -> str:
-    """An element's text without outer blanks; the first part of several; empty where there is none."""
+    """The text of an element without surrounding blanks, or the first of several texts; empty if there is none."""
     try:
         value = item.get(keyword)
     except Exception:
@@ -73,13 +73,13 @@ def text(item: Any, keyword: str) -> str:
 
 
 def code(item: Any, keyword: str) -> str:
-    """An element's text where it has the form of a code string, else empty: free text may name a person."""
+    """The text of an element if it is a code string, else empty, because free text may name a person."""
     value = text(item, keyword)
     return value if _CODE_STRING.fullmatch(value) else ""
 
 
 def items(item: Any, keyword: str) -> list[Any]:
-    """The items of a sequence; empty where it is absent or damaged."""
+    """The items of a sequence; empty if it is absent or damaged."""
     try:
         value = item.get(keyword)
     except Exception:
@@ -88,7 +88,7 @@ def items(item: Any, keyword: str) -> list[Any]:
 
 
 def places(dataset: Any, frame: int, group: str) -> Iterator[Any]:
-    """Where an attribute of a frame may stand, the first to look at first: per frame, shared, top level."""
+    """The places of a frame's attributes, by priority: per frame, shared, top level."""
     per_frame = items(dataset, "PerFrameFunctionalGroupsSequence")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
     for functional in (*per_frame[frame : frame + 1], *shared[:1]):
@@ -97,7 +97,7 @@ def places(dataset: Any, frame: int, group: str) -> Iterator[Any]:
 
 
 def rescale(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, float]:
-    """(slope, intercept) of a frame; what is not finite, or a slope of 0, is ignored with a warning."""
+    """(slope, intercept) of a frame. Values that are not finite and a slope of 0 are ignored with a warning."""
     for item in places(dataset, frame, "PixelValueTransformationSequence"):
         slopes, intercepts = numbers(item, "RescaleSlope"), numbers(item, "RescaleIntercept")
         slope = slopes[0] if slopes else None
@@ -145,7 +145,7 @@ def _windows_of(item: Any, warnings: list[str]) -> tuple[Window, ...]:
 
 
 def pixel_spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
-    """(row, column) spacing in mm, from the patient if it is there, else from the detector."""
+    """(row, column) spacing in mm: at the patient if the file has it, else at the detector."""
     for item in places(dataset, frame, "PixelMeasuresSequence"):
         if pair := _positive_pair(numbers(item, "PixelSpacing")):
             return pair
@@ -156,7 +156,7 @@ def pixel_spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
 
 
 def pixel_shape(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, float]:
-    """(height, width) of a pixel on any scale; square where the file says nothing or nothing that can be."""
+    """(height, width) of a pixel on any scale; square if the file states none or an impossible one."""
     shape = pixel_spacing(dataset, frame) or _positive_pair(numbers(dataset, "PixelAspectRatio")) or (1.0, 1.0)
     if max(shape) / min(shape) > MAX_SPACING_RATIO:
         warnings.append(f"the pixel spacing {shape[0]:g} x {shape[1]:g} cannot be; pixels are shown square")
@@ -173,7 +173,7 @@ def _positive_pair(values: list[float]) -> tuple[float, float] | None:
 def padding_range(dataset: Any, layout_bits: int, is_signed: bool | None) -> tuple[float, float] | None:
     """(lowest, highest) padding value as stored, PS3.3 C.7.5.1.1.2. ``is_signed`` is None for float pixels.
 
-    The value's own type is often the wrong one of US and SS, so it is read as the pixels' type says.
+    The value often has the wrong one of the types US and SS, so it is read with the type of the pixels.
     """
     found = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):

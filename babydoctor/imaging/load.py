@@ -1,4 +1,4 @@
-"""Image file or bytes -> checked RGB picture, in this process. ``isolation`` does the same in a process of its own."""
+"""Image file or bytes -> checked RGB picture, in this process. ``isolation`` does the same in a separate process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF into an upright RGB picture.
 
-    The format is told by content, never by name. A DICOM file shows its first frame under its first window (see
+    The format is recognized by content, never by name. A DICOM file shows its first frame under its first window (see
     ``dicom.render`` for others), an animation its first picture. Samples of more than 8 bits are shown between
     percentiles 0.5 and 99.5, transparency is laid over black, and EXIF orientation is applied.
-    ``image.info["warnings"]`` lists what was doubtful about a DICOM file and how it was read; it is logged, too.
+    ``image.info["warnings"]`` lists what was unclear in a DICOM file and how it was interpreted. It is also logged.
 
     Raises:
-        ImageError: the file is missing, is no image, is damaged, or has more than ``max_pixels`` pixels. Sizes are
+        ImageError: the file is missing, is not an image, is damaged, or has more than ``max_pixels`` pixels. Sizes are
             checked before anything is decoded.
     """
     name, data = read_source(source, name)
@@ -37,7 +37,7 @@ def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What is known before decoding. ``bytes_per_pixel`` estimates the memory that decoding holds at its peak."""
+    """Facts that are known before decoding. ``bytes_per_pixel`` estimates the peak memory of decoding."""
 
     width: int
     height: int
@@ -53,7 +53,7 @@ def read_header(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ImageHe
     """Size and memory need of an image, from its header alone.
 
     Raises:
-        ImageError: it is no image, its header is damaged, or it is too large.
+        ImageError: it is not an image, its header is damaged, or it is too large.
     """
     if not data:
         raise ImageError(f"{name}: the image is empty (0 bytes)", "image_empty")
@@ -66,20 +66,20 @@ def read_header(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ImageHe
 
 
 def decode(header: ImageHeader, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The upright RGB picture that belongs to a header. Raises ``ImageError`` where it cannot be decoded."""
+    """The upright RGB picture that belongs to a header. Raises ``ImageError`` if it cannot be decoded."""
     if isinstance(header.content, Picture):
         return decode_picture(header.content)
     return render(header.content, max_pixels=max_pixels)
 
 
 def log_warnings(image: Image.Image, name: str) -> None:
-    """Log what was doubtful about a picture."""
+    """Log the warnings about a picture."""
     for warning in image.info.get("warnings", ()):
         logger.warning("%s: %s", name, warning)
 
 
 def read_source(source: str | Path | bytes, name: str = "") -> tuple[str, bytes]:
-    """(Name for messages, content) of a file or of bytes. Raises ``ImageError`` where the file cannot be read."""
+    """(Name for messages, content) of a file or of bytes. Raises ``ImageError`` if the file cannot be read."""
     if isinstance(source, bytes):
         return name or f"image of {len(source)} bytes", source
     name = name or str(source)

@@ -1,7 +1,7 @@
 """PNG, JPEG, WebP, GIF, BMP and TIFF -> upright RGB picture, the same for every mode and container.
 
 8-bit samples are shown as stored. Wider samples are windowed by ``windows.window_of_values`` over all visible pixels,
-as for DICOM files without a window: files rarely say how many of the bits are used. Transparent pixels are black.
+as for DICOM files without a window, because files rarely say how many bits are used. Transparent pixels are black.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BI_RLE4 = 2
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file whose header is read and whose pixels are not decoded yet. It can be decoded once."""
+    """A picture file whose header has been read and whose pixels have not been decoded. It can be decoded once."""
 
     name: str
     container: Container = field(repr=False)
@@ -43,7 +43,7 @@ class Picture:
 
     @property
     def is_wide(self) -> bool:
-        """Whether samples have more than 8 bits."""
+        """True if samples have more than 8 bits."""
         if self.image.mode.startswith(("I", "F")) or self.container.bit_depth > 8:
             return True
         return _wide_color_rawmode(self.image) is not None
@@ -62,17 +62,17 @@ def decode_picture(picture: Picture) -> Image.Image:
         raise ImageError(f"{name}: decoding needs more memory than allowed", "image_decode_failed") from error
     except ImageError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
         text = f"{name}: the {container.format} image cannot be decoded ({_short(error)})"
         raise ImageError(text, "image_unreadable") from error
     return image.transpose(_UPRIGHT[container.orientation]) if container.orientation in _UPRIGHT else image
 
 
 def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Read the header of a picture file. The format is told by content.
+    """Read the header of a picture file. The format is recognized by content.
 
     Raises:
-        ImageError: it is no picture, its header is damaged, or it has more than ``max_pixels`` pixels.
+        ImageError: it is not a picture, its header is damaged, or it has more than ``max_pixels`` pixels.
     """
     format = picture_format(data)
     if format is None:
@@ -90,7 +90,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pictur
 
 
 def _check_variant(container: Container, name: str) -> None:
-    """Refuse what Pillow decodes to a wrong picture without an error."""
+    """Refuse files that Pillow decodes wrongly without an error."""
     if container.format == "BMP" and container.data[14:15] >= b"\x28":
         compression = int.from_bytes(container.data[30:34], "little")
         if compression == _BI_RLE4:
@@ -108,9 +108,9 @@ def _open(container: Container) -> Image.Image:
 
 
 def _grey_alpha_as_rgba(data: bytes) -> bytes:
-    """A 16-bit grey and alpha PNG as an 8-bit RGBA one: four bytes a pixel both, so nothing but the header changes.
+    """A 16-bit gray and alpha PNG as an 8-bit RGBA one. Both have four bytes per pixel, so only the header changes.
 
-    Pillow reads only the high byte of 16-bit grey and alpha. Red and green are then grey's high and low byte.
+    Pillow reads only the high bytes of 16-bit gray and alpha. As RGBA, red and green are the high and low byte of gray.
     """
     header = data[16:24] + b"\x08\x06" + data[26:29]
     chunk = b"IHDR" + header
@@ -140,7 +140,7 @@ def _to_rgb(image: Image.Image, container: Container, name: str) -> Image.Image:
 
 
 def _clear_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.Image:
-    """PNG's transparent color of a grey or RGB picture with up to 8 bits becomes black."""
+    """Make PNG's transparent color black, in a gray or RGB picture with up to 8 bits."""
     shown = np.asarray(image.convert("RGB")).copy()  # [h, w, 3]
     levels = np.array(key) * 255 // ((1 << min(depth, 8)) - 1)
     shown[(shown == levels).all(axis=-1)] = 0
@@ -148,7 +148,7 @@ def _clear_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.Im
 
 
 def _wide_grey(values: np.ndarray, container: Container) -> Image.Image:
-    """Greyscale ``[h, w]`` of 16 bits, 32 bits or floats -> RGB."""
+    """Grayscale ``[h, w]`` of 16 bits, 32 bits or floats -> RGB."""
     visible = None
     if container.transparent_key is not None:
         visible = values != container.transparent_key[0]
@@ -172,7 +172,7 @@ def _wide_color_rawmode(image: Image.Image) -> str | None:
 def _wide_color(image: Image.Image, container: Container, rawmode: str) -> Image.Image:
     """16-bit RGB, with or without alpha.
 
-    Pillow keeps one byte of each sample. Decoding once as it is and once with the byte order swapped gives both.
+    Pillow keeps one byte of each sample. Decoding once normally and once with the byte order swapped gives both bytes.
     """
     layout, _, order = rawmode.partition(";16")
     if layout not in ("RGB", "RGBX", "RGBA", "RGBa") or order not in ("B", "L", "N"):
@@ -193,7 +193,7 @@ def _wide_color(image: Image.Image, container: Container, rawmode: str) -> Image
 
 
 def _with_rawmode(image: Image.Image, rawmode: str) -> Image.Image:
-    """The same file, not decoded yet, with other rules for unpacking its samples."""
+    """The same file before decoding, with another raw mode for its samples."""
     tiles = image.tile  # type: ignore[attr-defined]
     image.tile = [  # type: ignore[attr-defined]
         tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:])) for tile in tiles
@@ -220,6 +220,6 @@ def _window(values: np.ndarray, visible: np.ndarray | None) -> np.ndarray:
 
 
 def _short(error: Exception) -> str:
-    """The first line of a library's message, without the memory address that Pillow likes to print."""
+    """The first line of a library's message, without memory addresses, which Pillow prints."""
     text = re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error).partition("\n")[0])
     return text or type(error).__name__

@@ -21,13 +21,13 @@ from babydoctor.schema import UserError
 
 ImageMode = Literal["square", "pad"]
 
-# A picture with a longer edge is shrunk before padding: the padded square would not fit in memory.
+# A picture with a longer edge is shrunk before padding, because the padded square would not fit in memory.
 _MAX_PADDED_EDGE = 4096
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become pixels. Stands in the run's manifest, so that serving repeats what training did.
+    """How pictures become pixels. The run's manifest stores it, so that serving does the same as training.
 
     ``size`` is the edge of the square in pixels; ``mean`` and ``std`` are per RGB channel on a scale of 0 to 1.
     """
@@ -38,7 +38,7 @@ class ImageSettings:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        """Turn JSON's lists into tuples and refuse what cannot be meant."""
+        """Turn JSON's lists into tuples and refuse invalid values."""
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if self.mode not in ("square", "pad"):
@@ -91,7 +91,7 @@ def _read_processor_config(path: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """RGB picture -> normalised pixels, float32 ``[3, S, S]``.
+    """RGB picture -> normalized pixels, float32 ``[3, S, S]``.
 
     Equal to transformers 4.37's ``CLIPImageProcessor`` (``square``) and to LLaVA's ``expand2square`` followed by it
     (``pad``) to 1e-5.
@@ -106,7 +106,7 @@ def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _values(settings: ImageSettings) -> np.ndarray:
-    """What each of a channel's 256 levels becomes: float32 ``[3, 256]``."""
+    """The normalized value of each of the 256 levels per channel: float32 ``[3, 256]``."""
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # 4.37 multiplies in float64, then rounds
     mean, std = (np.asarray(x, np.float32)[:, None] for x in (settings.mean, settings.std))
     return cast("np.ndarray", (levels - mean) / std)

@@ -1,4 +1,4 @@
-"""Windows: which values of a grey image are shown between black and white. Pure."""
+"""Windows: the values of a gray image that are shown between black and white. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WindowFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 
 @dataclass(frozen=True)
 class Window:
-    """Which values are shown between black and white, in the units after the modality LUT (HU for CT).
+    """The values that are shown between black and white, in the units after the modality LUT (HU for CT).
 
     ``explanation`` says where it comes from. ``function`` is the standard's VOI LUT function (PS3.3 C.11.2.1.3).
     """
@@ -49,10 +49,10 @@ def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
 
 
 def window_of_values(seen: np.ndarray, what: str = "frame", counts: np.ndarray | None = None) -> Window:
-    """A window for pixels that bring none: percentiles 0.5 to 99.5, so that a few marker pixels change nothing.
+    """A window for pixels without one: percentiles 0.5 to 99.5, so that a few marker pixels have no effect.
 
-    ``seen`` holds the values of all pixels that count, of any shape, or with ``counts`` each value once and how often
-    it occurs. ``what`` stands in the explanation.
+    ``seen`` holds the values of all pixels to consider, in any shape; with ``counts``, it holds each value once, and
+    ``counts`` how often it occurs. ``what`` is used in the explanation.
     """
     seen = seen.ravel()
     if counts is not None:

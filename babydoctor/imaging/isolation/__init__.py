@@ -1,12 +1,14 @@
-"""Decoding in processes of their own: a file that crashes, hangs or swells costs its own request an error.
+"""Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its own
+request.
 
-``load_image``, ``load_pixels`` and ``render`` do what their namesakes do, in one of a few processes that start once and
-are replaced when one dies. Each request has a limit of CPU seconds, of address space and of pixels
-(``limits.DecodeLimits``). The size in the header is known before anything is decoded, so that large images wait until
-the memory of all requests together stays within a budget.
+``load_image``, ``load_pixels`` and ``render`` do the same as the functions of these names elsewhere, in one of a few
+processes that start once and are replaced when they die. Each request has limits of CPU seconds, address space and
+pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images wait until all
+requests together stay within a memory budget.
 
-The protocol (``process`` and ``child``): request and file go to the process through a socket. For a large image it
-answers with the need that the header states, and waits for permission. It leaves the pixels in shared memory.
+The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image
+it replies with the memory that it needs according to the header, and waits for permission. It returns pixels in shared
+memory.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 
 
 def serve(connection: socket.socket, shared: int) -> None:
-    """The decoding process: answer requests until the other side is gone."""
+    """Run the decoding process: answer requests until the parent closes the socket."""
     import pydicom.pixels  # noqa: F401  (a third of a second, so before the first request)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,7 +82,7 @@ def _answer(request: dict[str, Any], data: bytes, base: int, shared: int, answer
 
 
 def _limit(address_space: int, seconds: float) -> None:
-    """Limits of this process from now on: the system ends it with SIGPROF when its CPU time is used up."""
+    """Set limits for this process. The system ends it with SIGPROF when its CPU time is used up."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
