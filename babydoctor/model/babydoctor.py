@@ -20,7 +20,7 @@ from babydoctor.model.packed.attention import DENSE_ATTENTION_NAME, register_att
 from babydoctor.model.packed.decoder_layer import decoder_layer
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 from babydoctor.model.packed.loss import summed_cross_entropy
-from babydoctor.model.packed.module_call import call_module
+from babydoctor.model.packed.module_call import call_module, has_hooks
 from babydoctor.model.vision import num_patches, patch_features
 
 
@@ -134,6 +134,9 @@ class BabyDoctor(nn.Module):
         weight = next(self.projector.parameters())
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return None
+        if has_hooks(self.vision):  # ZeRO-3: every rank must gather the tower's weights, or the others wait for it
+            size = self.vision.config.image_size
+            return self.encode_images(torch.zeros((1, 3, size, size), device=weight.device))[:0]
         shape = (0, self.num_patches, self.vision.config.hidden_size)
         return self.projector(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
 

@@ -14,8 +14,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.train.strategy import strategy_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter besides its number of steps. Sharding engines run no other optimizer."""
@@ -142,6 +144,10 @@ class Trainee:
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+        if strategy_of(accelerator) == "zero3":  # gather a decoder layer's weights together
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, [LlamaDecoderLayer])
         self.engine, self.optimizer = accelerator.prepare(model, optimizer)
         self.is_main = accelerator.is_main_process
         self._state: PlainState | ZeroState

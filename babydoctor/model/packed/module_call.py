@@ -16,7 +16,7 @@ def call_module(
     module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
     """``function(x)``, with the hooks of ``module(x)`` before and after it where the module has any."""
-    if not (module._forward_pre_hooks or module._forward_hooks):
+    if not has_hooks(module):
         return function(x)
     own = module.__dict__.get("forward")
     module.forward = function
@@ -27,3 +27,8 @@ def call_module(
             del module.forward
         else:
             module.forward = own
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's forward pass."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
