@@ -71,6 +71,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     enter(tab)
     choose_model(tab, "scripted")
     load(tab, named_picture())
+    expect(tab.locator("#bd-viewer img")).to_be_visible()
     # The question is asked at once, whether or not the search has ended.
     ask(tab, "What is this?")
     wait_for_answer(tab)

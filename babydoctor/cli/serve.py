@@ -161,6 +161,7 @@ def web(
             # The web UI sends the controller's key for its users, so users on other machines must sign in with a key.
             sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,
             feedback_file=Path(own.feedback_file) if own.feedback_file else None,
+            pacs=own.dicomweb,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,21 @@ class WorkerSettings(Section):
     )
 
 
+class DicomWebServer(Section):
+    """A PACS that the web UI reads from. Its credentials come from the environment."""
+
+    name: str = Field(min_length=1, max_length=40, description="as users see it")
+    url: str = Field(pattern=r"^https?://\S+$", description="root of its DICOMweb services")
+    write_back: bool = Field(False, description="users may store an answer there as a structured report")
+    ca_file: str | None = Field(None, description="certificates that its HTTPS is checked with; null: the public ones")
+    timeout_s: float = Field(20, gt=0, description="for each answer of the server")
+
+    @property
+    def credentials_variable(self) -> str:
+        """Environment variable with ``user:password``, or with a bearer token, which has no colon."""
+        return "BABYDOCTOR_DICOMWEB_" + re.sub(r"\W", "_", self.name.upper(), flags=re.ASCII)
+
+
 class PageSettings(Section):
     """The web UI."""
 
@@ -113,6 +129,7 @@ class PageSettings(Section):
     feedback_file: str | None = Field(
         "feedback/feedback.jsonl", description="file for the feedback of users who consent; null: no feedback"
     )
+    dicomweb: tuple[DicomWebServer, ...] = Field((), description="PACS that users may load images from")
 
 
 class ServeSettings(Section):

@@ -21,6 +21,7 @@ from babydoctor.serve.api.admission import Keys
 from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
+from babydoctor.serve.settings import DicomWebServer
 
 FOLDER = Path(__file__).parent
 
@@ -95,6 +96,7 @@ def build_page_app(
     api_key: str | None = None,
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
+    pacs: Sequence[DicomWebServer] = (),
 ) -> FastAPI:
     """The web UI as an ASGI application.
 
@@ -103,6 +105,7 @@ def build_page_app(
         api_key: the key that the controller wants.
         sign_in_keys: keys of which users must enter one; none: the web UI is open.
         feedback_file: JSON lines are appended there; None: no feedback is taken.
+        pacs: the PACS that users may load images from.
     """
     import gradio as gr
 
@@ -112,7 +115,7 @@ def build_page_app(
 
     uploads = Uploads()
     client = ControllerClient(controller_url, api_key)
-    web_ui = WebUI(client, uploads, feedback_file)
+    web_ui = WebUI(client, uploads, feedback_file, pacs)
 
     async def sweep() -> None:
         while True:
@@ -171,6 +174,7 @@ def run_page(
     api_key: str | None = None,
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
+    pacs: Sequence[DicomWebServer] = (),
 ) -> None:
     """Serve the web UI until a signal comes.
 
@@ -180,7 +184,9 @@ def run_page(
     from babydoctor.serve.server import bind, run_server
 
     sock = bind("page", host, port)
-    app: Any = build_page_app(controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file)
+    app: Any = build_page_app(
+        controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file, pacs=pacs
+    )
 
     async def drain() -> None:
         app.state.web_ui.sessions.stop_all()

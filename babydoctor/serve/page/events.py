@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
 from babydoctor.serve.page.image_handlers import ImageHandlers
 from babydoctor.serve.page.layout import Layout, script
+from babydoctor.serve.page.pacs.handlers import PacsHandlers, StoreHandlers
 from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
+from babydoctor.serve.settings import DicomWebServer
 
 # Nothing goes through Gradio's queue: its stream to the browser breaks with the connection, and a running answer with
 # it. Answers are written by tasks of the server, and a timer in the tab asks for them.
@@ -43,9 +46,17 @@ class WebUI:
         client: asks the controller.
         uploads: files that wait to be taken.
         feedback_file: None: no feedback is taken.
+        pacs: the PACS that images may be loaded from.
     """
 
-    def __init__(self, client: ControllerClient, uploads: Uploads, feedback_file: Path | None) -> None:
+    def __init__(
+        self,
+        client: ControllerClient,
+        uploads: Uploads,
+        feedback_file: Path | None,
+        pacs: Sequence[DicomWebServer] = (),
+    ) -> None:
+        self.pacs = pacs
         self.client = client
         self.uploads = uploads
         self.feedback_file = feedback_file
@@ -55,13 +66,15 @@ class WebUI:
     def build(self) -> gr.Blocks:
         """Make the components and connect them with their handlers."""
         with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
-            self.ui = Layout([*self.examples.values()], self.feedback_file is not None)
+            self.ui = Layout([*self.examples.values()], self.feedback_file is not None, self.pacs)
             self.images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
             self.text = TextHandlers(self.ui, self.sessions, self.client)
             self.talk = ConversationHandlers(self.ui, self.sessions, self.client, self.text)
             self._connect_tab(demo)
             self._connect_image()
             self._connect_chat()
+            if self.pacs:
+                self._connect_pacs()
         return demo
 
     @property
@@ -117,6 +130,26 @@ class WebUI:
         for change in changed:
             change.then(self.text.on_view, None, text, **LATEST)
         ui.text_boxes.select(self.text.on_box, None, text, **PRIVATE)
+
+    def _connect_pacs(self) -> None:
+        handlers = PacsHandlers(self.ui, self.sessions, self.client, self.images, self.pacs)
+        panel, store = self.ui.pacs, self.ui.store
+        form = [panel.server, panel.patient, panel.accession, panel.date]
+        searches = [panel.search.click, panel.patient.submit, panel.accession.submit, panel.date.submit]
+        gr.on(searches, handlers.on_search, form, [panel.results, panel.status], **ONCE)
+        picked = [panel.results, panel.status, panel.image, panel.patient, panel.accession]
+        loaded = [*self._image, *self._chat]
+        text = [self.ui.viewer, self.ui.text_boxes, self.ui.image_status]
+        loads = [
+            panel.results.select(handlers.on_pick, None, [*picked, *loaded], **ONCE),
+            panel.image.input(handlers.on_image, [panel.image], [panel.status, *loaded], **LATEST),
+        ]
+        for load in loads:
+            load.then(self.text.on_view, None, text, **LATEST)
+        shown = [panel.image, panel.status]
+        gr.on([self.ui.drop.upload, self.ui.gallery.select], handlers.on_shown, None, shown, **PRIVATE)
+        storing = StoreHandlers(self.ui, self.sessions, self.client)
+        store.store.click(storing.on_store, [store.agree], [store.agree, store.status], **ONCE)
 
     def _connect_chat(self) -> None:
         ui, talk = self.ui, self.talk

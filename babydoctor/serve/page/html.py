@@ -15,6 +15,7 @@ from markupsafe import Markup
 from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
+from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
 from babydoctor.serve.page.scan import Scan, View, describe
 from babydoctor.serve.page.session import Exchange, Session
 
@@ -118,6 +119,16 @@ def facts(scan: Scan | None) -> str:
     searched = texts.BURNED_IN_SEARCHED if is_available() else texts.BURNED_IN_NOTE
     note = texts.BURNED_IN_WARNING if is_warning else searched
     return _render("facts.html", scan=scan, rows=describe(scan), note=note, is_warning=is_warning)
+
+
+def pacs_studies(studies: Sequence[PacsStudy]) -> str:
+    """The studies that a search has found, as buttons."""
+    return _render("pacs.html", studies=studies, series=())
+
+
+def pacs_series(series: Sequence[PacsSeries]) -> str:
+    """The series of a study, as buttons."""
+    return _render("pacs.html", studies=None, series=series)
 
 
 def chat(session: Session | None) -> str:

@@ -53,7 +53,7 @@ class ImageHandlers(Handlers):
         values = event_values(event)
         if "token" not in values:
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
-        return self._load(session, open_scan(self.uploads.take(str(values["token"]))))
+        return self.load(session, open_scan(self.uploads.take(str(values["token"]))))
 
     @shows_errors
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
@@ -64,7 +64,7 @@ class ImageHandlers(Handlers):
             raise PageError("bad_event")
         scan = open_scan(example.load())
         scan.title, scan.truth = example.title, example.truth
-        return self._load(session, scan) | {self.ui.question: example.question}
+        return self.load(session, scan) | {self.ui.question: example.question}
 
     @shows_errors
     def on_frame(self, frame: float | None, request: gr.Request) -> Changes:
@@ -129,7 +129,8 @@ class ImageHandlers(Handlers):
             self.ui.width: gr.Slider(minimum=at.narrowest, maximum=at.widest, step=at.step, value=_short(at.width)),
         }
 
-    def _load(self, session: Session, scan: Scan) -> Changes:
+    def load(self, session: Session, scan: Scan) -> Changes:
+        """Show another image, which begins a new conversation."""
         session.load(scan)
         return self.show_scan(session) | self.chat(session) | self.no_overlay() | {self.ui.status: ""}
 

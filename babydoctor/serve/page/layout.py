@@ -11,10 +11,12 @@ from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
+from babydoctor.serve.page.pacs.panel import PacsPanel, StorePanel
 from babydoctor.serve.page.scan import FILE_WINDOW
 from babydoctor.serve.page.session import KEEP_MIN
 from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS
 from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
+from babydoctor.serve.settings import DicomWebServer
 
 REFRESH_S = 5
 """How often an open tab asks which models are running."""
@@ -82,9 +84,12 @@ class Layout:
     Args:
         examples: the example cases.
         takes_feedback: False hides the feedback form.
+        pacs: the PACS that images may be loaded from.
     """
 
-    def __init__(self, examples: Sequence[ExampleCase], takes_feedback: bool) -> None:
+    def __init__(
+        self, examples: Sequence[ExampleCase], takes_feedback: bool, pacs: Sequence[DicomWebServer] = ()
+    ) -> None:
         # Kept in the browser's local storage; neither value is a secret.
         self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
         self.preferences = gr.BrowserState(None, storage_key="babydoctor-settings", secret="not a secret")
@@ -100,11 +105,12 @@ class Layout:
         self._build_gate()
         with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
             with gr.Column(scale=5, min_width=340):
-                self._build_image(examples)
+                self._build_image(examples, pacs)
             with gr.Column(scale=6, min_width=340):
                 self._build_chat()
                 self._build_look_and_settings()
                 self._build_feedback(takes_feedback)
+                self.store = StorePanel(pacs)
 
     def _build_gate(self) -> None:
         with gr.Column(elem_id="bd-gate", visible=True) as self.gate:
@@ -112,9 +118,10 @@ class Layout:
             self.agree = gr.Checkbox(False, label="I have read this and will use BabyDoctor for research only")
             self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
 
-    def _build_image(self, examples: Sequence[ExampleCase]) -> None:
+    def _build_image(self, examples: Sequence[ExampleCase], pacs: Sequence[DicomWebServer]) -> None:
         self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES), "bd-drop", "dropZone(element, trigger)")
         self.image_status = _html("", "bd-image-status")
+        self.pacs = PacsPanel(pacs, script(BUTTONS))
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
         self.viewer = _html(show.viewer(None), "bd-viewer")
         self.text_boxes = _html("", "bd-text-boxes", BUTTONS)

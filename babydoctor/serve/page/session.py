@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from babydoctor.schema import IMAGE_TOKEN, Turn
+from babydoctor.serve.page.pacs.picker import PacsPicker
 from babydoctor.serve.page.scan import Scan, View
 from babydoctor.serve.page.texts import PageError
 
@@ -78,6 +79,7 @@ class Session:
     exchanges: list[Exchange] = field(default_factory=list)
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
+    pacs: PacsPicker = field(default_factory=PacsPicker, repr=False)
     image_mode: str = "pad"
     problem: str = ""
     """Code of what went wrong with the last answer, until it has been shown."""

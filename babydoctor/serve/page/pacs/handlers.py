@@ -1,0 +1,158 @@
+"""Handlers of the PACS: search, pick a series, another image of it, store an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from babydoctor.schema import UserError
+from babydoctor.serve.page import html as show
+from babydoctor.serve.page.controller_client import ControllerClient
+from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
+from babydoctor.serve.page.image_handlers import ImageHandlers
+from babydoctor.serve.page.layout import Layout
+from babydoctor.serve.page.pacs.client import PacsClient, StudyQuery
+from babydoctor.serve.page.scan import open_scan
+from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.settings import DicomWebServer
+
+
+class PacsHandlers(Handlers):
+    """Handlers of the PACS. What they show of a patient is in the picker alone.
+
+    Args:
+        images: shows what was loaded.
+        servers: the PACS of ``page.dicomweb``.
+    """
+
+    def __init__(
+        self,
+        ui: Layout,
+        sessions: Sessions,
+        client: ControllerClient,
+        images: ImageHandlers,
+        servers: Sequence[DicomWebServer],
+    ) -> None:
+        super().__init__(ui, sessions, client)
+        self.images = images
+        self.pacs = {server.name: PacsClient(server) for server in servers}
+
+    @property
+    def status(self) -> Any:
+        return self.ui.pacs.status
+
+    @shows_errors
+    def on_search(self, server: str, patient: str, accession: str, date: str, request: gr.Request) -> Changes:
+        """Search for studies."""
+        session = self.sessions.accepted(request.session_hash)
+        if server not in self.pacs:
+            raise PageError("bad_event")
+        picker = session.pacs
+        picker.client = self.pacs[server]
+        picker.forget_patients()
+        picker.studies = picker.client.search(StudyQuery(patient or "", accession or "", date or ""))
+        return {self.ui.pacs.results: show.pacs_studies(picker.studies)}
+
+    @shows_errors
+    def on_pick(self, event: gr.EventData, request: gr.Request) -> Changes:
+        """A study or a series was chosen. The image in the middle of the series is loaded."""
+        session = self.sessions.accepted(request.session_hash)
+        picker, values = session.pacs, event_values(event)
+        if picker.client is None:
+            raise PageError("session_lost")
+        if "back" in values:
+            return {self.ui.pacs.results: show.pacs_studies(picker.studies)}
+        if "study" in values:
+            picker.series = picker.client.series(_chosen(picker.studies, values["study"]))
+            return {self.ui.pacs.results: show.pacs_series(picker.series)}
+        series = _chosen(picker.series, values.get("series"))
+        picker.instances = picker.client.instances(series)
+        if not picker.instances:
+            raise PageError("pacs_no_images")
+        changes = self._load(session, len(picker.instances) // 2)
+        picker.forget_patients()
+        number = len(picker.instances)
+        slider = gr.Slider(maximum=max(2, number), value=picker.image + 1, visible=number > 1)
+        return changes | {
+            self.ui.pacs.results: "",
+            self.ui.pacs.image: slider,
+            self.ui.pacs.patient: "",
+            self.ui.pacs.accession: "",
+        }
+
+    @shows_errors
+    def on_image(self, number: float | None, request: gr.Request) -> Changes:
+        """Another image of the series."""
+        session = self.sessions.accepted(request.session_hash)
+        if not session.pacs.instances:
+            raise PageError("session_lost")
+        last = len(session.pacs.instances)
+        return self._load(session, int(min(max(number or 1, 1), last)) - 1)
+
+    @shows_errors
+    def on_shown(self, request: gr.Request) -> Changes:
+        """Another image was shown: the number of an image in a series only belongs to images of a PACS."""
+        session = self.sessions.accepted(request.session_hash)
+        if session.scan is session.pacs.origin:
+            return {}
+        session.pacs.instances = []
+        return {self.ui.pacs.image: gr.Slider(visible=False)}
+
+    def _load(self, session: Session, image: int) -> Changes:
+        picker = session.pacs
+        assert picker.client is not None
+        scan = open_scan(picker.client.fetch(picker.instances[image]))
+        picker.image, picker.origin = image, scan
+        return self.images.load(session, scan)
+
+
+class StoreHandlers(Handlers):
+    """Handler of the form that stores an answer."""
+
+    @property
+    def status(self) -> Any:
+        return self.ui.store.status
+
+    @shows_errors
+    def on_store(self, agree: bool, request: gr.Request) -> Changes:
+        """Store the last answer as a structured report in the PACS that the image came from."""
+        from babydoctor.serve.page.pacs.report import build_report
+
+        session = self.sessions.accepted(request.session_hash)
+        scan, client, last = session.scan, session.pacs.client, session.last
+        if scan is None or scan.dicom is None or client is None or scan is not session.pacs.origin:
+            raise PageError("pacs_not_from_here")
+        if not client.server.write_back:
+            raise PageError("pacs_read_only")
+        if agree is not True:
+            raise PageError("no_consent")
+        if last is None or not last.answer or session.is_answering:
+            raise PageError("no_answer")
+        try:
+            report = build_report(
+                scan.dicom.dataset,
+                question=last.question,
+                answer=last.answer.strip(),
+                model=last.model,
+                view=last.view.caption or "as stored",
+                frame=scan.frame,
+            )
+        except UserError:  # its text may quote the file
+            raise PageError("pacs_no_report") from None
+        client.store(report)
+        note = f"Stored in {client.server.name} as a research report, marked “not for clinical use”."
+        return {self.ui.store.agree: False, self.status: show.status(note, "info")}
+
+
+def _chosen(items: Sequence[Any], index: Any) -> Any:
+    """The item of a pressed button.
+
+    Raises:
+        PageError: there is no such item (any more).
+    """
+    if not str(index).isdecimal() or int(str(index)) >= len(items):
+        raise PageError("bad_event")
+    return items[int(str(index))]

@@ -1,0 +1,89 @@
+"""An answer as a DICOM structured report that says it is research and not for clinical use."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from babydoctor.imaging.dicom_safety import reading_values
+from babydoctor.serve.page.texts import RESEARCH_NOTICE
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+SERIES_DESCRIPTION = "BabyDoctor research result - NOT FOR CLINICAL USE"
+SERIES_NUMBER = 9901
+
+
+def build_report(source: Dataset, *, question: str, answer: str, model: str, view: str, frame: int = 0) -> Dataset:
+    """A Comprehensive SR (PS3.3 A.35.3) with one question and one answer about one image.
+
+    It is partial, not verified, belongs to the study of the source image, and refers to that image. Patient and study
+    attributes are copied from it, as a PACS needs them to file the report.
+
+    Args:
+        source: the image's data set.
+        question: as the user asked it.
+        answer: as the model wrote it.
+        model: name of the model.
+        view: how the image was shown to the model: frame, window, hidden text.
+        frame: index of the frame in a multi-frame image.
+
+    Raises:
+        ImageError: the image lacks an attribute that the standard requires.
+    """
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    question_name = hd.sr.CodedConcept("question", "99BABYDOCTOR", "Question to the research model")
+    answer_name = hd.sr.CodedConcept("answer", "99BABYDOCTOR", "Answer of the research model")
+    observer = hd.sr.ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
+            uid=hd.UID(), name="BabyDoctor", manufacturer_name="BabyDoctor", model_name=model
+        ),
+    )
+    contains = hd.sr.RelationshipTypeValues.CONTAINS
+    root = hd.sr.ContainerContentItem(
+        name=codes.LN.DiagnosticImagingReport, is_content_continuous=False, template_id=None
+    )
+    language = hd.sr.LanguageOfContentItemAndDescendants(hd.sr.CodedConcept("en", "RFC5646", "English"))
+    items: list[Any] = [*language, *observer]
+    for name, text in (
+        (codes.DCM.Comment, f"NOT FOR CLINICAL USE. {RESEARCH_NOTICE}"),
+        (question_name, question),
+        (answer_name, answer),
+        (codes.DCM.Comment, f"Image as shown to the model: {view}"),
+    ):
+        items.append(hd.sr.TextContentItem(name=name, value=text, relationship_type=contains))
+    items.append(
+        hd.sr.ImageContentItem(
+            name=codes.DCM.SourceImage,
+            referenced_sop_class_uid=str(source.SOPClassUID),
+            referenced_sop_instance_uid=str(source.SOPInstanceUID),
+            referenced_frame_numbers=[frame + 1] if int(source.get("NumberOfFrames") or 1) > 1 else None,
+            relationship_type=contains,
+        )
+    )
+    root.ContentSequence = hd.sr.ContentSequence(items)
+    with warnings.catch_warnings(), reading_values("the image"):
+        warnings.simplefilter("ignore")  # highdicom quotes a patient's name that it finds odd
+        report = hd.sr.ComprehensiveSR(
+            evidence=[source],
+            content=root,
+            series_instance_uid=hd.UID(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer="BabyDoctor",
+            is_complete=False,
+            is_verified=False,
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            manufacturer_model_name=model,
+            software_versions=version("babydoctor"),
+            series_description=SERIES_DESCRIPTION,
+        )
+    report.SpecificCharacterSet = "ISO_IR 192"
+    return report
