@@ -165,7 +165,7 @@ def test_attention_and_details_pass_through(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     body = generation(png()) | {"answer": "a scan"}
     reply = call(controller, "/worker_attention", body)
-    assert reply.json() == call(tiny_worker(), "/worker_attention", body).json() and reply.json()["grid"] == [4, 4]
+    assert reply.json() == call(tiny_worker(), "/worker_attention", body).json() and reply.json()["grid"] == [8, 8]
     assert call(controller, "/worker_attention", body | {"images": []}).status_code == 422
     assert call(controller, "/model_details", {"model": "tiny"}).json()["template"] == "llava_llama_2"
     assert call(controller, "/count_token", {"model": "tiny", "prompt": "x"}).json()["count"] == 2

@@ -313,25 +313,6 @@ def test_adapters_and_4_bit_layers_run_without_merging(tokenizer):
 
 
 @torch.no_grad()
-def test_attention_map_is_that_of_eager_attention(model, tokenizer):
-    request = build_request(19)
-    answer = reference(model, request)[:6]
-    with Engine(model, tokenizer, settings()) as engine:
-        given = engine.attention_map(request, answer, timeout_s=60)
-    ids = torch.from_numpy(np.concatenate([request.input_ids, answer]).astype(np.int64))[None]
-    mask = torch.from_numpy(np.concatenate([request.image_mask, np.zeros(6, bool)]))[None]
-    embeds = model.embed(ids, mask, model.encode_images(torch.from_numpy(request.images[0].pixels)[None]))
-    model.language_model.set_attn_implementation("eager")
-    try:
-        layers = model.language_model(inputs_embeds=embeds, output_attentions=True).attentions
-    finally:
-        model.language_model.set_attn_implementation("sdpa")
-    start = len(request.input_ids) - 1
-    expected = torch.stack(layers).mean((0, 2))[0, start : start + 6][:, mask[0]]
-    assert given.shape == (6, PATCHES)
-    np.testing.assert_allclose(given, expected.numpy(), atol=1e-5)
-
-
 def test_settings_name_what_is_wrong(model, tokenizer):
     with pytest.raises(UserError, match="max_running=0"):
         EngineSettings(max_running=0)

@@ -151,13 +151,15 @@ def test_where_it_looked(worker: Server):
     answer = llava_answer(worker.url, generation(png()))
     body = {"model": "tiny", "prompt": PROMPT, "answer": answer, "images": [bare_base64(png())]}
     reply = post(worker, body, "/worker_attention").json()
-    assert reply["grid"] == [4, 4] and "".join(token["text"] for token in reply["tokens"]) == answer
-    for token in reply["tokens"]:
-        assert len(token["weights"]) == 16 and min(token["weights"]) >= 0 and 0 < sum(token["weights"]) < 1
+    assert reply["grid"] == [8, 8] and "".join(token["text"] for token in reply["tokens"]) == answer
+    assert reply["method"] == "occlusion" and reply["localization"] is None
+    assert all(len(token["weights"]) == 64 and any(token["weights"]) for token in reply["tokens"])
+    assert post(worker, body, "/worker_attention").json() == reply  # kept
     other = post(worker, body | {"images": [bare_base64(png(1))]}, "/worker_attention").json()
     assert other != reply
     assert post(worker, body | {"prompt": "no image", "images": []}, "/worker_attention").status_code == 422
     assert post(worker, body | {"answer": ""}, "/worker_attention").status_code == 422
+    assert post(worker, body | {"method": "attention"}, "/worker_attention").status_code == 422
     assert post(worker, body | {"answer": "x" * 9000}, "/worker_attention").status_code == 422
 
 

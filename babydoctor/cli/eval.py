@@ -76,6 +76,10 @@ def run(
     resamples: Annotated[int, typer.Option(min=100, help="bootstrap resamples and permutations")] = 2000,
     seed: Annotated[int, typer.Option(help="seed of sampling, shuffling and resampling")] = 0,
     metric: Annotated[Optional[list[str]], typer.Option(help="additional caption metrics: meteor, bertscore")] = None,  # noqa: UP045
+    localization: Annotated[
+        bool,
+        typer.Option("--localization", help="phantom: measure whether 'Where it looked' finds the finding"),
+    ] = False,
     device: Annotated[Optional[str], typer.Option(help="default: cuda if available, else cpu")] = None,  # noqa: UP045
     update_model_card: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
@@ -97,6 +101,11 @@ def run(
         raise UserError("--endpoint URL and --model NAME belong together")
     if endpoint is None:
         prepare_inference()
+    if localization:
+        if task != "phantom" or run_directory is None:
+            raise UserError("--localization needs a run directory and --task phantom")
+        _measure_localization(run_directory, Path(data), out, max_questions)
+        return
     task_config = TaskConfig(
         task=task,
         data=data,
@@ -135,6 +144,26 @@ def run(
     if update_model_card is not None:
         update_card(update_model_card, result)
         print(f"updated: {update_model_card}")
+
+
+def _measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int) -> None:
+    from babydoctor.eval.localization import DEFAULT_CASES, evaluate_localization
+    from babydoctor.progress import named_progress
+
+    num_cases = max_cases or DEFAULT_CASES
+    with named_progress() as update:
+        summary = evaluate_localization(
+            run, phantoms, out, num_cases=num_cases, progress=lambda done, total: update("maps", done, total)
+        )
+    print(f"{summary['num_cases']} held-out phantoms; a finding covers {summary['finding_share']:.1%} of the image")
+    for name, text in (
+        ("on_finding", "peak on the finding"),
+        ("near_finding", "peak within half a patch of it"),
+        ("auc", "area under the ROC curve of pixels"),
+    ):
+        figure = summary[name]
+        print(f"  {text}: {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
+    print(f"recorded in {run / 'manifest.json'}; cases: {out / 'localization.json'}")
 
 
 def _print_result(result: dict[str, Any]) -> None:

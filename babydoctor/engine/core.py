@@ -6,53 +6,60 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.kv_cache import KVCache
-from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
+from babydoctor.engine.prompt import PromptEmbedder
 from babydoctor.engine.request import (
     EngineClosedError,
     EngineError,
     Event,
     FinishReason,
     GenerationHandle,
-    GenerationRequest,
     RequestFailedError,
 )
 from babydoctor.engine.sampling import likeliest
 from babydoctor.engine.scheduler import StepWork, has_room, mark_computed, plan_batch
-from babydoctor.engine.sequence import Sequence, build_content
+from babydoctor.engine.sequence import Sequence
 from babydoctor.engine.stats import EngineStats
-from babydoctor.model.image_attention import image_attention
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MapRequest:
-    """An attention map to compute: of the tokens ``answer_ids`` after the prompt of ``request``."""
+class Job(Protocol):
+    """Other work with the model, done in pieces between the steps of running answers."""
 
-    request: GenerationRequest
-    answer_ids: tuple[int, ...]
-    result: Future[np.ndarray]
+    def run(self) -> Iterator[float]:
+        """Do the work; yields the share that is done after each piece."""
+        ...
+
+
+@dataclass(eq=False)
+class RunningJob:
+    """A job, and where its caller sees how far it is."""
+
+    job: Job
+    ended: Future[None]
+    share: float = 0.0
+    pieces: Iterator[float] | None = None
 
 
 class EngineCore:
     """Requests of one engine and the steps that answer them.
 
-    ``changed`` guards what other threads read and write: ``waiting``, ``map_requests``, ``num_running``,
+    ``changed`` guards what other threads read and write: ``waiting``, ``jobs``, ``num_running``,
     ``num_ending``, ``accepting``, ``stopping`` and ``stats.finished``. Everything else belongs to the engine's thread.
     """
 
     def __init__(
         self,
-        model: VisionLanguageModel,
         decoder: Decoder,
         embedder: PromptEmbedder,
         *,
@@ -62,14 +69,13 @@ class EngineCore:
         self.kv_cache: KVCache = decoder.kv_cache
         self.changed = threading.Condition()
         self.waiting: deque[Sequence] = deque()
-        self.map_requests: deque[MapRequest] = deque()
+        self.jobs: deque[RunningJob] = deque()
         self.num_running = 0
         self.num_ending = 0  # requests that have ended and whose last event is not published yet
         self.accepting = True
         self.stopping = False
         self.step_began_s: float | None = None
         self.stats = EngineStats(max_running=self.kv_cache.max_running, kv_bytes=self.kv_cache.num_bytes)
-        self._model = model
         self._decoder = decoder
         self._embedder = embedder
         self._eos = eos
@@ -98,22 +104,23 @@ class EngineCore:
             for sequence in [*self._running, *self.waiting]:
                 self._end(sequence, reason, failure)
             self._publish()
-            for map_request in self.map_requests:
-                map_request.result.set_exception(EngineClosedError("the engine is closed"))
+            for job in self.jobs:
+                if job.ended.set_running_or_notify_cancel():
+                    job.ended.set_exception(EngineClosedError("the engine is closed"))
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work. False if the engine is closing."""
         with self.changed:
             self.changed.wait_for(
-                lambda: self.stopping or self.waiting or self._running or self.map_requests,
+                lambda: self.stopping or self.waiting or self._running or self.jobs,
             )
             return not self.stopping
 
     def _step(self) -> None:
         """End cancelled and late requests, admit waiting ones, compute one step and give out its tokens."""
         self._end_cancelled_and_late()
-        if self.map_requests:
-            self._compute_map(self.map_requests.popleft())
+        if self.jobs:
+            self._advance_job()
         self._admit()
         batch = plan_batch(self._running, self._rows_per_step)
         if batch.sequences:
@@ -142,17 +149,24 @@ class EngineCore:
                 self.num_ending = 0
                 self.changed.notify_all()
 
-    def _compute_map(self, wanted: MapRequest) -> None:
-        request, num_answer = wanted.request, len(wanted.answer_ids)
+    def _advance_job(self) -> None:
+        """Do one piece of the first job."""
+        running = self.jobs[0]
+        if running.pieces is None:
+            running.pieces = running.job.run()
         try:
-            mask = np.concatenate([np.asarray(request.image_mask, bool), np.zeros(num_answer, bool)])  # [T + A]
-            ids = np.concatenate([np.asarray(request.input_ids), np.asarray(wanted.answer_ids)])  # [T + A]
-            content = build_content(ids, mask, tuple(image.key for image in request.images))
-            embeds = self._embedder.embed(ids, content, request.images)  # [T + A, D]
-            weights = image_attention(self._model.language_model, embeds, torch.from_numpy(mask), num_answer)
-            wanted.result.set_result(weights.numpy())
+            if not running.ended.cancelled():
+                running.share = next(running.pieces)
+                return
+        except StopIteration:
+            running.share = 1.0
+            if running.ended.set_running_or_notify_cancel():
+                running.ended.set_result(None)
         except Exception as error:
-            wanted.result.set_exception(error)
+            if running.ended.set_running_or_notify_cancel():
+                running.ended.set_exception(error)
+        with self.changed:
+            self.jobs.popleft()
 
     def _end_cancelled_and_late(self) -> None:
         now = time.monotonic()

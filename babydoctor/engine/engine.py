@@ -10,21 +10,19 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from babydoctor.engine.backend import build_decoder, build_embedder
-from babydoctor.engine.core import EngineCore, MapRequest
+from babydoctor.engine.core import EngineCore, Job, RunningJob
 from babydoctor.engine.kv_cache import FeatureCache
 from babydoctor.engine.prompt import VisionLanguageModel
 from babydoctor.engine.request import (
     EngineClosedError,
     GenerationHandle,
     GenerationRequest,
-    InvalidRequestError,
     PromptTooLongError,
     QueueFullError,
 )
@@ -53,7 +51,6 @@ class Engine:
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer)
         self._core = EngineCore(
-            model,
             self.decoder,
             build_embedder(model, self.decoder, self.features),
             eos=self.eos,
@@ -136,32 +133,19 @@ class Engine:
                 kv_used=self.kv_cache.used_fraction,
             )
 
-    def attention_map(
-        self, request: GenerationRequest, answer_ids: Iterable[int], timeout_s: float | None = None
-    ) -> np.ndarray:
-        """Where the model looked while it gave this answer. Computed between two steps of the running answers.
-
-        Returns:
-            Float32 ``[A, N * P]``: the attention of each answer token to each image position; see
-            ``model.image_attention``.
+    def start_job(self, job: Job) -> RunningJob:
+        """Do other work with the model between the steps of running answers. Its ``ended`` can be cancelled.
 
         Raises:
-            InvalidRequestError, PromptTooLongError, EngineClosedError: it cannot be computed.
-            TimeoutError: it is not done after ``timeout_s``.
+            EngineClosedError: the engine is closed.
         """
-        self._check(request)
-        answer = tuple(answer_ids)
-        if not request.images or not answer:
-            raise InvalidRequestError("an attention map needs an image and an answer")
-        if len(request.input_ids) + len(answer) > self.max_context:
-            raise PromptTooLongError(f"prompt and answer take more than {self.max_context} positions")
-        result: Future[np.ndarray] = Future()
+        running = RunningJob(job, Future())
         with self._core.changed:
             if self._core.stopping or not self._thread.is_alive():
                 raise EngineClosedError("the engine is closed")
-            self._core.map_requests.append(MapRequest(request, answer, result))
+            self._core.jobs.append(running)
             self._core.changed.notify_all()
-        return result.result(timeout_s)
+        return running
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept no new requests and wait for the accepted ones. False if some are left after ``timeout_s``."""

@@ -62,6 +62,11 @@ class BabyDoctor(nn.Module):
         return num_patches(self.vision.config)
 
     @property
+    def patch_size(self) -> int:
+        """Edge of a patch in pixels."""
+        return int(self.vision.config.patch_size)  # type: ignore[arg-type]
+
+    @property
     def device(self) -> torch.device:
         return self.language_model.device
 

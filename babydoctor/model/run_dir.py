@@ -92,6 +92,8 @@ class Manifest(BaseModel):
     """Hub id of the language model and the vision tower -> the commit that was used."""
     data_versions: dict[str, str] = {}
     """Published data set that rows of any stage come from -> the commit on the hub."""
+    localization: dict[str, Any] | None = None
+    """How often the peak of an occlusion map lies on the finding: what ``eval --localization`` measured."""
 
     @property
     def image(self) -> ImageSettings:

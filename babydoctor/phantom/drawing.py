@@ -13,7 +13,7 @@ until the last step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from babydoctor.phantom.shapes import (
 
 MM_PER_UNIT = 180.0
 """The image is 2 units = 360 mm wide."""
+
+VISIBLE_DIFFERENCE = 25
+"""Of 255 gray levels: larger than noise, smaller than any finding's contrast."""
 
 LEVEL_Y = {"upper": -0.42, "middle": -0.02, "lower": 0.38}
 
@@ -270,6 +273,15 @@ def _ultrasound(grid: Grid, case: Case, body: Torso, rng: np.random.Generator) -
 
 
 _DRAW = {"radiograph": _radiograph, "ct": _ct, "mr": _mr, "ultrasound": _ultrasound}
+
+
+def finding_mask(case: Case, size: int) -> np.ndarray:
+    """Where the finding is: bool ``[S, S]``, all false for a normal case.
+
+    The rest of a drawing is the same with and without the finding, so it is where the two differ visibly.
+    """
+    normal = replace(case, finding="none", side=None, level=None, size=None, size_mm=None)
+    return np.abs(draw(case, size).astype(int) - draw(normal, size).astype(int)) > VISIBLE_DIFFERENCE
 
 
 def draw(case: Case, size: int) -> np.ndarray:

@@ -42,7 +42,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     _choose_on_cpu(accelerator)
     problems = list(_find_problems(accelerator, config))
     if problems:
-        raise UserError("accelerate's configuration does not fit:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UserError(
+            "accelerate's configuration does not fit:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
     _configure_deepspeed(accelerator, config)
     return accelerator
 

@@ -6,7 +6,7 @@ fields and further endpoints, which the original's programs ignore.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -126,22 +126,32 @@ class GenerateRequest(Sampling):
 
 
 class AttentionRequest(Body):
-    """Body of ``/worker_attention``: where on the image each word of an answer looked."""
+    """Body of ``/worker_attention``: on which parts of the image each word of an answer depended."""
 
     model: Text = Field("", max_length=512)
     prompt: Text = Field(description="The prompt that was answered, `<image>` for the image.")
     answer: Text = Field(min_length=1, max_length=16_384, description="The answer as received.")
     images: list[str] = Field(max_length=64, description="Bare base64, one for each `<image>`.")
+    method: Literal["occlusion"] = Field(
+        "occlusion", description="occlusion: parts of the image are hidden, and the answer is scored again."
+    )
 
 
 class TokenAttention(BaseModel):
     text: str = Field(description="The piece of the answer; all pieces together are the answer.")
-    weights: list[float] = Field(description="Share of attention that went to each image patch, row by row.")
+    weights: list[float] = Field(
+        description="By how much its log-probability drops when each cell of the image is hidden, row by row. "
+        "Negative: it rises."
+    )
 
 
 class AttentionReply(BaseModel):
-    grid: list[int] = Field(description="Rows and columns of image patches.")
+    grid: list[int] = Field(description="Rows and columns of cells; a cell is half a patch of the vision tower.")
     tokens: list[TokenAttention]
+    method: str = Field("occlusion", description="How the weights were computed.")
+    localization: dict[str, Any] | None = Field(
+        None, description="How often such a map's peak lay on the finding, as `eval --localization` measured it."
+    )
 
 
 class CountTokenRequest(Body):

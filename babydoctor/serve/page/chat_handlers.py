@@ -24,7 +24,7 @@ from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
-from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.texts import PageError, localization_note
 
 Number = float | None
 """Of a number box, which may be empty."""
@@ -169,7 +169,7 @@ class AnswerHandlers(Handlers):
 
     @shows_errors_async
     async def on_look(self, request: gr.Request) -> Changes:
-        """Fetch the attention of the last answer and show it for the whole answer."""
+        """Fetch the occlusion map of the last answer and show it for the whole answer."""
         session = self.sessions.accepted(request.session_hash)
         exchange = session.last
         if exchange is None or not exchange.answer:
@@ -179,6 +179,7 @@ class AnswerHandlers(Handlers):
         reply = await self.client.attention(exchange)
         session.image_mode = await self.client.image_mode(exchange.model)
         session.words = group_words(reply["tokens"], *reply["grid"])
+        session.overlay_note = localization_note(reply.get("localization"))
         if not session.words:
             raise PageError("no_answer")
         buttons = show.word_buttons([word for word, _ in session.words])
@@ -200,7 +201,7 @@ class AnswerHandlers(Handlers):
         view = exchange.view
         word, grid = session.words[index]
         weights = place_on_image(grid, view.width, view.height, session.image_mode)
-        return show.overlay(view, to_data_url(weights), word)
+        return show.overlay(view, to_data_url(weights), word, session.overlay_note)
 
     @shows_errors
     def on_save(

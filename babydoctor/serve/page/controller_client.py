@@ -1,4 +1,4 @@
-"""The web UI as a client of the controller: list of models, a streamed answer, attention. No Gradio."""
+"""The web UI as a client of the controller: list of models, a streamed answer, where it looked. No Gradio."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ControllerClient:
         return int(details.get("image_tokens") or 0) > 0
 
     async def attention(self, exchange: Exchange) -> dict[str, Any]:
-        """Attention of each piece of an answer to the image patches, see ``protocol.AttentionReply``."""
+        """On which parts of the image each piece of an answer depended, see ``protocol.AttentionReply``."""
         body = {
             "model": exchange.model,
             "prompt": exchange.prompt,

@@ -159,14 +159,15 @@ def word_buttons(words: Sequence[str]) -> str:
     return _render("words.html", words=words)
 
 
-def overlay(view: View, overlay_url: str, word: str) -> str:
-    """The image with the attention overlay on it."""
+def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
+    """The image with the occlusion map on it. ``note`` says how far it can be trusted."""
     ratio = view.width / view.height
     return _render(
         "overlay.html",
         view=view,
         overlay_url=overlay_url,
-        what=f"“{word}”" if word else "the whole answer",
+        what=f"“{word}”" if word else "The whole answer",
+        note=note,
         width_px=round(OVERLAY_HEIGHT_PX * ratio),
         ratio=f"{ratio:.4f}",
     )

@@ -1,4 +1,4 @@
-"""Attention weights -> words, and transparent pictures that are laid over the image. Pure functions."""
+"""Weights of an occlusion map -> words, and transparent pictures that are laid over the image. Pure functions."""
 
 from __future__ import annotations
 

@@ -78,6 +78,7 @@ class Session:
     num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    overlay_note: str = ""
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
     pacs: PacsPicker = field(default_factory=PacsPicker, repr=False)
     image_mode: str = "pad"

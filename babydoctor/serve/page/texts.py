@@ -6,6 +6,9 @@ a file, and it is written for programmers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from babydoctor.serve.api.errors import OVERFLOW
 
 RESEARCH_NOTICE = (
@@ -57,11 +60,25 @@ TEXT_SEARCH_FAILED = (
 NO_TEXT_FOUND = "No text that may identify a person was found in the picture."
 
 OVERLAY_NOTE = (
-    "Color shows which patches of the image the model drew on most while it wrote, averaged over its layers and "
-    "attention heads and scaled to its own maximum. It does **not** show that the answer is right, nor why it was "
-    "given: a wrong answer can look at the right place, and a right one elsewhere. It is as coarse as the model's "
-    "patches and does not outline a finding."
+    "Color shows which parts of the image the answer depended on: each part was hidden in turn, and the answer became "
+    "less likely by that much, scaled to the largest drop. It does **not** show that the answer is right: a wrong "
+    "answer can depend on the right place, and a right one on another. It is coarse and does not outline a finding."
 )
+
+LOCALIZATION = (
+    "On phantoms, the peak of such a map lies on the finding, or within half a patch of it, in {hits} of {cases} "
+    "cases. Not measured on real images."
+)
+NO_LOCALIZATION = "Whether such maps point at the finding has not been measured for this model."
+
+
+def localization_note(figure: Mapping[str, Any] | None) -> str:
+    """How far an overlay can be trusted: the figure that the run's manifest carries, if it does."""
+    try:
+        return LOCALIZATION.format(hits=int(figure["num_near"]), cases=int(figure["num_cases"]))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return NO_LOCALIZATION
+
 
 ENDINGS = {
     "stopped": "Stopped by you.",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,13 +24,13 @@ from babydoctor.engine.request import (
 from babydoctor.errors import UserError
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
-from babydoctor.schema import IGNORE_INDEX, Example, Segment, Turn
+from babydoctor.schema import Example, Turn
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.errors import ApiError, code_of_user_error, model_failed_error, overflow_error
-from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, AttentionRequest, GenerateRequest
+from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, GenerateRequest
 from babydoctor.serve.logs import REQUEST_ID
 from babydoctor.serve.settings import Limits
-from babydoctor.serve.worker.resume import ResumedText, drops_first_space, label_rows
+from babydoctor.serve.worker.resume import ResumedText
 
 if TYPE_CHECKING:
     from babydoctor.engine.engine import Engine
@@ -63,7 +61,6 @@ class Preprocessor:
         self._engine = engine
         self._limits = limits
         self._num_patches = run.model.num_patches
-        self._drops_first_space = drops_first_space(run.tokenizer)
         self._grammars = JsonGrammars(run.tokenizer, engine.vocab_size, engine.eos)
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
@@ -159,32 +156,6 @@ class Preprocessor:
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
         return ImageInput(key, pixels)
-
-    def attention(self, request: AttentionRequest) -> dict[str, Any]:
-        """Attention of an answer's words to the image, as ``/worker_attention`` replies. Waits for the engine.
-
-        Raises:
-            ApiError: it cannot be computed.
-        """
-        images = tuple(self.load(decode_image(text, index), index) for index, text in enumerate(request.images))
-        # The answer is marked as supervised, so the labels show which tokens belong to it.
-        answer_text = request.answer
-        if self._drops_first_space and not answer_text[0].isspace() and not request.prompt[-1:].isspace():
-            answer_text = f" {answer_text}"
-        segments = (*split_images(request.prompt), Segment(answer_text, supervised=True))
-        whole = encode(segments, self._run.tokenizer, self._num_patches)
-        answer = whole.labels != IGNORE_INDEX
-        generation = GenerationRequest(whole.input_ids[~answer], whole.image_mask[~answer], images)
-        answer_ids = whole.input_ids[answer].tolist()
-        try:
-            weights = self._engine.attention_map(generation, answer_ids, self._limits.request_timeout_s)
-        except EngineError as error:
-            raise api_error(error) from None
-        except (TimeoutError, concurrent.futures.TimeoutError):  # one class from Python 3.11 on
-            raise ApiError("deadline", "The model was too busy to compute an attention map.") from None
-        edge = math.isqrt(self._num_patches)
-        assert edge * edge == self._num_patches, self._num_patches
-        return {"grid": [edge, edge], "tokens": label_rows(self._run.tokenizer, answer_ids, weights, request.answer)}
 
 
 def _last_text_ids(example: Example) -> tuple[int, ...]:

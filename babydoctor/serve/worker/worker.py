@@ -27,6 +27,7 @@ from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
 from babydoctor.serve.worker.health import Health
+from babydoctor.serve.worker.occlusion import OcclusionMaps
 from babydoctor.serve.worker.preprocess import Preprocessor, api_error
 from babydoctor.serve.worker.retention import Retention
 
@@ -51,6 +52,8 @@ class Worker(SingleModelBackend):
         self.engine = engine
         self._open: set[AnsweredRequest] = set()
         self._preprocessor = Preprocessor(run, engine, settings.limits)
+        timeout_s = settings.limits.request_timeout_s
+        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
         # Waits for the engine, so it has a thread of its own: preprocessing must not wait with it.
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
@@ -88,14 +91,14 @@ class Worker(SingleModelBackend):
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
         if len(request.images) != 1:
-            raise ApiError("wrong_image_count", "An attention map needs exactly one image.", param="images")
+            raise ApiError("wrong_image_count", "A map of where it looked needs exactly one image.", param="images")
         self._check_prompt_length(request.prompt)
         self._check_not_draining()
         self.slots.take()
         started_s = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._attention_thread, self._preprocessor.attention, request)
+            return await loop.run_in_executor(self._attention_thread, self._occlusion_maps.reply, request)
         finally:
             self.slots.free(time.monotonic() - started_s)
 
@@ -120,6 +123,7 @@ class Worker(SingleModelBackend):
             "image_size": manifest.image_size,
             "image_mode": manifest.image_mode,
             "image_tokens": self.run.model.num_patches,
+            "localization": manifest.localization,
             "stages": [stage.name for stage in manifest.lineage],
         }
 

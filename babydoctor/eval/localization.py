@@ -1,0 +1,164 @@
+"""``babydoctor eval RUN --task phantom --localization``: does "Where it looked" point at the finding?
+
+For held-out phantoms with a finding, the run is asked what the finding is, and the occlusion map of its own answer is
+compared with where the finding was drawn: the pointing game (Zhang et al. 2018) and the area under the ROC curve of the
+map as a classifier of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data.tokens import encode
+from babydoctor.eval.intervals import NUM_RESAMPLES, draw_weights
+from babydoctor.files import write_json
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.inference import user_turn
+from babydoctor.model.occlusion import FILL, Fill, OcclusionMap, OcclusionTask
+from babydoctor.phantom.case import Case, load_cases
+from babydoctor.phantom.drawing import finding_mask
+from babydoctor.schema import UserError
+
+if TYPE_CHECKING:
+    from babydoctor.model.run_dir import Run
+
+QUESTION = "What is the main finding?"
+MAX_NEW_TOKENS = 12
+DEFAULT_CASES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """One phantom. Distances are from the map's peak to the finding's nearest pixel, in patches."""
+
+    id: str
+    finding: str
+    answer: str
+    distance: float
+    auc: float
+    finding_share: float
+    """Share of the image that the finding covers."""
+
+
+def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fill = FILL) -> Iterator[CaseResult]:
+    """Compare the run's maps with the truth, case by case.
+
+    Raises:
+        UserError: the folder holds no phantoms, or none with a finding.
+    """
+    cases = [case for case in load_cases(phantoms, "held_out") if case.finding != "none"][:num_cases]
+    if not cases:
+        raise UserError(f"{phantoms} holds no held-out phantoms with a finding")
+    for case in cases:
+        yield _localize_case(run, phantoms, case, fill)
+
+
+def _localize_case(run: Run, phantoms: Path, case: Case, fill: Fill) -> CaseResult:
+    model, settings = run.model, run.manifest.image
+    pixels = torch.from_numpy(to_pixels(load_image(phantoms / "images" / case.image), settings))
+    turns = [user_turn(QUESTION, has_image=True)]
+    prompt = encode(render_prompt(turns, get_template(run.manifest.template)), run.tokenizer, model.num_patches)
+    input_ids = torch.from_numpy(prompt.input_ids.astype(np.int64))
+    image_mask = torch.from_numpy(prompt.image_mask)
+    answer_ids = greedy_answer(run, input_ids, image_mask, pixels)
+    first_slot = int(np.flatnonzero(prompt.image_mask)[0])
+    patch = model.patch_size
+    occlusion = OcclusionMap(model, OcclusionTask(input_ids, first_slot, pixels, answer_ids, patch, fill))
+    for _ in occlusion.run():
+        pass
+    drops = occlusion.result().sum(0)  # [cells, cells]
+    mask = finding_mask(case, settings.size)
+    answer = str(run.tokenizer.decode(answer_ids.tolist(), skip_special_tokens=True)).strip()
+    return CaseResult(case.id, case.finding, answer, peak_distance(drops, mask, patch), pixel_auc(drops, mask),
+                      float(mask.mean()))  # fmt: skip
+
+
+@torch.inference_mode()
+def greedy_answer(run: Run, input_ids: torch.Tensor, image_mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """The run's likeliest answer, int64 ``[A]``, without the token that ends it unless it is empty."""
+    model, language_model = run.model, cast(Any, run.model.language_model)
+    features = model.encode_images(pixels[None].to(model.device))
+    embeds = model.embed(input_ids[None].to(model.device), image_mask[None].to(model.device), features)
+    eos = run.tokenizer.eos_token_id
+    output = language_model.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
+        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=eos,
+    )[0].cpu()  # fmt: skip
+    text = output[output != eos]
+    return text if len(text) else output
+
+
+def peak_distance(drops: np.ndarray, mask: np.ndarray, patch_size: int) -> float:
+    """Distance from the peak's cell to the nearest pixel of ``mask`` ``[S, S]``, in patches; 0: the cell touches it.
+
+    Args:
+        drops: ``[cells, cells]``; a cell is half a patch.
+    """
+    cell = patch_size / 2
+    row, column = np.unravel_index(int(drops.argmax()), drops.shape)
+    rows, columns = np.nonzero(mask)
+    down = np.maximum(0, np.maximum(row * cell - rows - 1, rows - (row + 1) * cell))
+    right = np.maximum(0, np.maximum(column * cell - columns - 1, columns - (column + 1) * cell))
+    return float(np.hypot(down, right).min() / patch_size)
+
+
+def pixel_auc(drops: np.ndarray, mask: np.ndarray) -> float:
+    """Probability that a pixel of the finding has a larger drop than one outside it, ties counted as half."""
+    size = mask.shape[0]
+    index = np.arange(size) * drops.shape[0] // size
+    values = drops[np.ix_(index, index)]
+    levels, inverse = np.unique(values, return_inverse=True)
+    inside = np.bincount(inverse.ravel(), weights=mask.ravel(), minlength=len(levels))
+    outside = np.bincount(inverse.ravel(), weights=~mask.ravel(), minlength=len(levels))
+    below = np.concatenate([[0], np.cumsum(outside)[:-1]])
+    return float((inside * (below + outside / 2)).sum() / (inside.sum() * outside.sum()))
+
+
+def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
+    """The figures, with 95% bootstrap intervals over cases."""
+    values = {
+        "on_finding": [float(result.distance == 0) for result in results],
+        "near_finding": [float(result.distance <= 0.5) for result in results],
+        "auc": [result.auc for result in results],
+    }
+    return {
+        "method": "occlusion",
+        "fill": FILL,
+        "num_cases": len(results),
+        "num_on": int(sum(values["on_finding"])),
+        "num_near": int(sum(values["near_finding"])),
+        "finding_share": float(np.mean([result.finding_share for result in results])),
+        **{name: _with_interval(given) for name, given in values.items()},
+    }
+
+
+def _with_interval(values: Sequence[float]) -> dict[str, float]:
+    means = draw_weights(len(values), NUM_RESAMPLES, seed=0) @ np.asarray(values) / len(values)
+    low, high = np.percentile(means, (2.5, 97.5)).tolist()
+    return {"value": float(np.mean(values)), "low": low, "high": high}
+
+
+def evaluate_localization(
+    run_directory: Path, phantoms: Path, out: Path, *, num_cases: int, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Measure, write ``localization.json`` to ``out``, and record the figure in the run's manifest."""
+    from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
+
+    run = load_run(run_directory)
+    results = []
+    for number, result in enumerate(localize(run, phantoms, num_cases), start=1):
+        results.append(result)
+        progress(number, num_cases)
+    summary = summarize(results)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "localization.json", {**summary, "cases": [asdict(result) for result in results]})
+    write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"localization": summary}))
+    return summary

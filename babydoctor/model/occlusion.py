@@ -1,0 +1,220 @@
+"""Occlusion sensitivity: which parts of the image an answer depends on ("Where it looked" in the web UI).
+
+A window of the image is hidden and the answer's log-probability is computed again. Where it drops, the answer depended
+on what was hidden. Windows overlap; a cell of the map has the mean drop of the windows that cover it.
+
+Shapes: ``A`` answer tokens, ``D`` hidden size, ``P`` image slots, ``S`` image edge in pixels, ``V`` variants of the
+image, ``T`` tokens of a prompt without its image.
+
+Source: Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Networks", section 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool2d, interpolate, pad
+
+from babydoctor.data.layout import build_attention_layout
+from babydoctor.model.babydoctor import BabyDoctor
+
+Fill = Literal["blur", "mean"]
+FILL: Fill = "blur"
+
+WINDOW = 3
+"""Edge of a window in cells; a cell is half a patch."""
+
+MAX_FULL_PATCHES = 8
+"""Patches along an edge up to which every window is tried. Larger images are searched coarsely first."""
+
+COARSE_DIVISOR = 4
+"""A coarse window is this part of the image's edge."""
+
+REFINED = 2
+"""Coarse windows that are looked into with fine ones."""
+
+BATCH_TOKENS = 4096
+"""Tokens of one forward pass. It runs between two steps of running answers, so it should not take much longer."""
+
+
+@dataclass(frozen=True, eq=False)
+class OcclusionTask:
+    """What a map is computed of.
+
+    Attributes:
+        input_ids: int64 ``[T + P]``, the prompt; image slots hold any id.
+        first_slot: position of the first image slot; the slots are consecutive.
+        pixels: float32 ``[3, S, S]``, normalized.
+        answer_ids: int64 ``[A]``.
+        patch_size: edge of a patch in pixels.
+        fill: what is put in place of a hidden window.
+    """
+
+    input_ids: torch.Tensor
+    first_slot: int
+    pixels: torch.Tensor
+    answer_ids: torch.Tensor
+    patch_size: int
+    fill: Fill = FILL
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A square of cells."""
+
+    row: int
+    column: int
+    edge: int
+
+
+class OcclusionMap:
+    """Computes one map, batch by batch, so that other work can run in between and it can be given up.
+
+    Args:
+        model: in evaluation mode.
+        task: prompt, image and answer.
+    """
+
+    def __init__(self, model: BabyDoctor, task: OcclusionTask) -> None:
+        self.model, self.task = model, task
+        self.num_cells = 2 * (task.pixels.shape[-1] // task.patch_size)
+        self.drops: dict[Window, np.ndarray] = {}
+        """Drop of each answer token's log-probability ``[A]``, by hidden window."""
+        self._filled = fill_image(task.pixels, task.fill, task.patch_size)
+        self._base: np.ndarray | None = None
+
+    def run(self) -> Iterator[float]:
+        """Do all work; yields the share that is done after each batch."""
+        self._base = self._score([None])[0]
+        windows = self._first_windows()
+        num_all = len(windows) if self._is_full else len(windows) + self._num_refined
+        yield 0.0
+        for batch in self._batches(windows):
+            yield self._hide(batch) / num_all
+        if not self._is_full:
+            for batch in self._batches(self._fine_windows()):
+                yield min(1.0, self._hide(batch) / num_all)
+
+    def result(self) -> np.ndarray:
+        """Drop of each answer token's log-probability, float32 ``[A, cells, cells]``. Negative: hiding helped."""
+        fine = self._mean([window for window in self.drops if window.edge == WINDOW])
+        if self._is_full:
+            return np.nan_to_num(fine)
+        coarse = self._mean([window for window in self.drops if window.edge != WINDOW])
+        both = np.isfinite(fine) & np.isfinite(coarse)
+        # A coarse window hides more, so its drop is larger; it is scaled to the fine ones where both were tried.
+        top = np.abs(coarse[both]).max(initial=0.0)
+        scale = np.abs(fine[both]).max(initial=0.0) / top if top > 0 else 0.0
+        return np.nan_to_num(np.where(np.isfinite(fine), fine, coarse * scale))
+
+    @property
+    def _is_full(self) -> bool:
+        return self.num_cells <= 2 * MAX_FULL_PATCHES
+
+    @property
+    def _coarse_edge(self) -> int:
+        return self.num_cells // COARSE_DIVISOR
+
+    @property
+    def _num_refined(self) -> int:
+        return REFINED * (self._coarse_edge - WINDOW + 1) ** 2
+
+    def _first_windows(self) -> list[Window]:
+        edge = WINDOW if self._is_full else self._coarse_edge
+        stride = 1 if self._is_full else edge // 2
+        starts = [*range(0, self.num_cells - edge, stride), self.num_cells - edge]
+        return [Window(row, column, edge) for row in starts for column in starts]
+
+    def _fine_windows(self) -> list[Window]:
+        """Windows inside the coarse ones that mattered most."""
+        ranked = sorted(self.drops, key=lambda window: float(self.drops[window].sum()), reverse=True)
+        fine = {
+            Window(coarse.row + row, coarse.column + column, WINDOW): None
+            for coarse in ranked[:REFINED]
+            for row in range(coarse.edge - WINDOW + 1)
+            for column in range(coarse.edge - WINDOW + 1)
+        }
+        return list(fine)
+
+    def _batches(self, windows: list[Window]) -> Iterator[list[Window]]:
+        size = max(1, BATCH_TOKENS // (len(self.task.input_ids) + len(self.task.answer_ids)))
+        for start in range(0, len(windows), size):
+            yield windows[start : start + size]
+
+    def _hide(self, windows: list[Window]) -> int:
+        """Score the image with each window hidden. Returns the number of windows scored so far."""
+        assert self._base is not None
+        for window, scores in zip(windows, self._score(list(windows)), strict=True):
+            self.drops[window] = self._base - scores
+        return len(self.drops)
+
+    def _mean(self, windows: list[Window]) -> np.ndarray:
+        """Mean drop of the windows that cover each cell, ``[A, cells, cells]``; not a number where none does."""
+        total = np.zeros((len(self.task.answer_ids), self.num_cells, self.num_cells), np.float32)
+        count = np.zeros((self.num_cells, self.num_cells), np.float32)
+        for window in windows:
+            rows = slice(window.row, window.row + window.edge)
+            columns = slice(window.column, window.column + window.edge)
+            total[:, rows, columns] += self.drops[window][:, None, None]
+            count[rows, columns] += 1
+        with np.errstate(invalid="ignore"):
+            return total / count
+
+    @torch.inference_mode()
+    def _score(self, windows: list[Window | None]) -> np.ndarray:
+        """Log-probability of each answer token with each window hidden (None: nothing), float32 ``[V, A]``.
+
+        The text before the image is the same in all variants, so it is computed once.
+        """
+        model, task = self.model, self.task
+        device, num_answer = model.device, len(task.answer_ids)
+        images = torch.stack([self._hidden(window) for window in windows]).to(device)
+        features = model.encode_images(images)  # [V, P, D]
+        embed_tokens = model.language_model.model.embed_tokens
+        prefix = task.first_slot
+        after = torch.cat([task.input_ids[prefix + model.num_patches :], task.answer_ids[:-1]]).to(device)
+        before = embed_tokens(task.input_ids[:prefix].to(device))
+        behind = embed_tokens(after).expand(len(windows), -1, -1)
+        documents = torch.cat([features.to(before.dtype), behind], dim=1)  # [V, L, D]
+        length = documents.shape[1]
+        embeds = torch.cat([before, documents.flatten(0, 1)])
+        positions = torch.arange(prefix, prefix + length, device=device).repeat(len(windows))
+        positions = torch.cat([torch.arange(prefix, device=device), positions])
+        lengths, tails = [length] * len(windows), [num_answer] * len(windows)
+        layout = build_attention_layout(lengths, None, prefix, device=device)
+        tail_layout = build_attention_layout(lengths, tails, prefix, device=device)
+        ends = prefix + length * torch.arange(1, len(windows) + 1, device=device)
+        tail = (ends[:, None] + torch.arange(-num_answer, 0, device=device)).flatten()  # [V * A]
+        hidden = model.decode(embeds[None], positions[None], layout, (tail, tail_layout))[0]
+        logits = model.language_model.lm_head(hidden).float().unflatten(0, (len(windows), num_answer))
+        scores = logits.log_softmax(-1).gather(2, task.answer_ids.to(device).expand(len(windows), -1)[..., None])
+        return scores[..., 0].cpu().numpy()
+
+    def _hidden(self, window: Window | None) -> torch.Tensor:
+        """The pixels with a window hidden, ``[3, S, S]``."""
+        if window is None:
+            return self.task.pixels
+        pixels = self.task.pixels.clone()
+        cell = self.task.patch_size / 2
+        top, left = (math.floor(cell * start) for start in (window.row, window.column))
+        bottom, right = (math.ceil(cell * (start + window.edge)) for start in (window.row, window.column))
+        pixels[:, top:bottom, left:right] = self._filled[:, top:bottom, left:right]
+        return pixels
+
+
+def fill_image(pixels: torch.Tensor, fill: Fill, patch_size: int) -> torch.Tensor:
+    """What hidden windows are filled with, ``[3, S, S]``: a blurred image, in which no finding can be made out, or the
+    image's mean color."""
+    if fill == "mean":
+        return pixels.mean(dim=(1, 2), keepdim=True).expand_as(pixels)
+    # Averages over four patches, three times: close to a Gaussian of two patches.
+    edge = 4 * patch_size + 1
+    small = pixels[None]
+    for _ in range(3):
+        small = avg_pool2d(pad(small, [edge // 2] * 4, mode="replicate"), edge, stride=1)
+    return interpolate(small, size=pixels.shape[-2:])[0]
