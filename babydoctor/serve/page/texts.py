@@ -123,6 +123,7 @@ SENTENCES: dict[str, str] = {
     "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
     "no_consent": "Nothing was saved: tick the box that allows it first.",
     "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
+    "feedback_full": "The feedback could not be saved: the server's file is full. Tell the person who runs it.",
     "not_saved": "The feedback could not be saved on the server. Tell the person who runs it.",
 }
 
