@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,107 @@ def test_a_part_that_dies_is_restarted_ever_more_slowly_and_without_an_end() -> 
     assert delays[:4] == [0.5, 1, 2, 4] and delays[-1] == 30
     child.started_s = now_s - 100
     assert child.plan_restart(now_s) == 0.5
+
+
+# Host and Origin. Before: a web page of any site could reach services on 127.0.0.1, and by DNS rebinding read replies.
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+        ({"Host": "attacker.example"}, 403),
+        ({"Host": "127.0.0.1.attacker.example"}, 403),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+    ],
+)
+def test_other_sites_do_not_reach_a_service_of_this_machine(
+    controller: Server, headers: dict[str, str], status: int
+) -> None:
+    answer = requests.post(f"{controller.url}/list_models", headers=headers, timeout=10)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "bad_origin"
+
+
+def test_own_pages_and_named_hosts_may_call() -> None:
+    from babydoctor.serve.api.errors import ApiError
+    from babydoctor.serve.api.origins import OriginCheck
+    from babydoctor.serve.settings import ServeSettings
+
+    settings = ServeSettings(allowed_hosts=("ward.example",), cors_origins=("https://app.example",))
+
+    def check(listens: str = "127.0.0.1", **headers: str) -> None:
+        OriginCheck(settings, listens).check([(name.encode(), value.encode()) for name, value in headers.items()])
+
+    check(host="127.0.0.1:7860", origin="http://127.0.0.1:7860")
+    check(host="ward.example", origin="https://ward.example")
+    check(host="127.0.0.1:1", origin="https://app.example")
+    check("0.0.0.0", host="anything.example", origin="https://anything.example")
+    with pytest.raises(ApiError):
+        check(host="ward.example", origin="https://ward.example.evil")
+    with pytest.raises(ApiError):
+        check()
+
+
+def test_the_web_ui_checks_them_too() -> None:
+    import asyncio
+
+    import httpx
+
+    from babydoctor.serve.api.admission import Keys
+    from babydoctor.serve.api.origins import OriginCheck
+    from babydoctor.serve.page.app import PageGuard
+    from babydoctor.serve.settings import ServeSettings
+
+    async def hello(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+    async def ask(host: str) -> int:
+        guard = PageGuard(hello, keys=Keys(()), origins=OriginCheck(ServeSettings(), "127.0.0.1"))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard)) as client:
+            return (await client.get(f"http://{host}/")).status_code
+
+    assert asyncio.run(ask("127.0.0.1")) == 200 and asyncio.run(ask("attacker.example")) == 403
+
+
+# Feedback.
+
+
+def test_feedback_is_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from babydoctor.serve.page import feedback
+
+    file = tmp_path / "new" / "feedback.jsonl"
+    threads = [
+        threading.Thread(target=feedback.save_row, args=(file, {"comment": "x" * 50_000, "row": index}))
+        for index in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    assert sorted(row["row"] for row in rows) == list(range(16))
+    monkeypatch.setattr(feedback, "MAX_FILE_BYTES", file.stat().st_size + 10)
+    size = file.stat().st_size
+    with pytest.raises(PageError) as refused:
+        feedback.save_row(file, {"comment": "one too many"})
+    assert refused.value.code == "feedback_full" and file.stat().st_size == size
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path: Path) -> None:
+    from helpers.training import small_disk
+
+    from babydoctor.serve.page import feedback
+
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        with pytest.raises(PageError):
+            for index in range(100):
+                feedback.save_row(disk / "feedback.jsonl", {"row": index, "comment": "x" * 30_000})
+        content = (disk / "feedback.jsonl").read_bytes()
+    assert content.endswith(b"\n") and all(json.loads(line) for line in content.split(b"\n")[:-1])

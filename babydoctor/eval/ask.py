@@ -15,6 +15,7 @@ from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
+from babydoctor.files import split_lines
 from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.schema import UserError
 
@@ -153,7 +154,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    lines = text.splitlines()
+    lines = split_lines(text)
     for number, line in enumerate(lines):
         if not line.strip():
             continue

@@ -93,9 +93,7 @@ ERROR_KINDS: Mapping[ApiCode, ErrorKind] = {
     "client_left": ErrorKind(400, "The connection ended before the body did"),
     "bad_key": ErrorKind(401, "No valid API key"),
     "bad_secret": ErrorKind(403, "No valid registration secret"),
-    "bad_origin": ErrorKind(
-        403, "The request's `Host` or `Origin` is of another site; see `allowed_hosts`, `cors_origins`"
-    ),
+    "bad_origin": ErrorKind(403, "The request comes from another site: see `allowed_hosts` and `cors_origins`"),
     "not_found": ErrorKind(404, "No such path"),
     "method_not_allowed": ErrorKind(405, "The path does not take this method"),
     "http_error": ErrorKind(400, "The request is not valid HTTP"),
