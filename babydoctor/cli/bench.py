@@ -1,4 +1,4 @@
-"""``babydoctor bench train | paths | serve | soak | rehearse``: measured on random weights, nothing downloaded."""
+"""``babydoctor bench train | paths | serve | rehearse``: measured on random weights, no download."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+
+from babydoctor.cli.endurance import chaos, soak
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
@@ -18,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group.command("train")(train)
     group.command("serve")(serve)
     group.command("soak")(soak)
+    group.command("chaos")(chaos)
     group.command("paths")(paths)
     group.command("gpu")(gpu)
     group.command("report")(report)
@@ -212,46 +215,6 @@ def report(
 
     for document in fill_documents(file, documents or [Path("README.md"), Path("babydoctor/bench/README.md")]):
         print(f"{document}: figures updated")
-
-
-def soak(
-    run: Annotated[Optional[Path], typer.Argument(help="run directory; default: the mini model")] = None,  # noqa: UP045
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
-    ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="concurrent clients, of whom a tenth leave early")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="how long")] = 180,
-    workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
-) -> None:
-    """Many clients for minutes: exit 1 unless 429 is the only refusal, no place leaks and memory stays flat."""
-    import tempfile
-
-    from rich.console import Console
-
-    from babydoctor.bench.soak import run_soak
-    from babydoctor.runtime import prepare_bench
-
-    prepare_bench()
-    console = Console(highlight=False)
-    with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
-        report = run_soak(
-            run,
-            Path(folder),
-            overrides=overrides or [],
-            clients=clients,
-            seconds=seconds,
-            workers=workers,
-            on_event=status.update,
-        )
-    for line in report.lines():
-        console.print(line, soft_wrap=True, markup=False)
-    faults = report.faults()
-    for fault in faults:
-        console.print(f"fault: {fault}", style="red", soft_wrap=True, markup=False)
-    if faults:
-        raise typer.Exit(1)
-    console.print("no fault: 429 was the only refusal, every place is free again, memory stayed flat")
 
 
 def rehearse(

@@ -38,10 +38,10 @@ class Launched:
     page_url: str | None
     secret: str
 
-    def supervise(self, on_event: Callable[[str], None]) -> None:
-        """Watch the parts, and restart each one that ends, for as long as this process runs."""
-        while True:
-            time.sleep(0.2)
+    def supervise(self, on_event: Callable[[str], None], stop: threading.Event | None = None) -> None:
+        """Watch the parts, and restart each one that ends, until ``stop`` is set (None: for ever)."""
+        stop = stop or threading.Event()
+        while not stop.wait(0.2):
             for child in self.children:
                 if child.exit_status is None:
                     continue
