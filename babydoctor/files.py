@@ -101,6 +101,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines that end with a newline, as JSON lines and tables have them.
+
+    ``str.splitlines`` also breaks at U+2028, U+0085 and form feeds, which stand inside texts that people wrote.
+    """
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if not lines[-1] else lines
+
+
 def sync(path: Path) -> None:
     """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -174,3 +174,14 @@ def test_bare_base64_of_a_hostile_file_is_a_422(tmp_path: Path) -> None:
         body = generation(png()) | {"images": [bare_base64(hostile_files()[name])]}
         assert requests.post(f"{worker.url}/worker_generate_stream", json=body, timeout=60).status_code == 422
     assert requests.get(f"{worker.url}/readyz", timeout=10).status_code == 200
+
+
+def test_a_short_chaos_finds_no_fault(tmp_path: Path) -> None:
+    from babydoctor.bench.chaos import run_chaos
+
+    report = run_chaos(
+        tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=25, attack_every_s=4
+    )
+    assert report.faults() == [], report
+    kinds = {kind: counts.total() for kind, counts in report.outcomes.items()}
+    assert kinds["kills"] >= 2 and kinds["idle connections"] >= 100 and kinds["hostile files"] >= 3, kinds

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from babydoctor.cli.endurance import chaos, soak
+
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
 
@@ -20,6 +22,7 @@ def register(app: typer.Typer) -> None:
     group.command("train")(train)
     group.command("serve")(serve)
     group.command("soak")(soak)
+    group.command("chaos")(chaos)
     group.command("paths")(paths)
     group.command("gpu")(gpu)
     group.command("report")(report)
@@ -218,47 +221,6 @@ def report(
 
     for document in fill_documents(file, documents or [Path("README.md"), Path("babydoctor/bench/README.md")]):
         print(f"{document}: figures updated")
-
-
-def soak(
-    run: Annotated[Optional[Path], typer.Argument(help="run directory; default: the mini model")] = None,  # noqa: UP045
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[KEY=VALUE]...", help="settings, for example limits.max_queue=16"),
-    ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="concurrent clients; a tenth of them disconnect early")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="duration")] = 180,
-    workers: Annotated[int, typer.Option(min=1, help="each holds a copy of the model")] = 1,
-) -> None:
-    """Run many clients for minutes. Exit status 1 unless 429 is the only error, no slot leaks and memory stays flat."""
-    import tempfile
-
-    from rich.console import Console
-
-    from babydoctor.bench.soak import run_soak
-    from babydoctor.runtime import hide_saving_progress, prepare_bench
-
-    prepare_bench()
-    hide_saving_progress()
-    console = Console(highlight=False)
-    with tempfile.TemporaryDirectory(prefix="babydoctor-soak-") as folder, console.status("starting") as status:
-        report = run_soak(
-            run,
-            Path(folder),
-            overrides=overrides or [],
-            clients=clients,
-            seconds=seconds,
-            workers=workers,
-            on_event=status.update,
-        )
-    for line in report.lines():
-        console.print(line, soft_wrap=True, markup=False)
-    faults = report.faults()
-    for fault in faults:
-        console.print(f"fault: {fault}", style="red", soft_wrap=True, markup=False)
-    if faults:
-        raise typer.Exit(1)
-    console.print("no fault: 429 was the only error, every request slot is free again, memory stayed flat")
 
 
 def rehearse(

@@ -155,8 +155,7 @@ def web(
 
         run_page(
             controller_url,
-            own.host,
-            own.port,
+            settings,
             api_key=secrets.api_keys[0] if secrets.api_keys else None,
             # The web UI sends the controller's key for its users, so users on other machines must sign in with a key.
             sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,

@@ -16,6 +16,7 @@ from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
+from babydoctor.files import split_lines
 from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.schema import UserError
 
@@ -165,7 +166,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    lines = text.splitlines()
+    lines = split_lines(text)
     for number, line in enumerate(lines):
         if not line.strip():
             continue

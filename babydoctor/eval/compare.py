@@ -10,6 +10,7 @@ from babydoctor.eval.ask import match_predictions
 from babydoctor.eval.intervals import NUM_RESAMPLES, paired_difference
 from babydoctor.eval.score import PUBLISHED_SOURCES, clusters, figures
 from babydoctor.eval.tasks import Question, read_json
+from babydoctor.files import split_lines
 from babydoctor.schema import UserError
 
 
@@ -18,7 +19,7 @@ def load_questions(folder: Path) -> list[Question]:
     path = folder / "questions.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder that `babydoctor eval ... --out` wrote")
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    rows = (json.loads(line) for line in split_lines(path.read_text(encoding="utf-8")))
     return [
         Question(
             id=row["id"],

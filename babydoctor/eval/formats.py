@@ -18,6 +18,7 @@ from babydoctor.eval.tasks import (
     normalize_group,
     read_json,
 )
+from babydoctor.files import split_lines
 from babydoctor.schema import UserError
 
 VQA_RAD_LEAKAGE = (
@@ -208,7 +209,7 @@ def load_vqa_med(config: TaskConfig) -> Task:
 
 
 def _split_lines(path: Path) -> list[list[str]]:
-    return [line.split("|") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.split("|") for line in split_lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
 
 
 def _vqa_med_fields(
@@ -280,11 +281,9 @@ def load_roco(config: TaskConfig) -> Task:
 def read_captions(path: Path) -> dict[str, str]:
     """Read ROCO's ``captions.txt``: id, tab, caption."""
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; --data for roco is a folder with captions.txt, licences.txt and images/"
-        )
+        raise UserError(f"{path}: no such file; --data for roco is a folder with captions.txt, licences.txt, images/")
     captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(split_lines(path.read_text(encoding="utf-8")), start=1):
         key, tab, caption = line.partition("\t")
         if not tab:
             raise UserError(f"{path}:{number}: no tab between id and caption")
@@ -296,5 +295,5 @@ def read_articles(path: Path) -> dict[str, str]:
     """Read ROCO's ``licences.txt``: id to PMC id (``PMC2766744_cios-1-176-g005.jpg`` -> ``PMC2766744``)."""
     if not path.is_file():
         return {}
-    rows = (line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    rows = (line.split(",") for line in split_lines(path.read_text(encoding="utf-8"))[1:])
     return {fields[0]: fields[1].split("_")[0] for fields in rows if len(fields) >= 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -50,6 +50,13 @@ def load_task(config: TaskConfig) -> Task:
 
 
 def _check(questions: tuple[Question, ...], config: TaskConfig) -> None:
+    for question in questions:
+        named = PurePosixPath(question.image_key.replace("\\", "/"))
+        if isinstance(question.image, Path) and (named.is_absolute() or ".." in named.parts):
+            raise UserError(
+                f"--task {config.task} --data {config.data}: question {question.id!r} names the image "
+                f"{question.image_key!r}, which leaves the image folder; name images relative to --images"
+            )
     missing = sorted({str(q.image) for q in questions if isinstance(q.image, Path) and not q.image.is_file()})
     if missing:
         raise UserError(

@@ -17,6 +17,7 @@ from babydoctor.data.problems import REASONS, RowError
 from babydoctor.data.row_formats import RowContent, read_row
 from babydoctor.data.sources import EMBEDDED, iter_rows, read_embedded
 from babydoctor.eval.metrics import NO, YES, normalize
+from babydoctor.files import split_lines
 from babydoctor.phantom import text as phantom_text
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
@@ -189,7 +190,7 @@ def load_phantom(config: TaskConfig) -> Task:
         raise UserError(f"{path} is missing; make the phantoms with `babydoctor data phantom --out {folder}`")
     images = Path(config.images) if config.images else folder / "images"
     questions = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in split_lines(path.read_text(encoding="utf-8")):
         row = json.loads(line)
         kind, truth = row["kind"], row["truth"]
         lay_word = phantom_text.LAY[kind][truth]

@@ -30,7 +30,7 @@ from babydoctor.imaging.dicom_values import (
     windows,
 )
 from babydoctor.imaging.limits import MAX_PIXELS, ImageError, check_size
-from babydoctor.imaging.windows import CT_PRESETS, Window, apply_window, window_of_values
+from babydoctor.imaging.windows import CT_PRESETS, Window, apply_window, window_label, window_of_values
 
 __all__ = [
     "CT_PRESETS",
@@ -241,7 +241,7 @@ def _voi(
                 table = _table(dicom, lut, can_be_negative=bool(values.size and np.nanmin(values) < 0))
                 unit = unit_values(table)
                 shown = LookupTable(table.first, unit, table.bits).look_up(values)
-                return shown, f"VOI LUT {text(lut, 'LUTExplanation')[:64]}".strip()
+                return shown, f"VOI LUT {window_label(text(lut, 'LUTExplanation'))}".strip()
         bits = dicom.layout.bits_stored
         if is_identity and bits <= 8 and not dicom.layout.is_signed and not dicom.layout.is_float:
             top = 2.0**bits - 1

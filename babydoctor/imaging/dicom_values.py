@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from babydoctor.imaging.windows import Window, WindowFunction
+from babydoctor.imaging.windows import Window, WindowFunction, window_label
 
-_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files use
-_MAX_LABEL = 64
+_CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case, which some files have
 
 MAX_SPACING_RATIO = 40
 """Largest ratio of vertical and horizontal pixel spacing. A larger ratio is considered an error in the header."""
@@ -134,9 +133,8 @@ def _windows_of(item: Any, warnings: list[str]) -> tuple[Window, ...]:
         warnings.append("the VOI LUT function is unknown; read as LINEAR")
     found = []
     for index, (center, width) in enumerate(zip(centers, widths, strict=False)):
-        label = (
-            labels[index][:_MAX_LABEL] if index < len(labels) else f"window {index + 1} of {len(centers)} in the file"
-        )
+        label = window_label(labels[index]) if index < len(labels) else ""
+        label = label or f"window {index + 1} of {len(centers)} in the file"
         if math.isfinite(center) and math.isfinite(width) and width > 0:
             found.append(Window(center, width, label, function))
         else:

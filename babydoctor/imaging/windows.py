@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,23 @@ CT_PRESETS: dict[str, Window] = {
     "brain": Window(40, 80, "CT brain"),
 }
 """Customary level and width, in Hounsfield units."""
+
+
+_LABEL_WORDS = """
+    WINDOW WIN W WL NORMAL DEFAULT STANDARD HARDER HARD SOFTER SOFT TISSUE TISSUES LUNG LUNGS BONE BONES BRAIN HEAD
+    NECK CHEST THORAX ABDOMEN ABDOMINAL PELVIS PELVIC LIVER SPINE MEDIASTINUM MEDIASTINAL STROKE SUBDURAL TEMPORAL
+    ANGIO VESSEL VESSELS HEART CARDIAC KIDNEY EXTREMITY SKELETON BREAST MAMMO DENSE SKIN METAL FAT WATER MUSCLE
+    CONTRAST CT MR MRI US XR CR DX MG NM PET LINEAR SIGMOID FULL RANGE AUTO USER DICOM VOI LUT HIGH LOW MEDIUM NARROW
+    WIDE WINDOW1 WINDOW2 WINDOW3 WINDOW4 ALGO1 ALGO2 PRESET HU
+"""
+
+
+def window_label(text: str) -> str:
+    """A file's name for a window, or nothing: it is free text, so only words that window names consist of pass."""
+    known = _LABEL_WORDS.split()
+    words = re.findall(r"[^\s_\-/,.:()]+", text.upper())
+    is_plain = all(word in known or (word.isdecimal() and len(word) <= 2) for word in words)
+    return " ".join(text.split())[:64] if is_plain else ""
 
 
 def apply_window(values: np.ndarray, window: Window) -> np.ndarray:

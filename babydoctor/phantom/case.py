@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from babydoctor.files import split_lines
 from babydoctor.schema import UserError
 
 MODALITIES = ("radiograph", "ct", "mr", "ultrasound")
@@ -82,5 +83,5 @@ def load_cases(phantoms: Path, split: str) -> list[Case]:
     path = phantoms / "truth.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing; make the phantoms with `babydoctor data phantom --out {phantoms}`")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
     return [Case(**row) for row in rows if row["split"] == split]

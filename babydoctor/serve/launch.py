@@ -27,9 +27,6 @@ from babydoctor.serve.settings import (
     load_settings,
 )
 
-MAX_RESTARTS = 5
-"""A worker that dies more often than this is considered broken."""
-
 
 @dataclass
 class Launched:
@@ -41,26 +38,18 @@ class Launched:
     page_url: str | None
     secret: str
 
-    def supervise(self, on_event: Callable[[str], None]) -> None:
-        """Watch the parts until the controller or the web UI ends; restart dead workers.
-
-        Raises:
-            UserError: the controller or the web UI has ended, or a worker keeps dying.
-        """
-        while True:
-            time.sleep(0.2)
+    def supervise(self, on_event: Callable[[str], None], stop: threading.Event | None = None) -> None:
+        """Watch the parts, and restart each one that ends, until ``stop`` is set (None: for ever)."""
+        stop = stop or threading.Event()
+        while not stop.wait(0.2):
             for child in self.children:
                 if child.exit_status is None:
                     continue
-                if not child.name.startswith("worker") or child.num_restarts >= MAX_RESTARTS:
-                    raise UserError(
-                        f"{child.name} ended with status {child.exit_status}; everything is stopped",
-                        code="part_stopped",
-                    )
-                child.num_restarts += 1
-                on_event(f"{child.name} ended with status {child.exit_status}; restarting it")
-                time.sleep(0.5 * 2 ** (child.num_restarts - 1))
-                child.start()
+                if child.restart_at_s is None:
+                    delay_s = child.plan_restart(time.monotonic())
+                    on_event(f"{child.name} ended with status {child.exit_status}; restarting it in {delay_s:g} s")
+                elif time.monotonic() >= child.restart_at_s:
+                    child.start()
 
     def stop(self, patience_s: float) -> None:
         """Stop the web UI, then the controller, whose answers may finish, then the workers."""

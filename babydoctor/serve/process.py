@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 
 PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
 LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
+
+STEADY_S = 60.0
+"""A part that has run for so long is restarted quickly again."""
+
+LONGEST_DELAY_S = 30.0
 
 
 @dataclass(eq=False)
@@ -19,19 +25,34 @@ class Child:
     ready_url: str
     environment: dict[str, str]
     process: subprocess.Popen[bytes] = field(init=False)
-    num_restarts: int = 0
+    started_s: float = field(init=False)
+    num_early_ends: int = 0
+    """How often in a row it has ended within ``STEADY_S``."""
+    restart_at_s: float | None = None
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        # In its own session, so that Ctrl-C reaches only the launcher, which stops the parts in the right order.
+        self.restart_at_s = None
+        self.started_s = time.monotonic()
+        # A session of its own: Ctrl-C reaches only the launcher, which ends the parts in the right order.
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+
+    def plan_restart(self, now_s: float) -> float:
+        """Plan the restart of a part that has ended; returns the delay in seconds.
+
+        The delay doubles while the part ends within ``STEADY_S`` of its start.
+        """
+        self.num_early_ends = self.num_early_ends + 1 if now_s - self.started_s < STEADY_S else 1
+        delay_s = min(LONGEST_DELAY_S, 0.5 * 2 ** (self.num_early_ends - 1))
+        self.restart_at_s = now_s + delay_s
+        return delay_s
 
     @property
     def exit_status(self) -> int | None:

@@ -145,6 +145,9 @@ class ServeSettings(Section):
         (),
         description="web sites that may call the APIs from a browser, e.g. https://app.example.org; *: all",
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="further host names under which parts on 127.0.0.1 are reached, through a proxy on this machine"
+    )
     public_without_keys: bool = Field(False, description="true allows other machines to connect without API keys")
 
 

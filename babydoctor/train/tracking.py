@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.config import RunConfig, TrackingConfig
-from babydoctor.files import write_json, write_text
+from babydoctor.files import split_lines, write_json, write_text
 from babydoctor.schema import UserError
 
 WANDB_FILE = "wandb.json"
@@ -41,7 +41,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file, none if there is no file. A half-written last line is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in split_lines(path.read_text(encoding="utf-8")) if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

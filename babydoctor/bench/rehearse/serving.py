@@ -12,6 +12,7 @@ from babydoctor.bench.rehearse.commands import Process, StepError, cli, shown
 from babydoctor.bench.rehearse.context import Context, Row, remove
 from babydoctor.bench.rehearse.sizes import GIB
 from babydoctor.eval.tasks import CAPTION_PROMPT
+from babydoctor.files import split_lines
 from babydoctor.schema import UserError
 from babydoctor.serve.client import Client
 
@@ -36,7 +37,7 @@ def evaluate(context: Context) -> None:
     arguments += ["--max-questions", str(NUM_QUESTIONS), "--max-new-tokens", str(context.size.answer_tokens)]
     arguments += ["--images-as", "right", "--resamples", "100", "--batch-size", "4"]
     context.execute(f"eval, {NUM_QUESTIONS} questions", arguments)
-    lines = (out / "predictions-right.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = split_lines((out / "predictions-right.jsonl").read_text(encoding="utf-8"))
     predictions = {row["id"]: row for row in map(json.loads, lines)}
     failed = [row["finish_reason"] for row in predictions.values() if row["finish_reason"].startswith("error")]
     faults = [f"failed: {failed[0]}"] if failed else []

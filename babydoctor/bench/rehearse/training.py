@@ -10,6 +10,7 @@ from typing import Any
 from babydoctor.bench.rehearse.commands import FinishedProcess, StepError, cli
 from babydoctor.bench.rehearse.context import CONFIGS, STAGES, Context, remove
 from babydoctor.bench.rehearse.sizes import GIB
+from babydoctor.files import split_lines
 
 PLAN_TOLERANCE = 0.10
 PROCESS_ALLOWANCE_BYTES = round(0.75 * GIB)
@@ -155,7 +156,7 @@ def same_run(whole: Path, other: Path, steps: int) -> tuple[str, list[str]]:
 
 
 def _losses(run: Path) -> list[Any]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = split_lines((run / "metrics.jsonl").read_text(encoding="utf-8"))
     return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
 
 

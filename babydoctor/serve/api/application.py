@@ -12,6 +12,7 @@ from babydoctor.serve.api.admission import Keys
 from babydoctor.serve.api.backend import Backend
 from babydoctor.serve.api.docs import OPEN_PATHS, build_app
 from babydoctor.serve.api.middleware import Gate, add_error_handlers
+from babydoctor.serve.api.origins import OriginCheck
 from babydoctor.serve.api.routes import add_common_routes
 from babydoctor.serve.settings import Secrets
 
@@ -22,6 +23,7 @@ def build_application(
     secrets: Secrets,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
     *,
+    host: str,
     add_own_routes: Callable[[FastAPI], None],
     drain: Callable[[], Awaitable[None]],
     open_paths: Sequence[str] = (),
@@ -29,6 +31,7 @@ def build_application(
     """Build the ASGI application.
 
     Args:
+        host: the address that the part listens on.
         drain: awaited on SIGTERM; kept as ``app.state.drain``.
         open_paths: answered without a client's key.
     """
@@ -43,7 +46,12 @@ def build_application(
     keys = (*secrets.api_keys, *([secrets.registration] if secrets.registration else ())) if secrets.api_keys else ()
     settings = backend.settings
     app.add_middleware(
-        Gate, keys=Keys(keys), open_paths=(*OPEN_PATHS, *open_paths), limits=settings.limits, metrics=backend.metrics
+        Gate,
+        keys=Keys(keys),
+        open_paths=(*OPEN_PATHS, *open_paths),
+        limits=settings.limits,
+        metrics=backend.metrics,
+        origins=OriginCheck(settings, host),
     )
     if settings.cors_origins:
         # Outside the gate: a browser's preflight request carries no key.

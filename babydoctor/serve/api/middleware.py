@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from babydoctor.serve.api.admission import Keys, bearer_key, check_json_shape, check_json_text
 from babydoctor.serve.api.docs import DOCS_FILES
 from babydoctor.serve.api.errors import ApiCode, ApiError
+from babydoctor.serve.api.origins import OriginCheck
 from babydoctor.serve.api.responses import error_response
 from babydoctor.serve.api.shape_errors import shape_error
 from babydoctor.serve.logs import REQUEST_ID, log, new_request_id
@@ -40,12 +41,20 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, open_paths: Collection[str], limits: Limits, metrics: HttpMetrics
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        open_paths: Collection[str],
+        limits: Limits,
+        metrics: HttpMetrics,
+        origins: OriginCheck,
     ) -> None:
         self.app = app
         self.keys = keys
         self.open_paths = frozenset(open_paths)
         self.limits = limits
+        self.origins = origins
         self.metrics = metrics
         self.held_bytes = 0
         metrics.gauge("held_bytes", "Bytes of request bodies in memory", lambda: self.held_bytes)
@@ -80,6 +89,7 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         held = _Held(self)
         try:
+            self.origins.check(scope["headers"])
             if (
                 self.keys
                 and scope["path"] not in self.open_paths

@@ -32,6 +32,11 @@ def check_text(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(check_text)]
 
+MAX_STOPS = 32
+"""Stop strings of a request. Each is looked for after every token."""
+
+StopText = Annotated[Text, Field(max_length=1024)]
+
 
 class Body(BaseModel):
     """Unknown fields are ignored, as the original ignores them."""
@@ -93,7 +98,9 @@ class GenerateRequest(Sampling):
     model: Text = Field("", max_length=512, description="A name from `/list_models`; a worker also takes none.")
     prompt: Text = Field(description="The whole prompt in the model's template, `<image>` for each image.")
     max_new_tokens: int = Field(256, ge=1, description="At most 1024; more is cut to that.")
-    stop: Text | list[Text] | None = Field(None, description="The answer ends before any of these.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The answer ends before any of these."
+    )
     images: list[str] | None = Field(
         None, max_length=64, description="Base64 or data URLs, one for each `<image>` of the prompt."
     )

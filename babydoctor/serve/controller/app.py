@@ -44,6 +44,7 @@ def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
         controller,
         secrets,
         lifespan,
+        host=settings.controller.host,
         add_own_routes=add_own_routes,
         drain=controller.drain,
         open_paths=WORKER_PATHS,
@@ -54,7 +55,8 @@ def _add_worker_routes(app: FastAPI, controller: Controller) -> None:
     @app.post("/register_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def register_worker(body: RegisterRequest, request: Request) -> None:
         """Register a worker. Needs the registration secret; if none is set, only from this machine."""
-        await controller.register(controller.check_registrant(request, body.worker_name), body)
+        url = controller.check_registrant(request, body.worker_name)
+        await controller.register(url, body, knows_secret=controller.shows_secret(request))
 
     @app.post("/receive_heart_beat", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
@@ -66,7 +68,7 @@ def _add_worker_routes(app: FastAPI, controller: Controller) -> None:
     @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def unregister_worker(body: HeartBeat, request: Request) -> None:
         """A worker takes nothing new; its running answers go on."""
-        record = controller.registry.records.get(controller.check_registrant(request, body.worker_name))
+        record = controller.registry.records.get(controller.check_registrant(request, body.worker_name, leaving=True))
         if record is not None:
             record.status = record.status.model_copy(update={"draining": True})
             log(logger, logging.INFO, "worker drains", worker=record.worker_id)

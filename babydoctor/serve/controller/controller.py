@@ -94,6 +94,9 @@ class Controller:
         if self.draining:
             raise ApiError("draining", "The server is shutting down.")
         check_request(request, self.settings.limits)
+        if request.resume_ids:
+            message = "resume_ids is between controller and workers; a client continues an answer with `continues`."
+            raise ApiError("bad_resume_ids", message, param="resume_ids")
         if self._num_open >= self.settings.limits.max_open:
             raise ApiError("queue_full", "The server is busy. Please try again soon.")
         self._num_open += 1
@@ -127,8 +130,16 @@ class Controller:
             queue_length=sum(max(0, record.status.queue_length + record.unreported) for record in workers),
         )
 
-    def check_registrant(self, request: Request, worker_name: str) -> str:
+    def shows_secret(self, request: Request) -> bool:
+        """Whether the sender knows the registration secret."""
+        shown = bearer_key(request.scope["headers"])
+        return self._secret is not None and hmac.compare_digest(shown.encode(), self._secret.encode())
+
+    def check_registrant(self, request: Request, worker_name: str, *, leaving: bool = False) -> str:
         """The worker's URL, if the sender may register it.
+
+        Args:
+            leaving: it is to be taken out of rotation, which the original's workers never ask for.
 
         Raises:
             ApiError: 403 without the secret (without one set: from another machine), 422 for a bad URL.
@@ -137,25 +148,26 @@ class Controller:
             url = check_worker_url(worker_name)
         except UserError as error:
             raise ApiError("bad_worker_name", f"{error}.", param="worker_name") from None
-        if url in self._trusted:
-            return url
         if self._secret is None:
-            allowed = is_from_this_machine(request)
+            allowed = url in self._trusted or is_from_this_machine(request)
         else:
-            allowed = hmac.compare_digest(bearer_key(request.scope["headers"]).encode(), self._secret.encode())
+            record = self.registry.records.get(url)
+            # A trusted address needs no secret, unless the worker there has shown that it knows it.
+            is_open = url in self._trusted and not (record is not None and record.knows_secret)
+            allowed = self.shows_secret(request) or (is_open and not leaving)
         if not allowed:
             raise ApiError("bad_secret", "Registering a worker needs the registration secret of this controller.")
         return url
 
-    async def register(self, url: str, body: RegisterRequest) -> None:
+    async def register(self, url: str, body: RegisterRequest, *, knows_secret: bool) -> None:
         status = body.worker_status
         if status is None:
-            status = await self._fetch_status(url)
+            status = await self._fetch_status(url, self.fleet.headers if knows_secret else {})
             if status is None:
                 raise ApiError(
                     "worker_unreachable", "The worker does not answer at its worker_name.", param="worker_name"
                 )
-        record = self.registry.register(url, status, body.check_heart_beat, time.monotonic())
+        record = self.registry.register(url, status, body.check_heart_beat, time.monotonic(), knows_secret=knows_secret)
         self.fleet.seen_models.update(status.model_names)
         log(logger, logging.INFO, "worker registered", worker=record.worker_id, models=status.model_names)
 
@@ -216,7 +228,7 @@ class Controller:
         await asyncio.gather(*(self._probe(record, is_decisive=True) for record in records))
 
     async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
-        status = await self._fetch_status(record.url)
+        status = await self._fetch_status(record.url, self.fleet.secret_headers(record))
         if self.registry.records.get(record.url) is not record:
             return  # registered again meanwhile
         if status is None:
@@ -230,10 +242,10 @@ class Controller:
         self.registry.note_status(record, status, time.monotonic())
         self.fleet.seen_models.update(status.model_names)
 
-    async def _fetch_status(self, url: str) -> WorkerStatus | None:
+    async def _fetch_status(self, url: str, headers: dict[str, str]) -> WorkerStatus | None:
         try:
             response = await asyncio.wait_for(
-                self.fleet.client.post(f"{url}/worker_get_status", headers=self.fleet.headers), PROBE_TIMEOUT_S
+                self.fleet.client.post(f"{url}/worker_get_status", headers=headers), PROBE_TIMEOUT_S
             )
             return WorkerStatus.model_validate_json(response.content) if response.status_code == 200 else None
         except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, ValueError):
@@ -247,7 +259,7 @@ class Controller:
             response = await self.fleet.client.post(
                 record.url + path,
                 content=body.model_dump_json(),
-                headers=self.fleet.call_headers(),
+                headers=self.fleet.call_headers(record),
             )
             data = json.loads(response.content)
         except (httpx.TransportError, ValueError):

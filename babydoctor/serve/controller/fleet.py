@@ -45,14 +45,20 @@ class Fleet:
     settings: ControllerSettings
     metrics: ControllerMetrics
     headers: dict[str, str]
+    """With the registration secret; only for workers that have shown that they know it."""
     on_failure: Callable[[WorkerRecord], None]
     """Takes a worker out of rotation."""
     seen_models: set[str] = field(default_factory=set)
+    started_s: float = field(default_factory=time.monotonic)
 
     def no_worker(self, model: str) -> ApiError:
         """The error for a model that nobody serves now."""
         if model in self.seen_models:
             message = "No worker for this model is up at the moment. Please try again soon."
+            return ApiError("no_worker", message, param="model")
+        if time.monotonic() - self.started_s < self.settings.heart_beat_expiry_s and not self.registry.records:
+            # Workers come back with their next heartbeat, so for now this says nothing about the model.
+            message = "This controller has just started and no worker has registered yet. Please try again soon."
             return ApiError("no_worker", message, param="model")
         return model_not_found(model, self.registry.models(time.monotonic()))
 
@@ -61,8 +67,12 @@ class Fleet:
         silence_s = self.settings.worker_silence_s
         return min(silence_s, OUR_SILENCE_S) if record.status.template is not None else silence_s
 
-    def call_headers(self) -> dict[str, str]:
-        return self.headers | {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""}
+    def secret_headers(self, record: WorkerRecord) -> dict[str, str]:
+        return self.headers if record.knows_secret else {}
+
+    def call_headers(self, record: WorkerRecord) -> dict[str, str]:
+        own = {"Content-Type": "application/json", "X-Request-Id": REQUEST_ID.get() or ""}
+        return self.secret_headers(record) | own
 
     async def start_stream(self, record: WorkerRecord, body: dict[str, object]) -> httpx.Response:
         """Send a request to a worker; returns once its headers have arrived.
@@ -75,7 +85,7 @@ class Fleet:
         was_sent = False
         for is_last in (False, True):
             request = self.client.build_request(
-                "POST", record.url + GENERATE_PATH, content=content, headers=self.call_headers()
+                "POST", record.url + GENERATE_PATH, content=content, headers=self.call_headers(record)
             )
             try:
                 response = await self._send(request, self.silence_s(record))

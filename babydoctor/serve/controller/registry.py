@@ -27,6 +27,8 @@ class WorkerRecord:
     status: WorkerStatus
     check_heart_beat: bool
     last_seen_s: float
+    knows_secret: bool = False
+    """It registered with the registration secret, so the secret may be sent to it."""
     failed: bool = False
     """A connection to it failed and no probe has succeeded since."""
     proven: bool = False
@@ -92,10 +94,12 @@ class Registry:
         self.records: dict[str, WorkerRecord] = {}
         self._rng = rng or random.Random()
 
-    def register(self, url: str, status: WorkerStatus, check_heart_beat: bool, now_s: float) -> WorkerRecord:
+    def register(
+        self, url: str, status: WorkerStatus, check_heart_beat: bool, now_s: float, *, knows_secret: bool = False
+    ) -> WorkerRecord:
         """Register a worker, or register it again after a restart."""
         old = self.records.get(url)
-        record = WorkerRecord(url, status, check_heart_beat, now_s)
+        record = WorkerRecord(url, status, check_heart_beat, now_s, knows_secret)
         if old is not None:
             record.inflight = old.inflight
         self.records[url] = record

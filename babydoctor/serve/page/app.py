@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from babydoctor.serve.api.admission import Keys
+from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.origins import OriginCheck
+from babydoctor.serve.connections import ConnectionLimits
 from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
-from babydoctor.serve.settings import DicomWebServer
+from babydoctor.serve.settings import DicomWebServer, ServeSettings
 
 FOLDER = Path(__file__).parent
 
@@ -47,15 +51,16 @@ CONTENT_SECURITY_POLICY = "; ".join(
 
 
 class PageGuard:
-    """ASGI middleware: security headers on every response and, where keys are given, HTTP Basic sign-in.
+    """ASGI middleware: security headers on every response, ``origins`` and, where keys are given, HTTP Basic sign-in.
 
     Args:
         keys: one of them must be the password; any user name will do. Empty: no sign-in.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, origins: OriginCheck) -> None:
         self.app = app
         self.keys = keys
+        self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,6 +76,10 @@ class PageGuard:
                 ]
             await send(message)
 
+        try:
+            self.origins.check(scope["headers"])
+        except ApiError as error:
+            return await JSONResponse(error.body(), error.status)(scope, receive, send_guarded)
         if self.keys and scope["path"] != "/healthz" and not self.keys.accepts(_basic_password(scope["headers"])):
             body = b"Sign in with your access key as the password; any user name will do."
             headers = [(b"www-authenticate", b'Basic realm="BabyDoctor"'), (b"content-type", b"text/plain")]
@@ -97,6 +106,7 @@ def build_page_app(
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
     pacs: Sequence[DicomWebServer] = (),
+    settings: ServeSettings | None = None,
 ) -> FastAPI:
     """The web UI as an ASGI application.
 
@@ -106,6 +116,7 @@ def build_page_app(
         sign_in_keys: keys of which users must enter one; none: the web UI is open.
         feedback_file: JSON lines are appended there; None: no feedback is taken.
         pacs: the PACS that users may load images from.
+        settings: for the address that it listens on and the sites that may call it.
     """
     import gradio as gr
 
@@ -162,14 +173,14 @@ def build_page_app(
     handlers = {number: function for number, function in demo.fns.items() if function.fn is not None}
     inputs = {number: [box.get_block_name() for box in function.inputs] for number, function in handlers.items()}
     app.add_middleware(GradioRoutes, inputs=inputs)
-    app.add_middleware(PageGuard, keys=Keys(sign_in_keys))
+    settings = settings or ServeSettings()
+    app.add_middleware(PageGuard, keys=Keys(sign_in_keys), origins=OriginCheck(settings, settings.page.host))
     return app
 
 
 def run_page(
     controller_url: str,
-    host: str,
-    port: int,
+    settings: ServeSettings,
     *,
     api_key: str | None = None,
     sign_in_keys: Sequence[str] = (),
@@ -183,13 +194,17 @@ def run_page(
     """
     from babydoctor.serve.server import bind, run_server
 
-    sock = bind("page", host, port)
+    sock = bind("page", settings.page.host, settings.page.port)
     app: Any = build_page_app(
-        controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file, pacs=pacs
+        controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file,
+        pacs=pacs,
+        settings=settings,
     )
+    limits = settings.limits
 
     async def drain() -> None:
         app.state.web_ui.sessions.stop_all()
         await asyncio.sleep(0.2)
 
-    run_server(app, sock, drain)
+    connections = ConnectionLimits(limits.max_connections, limits.head_timeout_s, limits.stall_timeout_s)
+    run_server(app, sock, drain, connections=connections)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor import __version__
+from babydoctor.files import sync
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import describe
 from babydoctor.serve.page.session import Exchange, Session
@@ -27,6 +29,12 @@ ERROR_KINDS = {
 }
 
 _ENDINGS = {"stopped": " (stopped)", "length": " (cut at the set length)", "error": " (broken off)"}
+
+
+MAX_COMMENT_CHARS = 10_000
+
+MAX_FILE_BYTES = 2**30
+"""Of the feedback file. A full one is for the operator to move; the disk must not fill up."""
 
 
 def build_row(
@@ -46,7 +54,7 @@ def build_row(
         "view": exchange.view.caption or None,
         "verdict": verdict,
         "errors": [kind for kind in ERROR_KINDS if kind in errors],
-        "comment": comment.strip(),
+        "comment": comment.strip()[:MAX_COMMENT_CHARS],
     }
     if with_image:
         row["image_png_base64"] = base64.b64encode(exchange.view.png).decode()
@@ -62,11 +70,19 @@ def save_row(path: Path, row: dict[str, Any]) -> None:
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several threads do not mix.
+        is_new = not path.exists()
+        if not is_new and path.stat().st_size + len(line) > MAX_FILE_BYTES:
+            raise PageError("feedback_full")
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            file.write(line)
+            fcntl.flock(file, fcntl.LOCK_EX)  # threads of this process wait for each other, too
+            written = file.write(line)
+            if written != len(line):  # a full disk may take a part of it
+                os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - (written or 0))
+                raise PageError("not_saved")
             os.fsync(file.fileno())
+        if is_new:
+            sync(path.parent)  # the file's name is on disk, too
     except OSError:
         raise PageError("not_saved") from None
 

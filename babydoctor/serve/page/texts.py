@@ -164,6 +164,7 @@ SENTENCES: dict[str, str] = {
     "pacs_no_report": "Nothing was stored: the image lacks attributes that a report needs.",
     "no_consent": "Nothing was saved: tick the box that allows it first.",
     "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
+    "feedback_full": "The feedback could not be saved: the server's file is full. Tell the person who runs it.",
     "not_saved": "The feedback could not be saved on the server. Tell the person who runs it.",
 }
 

@@ -81,4 +81,6 @@ def build_worker_app(worker: Worker | UpstreamWorker, secrets: Secrets, address:
             """Models, speed and queue of this worker."""
             return worker.status()
 
-    return build_application("BabyDoctor worker", worker, secrets, lifespan, add_own_routes=add_own_routes, drain=drain)
+    return build_application(
+        "BabyDoctor worker", worker, secrets, lifespan, host=own.host, add_own_routes=add_own_routes, drain=drain
+    )

@@ -61,6 +61,7 @@ class Preprocessor:
         self._engine = engine
         self._limits = limits
         self._num_patches = run.model.num_patches
+        self._control_ids = frozenset(run.tokenizer.all_special_ids)
         self._grammars = JsonGrammars(run.tokenizer, engine.vocab_size, engine.eos)
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
@@ -96,8 +97,7 @@ class Preprocessor:
         images = tuple(decode_image(text, index) for index, text in enumerate(request.images or ()))
         example = self._encode_request(request)
         resume_ids = tuple(request.resume_ids or ())
-        if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
-            raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+        self._check_resume_ids(resume_ids)
         spelled_after = _last_text_ids(example) if request.continues else ()
         max_new_tokens = min(request.max_new_tokens, MAX_NEW_TOKENS, self._engine.max_context - len(example))
         if max_new_tokens < 1:
@@ -133,6 +133,18 @@ class Preprocessor:
             request_id=REQUEST_ID.get() or "",
         )
         return Prepared(len(example), images, resumed, generation)
+
+    def _check_resume_ids(self, resume_ids: tuple[int, ...]) -> None:
+        """Only what a model writes: no id beyond the vocabulary, and no control token but the end of text, at the end.
+
+        Raises:
+            ApiError: names the fault.
+        """
+        if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
+            raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+        inner = resume_ids[:-1] if resume_ids and resume_ids[-1] in self._engine.eos else resume_ids
+        if self._control_ids.intersection(inner):
+            raise ApiError("bad_resume_ids", "resume_ids holds control tokens.", param="resume_ids")
 
     def _constraint(self, schema: dict[str, Any] | None, resume_ids: tuple[int, ...]) -> JsonConstraint | None:
         if schema is None:

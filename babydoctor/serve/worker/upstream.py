@@ -117,7 +117,7 @@ class UpstreamWorker(SingleModelBackend):
         """Called in the event loop before the first request."""
         timeout = httpx.Timeout(self.settings.limits.request_timeout_s, connect=CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=self.slots.capacity + 1)
-        self._client = httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits)
+        self._client = httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=False)
         self._probing = asyncio.ensure_future(self._probe())
 
     async def drain(self) -> None:
@@ -241,8 +241,8 @@ def load_upstream(
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{api_root(url)}/models", headers=headers, timeout=CONNECT_TIMEOUT_S)
-        # `transformers serve` lists the models in the hub's cache, not those it serves, so a given name is not checked.
+        answer = httpx.get(f"{api_root(url)}/models", headers=headers, timeout=CONNECT_TIMEOUT_S, trust_env=False)
+        # transformers serve lists what lies in the hub's cache, not what it serves: a name that is given counts.
         if model is None:
             answer.raise_for_status()
             model = answer.json()["data"][0]["id"]

@@ -13,6 +13,7 @@ import httpx
 from babydoctor.conversation import Template, parse_prompt
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.imaging.isolation import load_image
+from babydoctor.imaging.jpeg import without_metadata
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
 from babydoctor.serve.api.admission import decode_image
@@ -91,14 +92,14 @@ def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
 
 
 def _image_url(text: str, index: int, limits: DecodeLimits) -> str:
-    """A data URL. Images that other servers cannot read (DICOM, TIFF, 16 bits) are converted to PNG."""
+    """A data URL of the pixels alone, upright; what is not a plain upright JPEG becomes a PNG."""
     data = decode_image(text, index)
     try:
         image = load_image(data, limits=limits)
     except UserError as error:
         raise ApiError(code_of_user_error(error), str(error), param=f"images[{index}]") from None
-    if data[:2] == b"\xff\xd8":
-        return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    if data[:2] == b"\xff\xd8" and (jpeg := without_metadata(data)) is not None:
+        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -135,12 +136,17 @@ class Worker(SingleModelBackend):
     async def _watch(self) -> None:
         """Log what goes wrong, and give up the answers of an engine that is stuck, so that others continue them."""
         known: str | None = None
+        since_s = time.monotonic()
+        stuck_s = self.settings.limits.stuck_s
         while True:
-            await asyncio.sleep(min(1.0, self.settings.limits.stuck_s / 4))
+            await asyncio.sleep(min(1.0, stuck_s / 4))
             problem = self.health.problem()
             if problem != known:
                 log(logger, logging.ERROR if problem else logging.INFO, "health", problem=problem)
+                since_s = time.monotonic()
             known = problem
+            if problem is not None and time.monotonic() - since_s > stuck_s and not self.draining:
+                os.kill(os.getpid(), signal.SIGTERM)  # what supervises this process starts a new one
             if problem is not None:
                 self._fail_open(ApiError("not_ready", problem))
                 await asyncio.to_thread(self.health.retry_decoders)
