@@ -29,7 +29,7 @@ from babydoctor.plan.lengths import measure_statistics
 from babydoctor.plan.plan import build_plan, check_fits, recompute_every
 from babydoctor.plan.report import format_short
 from babydoctor.train.checkpoint import Checkpoint, TrainState, load_parameters, read_checkpoint, save_checkpoint
-from babydoctor.train.in_training_eval import InTrainingEval
+from babydoctor.train.in_training_eval import EvalSchedule, InTrainingEval
 from babydoctor.train.interrupt import StopSignals
 from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_factor, set_learning_rate
 from babydoctor.train.output import OutputDirectory, identify_start, is_finished, num_steps, shared_settings
@@ -92,7 +92,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         found = {**identify_start(config, manifest), "data.rows": state.data_fingerprint, "micro-batch size": tokens}
         ranks.check_same(found)
         state = output.check_continues(state, manifest, len(dataset))
-        evaluation = None
+        schedule, evaluation = EvalSchedule(config, total_steps), None
         if is_main:
             evaluation = InTrainingEval(config, manifest, encoder, max_tokens=tokens, total_steps=total_steps)
 
@@ -106,10 +106,10 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
         with reporter:
             stop.wait_for_steps()
-            reporter.begin(model, len(samples), format_short(plan))
+            reporter.begin(plan.model.trainable, len(samples), format_short(plan))
             # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
-            if evaluation and evaluation.is_due(first_step):
-                stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
+            if schedule.is_due(first_step):
+                evaluate(evaluation, trainee, state, reporter, stop)
             ranks.wait()
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
@@ -124,8 +124,8 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_saved:
                     save(run, trainee, state, config.train)
-                if evaluation and evaluation.is_due(state.step):
-                    stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
+                if schedule.is_due(state.step):
+                    evaluate(evaluation, trainee, state, reporter, stop)
                 stop.received = ranks.any_signal(stop.received)  # other ranks wait here for what rank 0 does
                 if stop.received is not None and state.step < total_steps:
                     if not is_saved:
@@ -173,6 +173,15 @@ def prepare(
     if checkpoint is not None:
         trainee.load_optimizer_state(checkpoint.optimizer_state())
     return trainee
+
+
+def evaluate(
+    evaluation: InTrainingEval | None, trainee: Trainee, state: TrainState, reporter: Reporter, stop: StopSignals
+) -> None:
+    """Evaluate in the main process, the only one with an ``evaluation``. All ranks must call it."""
+    with trainee.whole_weights():
+        if evaluation is not None:
+            stop.run_unless_stopped(partial(evaluation.report, trainee.model, state, reporter))
 
 
 def save(run: Path, trainee: Trainee, state: TrainState, config: TrainConfig) -> None:

@@ -222,7 +222,15 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
 
     What lies there is compared by content.
     """
-    own = ("output_dir", "tracking", "data.rows", "data.images", "data.num_workers", "data.eval_rows", "data.eval_images")
+    own = (
+        "output_dir",
+        "tracking",
+        "data.rows",
+        "data.images",
+        "data.num_workers",
+        "data.eval_rows",
+        "data.eval_images",
+    )
     places = (*own, "init_from", "model.language_model", "model.vision_tower")
     return {key: value for key, value in flat_settings(config).items() if not _is_below(key, places)}
 

@@ -5,13 +5,15 @@ So a checkpoint has one format, and a run can continue on another number of rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -29,7 +31,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     All ranks must call it.
     """
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return tensor.full_tensor().detach()
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
@@ -159,6 +161,32 @@ class Trainee:
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Load the optimizer's state from a checkpoint."""
         self._state.load_state_dict(state)
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank holds the whole model in the block, so that one rank alone can run ``model``.
+
+        All ranks must enter it. Nothing is gathered where weights are not sharded.
+        """
+        if isinstance(self.model, FSDPModule):
+            parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+            self.model.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+            yield
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not self.model, recurse=False)
+        elif any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            import deepspeed
+
+            hooks = self.optimizer.optimizer.parameter_offload
+            with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+                hooks._remove_module_hooks()
+                yield
+                hooks.setup_zero_stage3_hooks()
+        else:
+            yield
 
     def gather_trained(self) -> dict[str, torch.Tensor]:
         """The trained parameters by name, in the main process. All ranks must call it."""
