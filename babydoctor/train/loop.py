@@ -26,13 +26,15 @@ from babydoctor.model.run_dir import Manifest, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
-from babydoctor.plan.plan import build_plan, check_fits, recompute_every
+from babydoctor.plan.plan import check_fits, recompute_every
+from babydoctor.plan.ranks import plan_ranks
 from babydoctor.plan.report import format_short
 from babydoctor.train.checkpoint import Checkpoint, TrainState, load_parameters, read_checkpoint, save_checkpoint
+from babydoctor.train.identity import identify_start, shared_settings
 from babydoctor.train.in_training_eval import EvalSchedule, InTrainingEval
 from babydoctor.train.interrupt import StopSignals
 from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_factor, set_learning_rate
-from babydoctor.train.output import OutputDirectory, identify_start, is_finished, num_steps, shared_settings
+from babydoctor.train.output import OutputDirectory, is_finished, num_steps
 from babydoctor.train.ranks import Ranks
 from babydoctor.train.report import Reporter, StepResult
 from babydoctor.train.sharding import Trainee, whole
@@ -80,7 +82,8 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         encoder = Encoder(config.data, tokenizer, manifest.image, num_image_tokens)
 
         # The plan: refuse what cannot fit before anything large is loaded, and choose the `auto` settings.
-        plan = build_plan(config, this_device(str(device)), statistics=measure_statistics(samples, encoder.encode))
+        lengths, hardware = measure_statistics(samples, encoder.encode), this_device(str(device))
+        plan = plan_ranks(config, hardware, statistics=lengths, strategy=strategy, num_ranks=ranks.number).plan
         check_fits(config, plan)
         tokens = plan.micro_batch_tokens
         number = {"rank": ranks.rank, "num_ranks": ranks.number}

@@ -88,7 +88,7 @@ class ZeroState:
         state = {}
         for index, parameter in enumerate(self.parameters if steps else ()):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            state[index] = {"step": steps[0], **moments}
+            state[index] = {"step": steps[0].clone(), **moments}
         return {"state": state, "param_groups": self._groups()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class ZeroState:
         flat = getattr(self.zero, "fp32_partitioned_groups_flat", None) or self.zero.single_partition_of_fp32_groups
         for tensor in flat:
             moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
-            self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device), **moments}
+            self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device, copy=True), **moments}
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._lazy_init_hp_params_optimizer_state()
 
