@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
+from helpers.serving import free_port
 from helpers.training import DEADLINE_S, losses, unfinish, wait_until
 from safetensors.torch import load_file
 
@@ -123,6 +123,7 @@ def test_two_machines_without_a_shared_disk(config: Path, alone: Path, tmp_path:
     common = ["--num_machines=2", "--main_process_ip=127.0.0.1", f"--main_process_port={free_port()}"]
     processes = []
     for machine in range(2):
+        (tmp_path / f"machine{machine}").mkdir()
         command = launch("multi_node", *program, str(tmp_path / f"machine{machine}" / "run"))
         where = command.index("-m", 3)
         command[where:where] = [*common, f"--machine_rank={machine}"]
@@ -243,9 +244,3 @@ def test_what_deepspeed_cannot_do_is_refused() -> None:
     found = " ".join(deepspeed_problems(DeepSpeedPlugin(hf_ds_config=settings), TrainConfig()))
     keys = ("stage: 1", "bf16.enabled", "optimizer is set", "offload_optimizer", "steps must be 1", "gradient_clipping")
     assert all(key in found for key in keys), found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
