@@ -21,7 +21,9 @@ from babydoctor.train.checkpoint import (
     find_damage,
     find_newest_intact,
     list_checkpoints,
-    load_checkpoint,
+    load_parameters,
+    read_checkpoint,
+    read_state,
     save_checkpoint,
 )
 
@@ -50,8 +52,16 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -
         optimizer.zero_grad()
 
 
+def load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    checkpoint = read_checkpoint(path)
+    load_parameters(checkpoint, model)
+    optimizer.load_state_dict(checkpoint.optimizer_state())
+
+
 def save(run: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, keep: int = 3) -> Path:
-    return save_checkpoint(run, model, optimizer, TrainState(step, 4 * step, "f" * 64), keep=keep)
+    return save_checkpoint(
+        run, model.trainable_parameters(), optimizer.state_dict(), TrainState(step, 4 * step, "f" * 64), keep=keep
+    )
 
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
@@ -63,7 +73,8 @@ def test_training_continues_bit_equal(tmp_path: Path, kind: str) -> None:
     whole = save(tmp_path, model, optimizer, 6)
 
     resumed, other = build(kind)
-    assert load_checkpoint(path, resumed, other) == TrainState(3, 12, "f" * 64)
+    load(path, resumed, other)
+    assert read_state(path) == TrainState(3, 12, "f" * 64)
     steps(resumed, other, 3, 6)
     again = save(tmp_path / "resumed", resumed, other, 6)
     for name in ("trainable.safetensors", "optimizer.safetensors", "state.json"):
@@ -80,7 +91,7 @@ def test_shared_quantization_maps_are_stored_once(tmp_path: Path) -> None:
     assert len(maps) == 2
     assert len(json.loads((path / "state.json").read_text())["optimizer"]["shared"]) == 2 * (3 - 1)
     resumed, other = build("paged_adamw_8bit")
-    load_checkpoint(path, resumed, other)
+    load(path, resumed, other)
     loaded = [state["qmap1"].data_ptr() for state in other.state.values() if "qmap1" in state]
     assert len(loaded) == 3 and len(set(loaded)) == 1
 

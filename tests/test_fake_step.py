@@ -8,10 +8,10 @@ forward pass runs, and with a GPU the backward pass too (autograd selects the de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.training import accelerator_on
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -75,17 +75,17 @@ def test_a_step_waits_for_nothing(stage: str, device: str, on_device: None) -> N
     overrides = ["train.fuse=false"] + (["lora.dropout=0"] if device == "cpu" and stage != "align" else [])
     config = stage_config(stage, "mini", batch_size=6, num_workers=0, overrides=overrides)
     data = step_data(stage)
-    rank = SimpleNamespace(device=torch.device(device), num_processes=1)
+    rank = accelerator_on(device)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = build_stage_model(config, "mini", device)
         assert {p.device.type for p in model.parameters()} == {device}
         model.recompute_every = 2
         if device == "cuda" and not torch.cuda.is_available():
-            assert {forward(model, batch).device.type for batch in data.batches} == {"cuda"}
+            assert {forward(model, batch, torch.device(device)).device.type for batch in data.batches} == {"cuda"}
             return
         optimizer = build_optimizer(model, config.train)
         loss = accumulate_gradients(model, data, rank)
-        norm = nn.utils.clip_grad_norm_(model.trainable_parameters().values(), 1.0)
+        norm = rank.clip_grad_norm_(list(model.trainable_parameters().values()), 1.0)
         assert all(p.grad is not None and p.grad.device.type == device for p in model.trainable_parameters().values())
         optimizer.step()
         assert loss.shape == norm.shape == () and loss.device.type == device

@@ -12,6 +12,7 @@ import torch
 from helpers.engine_models import build_model as build_engine_model
 from helpers.engine_models import build_request, reference, settings, tokenizer, tokens_of  # noqa: F401
 from helpers.packed_models import LENGTHS, packed_inputs, reference_attention
+from helpers.training import accelerator_on
 from torch import nn
 
 from babydoctor.bench.measure import matmul_flops_per_s, memory_bytes_per_s
@@ -165,8 +166,7 @@ def stage_model(stage: str, device: str, **train: Any) -> tuple[BabyDoctor, Any]
 def gradients_of(model: BabyDoctor, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     batches = [HostBatch(*packed_inputs((9, 17, 12))), HostBatch(*packed_inputs((31, 8)))]
     data = SimpleNamespace(batches=batches, num_supervised=15)
-    rank = SimpleNamespace(device=torch.device(device), num_processes=1)
-    loss = accumulate_gradients(model, data, rank)  # type: ignore[arg-type]
+    loss = accumulate_gradients(model, data, accelerator_on(device))  # type: ignore[arg-type]
     return loss.cpu(), {name: p.grad.cpu() for name, p in model.trainable_parameters().items() if p.grad is not None}
 
 

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     group.command("soak")(soak)
     group.command("chaos")(chaos)
     group.command("paths")(paths)
+    group.command("ranks")(ranks)
     group.command("gpu")(gpu)
     group.command("report")(report)
     group.command("rehearse")(rehearse)
@@ -193,6 +194,24 @@ def serve(
         f"memory {report.memory_bytes_per_s / 1e9:.1f} GB/s; a decoding step reads at least "
         f"{report.decode_cost.weight_bytes / 1e6:.0f} MB of weights"
     )
+
+
+def ranks(
+    steps: Annotated[int, typer.Option(min=1, help="measured steps of each strategy, after two of warm-up")] = 8,
+    update: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="write the table between its markers in this Markdown file"),
+    ] = None,
+) -> None:
+    """Losses, memory and time of DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU ranks, beside one process."""
+    from babydoctor.bench.ranks import bench_ranks
+    from babydoctor.markers import write_section
+
+    table = bench_ranks(steps)
+    print(table)
+    if update is not None:
+        write_section(update, "strategies on two ranks", table)
+        print(f"updated: {update}")
 
 
 def gpu(

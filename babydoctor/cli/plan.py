@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -28,24 +29,33 @@ def plan(
     options: Annotated[
         bool, typer.Option("--options", help="compare base precision and recomputation: memory and hours")
     ] = False,
+    num_gpus: Annotated[int, typer.Option(min=1, help="GPUs that share each step's samples")] = 1,
+    strategy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="ddp, fsdp, zero2 or zero3: also prints the prediction for 1, 4, 8 and 64 GPUs"),
+    ] = None,
     update: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="with --options: write the table between its markers in this Markdown file"),
+        typer.Option(
+            metavar="FILE", help="with --options or --strategy: write the table between its markers in this file"
+        ),
     ] = None,
     figure: Annotated[Optional[Path], typer.Option(help="draw the memory as a stacked bar, PNG or SVG")] = None,  # noqa: UP045
 ) -> None:
     """Estimate memory by part, operations and hours of a stage before it starts. Exit status 2 if it cannot fit."""
     from babydoctor.config import load_config
+    from babydoctor.markers import write_section
     from babydoctor.plan.hardware import ASSUMED_UTILIZATION, find_hardware
     from babydoctor.plan.lengths import find_statistics
     from babydoctor.plan.model import base_models, describe_model
     from babydoctor.plan.options import cheapest, list_options
-    from babydoctor.plan.plan import build_plan, check_fits
+    from babydoctor.plan.plan import check_fits
+    from babydoctor.plan.ranks import GPU_COUNTS, format_ranks, plan_ranks
     from babydoctor.plan.report import draw_plan, format_options, format_plan, update_options
     from babydoctor.schema import UserError
 
-    if update is not None and not options:
-        raise UserError("--update writes the table of --options; add --options")
+    if update is not None and not (options or strategy):
+        raise UserError("--update writes the table of --options or --strategy; add one of them")
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
     share = utilization or ASSUMED_UTILIZATION
     model = describe_model(settings)
@@ -61,8 +71,17 @@ def plan(
             update_options(update, settings.name, hardware.name, table)
             print(f"updated: {update}")
         return
-    result = build_plan(settings, hardware, statistics=statistics, model=model, utilization=share)
+    plan_stage = partial(plan_ranks, settings, hardware, statistics=statistics, model=model, utilization=share)
+    plan_on = partial(plan_stage, strategy=strategy or "ddp")
+    result = plan_on(num_ranks=num_gpus).plan
     print(format_plan(result))
+    if strategy is not None or num_gpus > 1:
+        counts = sorted({count for count in (*GPU_COUNTS, num_gpus) if count <= settings.train.batch_size})
+        table = format_ranks([plan_on(num_ranks=count) for count in counts])
+        print(f"\n{table}")
+        if update is not None:
+            write_section(update, f"plan ranks {settings.name} {hardware.name} {strategy}", table)
+            print(f"updated: {update}")
     if figure is not None:
         draw_plan(result, figure)
         print(f"figure: {figure}")

@@ -140,7 +140,7 @@ class BabyDoctor(nn.Module):
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return None
         if has_hooks(self.vision):  # ZeRO-3: every rank must gather the tower's weights, or the others wait for it
-            size = self.vision.config.image_size
+            size: Any = self.vision.config.image_size
             return self.encode_images(torch.zeros((1, 3, size, size), device=weight.device))[:0]
         shape = (0, self.num_patches, self.vision.config.hidden_size)
         return self.projector(torch.zeros(shape, dtype=weight.dtype, device=weight.device))

@@ -281,6 +281,11 @@ def _step_tokens(config: RunConfig, statistics: TokenStatistics) -> int:
     return math.ceil(config.train.batch_size * statistics.num_own) + statistics.num_prefix
 
 
+def micro_batches_per_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> int:
+    """Number of micro-batches in a step."""
+    return _spread_step(config, statistics, micro_batch_tokens)[0]
+
+
 def _spread_step(config: RunConfig, statistics: TokenStatistics, micro_batch_tokens: int) -> tuple[int, int]:
     """Number of a step's micro-batches, and the tokens of each; every one holds the shared prefix."""
     own = _step_tokens(config, statistics) - statistics.num_prefix

@@ -35,6 +35,25 @@ MAX_ANSWER_TOKENS = 48
 """Longest sample answer."""
 
 
+class EvalSchedule:
+    """After which steps a run is evaluated. Every rank knows it; rank 0 alone evaluates."""
+
+    def __init__(self, config: RunConfig, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.every = config.train.eval_every if config.data.eval_rows else None
+        self.task_every = config.eval.every_steps if config.eval else None
+
+    def is_due(self, step: int) -> bool:
+        """True if there is something to evaluate after ``step`` steps."""
+        return step > 0 and (self.held_out_is_due(step) or self.task_is_due(step))
+
+    def held_out_is_due(self, step: int) -> bool:
+        return self.every is not None and is_due(self.every, step, self.total_steps)
+
+    def task_is_due(self, step: int) -> bool:
+        return self.task_every is not None and is_due(self.task_every, step, self.total_steps)
+
+
 class InTrainingEval:
     """Held-out rows and the task of the ``eval`` section. Rows and questions are read and checked on construction."""
 
@@ -47,27 +66,16 @@ class InTrainingEval:
         max_tokens: int,
         total_steps: int,
     ) -> None:
-        self.total_steps = total_steps
-        self.every = config.train.eval_every
+        self.schedule = EvalSchedule(config, total_steps)
         self.held_out = HeldOut(config, manifest, encoder, max_tokens) if config.data.eval_rows else None
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
 
-    def is_due(self, step: int) -> bool:
-        """True if there is something to evaluate after ``step`` steps."""
-        return step > 0 and (self._held_out_is_due(step) or self._task_is_due(step))
-
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
         """Run the evaluations that are due and not yet recorded for this step, and report them."""
-        if self.held_out and self._held_out_is_due(state.step) and not reporter.has("eval", state.step):
+        if self.held_out and self.schedule.held_out_is_due(state.step) and not reporter.has("eval", state.step):
             reporter.held_out(state, self.held_out.loss(model), self.held_out.answers(model))
-        if self.task and self._task_is_due(state.step) and not reporter.has("task/right", state.step):
+        if self.task and self.schedule.task_is_due(state.step) and not reporter.has("task/right", state.step):
             reporter.task(state, self.task.task.name, self.task.evaluate(model))
-
-    def _held_out_is_due(self, step: int) -> bool:
-        return self.held_out is not None and is_due(self.every, step, self.total_steps)
-
-    def _task_is_due(self, step: int) -> bool:
-        return self.task is not None and is_due(self.task.every_steps, step, self.total_steps)
 
 
 class HeldOut:
@@ -124,7 +132,6 @@ class TaskAtIntervals:
     """The task of the configuration's ``eval`` section."""
 
     def __init__(self, config: InTrainingTaskConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.every_steps = config.every_steps
         self.task = load_task(config)
         self.settings = EvalConfig(
             check_conditions(config.images_as), GenerationConfig(batch_size=config.batch_size), NUM_TASK_RESAMPLES

@@ -26,13 +26,15 @@ from babydoctor.model.run_dir import Manifest, build_model
 from babydoctor.model.vision import load_vision_config, num_patches
 from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
-from babydoctor.plan.plan import build_plan, check_fits, recompute_every
+from babydoctor.plan.plan import check_fits, recompute_every
+from babydoctor.plan.ranks import plan_ranks
 from babydoctor.plan.report import format_short
 from babydoctor.train.checkpoint import Checkpoint, TrainState, load_parameters, read_checkpoint, save_checkpoint
-from babydoctor.train.in_training_eval import InTrainingEval
+from babydoctor.train.identity import identify_start, shared_settings
+from babydoctor.train.in_training_eval import EvalSchedule, InTrainingEval
 from babydoctor.train.interrupt import StopSignals
 from babydoctor.train.optimizer import build_optimizer, is_due, learning_rate_factor, set_learning_rate
-from babydoctor.train.output import OutputDirectory, identify_start, is_finished, num_steps, shared_settings
+from babydoctor.train.output import OutputDirectory, is_finished, num_steps
 from babydoctor.train.ranks import Ranks
 from babydoctor.train.report import Reporter, StepResult
 from babydoctor.train.sharding import Trainee, whole
@@ -80,7 +82,8 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         encoder = Encoder(config.data, tokenizer, manifest.image, num_image_tokens)
 
         # The plan: refuse what cannot fit before anything large is loaded, and choose the `auto` settings.
-        plan = build_plan(config, this_device(str(device)), statistics=measure_statistics(samples, encoder.encode))
+        lengths, hardware = measure_statistics(samples, encoder.encode), this_device(str(device))
+        plan = plan_ranks(config, hardware, statistics=lengths, strategy=strategy, num_ranks=ranks.number).plan
         check_fits(config, plan)
         tokens = plan.micro_batch_tokens
         number = {"rank": ranks.rank, "num_ranks": ranks.number}
@@ -92,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         found = {**identify_start(config, manifest), "data.rows": state.data_fingerprint, "micro-batch size": tokens}
         ranks.check_same(found)
         state = output.check_continues(state, manifest, len(dataset))
-        evaluation = None
+        schedule, evaluation = EvalSchedule(config, total_steps), None
         if is_main:
             evaluation = InTrainingEval(config, manifest, encoder, max_tokens=tokens, total_steps=total_steps)
 
@@ -106,10 +109,10 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         reporter = Reporter(run, config, first_step, total_steps, active=is_main)
         with reporter:
             stop.wait_for_steps()
-            reporter.begin(model, len(samples), format_short(plan))
+            reporter.begin(plan.model.trainable, len(samples), format_short(plan))
             # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
-            if evaluation and evaluation.is_due(first_step):
-                stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
+            if schedule.is_due(first_step):
+                evaluate(evaluation, trainee, state, reporter, stop)
             ranks.wait()
             for data in iterate_steps(dataset, first_step, total_steps, config.data.num_workers):
                 started = time.monotonic()
@@ -124,8 +127,8 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_saved:
                     save(run, trainee, state, config.train)
-                if evaluation and evaluation.is_due(state.step):
-                    stop.run_unless_stopped(partial(evaluation.report, model, state, reporter))
+                if schedule.is_due(state.step):
+                    evaluate(evaluation, trainee, state, reporter, stop)
                 stop.received = ranks.any_signal(stop.received)  # other ranks wait here for what rank 0 does
                 if stop.received is not None and state.step < total_steps:
                     if not is_saved:
@@ -173,6 +176,15 @@ def prepare(
     if checkpoint is not None:
         trainee.load_optimizer_state(checkpoint.optimizer_state())
     return trainee
+
+
+def evaluate(
+    evaluation: InTrainingEval | None, trainee: Trainee, state: TrainState, reporter: Reporter, stop: StopSignals
+) -> None:
+    """Evaluate in the main process, the only one with an ``evaluation``. All ranks must call it."""
+    with trainee.whole_weights():
+        if evaluation is not None:
+            stop.run_unless_stopped(partial(evaluation.report, trainee.model, state, reporter))
 
 
 def save(run: Path, trainee: Trainee, state: TrainState, config: TrainConfig) -> None:

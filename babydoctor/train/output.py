@@ -6,7 +6,6 @@ one entry per resume with the step and the settings that changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -14,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from babydoctor.config import RunConfig, changed_settings, dump_config, flat_settings, load_config
+from babydoctor.config import RunConfig, changed_settings, dump_config, load_config
 from babydoctor.files import LOCK_FILE, DirectoryLock, remove_leftovers, write_json, write_text
-from babydoctor.model.run_dir import Manifest, read_manifest
-from babydoctor.model.weights import local_directory, weight_files
+from babydoctor.model.run_dir import Manifest
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import TrainState, find_newest_intact, read_state
+from babydoctor.train.identity import identify_start, is_below
 from babydoctor.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -217,24 +216,6 @@ class OutputDirectory:
         return json.loads((self.path / HISTORY).read_text(encoding="utf-8"))
 
 
-def shared_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that all ranks must share: all but those that say where things lie or what rank 0 reports.
-
-    What lies there is compared by content.
-    """
-    own = (
-        "output_dir",
-        "tracking",
-        "data.rows",
-        "data.images",
-        "data.num_workers",
-        "data.eval_rows",
-        "data.eval_images",
-    )
-    places = (*own, "init_from", "model.language_model", "model.vision_tower")
-    return {key: value for key, value in flat_settings(config).items() if not _is_below(key, places)}
-
-
 def is_finished(config: RunConfig) -> bool:
     """True if the run in ``output_dir`` reached its last step and ``config`` does not ask for another length."""
     run = Path(config.output_dir)
@@ -249,39 +230,8 @@ def num_steps(config: RunConfig, num_steps_per_epoch: int) -> int:
     return config.train.max_steps or num_steps_per_epoch * config.train.epochs
 
 
-def identify_start(config: RunConfig, manifest: Manifest) -> dict[str, str]:
-    """What a run starts from, by content: base models, and the earlier run that ``init_from`` names."""
-    identity = {
-        "language_model": _identify_files(_model_files(local_directory(manifest.language_model))),
-        "vision_tower": _identify_files(_model_files(local_directory(manifest.vision_tower))),
-    }
-    if config.init_from is not None:
-        start = Path(config.init_from)
-        files = [start / "projector.safetensors", *sorted((start / "adapter").glob("*.safetensors"))]
-        lineage = [stage.model_dump() for stage in read_manifest(start).lineage]
-        identity["init_from"] = _identify_files(files, json.dumps(lineage, sort_keys=True))
-    return identity
-
-
-def _model_files(directory: Path) -> list[Path]:
-    return [directory / "config.json", *weight_files(directory)]
-
-
-def _identify_files(files: list[Path], text: str = "") -> str:
-    """A digest of names, sizes and the first MiB of each file; hashing 13 GB at each start would take a minute."""
-    digest = hashlib.sha256(text.encode())
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(2**20))
-    return digest.hexdigest()[:16]
-
-
 def _may_change(key: str) -> bool:
-    return _is_below(key, _CHANGEABLE)
-
-
-def _is_below(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)
+    return is_below(key, _CHANGEABLE)
 
 
 def _make_directory(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """The processes of a run and what they tell each other besides gradients.
 
-All of it goes through a gloo group of its own with a timeout of days: while rank 0 evaluates or writes a checkpoint, the
-others wait longer than the timeout of the engine's collectives.
+All of it goes through a gloo group of its own with a timeout of days: while rank 0 evaluates or writes a checkpoint,
+the others wait longer than the timeout of the engine's collectives.
 """
 
 from __future__ import annotations

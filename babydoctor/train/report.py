@@ -19,7 +19,6 @@ from babydoctor.config import RunConfig
 from babydoctor.data.loader import StepData
 from babydoctor.eval.reporting.report import headline_figures
 from babydoctor.files import write_text
-from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.train.checkpoint import TrainState
 from babydoctor.train.optimizer import is_due
 from babydoctor.train.tracking import Tracker, read_json_lines, read_metrics
@@ -158,11 +157,10 @@ class Reporter:
             self.progress.__exit__(None, None, None)
             self.tracker.close()
 
-    def begin(self, model: BabyDoctor, num_samples: int, plan: str) -> None:
-        """Print the size of the run and its plan."""
+    def begin(self, trained: int, num_samples: int, plan: str) -> None:
+        """Print the size of the run, ``trained`` parameters among it, and its plan."""
         if not self.active:
             return
-        trained = sum(parameter.numel() for parameter in model.trainable_parameters().values())
         resumed = f", resumed after step {self.start}" if self.start else ""
         self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
         self.progress.say(plan)

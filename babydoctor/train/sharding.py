@@ -5,13 +5,15 @@ So a checkpoint has one format, and a run can continue on another number of rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -29,7 +31,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     All ranks must call it.
     """
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return tensor.full_tensor().detach()
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
@@ -68,6 +70,10 @@ class PlainState:
         }
         self.optimizer.load_state_dict({**state, "state": shared})
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What this rank holds."""
+        return _state_tensors(self.optimizer.state)
+
 
 class ZeroState:
     """The state of an AdamW that ZeRO-2 or ZeRO-3 runs over flat shares of the parameters."""
@@ -86,7 +92,7 @@ class ZeroState:
         state = {}
         for index, parameter in enumerate(self.parameters if steps else ()):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            state[index] = {"step": steps[0], **moments}
+            state[index] = {"step": steps[0].clone(), **moments}
         return {"state": state, "param_groups": self._groups()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,6 +111,14 @@ class ZeroState:
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What this rank holds, its flat share of the parameters included."""
+        return [*self._flat_parameters(), *_state_tensors(self.zero.optimizer.state)]
+
+    def _flat_parameters(self) -> list[torch.Tensor]:
+        flat = getattr(self.zero, "fp32_partitioned_groups_flat", None)
+        return self.zero.single_partition_of_fp32_groups if flat is None else flat
+
     def _own_part(self, value: torch.Tensor, parameter: Any) -> torch.Tensor:
         size = parameter.partition_numel()
         flat = value.flatten()[self.rank * size : (self.rank + 1) * size]
@@ -112,10 +126,9 @@ class ZeroState:
 
     def _allocate(self, step: torch.Tensor) -> None:
         """What AdamW allocates in its first step, and the number of steps done."""
-        flat = getattr(self.zero, "fp32_partitioned_groups_flat", None) or self.zero.single_partition_of_fp32_groups
-        for tensor in flat:
+        for tensor in self._flat_parameters():
             moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
-            self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device), **moments}
+            self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device, copy=True), **moments}
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -160,6 +173,36 @@ class Trainee:
         """Load the optimizer's state from a checkpoint."""
         self._state.load_state_dict(state)
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank holds the whole model in the block, so that one rank alone can run ``model``.
+
+        All ranks must enter it. Nothing is gathered where weights are not sharded.
+        """
+        if isinstance(self.model, FSDPModule):
+            parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+            self.model.set_reshard_after_forward(False)
+            for part in parts:
+                part.unshard()
+            yield
+            for part in parts:
+                part.reshard()
+                part.set_reshard_after_forward(part is not self.model, recurse=False)
+        elif any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            import deepspeed
+
+            hooks = self.optimizer.optimizer.parameter_offload
+            with deepspeed.zero.GatheredParameters(list(self.model.parameters())):
+                hooks._remove_module_hooks()
+                yield
+                hooks.setup_zero_stage3_hooks()
+        else:
+            yield
+
+    def optimizer_tensors(self) -> list[torch.Tensor]:
+        """The optimizer's tensors as this rank holds them: its state, and ZeRO's flat copy of its parameters."""
+        return self._state.tensors()
+
     def gather_trained(self) -> dict[str, torch.Tensor]:
         """The trained parameters by name, in the main process. All ranks must call it."""
         return gather(self.model.trainable_parameters().items(), keep=self.is_main)
@@ -173,6 +216,11 @@ class Trainee:
     def gather_optimizer_state(self) -> dict[str, Any]:
         """The optimizer's state, as ``torch.optim.Optimizer.state_dict`` gives it. All ranks must call it."""
         return self._state.state_dict()
+
+
+def _state_tensors(state: Mapping[Any, dict[str, Any]]) -> list[torch.Tensor]:
+    values = [value for entry in state.values() for value in entry.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -101,14 +101,15 @@ def _find_problems(accelerator: Accelerator, config: TrainConfig) -> Iterator[st
     if accelerator.parallelism_config is not None:
         yield "parallelism_config is set; tensor, context and sequence parallelism are not supported"
     if kind == DistributedType.FSDP:
-        yield from _fsdp_problems(accelerator.state.fsdp_plugin)
+        yield from fsdp_problems(accelerator.state.fsdp_plugin)
     if kind == DistributedType.DEEPSPEED:
-        yield from _deepspeed_problems(accelerator.state.deepspeed_plugin, config)
+        yield from deepspeed_problems(accelerator.state.deepspeed_plugin, config)
     if kind in wanted.values() and config.optimizer != "adamw":
         yield f"train.optimizer={config.optimizer} cannot be sharded; set train.optimizer=adamw"
 
 
-def _fsdp_problems(plugin: Any) -> Iterator[str]:
+def fsdp_problems(plugin: Any) -> Iterator[str]:
+    """What a ``FullyShardedDataParallelPlugin`` asks for and the training program cannot do."""
     if plugin.fsdp_version != 2:
         yield f"fsdp_version: {plugin.fsdp_version}; set 2"
         return
@@ -124,7 +125,8 @@ def _fsdp_problems(plugin: Any) -> Iterator[str]:
         yield "fsdp_transformer_layer_cls_to_wrap must be LlamaDecoderLayer"
 
 
-def _deepspeed_problems(plugin: Any, config: TrainConfig) -> Iterator[str]:
+def deepspeed_problems(plugin: Any, config: TrainConfig) -> Iterator[str]:
+    """What a ``DeepSpeedPlugin`` asks for and the training program cannot do."""
     settings: dict[str, Any] = plugin.deepspeed_config
     zero = settings.get("zero_optimization", {})
     if plugin.zero_stage not in (2, 3):

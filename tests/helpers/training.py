@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from babydoctor.train.tracking import read_metrics
 
@@ -32,6 +34,12 @@ def build_settings(tiny_settings: dict[str, Any], run: Path, stage: str) -> dict
     for key, value in STAGES[stage].items():
         settings[key] = settings.get(key, {}) | value
     return settings
+
+
+def accelerator_on(device: str) -> Accelerator:
+    """A single process on ``device``; accelerate would keep the device of an earlier one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", device_placement=False)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

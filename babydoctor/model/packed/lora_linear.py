@@ -62,7 +62,7 @@ def apply_linears(
             factors += [peft_layer.lora_A[ADAPTER].weight, peft_layer.lora_B[ADAPTER].weight]
         else:
             layers.append(_Layer(module))
-    if not factors and not any(_is_4bit(layer.base) for layer in layers):
+    if not factors and not any(_is_4bit(layer.base) or _is_gathered(layer.base) for layer in layers):
         return tuple(linear(x, layer.weight(x.dtype), _bias(layer.base, x)) for layer in layers)
     keep = draw_keep_mask(x.shape, dropout, x.device) if dropout else None
     return _FrozenLinears.apply(x, keep, tuple(layers), ops, *factors)
@@ -144,6 +144,11 @@ def draw_keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -
 
 def _is_4bit(base: nn.Module) -> bool:
     return getattr(base.weight, "quant_state", None) is not None
+
+
+def _is_gathered(base: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the weight only during the layer's passes; autograd must not keep it in between."""
+    return hasattr(base.weight, "ds_id")
 
 
 def has_lora(module: nn.Module) -> bool:

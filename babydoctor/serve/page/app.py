@@ -196,7 +196,10 @@ def run_page(
 
     sock = bind("page", settings.page.host, settings.page.port)
     app: Any = build_page_app(
-        controller_url, api_key=api_key, sign_in_keys=sign_in_keys, feedback_file=feedback_file,
+        controller_url,
+        api_key=api_key,
+        sign_in_keys=sign_in_keys,
+        feedback_file=feedback_file,
         pacs=pacs,
         settings=settings,
     )
