@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from helpers.serving import stop_all, wait_until
 from helpers.web_ui import (
     PATIENT,
     START_S,
+    TIMEOUT_MS,
     Parts,
     ScriptedServer,
     ask,
@@ -201,3 +203,23 @@ def test_from_the_pacs_and_back(tab, parts: PacsParts, scripted: ScriptedServer)
     expect(tab.locator("#bd-pacs-stored")).to_contain_text("did not come from a PACS")
     log = (parts.folder / "page").read_text(encoding="utf-8")
     assert PATIENT not in log and "P-4711" not in log and CREDENTIALS.partition(":")[2] not in log
+
+
+@needs_ocr
+@pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")
+def test_screenshot_for_the_readme(browser):
+    """``BABYDOCTOR_PAGE_URL=http://127.0.0.1:7860 pytest tests/test_web_privacy.py -k readme`` renews the picture."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1500}, color_scheme="light")
+    context.set_default_timeout(TIMEOUT_MS)
+    tab = context.new_page()
+    tab.goto(os.environ["BABYDOCTOR_PAGE_URL"])
+    enter(tab)
+    tab.get_by_role("button", name="Real ultrasound, Doppler").click()
+    tab.locator("#bd-text-boxes summary").click()
+    tab.get_by_role("button", name="Show 5").click()
+    expect(tab.locator("#bd-viewer svg rect.shown")).to_have_count(1)
+    viewer, facts = (tab.locator(name).bounding_box() for name in ("#bd-viewer", "#bd-facts"))
+    height = facts["y"] - viewer["y"]
+    clip = {"x": viewer["x"] - 8, "y": viewer["y"] - 8, "width": viewer["width"] + 16, "height": height}
+    tab.screenshot(path=Path(__file__).parents[1] / "images" / "page_burned_in_text.png", clip=clip)
+    context.close()
