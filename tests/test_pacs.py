@@ -73,7 +73,7 @@ def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
 )
 def test_search_finds_the_study(orthanc: Orthanc, query: StudyQuery) -> None:
     (study,) = client(orthanc.dicomweb_url).search(query)
-    assert (study.date, study.modalities, study.patient) == ("20040119", "CT", f"{PATIENT} · P-4711")
+    assert (study.date, study.modalities, study.patient) == ("2004-01-19", "CT", f"{PATIENT} · P-4711")
     assert PATIENT not in repr(study) and "P-4711" not in repr(query)
 
 

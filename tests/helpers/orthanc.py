@@ -14,9 +14,13 @@ from helpers.serving import free_port, wait_until
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 PROGRAM = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
-needs_orthanc = pytest.mark.skipif(
-    not (Path(PROGRAM).exists() and PLUGIN.exists()), reason="Debian's orthanc and orthanc-dicomweb are not installed"
-)
+
+
+def has_orthanc() -> bool:
+    return Path(PROGRAM).exists() and PLUGIN.exists()
+
+
+needs_orthanc = pytest.mark.skipif(not has_orthanc(), reason="Debian's orthanc and orthanc-dicomweb are not installed")
 CREDENTIALS = "reader:a-password-for-tests"
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,18 @@ START_S = 240
 
 
 class Parts:
-    """Controller, worker and web UI as processes."""
+    """Controller, worker and web UI as processes.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        page_settings: more settings of the web UI, ``key=value``.
+        page_environment: more environment variables of the web UI.
+    """
+
+    def __init__(
+        self, folder: Path, page_settings: Sequence[str] = (), page_environment: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self._page_settings, self._page_environment = page_settings, page_environment
         self.feedback = folder / "feedback.jsonl"
         self.controller = start_controller(folder / "controller.log")
         self.worker = self.start_worker()
@@ -81,9 +89,10 @@ class Parts:
         wait_until(lambda: "tiny" in self.models(), START_S, "the model's return")
 
     def start_page(self) -> Server:
-        arguments = ["web", f"page.port={self._port}", f"page.feedback_file={self.feedback}"]
+        arguments = ["web", f"page.port={self._port}", f"page.feedback_file={self.feedback}", *self._page_settings]
         url = f"http://127.0.0.1:{self._port}"
-        return start([*arguments, "--controller", self.controller.url], url, self.folder / "page")
+        arguments += ["--controller", self.controller.url]
+        return start(arguments, url, self.folder / "page", environment=self._page_environment)
 
     def page_answers(self) -> bool:
         return requests.get(f"{self.page.url}/healthz", timeout=2).status_code == 200

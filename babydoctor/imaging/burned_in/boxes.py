@@ -57,6 +57,7 @@ def widen(boxes: Iterable[TextBox], width: int, height: int) -> list[TextBox]:
             joined.append(box)
         else:
             joined[index] = _union(joined[index], box)
+    joined.sort(key=lambda box: (box.top, box.left))
     return [*(_with_margin(box, width, height) for box in joined), *(box for box in boxes if not box.is_identifying)]
 
 

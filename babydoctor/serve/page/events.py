@@ -137,7 +137,7 @@ class WebUI:
         form = [panel.server, panel.patient, panel.accession, panel.date]
         searches = [panel.search.click, panel.patient.submit, panel.accession.submit, panel.date.submit]
         gr.on(searches, handlers.on_search, form, [panel.results, panel.status], **ONCE)
-        picked = [panel.results, panel.status, panel.image, panel.patient, panel.accession]
+        picked = [panel.results, panel.status, panel.image, panel.patient, panel.accession, panel.form]
         loaded = [*self._image, *self._chat]
         text = [self.ui.viewer, self.ui.text_boxes, self.ui.image_status]
         loads = [

@@ -116,7 +116,7 @@ class PacsClient:
         studies = [
             PacsStudy(
                 uid=_uid(item, "0020000D"),
-                date=_text(item, "00080020"),
+                date=_day(item, "00080020"),
                 modalities=_text(item, "00080061"),
                 patient=" · ".join(filter(None, (_text(item, "00100010"), _text(item, "00100020")))),
                 description=_text(item, "00081030"),
@@ -207,7 +207,9 @@ class PacsClient:
 
         try:
             with self._session() as session:
-                return call(DICOMwebClient(self._root, session=session, timeout=self.server.timeout_s))
+                client = DICOMwebClient(self._root, session=session, timeout=self.server.timeout_s)
+                client.set_http_retry_params(retry=False)  # it would try for a minute
+                return call(client)
         except PageError:
             raise
         except requests.HTTPError as error:
@@ -254,6 +256,13 @@ def _text(item: Mapping[str, Any], tag: str) -> str:
     values = item.get(tag, {}).get("Value") or []
     names = [value.get("Alphabetic", "") if isinstance(value, dict) else str(value) for value in values]
     return ", ".join(names)[:200]
+
+
+def _day(item: Mapping[str, Any], tag: str) -> str:
+    """A date as YYYY-MM-DD; anything else as it is."""
+    text = _text(item, tag)
+    found = _DATE.fullmatch(text)
+    return "-".join(found.groups()) if found else text
 
 
 def _uid(item: Mapping[str, Any], tag: str) -> str:

@@ -76,12 +76,9 @@ class PacsHandlers(Handlers):
         picker.forget_patients()
         number = len(picker.instances)
         slider = gr.Slider(maximum=max(2, number), value=picker.image + 1, visible=number > 1)
-        return changes | {
-            self.ui.pacs.results: "",
-            self.ui.pacs.image: slider,
-            self.ui.pacs.patient: "",
-            self.ui.pacs.accession: "",
-        }
+        panel = self.ui.pacs
+        emptied = {panel.results: "", panel.patient: "", panel.accession: ""}
+        return changes | emptied | {panel.image: slider, panel.form: gr.Accordion(open=False)}
 
     @shows_errors
     def on_image(self, number: float | None, request: gr.Request) -> Changes:

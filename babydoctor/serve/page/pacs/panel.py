@@ -19,14 +19,12 @@ class PacsPanel:
 
     def __init__(self, servers: Sequence[DicomWebServer], buttons: str) -> None:
         names = [server.name for server in servers]
-        with gr.Accordion("Load from a PACS", open=False, visible=bool(servers), elem_id="bd-pacs"):
+        with gr.Accordion("Load from a PACS", open=False, visible=bool(servers), elem_id="bd-pacs") as self.form:
             self.server = gr.Dropdown(names, value=names[0] if names else None, label="PACS", visible=len(names) > 1)
             with gr.Row():
                 self.patient = gr.Textbox(label="Patient ID", max_length=64, min_width=120)
-                self.accession = gr.Textbox(label="Accession number", max_length=64, min_width=120)
-                self.date = gr.Textbox(
-                    label="Study date", max_length=32, min_width=120, placeholder="2024-05-31, or two with “to” between"
-                )
+                self.accession = gr.Textbox(label="Accession no.", max_length=64, min_width=120)
+                self.date = gr.Textbox(label="Study date", max_length=32, min_width=120, placeholder="2024-05-31")
             self.search = gr.Button("Search", size="sm", elem_id="bd-pacs-search")
             self.status = gr.HTML("", elem_id="bd-pacs-status", apply_default_css=False)
             self.results = gr.HTML("", js_on_load=buttons, elem_id="bd-pacs-results", apply_default_css=False)
