@@ -28,7 +28,7 @@ from babydoctor.eval.score import (
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.phantom.case import build_cases
-from babydoctor.phantom.text import question_rows
+from babydoctor.phantom.rows import question_rows
 from babydoctor.schema import UserError
 
 
