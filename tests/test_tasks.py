@@ -28,7 +28,7 @@ from babydoctor.eval.score import (
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.phantom.case import build_cases
-from babydoctor.phantom.text import question_rows
+from babydoctor.phantom.rows import question_rows
 from babydoctor.schema import UserError
 
 
@@ -291,6 +291,24 @@ def test_shuffled_images_are_never_their_own() -> None:
     assert mapping == shuffle_images(list(reversed(keys)), seed=0)
     with pytest.raises(UserError, match="1 image"):
         shuffle_images(["a", "a"], seed=0)
+
+
+def test_shuffled_images_come_from_questions_of_the_same_group(tmp_path: Path) -> None:
+    settings = ImageSettings(size=28, mode="pad", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    shades = {"a": 10, "b": 60, "c": 110, "d": 160}
+    files = {name: _image(tmp_path / f"{name}.png", shade) for name, shade in shades.items()}
+
+    def asked(name: str, group: str) -> Question:
+        return Question(f"{name}{group}", files[name], name, "q", ("yes",), "closed", shuffled_among=group)
+
+    every = [asked(name, "") for name in shades]
+    questions = [*every, asked("a", "finding"), asked("b", "finding")]
+    right, shuffled = (ConditionedImages(questions, condition, settings) for condition in ("right", "shuffled"))
+    np.testing.assert_array_equal(shuffled.pixels(questions[4]), right.pixels(every[1]))
+    np.testing.assert_array_equal(shuffled.pixels(questions[5]), right.pixels(every[0]))
+    # A group of one image takes another image of the test.
+    alone = ConditionedImages([*every, asked("a", "finding")], "shuffled", settings).pixels(asked("a", "finding"))
+    assert not np.array_equal(alone, right.pixels(every[0]))
 
 
 def test_conditions_change_the_pixels(tmp_path: Path) -> None:

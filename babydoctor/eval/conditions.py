@@ -67,7 +67,8 @@ class ConditionedImages:
         if condition == "shuffled":
             for group in {question.shuffled_among for question in questions}:
                 keys = [q.image_key for q in questions if q.image is not None and group in ("", q.shuffled_among)]
-                self._other[group] = shuffle_images(keys, seed)
+                # A short test may have too few images in a group.
+                self._other[group] = shuffle_images(keys if len(set(keys)) > 1 else list(self._source), seed)
         self._load = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
 
     def pixels(self, question: Question) -> np.ndarray | None:

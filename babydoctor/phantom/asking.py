@@ -25,7 +25,16 @@ _SLOT = re.compile(r"\{(\w+)\}")
 _WORD = re.compile(r"[A-Za-z]{4,}")
 _BEFORE = ("Please", "Please", "Please", "Hello,", "Hi,", "Doctor,", "OK,", "And", "So", "Now", "Well,", "Tell me:")
 _CONTEXT = ("This is my patient.", "I am a student.", "Look at this image.", "Here is a scan.", "I am not sure.")
-_AFTER = ("Please.", "Thanks.", "Thank you.", "Please answer briefly.", "I need to know.")
+_AFTER = (
+    "Please.",
+    "Thanks.",
+    "Thank you.",
+    ", please",
+    ", please",
+    ", please.",
+    "Please answer briefly.",
+    "I need to know.",
+)
 _NOUNS = ("finding", "finding", "lesion", "abnormality", "problem", "pathology")
 _NAMES = {
     "nodule": ("nodule", "lump", "mass"),
@@ -106,7 +115,7 @@ def restyle(sentence: str, rng: np.random.Generator) -> str:
         sentence = f"{_pick(_BEFORE, rng)} {rest}"
     elif rng.random() < 0.3:
         after = rng.random() < 0.6
-        sentence = f"{sentence} {_pick(_AFTER, rng)}" if after else f"{_pick(_CONTEXT, rng)} {sentence}"
+        sentence = _append(sentence, _pick(_AFTER, rng)) if after else f"{_pick(_CONTEXT, rng)} {sentence}"
     if rng.random() < TYPO_SHARE:
         sentence = misspell(sentence, rng)
     if rng.random() < 0.3:
@@ -116,6 +125,10 @@ def restyle(sentence: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
         sentence = sentence.rstrip(".?!:") or sentence
     return sentence
+
+
+def _append(sentence: str, after: str) -> str:
+    return sentence.rstrip(".?!:") + after if after.startswith(",") else f"{sentence} {after}"
 
 
 def ask(kind: str, finding: str, rng: np.random.Generator, *, held_out: bool = False) -> str:

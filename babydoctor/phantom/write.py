@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from babydoctor.phantom import text
+from babydoctor.phantom import rows
 from babydoctor.phantom.case import SPLITS, Case, build_cases
 from babydoctor.phantom.drawing import draw
 from babydoctor.progress import show_progress
@@ -26,9 +26,9 @@ def build_rows(cases: Sequence[Case], split: str, seed: int) -> dict[str, list[d
     """The rows of the three training sets (``align``, ``instruct``, ``radiology``) for the cases of one split."""
     rng = np.random.default_rng([seed, len(SPLITS), SPLITS.index(split)])
     return {
-        "align": [text.align_row(case, rng) for case in cases],
-        "instruct": [row for case in cases for row in text.instruct_rows(case, rng)],
-        "radiology": [row for case in cases for row in text.radiology_rows(case, rng)],
+        "align": [rows.align_row(case, rng) for case in cases],
+        "instruct": [row for case in cases for row in rows.instruct_rows(case, rng)],
+        "radiology": [row for case in cases for row in rows.radiology_rows(case, rng)],
     }
 
 
@@ -68,9 +68,9 @@ def write_phantoms(out: Path, *, num_train: int, num_held_out: int, seed: int, s
     repeated = digests["train"] & digests["held_out"]
     assert not repeated, f"{len(repeated)} held-out images are also in train"
     for split in SPLITS:
-        for name, rows in build_rows(cases[split], split, seed).items():
+        for name, set_rows in build_rows(cases[split], split, seed).items():
             path = out / f"{name}_{split}.json"
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    _write_json_lines(out / "questions.jsonl", (row for case in cases["held_out"] for row in text.question_rows(case)))
+            path.write_text(json.dumps(set_rows, indent=1) + "\n", encoding="utf-8")
+    _write_json_lines(out / "questions.jsonl", (row for case in cases["held_out"] for row in rows.question_rows(case)))
     # Written last: its presence marks the folder as complete.
     _write_json_lines(out / "truth.jsonl", (asdict(case) for split in SPLITS for case in cases[split]))
