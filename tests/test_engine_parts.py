@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from babydoctor.engine.kv_cache import Content, FeatureCache, KVCache
 from babydoctor.engine.layout import group_rows
 from babydoctor.engine.request import GenerationRequest
-from babydoctor.engine.sampling import build_random, sample
 from babydoctor.engine.sequence import build_content
-from babydoctor.engine.stops import Detokenizer, StopFilter
+from babydoctor.engine.tokens.sampling import build_random, sample
+from babydoctor.engine.tokens.stops import Detokenizer, StopFilter
 from babydoctor.runtime import use_huge_pages
 
 

@@ -25,10 +25,10 @@ from babydoctor.engine.request import (
     GenerationHandle,
     RequestFailedError,
 )
-from babydoctor.engine.sampling import likeliest
 from babydoctor.engine.scheduler import StepWork, has_room, mark_computed, plan_batch
 from babydoctor.engine.sequence import Sequence
 from babydoctor.engine.stats import EngineStats
+from babydoctor.engine.tokens.sampling import likeliest
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from babydoctor.engine.request import (
 from babydoctor.engine.sequence import Sequence, build_content
 from babydoctor.engine.settings import EngineSettings, build_kv_cache
 from babydoctor.engine.stats import EngineStats
-from babydoctor.engine.stops import end_tokens
+from babydoctor.engine.tokens.stops import end_tokens
 from babydoctor.engine.validate import check_request
 
 

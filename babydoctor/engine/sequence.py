@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from babydoctor.engine.kv_cache import IMAGE_POSITION, Allocation, Content
-from babydoctor.engine.logit_rules import LogitRules
 from babydoctor.engine.request import (
     Delta,
     EngineError,
@@ -19,8 +18,9 @@ from babydoctor.engine.request import (
     TokenLogprob,
     Usage,
 )
-from babydoctor.engine.sampling import build_random, log_probabilities, sample
-from babydoctor.engine.stops import Detokenizer, StopFilter
+from babydoctor.engine.tokens.logit_rules import LogitRules
+from babydoctor.engine.tokens.sampling import build_random, log_probabilities, sample
+from babydoctor.engine.tokens.stops import Detokenizer, StopFilter
 
 
 class Sequence:

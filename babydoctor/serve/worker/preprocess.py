@@ -11,7 +11,6 @@ import numpy as np
 
 from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
-from babydoctor.engine.constraint import JsonConstraint, JsonGrammars
 from babydoctor.engine.request import (
     EngineClosedError,
     EngineError,
@@ -21,6 +20,7 @@ from babydoctor.engine.request import (
     PromptTooLongError,
     QueueFullError,
 )
+from babydoctor.engine.tokens.constraint import JsonConstraint, JsonGrammars
 from babydoctor.errors import UserError
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from babydoctor.data.tokens import encode
-from babydoctor.engine.stops import Detokenizer, StopFilter
+from babydoctor.engine.tokens.stops import Detokenizer, StopFilter
 from babydoctor.schema import IGNORE_INDEX, Segment
 
 

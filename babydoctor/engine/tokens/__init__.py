@@ -1,0 +1,1 @@
+"""From logits to the text of an answer: rules and constraints, sampling, spelling, stop strings."""
