@@ -338,3 +338,13 @@ def test_graphs_need_a_gpu(model, tokenizer):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="cuda_graphs"):
             Engine(model, tokenizer, settings(cuda_graphs=True))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_models_storage_stays_as_it_was_unless_the_engine_owns_it(tokenizer, own):
+    model, request = build_model(), build_request(1)
+    expected = reference(model, request)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    with Engine(model, tokenizer, settings(pack_weights=False, own_weights=own)) as engine:
+        assert tokens_of(engine.submit(request)) == expected
+    assert ([parameter.data_ptr() for parameter in model.parameters()] == places) == (not own)

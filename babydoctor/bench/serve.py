@@ -122,7 +122,7 @@ def run_bench(
     if engine_only:
         from babydoctor.engine.settings import build_settings
 
-        settings = build_settings(engine or {}, on_start=on_engine_start)
+        settings = build_settings(engine or {}, on_start=on_engine_start, own_weights=True)
         results, peak = _bench_engine(model, tokenizer, settings, batches, max_new_tokens, on_event)
     else:
         run = write_run(model, tokenizer, folder, preset)

@@ -26,18 +26,18 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
     if kv_cache.device.type != "cuda":
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
-        return Decoder(model, kv_cache, pack=settings.pack_weights)
+        return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:
         from babydoctor.engine.gpu.decoder import GpuDecoder, kernels_fit
     except ImportError as error:
         if asked:
             raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
         logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
-        return Decoder(model, kv_cache, pack=False)
+        return Decoder(model, kv_cache, pack=False, own=settings.own_weights)
     try:
         if not kernels_fit(kv_cache):
             raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
-        decoder = GpuDecoder(model, kv_cache)
+        decoder = GpuDecoder(model, kv_cache, own=settings.own_weights)
         if settings.cuda_graphs is not False:
             decoder.capture_graphs()
         decoder.check()
@@ -47,7 +47,7 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
         if asked:
             raise UserError(f"engine.cuda_graphs=true is not possible on this GPU: {error}; remove it") from error
         logger.warning("the engine's GPU kernels are not used, so answers take several times as long: %s", error)
-        return Decoder(model, kv_cache, pack=False)
+        return Decoder(model, kv_cache, pack=False, own=settings.own_weights)
     return decoder
 
 

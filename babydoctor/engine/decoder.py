@@ -44,12 +44,15 @@ class Decoder:
     Args:
         model: its weights are used in place.
         pack: copy the weights into oneDNN's layout; None: when that is faster and fits in memory.
+        own: the weights may be joined in place; see ``build_linear``.
     """
 
     has_graphs = False
     """Whether steps are replayed as CUDA graphs."""
 
-    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache, *, pack: bool | None = None) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, kv_cache: KVCache, *, pack: bool | None = None, own: bool = False
+    ) -> None:
         config = model.config
         self.kv_cache = kv_cache
         self.layout = LayoutBuilder(kv_cache)
@@ -68,17 +71,17 @@ class Decoder:
         self.layers = [
             LayerWeights(
                 layer.input_layernorm.weight.detach(),
-                build_linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack),
-                build_linear([attention.o_proj], dtype, pack=pack),
+                build_linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack, own=own),
+                build_linear([attention.o_proj], dtype, pack=pack, own=own),
                 layer.post_attention_layernorm.weight.detach(),
-                build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, pack=pack),
-                build_linear([layer.mlp.down_proj], dtype, pack=pack),
+                build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, pack=pack, own=own),
+                build_linear([layer.mlp.down_proj], dtype, pack=pack, own=own),
             )
             for layer in body.layers
             for attention in [layer.self_attn]
         ]
         self.final_norm = body.norm.weight.detach()
-        self.lm_head = build_linear([model.lm_head], dtype, pack=pack)
+        self.lm_head = build_linear([model.lm_head], dtype, pack=pack, own=own)
         self.dtype = dtype
         positions = torch.arange(kv_cache.capacity, device=self.device)[None]
         # In the KV cache's dtype, so that queries and keys are rotated in the precision of the cache.

@@ -24,15 +24,17 @@ PACKING_ROWS = 16
 """Number of rows that oneDNN chooses the layout for. It is as fast for 1 and for 300 rows (measured)."""
 
 
-def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
+def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool, own: bool = False) -> Linear:
     """One function for linear modules with the same input. It concatenates their outputs, in ``dtype``.
 
     Plain ``nn.Linear`` modules of one dtype become one product. LoRA is added to the product of its base layers. Other
-    modules (4-bit layers) are called unchanged. With ``pack`` the weights are copied into oneDNN's layout. Without it
-    several modules are fused into one new weight, and the modules then share it, so no memory is used twice.
+    modules (4-bit layers) are called unchanged. With ``pack`` the weights are copied into oneDNN's layout.
+
+    With ``own`` the model belongs to the engine: its modules' weights are joined into one and become views of it, so
+    one product serves them and no memory is used twice. Otherwise the model's storage stays as it is.
     """
     if any(has_lora(module) for module in modules):
-        return build_lora_linear(modules, dtype, pack=pack)
+        return build_lora_linear(modules, dtype, pack=pack, own=own)
     if any(type(module) is not nn.Linear for module in modules) or len({m.weight.dtype for m in modules}) > 1:
         if len(modules) == 1:
             return modules[0]
@@ -41,6 +43,9 @@ def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool
     bias: torch.Tensor | None = None
     if any(module.bias is not None for module in plain):
         bias = torch.cat([torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias.detach() for m in plain])
+    if len(plain) > 1 and not (pack or own):
+        parts = [(module.weight.detach(), module.bias) for module in plain]
+        return lambda rows: torch.cat([linear(rows, weight, bias) for weight, bias in parts], dim=-1)
     weight = plain[0].weight.detach() if len(plain) == 1 else torch.cat([module.weight.detach() for module in plain])
     if pack:
         return build_packed_linear(weight, bias)
@@ -50,13 +55,13 @@ def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool
     return lambda rows: linear(rows, weight, bias)
 
 
-def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool) -> Linear:
+def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool, own: bool = False) -> Linear:
     """Like ``build_linear`` for modules of which some have a LoRA: the base product plus the low-rank products.
 
     LoRA weights are copied into ``dtype``, so a stage in training keeps its own in float32.
     """
     bases: list[Any] = [module.base_layer if has_lora(module) else module for module in modules]
-    multiply = build_linear(bases, dtype, pack=pack)
+    multiply = build_linear(bases, dtype, pack=pack, own=own)
     parts: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
     end = 0
     for module, base in zip(modules, bases, strict=True):

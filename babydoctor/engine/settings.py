@@ -43,6 +43,8 @@ class EngineSettings:
             takes an ``on_start`` that sets it, as the command line's does.
         pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
+        own_weights: for callers from Python. The model serves the engine alone, so its weights may be joined in place,
+            which saves launches and, where they are not packed, costs no memory.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """
@@ -58,6 +60,7 @@ class EngineSettings:
     num_threads: int | None = None
     pack_weights: bool | None = None
     cuda_graphs: bool | None = None
+    own_weights: bool = field(default=False, repr=False, metadata={"hidden": True})
     on_start: StartHook | None = field(default=None, repr=False, compare=False, metadata={"hidden": True})
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ class StepTensors:
 class GpuDecoder(Decoder):
     """A LLaMA whose attention reads the KV cache's slots in place, by Triton kernels."""
 
-    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache) -> None:
-        super().__init__(model, kv_cache, pack=False)
+    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache, *, own: bool = False) -> None:
+        super().__init__(model, kv_cache, pack=False, own=own)
         self._graphs: DecodeGraphs | None = None
         # The rotation happens in the model's precision.
         self._cos, self._sin = (table[:, 0].to(self.dtype).contiguous() for table in (self.cos, self.sin))  # [C, W]

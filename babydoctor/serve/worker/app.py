@@ -42,7 +42,7 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Admission limits the queue before an image is decoded; the engine's own limit is higher.
     max_queue = max(256, settings.limits.max_queue)
-    engine_settings = build_settings(settings.engine, max_queue=max_queue, on_start=on_start)
+    engine_settings = build_settings(settings.engine, max_queue=max_queue, on_start=on_start, own_weights=True)
     run = load_run(path, device=device)
     engine = Engine(run.model, run.tokenizer, engine_settings).start()
     name = settings.worker.model_name or path.resolve().name
