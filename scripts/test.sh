@@ -14,6 +14,10 @@ if ! { command -v dcm2pnm && command -v convert-im6.q16; } > /dev/null && comman
   (apt-get update && apt-get install -y --no-install-recommends dcmtk imagemagick) > /dev/null 2>&1 ||
     echo "dcmtk and imagemagick could not be installed; the comparisons with them will be skipped"
 fi
+# DeepSpeed comes as source (20 seconds) and builds a kernel for CPU ranks on first use. Without it its tests are skipped.
+python -c "import deepspeed" > /dev/null 2>&1 ||
+  DS_BUILD_OPS=0 pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed ||
+  echo "deepspeed could not be installed; its tests will be skipped"
 # llama.cpp comes as source and compiles for some minutes; only .ci/run asks for it. Without it its tests are skipped.
 # Two versions: today's, and in a folder of its own the last one that has CLIP's class token in its place.
 build_llama_cpp() {
