@@ -14,6 +14,10 @@ if ! { command -v dcm2pnm && command -v convert-im6.q16; } > /dev/null && comman
   (apt-get update && apt-get install -y --no-install-recommends dcmtk imagemagick) > /dev/null 2>&1 ||
     echo "dcmtk and imagemagick could not be installed; the comparisons with them will be skipped"
 fi
+# DeepSpeed comes as source (20 seconds) and builds a kernel for CPU ranks on first use. Without it its tests are skipped.
+python -c "import deepspeed" > /dev/null 2>&1 ||
+  DS_BUILD_OPS=0 pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed ||
+  echo "deepspeed could not be installed; its tests will be skipped"
 # llama.cpp is compiled from source, which takes minutes, so only .ci/run asks for it. Without it its tests are skipped.
 # Two versions: the current one, and in its own folder the last one with CLIP's class token in the right place.
 build_llama_cpp() {

@@ -20,6 +20,7 @@ from babydoctor.plan.plan import (
     micro_batch_work,
     tensors_by_part,
 )
+from babydoctor.plan.ranks import RankPlan, plan_ranks
 from babydoctor.plan.report import format_options, update_options
 from babydoctor.schema import UserError
 
@@ -139,3 +140,48 @@ def test_predicted_memory_holds_at_the_widths_of_7b(stage, monkeypatch):
     )
     predicted, measured = planned_and_measured(stage, "wide", overrides, batch_size=3)
     assert abs(predicted / measured - 1) < 0.1, (predicted, measured)
+
+
+def ranks_of(strategy: str, num_ranks: int, *overrides: str) -> RankPlan:
+    config = load_config(CONFIGS / "instruct.yaml", ["train.optimizer=adamw", *overrides])
+    model = describe_model(config)
+    statistics = known_statistics(config, model.shape.num_patches)
+    return plan_ranks(
+        config, find_hardware("h100"), statistics=statistics, model=model, strategy=strategy, num_ranks=num_ranks
+    )
+
+
+def test_one_rank_is_the_plan_of_one_gpu() -> None:
+    alone = ranks_of("ddp", 1)
+    assert alone.sent_bytes == 0 and alone.efficiency("NVLink") == 1
+    _, plan = plan_of("instruct", "train.optimizer=adamw")
+    assert alone.plan.memory == plan.memory
+
+
+def test_ddp_sends_each_float32_gradient_twice() -> None:
+    """A ring all-reduce: every byte is reduced and gathered, less the rank's own share."""
+    eight = ranks_of("ddp", 8)
+    assert eight.sent_bytes == pytest.approx(2 * 4 * eight.plan.model.trainable * 7 / 8)
+    assert eight.efficiency("100 Gb Ethernet") < eight.efficiency("PCIe 4.0 x16") < eight.efficiency("NVLink") < 1
+
+
+def test_sharding_trades_memory_for_traffic() -> None:
+    plans = [ranks_of(strategy, 8) for strategy in ("ddp", "zero2", "fsdp")]
+    memory = [plan.plan.total_bytes for plan in plans]
+    assert memory == sorted(memory, reverse=True)
+    assert plans[2].sent_bytes > 10 * plans[0].sent_bytes
+    weights = [sum(plan.plan.memory[part] for part in plan.plan.model.weights) for plan in plans]
+    assert weights[2] == pytest.approx(weights[0] / 8, rel=1e-6) and weights[1] == weights[0]
+    # 4-bit weights stay whole under FSDP2 and are shared out by ZeRO-3.
+    for strategy, share in (("fsdp", 1), ("zero3", 8)):
+        plan = ranks_of(strategy, 8, "model.quantization=nf4").plan
+        assert plan.memory["decoder layers (NF4)"] == plan.model.weights["decoder layers (NF4)"] // share
+
+
+def test_what_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(UserError, match="256 GPUs share the 128 samples"):
+        ranks_of("ddp", 256)
+    with pytest.raises(UserError, match="--strategy 'tp'"):
+        ranks_of("tp", 2)
+    with pytest.raises(UserError, match=r"set train\.optimizer=adamw"):
+        ranks_of("fsdp", 2, "train.optimizer=paged_adamw_8bit")

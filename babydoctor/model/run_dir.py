@@ -276,7 +276,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def describe_software() -> dict[str, Any]:
     """Versions and git commit for a manifest."""
     versions = {"babydoctor": __version__}
-    for package in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     try:
