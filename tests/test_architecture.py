@@ -41,7 +41,6 @@ MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES = {
     "cli/data.py": "one function for each of seven commands",
-    "data/sources.py": "four lines over",
     "bench/serve.py": "asking over HTTP and asking the engine share their figures; a split is open",
 }
 
