@@ -197,7 +197,7 @@ def test_json_lists_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         path.write_text(text, encoding="utf-8")
         for chunk in (7, 64, 1000, 1 << 20):
-            monkeypatch.setattr("babydoctor.data.sources._CHUNK_CHARS", chunk)
+            monkeypatch.setattr("babydoctor.data.json_rows._CHUNK_CHARS", chunk)
             assert [r for _, r in iter_rows(path)] == rows
     path.write_text("[]")
     assert list(iter_rows(path)) == []

@@ -156,7 +156,7 @@ def test_files_with_more_than_one_json_value(tmp_path: Path, monkeypatch: pytest
     for joint in ("", "\n", " \n\n "):
         path.write_text(joint.join(json.dumps(rows) for rows in lists) + joint)
         for chunk in (7, 1 << 20):
-            monkeypatch.setattr("babydoctor.data.sources._CHUNK_CHARS", chunk)
+            monkeypatch.setattr("babydoctor.data.json_rows._CHUNK_CHARS", chunk)
             assert [row for _, row in iter_rows(path)] == [{"id": 1}, {"id": 2}, {"id": 3}]
             assert [where for where, _ in iter_rows(path)] == [f"{path}#{index}" for index in range(3)]
     for rest in ('{"id": 2}', "]", "3", ', {"id": 2}'):

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from babydoctor.data.json_rows import RepeatedKey
 from babydoctor.data.problems import RowError
-from babydoctor.data.sources import RepeatedKey
 from babydoctor.schema import IMAGE_TOKEN, Role, Turn
 
 METADATA = frozenset(

@@ -16,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.data.dataset_rows import EMBEDDED
+from babydoctor.data.json_rows import UnreadableRow
 from babydoctor.data.problems import Problem, RowError, summarize, write_problems
 from babydoctor.data.row_formats import read_row
-from babydoctor.data.sources import EMBEDDED, UnreadableRow, iter_rows, read_embedded
+from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, Sample, Turn, UserError
 

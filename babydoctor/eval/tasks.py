@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from babydoctor.config import TaskConfig
+from babydoctor.data.dataset_rows import EMBEDDED
 from babydoctor.data.problems import REASONS, RowError
 from babydoctor.data.row_formats import RowContent, read_row
-from babydoctor.data.sources import EMBEDDED, iter_rows, read_embedded
+from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.eval.metrics import NO, YES, normalize
 from babydoctor.files import split_lines
 from babydoctor.phantom import text as phantom_text
