@@ -292,12 +292,11 @@ def test_other_sites_do_not_reach_a_service_of_this_machine(
 def test_own_pages_and_named_hosts_may_call() -> None:
     from babydoctor.serve.api.errors import ApiError
     from babydoctor.serve.api.origins import OriginCheck
-    from babydoctor.serve.settings import ServeSettings
-
-    settings = ServeSettings(allowed_hosts=("ward.example",), cors_origins=("https://app.example",))
 
     def check(listens: str = "127.0.0.1", **headers: str) -> None:
-        OriginCheck(settings, listens).check([(name.encode(), value.encode()) for name, value in headers.items()])
+        OriginCheck(listens, ("ward.example",), ("https://app.example",)).check(
+            [(name.encode(), value.encode()) for name, value in headers.items()]
+        )
 
     check(host="127.0.0.1:7860", origin="http://127.0.0.1:7860")
     check(host="ward.example", origin="https://ward.example")
@@ -317,14 +316,13 @@ def test_the_web_ui_checks_them_too() -> None:
     from babydoctor.serve.api.admission import Keys
     from babydoctor.serve.api.origins import OriginCheck
     from babydoctor.serve.page.app import PageGuard
-    from babydoctor.serve.settings import ServeSettings
 
     async def hello(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"hello"})
 
     async def ask(host: str) -> int:
-        guard = PageGuard(hello, keys=Keys(()), origins=OriginCheck(ServeSettings(), "127.0.0.1"))
+        guard = PageGuard(hello, keys=Keys(()), origins=OriginCheck("127.0.0.1"))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guard)) as client:
             return (await client.get(f"http://{host}/")).status_code
 

@@ -150,12 +150,16 @@ def web(
 
     own = settings.page
     with prepare_web_ui():
+        from babydoctor.serve.api.origins import OriginCheck
         from babydoctor.serve.page.app import run_page
         from babydoctor.serve.settings import is_loopback
 
         run_page(
             controller_url,
-            settings,
+            own.host,
+            own.port,
+            origins=OriginCheck(own.host, settings.allowed_hosts, settings.cors_origins),
+            limits=settings.limits,
             api_key=secrets.api_keys[0] if secrets.api_keys else None,
             # The web UI sends the controller's key for its users, so users on other machines must sign in with a key.
             sign_in_keys=() if is_loopback(own.host) else secrets.api_keys,

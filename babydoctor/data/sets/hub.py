@@ -108,6 +108,7 @@ def download_url(
     headers: dict[str, str] | None = None,
     size: int | None = None,
     version: str | None = None,
+    sha1: str | None = None,
 ) -> Path:
     """Download ``url`` to ``target``, going on from ``target.partial`` if an earlier try left one (HTTP range).
 
@@ -117,6 +118,7 @@ def download_url(
         size: the expected number of bytes; None: what the server announces.
         version: the file's ETag. A partial file of another version is discarded. One of 64 hex digits is the
             SHA-256 of the content, which is then checked. None: the server's own ETag, by ``If-Range``.
+        sha1: of the content, where its publisher gives no SHA-256.
 
     Raises:
         UserError: the network, the server or the disk did not allow it; what has arrived is kept.
@@ -131,7 +133,9 @@ def download_url(
         partial = _Partial(target, version)
         _fetch(url, partial, headers or {}, size)
         if version and _SHA256.fullmatch(version):
-            _check_content(partial.path, version, url)
+            _check_content(partial.path, "sha256", version, url)
+        if sha1:
+            _check_content(partial.path, "sha1", sha1, url)
         partial.finish()
     except httpx.HTTPStatusError as error:
         raise UserError(
@@ -204,12 +208,15 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
     import httpx
 
     start = partial.size
+    _check_encrypted(url)
     asked = {"Accept-Encoding": "identity", **headers}
     if start:
         asked["Range"] = f"bytes={start}-"
         if size is None and partial.version:  # no version from the hub: the server decides whether it is the same
             asked["If-Range"] = partial.version
     with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=60) as response:
+        for step in (*response.history, response):
+            _check_encrypted(str(step.url))
         if response.status_code == 416 and size is None:  # the earlier try had all of it
             whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if whole in ("", "*", str(start)):
@@ -229,6 +236,13 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
         _append(response, partial, start, total)
 
 
+def _check_encrypted(url: str) -> None:
+    """Refuse plain HTTP, also after a redirect, unless it leads to this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise UserError(f"{url}: is not encrypted, so anybody on the way could change the data; use an https address")
+
+
 def _append(response: httpx.Response, partial: _Partial, start: int, total: int | None) -> None:
     import httpx
 
@@ -243,17 +257,17 @@ def _append(response: httpx.Response, partial: _Partial, start: int, total: int 
         raise httpx.RemoteProtocolError(f"cut off after {written:,} of {total:,} bytes")
 
 
-def _check_content(path: Path, sha256: str, url: str) -> None:
-    """Compare a downloaded file with its published SHA-256; one that differs is removed."""
-    hasher = hashlib.sha256()
+def _check_content(path: Path, algorithm: str, published: str, url: str) -> None:
+    """Compare a downloaded file with its published checksum; one that differs is removed."""
+    hasher = hashlib.new(algorithm)
     with progress_bars(in_bytes=True) as progress, path.open("rb") as file:
         task = progress.add_task(f"checking {path.stem}", total=path.stat().st_size)
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
             progress.advance(task, len(chunk))
-    if hasher.hexdigest() != sha256:
+    if hasher.hexdigest() != published:
         path.unlink()
         raise UserError(
-            f"{url}: what arrived is damaged (its SHA-256 begins with {hasher.hexdigest()[:12]}, published is "
-            f"{sha256[:12]}); it was removed, run this again"
+            f"{url}: what arrived is damaged (its {algorithm} begins with {hasher.hexdigest()[:12]}, published is "
+            f"{published[:12]}); it was removed, run this again"
         )

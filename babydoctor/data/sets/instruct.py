@@ -16,7 +16,11 @@ from babydoctor.schema import UserError
 REPO = "liuhaotian/LLaVA-Instruct-150K"
 ROWS_FILE = "llava_instruct_80k.json"
 IMAGES_ARCHIVE = "train2017.zip"
-IMAGES_URL = "http://images.cocodataset.org/zips/train2017.zip"
+IMAGES_URL = "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"
+"""COCO's own bucket under a name that its certificate is for. The certificate does not fit images.cocodataset.org."""
+
+IMAGES_SHA1 = "10ad623668ab00c62c096f0ed636d6aff41faca5"
+"""As GluonCV and others check it; COCO itself publishes none."""
 NUM_ROWS = 80_000
 
 
@@ -24,7 +28,7 @@ def download_instruct(folder: Path) -> Path:
     """Download rows and COCO's train2017 (19 GB) into ``folder``."""
     download_hub_file(REPO, ROWS_FILE, folder)
     if not (folder / "train2017").is_dir():
-        download_url(IMAGES_URL, folder / IMAGES_ARCHIVE)
+        download_url(IMAGES_URL, folder / IMAGES_ARCHIVE, sha1=IMAGES_SHA1)
     return folder
 
 

@@ -51,7 +51,7 @@ def build_application(
         open_paths=(*OPEN_PATHS, *open_paths),
         limits=settings.limits,
         metrics=backend.metrics,
-        origins=OriginCheck(settings, host),
+        origins=OriginCheck(host, settings.allowed_hosts, settings.cors_origins),
     )
     if settings.cors_origins:
         # Outside the gate: a browser's preflight request carries no key.

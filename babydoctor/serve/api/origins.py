@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from babydoctor.serve.api.errors import ApiError
-from babydoctor.serve.settings import ServeSettings, is_loopback
+from babydoctor.serve.settings import is_loopback
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -20,12 +20,14 @@ class OriginCheck:
 
     Args:
         host: the address that the part listens on; beyond this machine, keys or a proxy do this work.
+        allowed_hosts: further names under which a proxy on this machine is reached.
+        cors_origins: web pages that may call the part.
     """
 
-    def __init__(self, settings: ServeSettings, host: str) -> None:
+    def __init__(self, host: str, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()) -> None:
         self._is_on = is_loopback(host)
-        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._origins = frozenset(settings.cors_origins)
+        self._hosts = frozenset(name.lower() for name in allowed_hosts)
+        self._origins = frozenset(cors_origins)
 
     def check(self, headers: Headers) -> None:
         """Check the headers of a request.

@@ -25,7 +25,7 @@ from babydoctor.serve.connections import ConnectionLimits
 from babydoctor.serve.page.gradio_routes import GradioRoutes
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
-from babydoctor.serve.settings import DicomWebServer, ServeSettings
+from babydoctor.serve.settings import DicomWebServer, Limits
 
 FOLDER = Path(__file__).parent
 
@@ -106,7 +106,7 @@ def build_page_app(
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
     pacs: Sequence[DicomWebServer] = (),
-    settings: ServeSettings | None = None,
+    origins: OriginCheck | None = None,
 ) -> FastAPI:
     """The web UI as an ASGI application.
 
@@ -116,7 +116,7 @@ def build_page_app(
         sign_in_keys: keys of which users must enter one; none: the web UI is open.
         feedback_file: JSON lines are appended there; None: no feedback is taken.
         pacs: the PACS that users may load images from.
-        settings: for the address that it listens on and the sites that may call it.
+        origins: None: only this machine's own names.
     """
     import gradio as gr
 
@@ -173,15 +173,17 @@ def build_page_app(
     handlers = {number: function for number, function in demo.fns.items() if function.fn is not None}
     inputs = {number: [box.get_block_name() for box in function.inputs] for number, function in handlers.items()}
     app.add_middleware(GradioRoutes, inputs=inputs)
-    settings = settings or ServeSettings()
-    app.add_middleware(PageGuard, keys=Keys(sign_in_keys), origins=OriginCheck(settings, settings.page.host))
+    app.add_middleware(PageGuard, keys=Keys(sign_in_keys), origins=origins or OriginCheck("127.0.0.1"))
     return app
 
 
 def run_page(
     controller_url: str,
-    settings: ServeSettings,
+    host: str,
+    port: int,
     *,
+    origins: OriginCheck,
+    limits: Limits,
     api_key: str | None = None,
     sign_in_keys: Sequence[str] = (),
     feedback_file: Path | None = None,
@@ -194,16 +196,15 @@ def run_page(
     """
     from babydoctor.serve.server import bind, run_server
 
-    sock = bind("page", settings.page.host, settings.page.port)
+    sock = bind("page", host, port)
     app: Any = build_page_app(
         controller_url,
         api_key=api_key,
         sign_in_keys=sign_in_keys,
         feedback_file=feedback_file,
         pacs=pacs,
-        settings=settings,
+        origins=origins,
     )
-    limits = settings.limits
 
     async def drain() -> None:
         app.state.web_ui.sessions.stop_all()

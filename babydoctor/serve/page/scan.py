@@ -53,6 +53,7 @@ _PAGE_CODES: dict[UserErrorCode, str] = {
     "dicom_without_decoder": "dicom_without_decoder",
     "image_decode_failed": "image_decode_failed",
     "image_decode_timeout": "image_decode_timeout",
+    "image_decoder_down": "image_decode_failed",
 }
 """The web UI's codes for those of ``UserError``."""
 
