@@ -25,6 +25,7 @@ class LookupTable:
     first: int
     entries: np.ndarray
     bits: int
+    explanation: str = ""
 
     def look_up(self, values: np.ndarray) -> np.ndarray:
         """Entries for ``values`` of any shape; fractions are cut off, as the standard's viewers do."""

@@ -1,7 +1,7 @@
 """Decoding in processes of their own: a file that crashes, hangs or swells costs its own request an error.
 
-``load_image``, ``load_pixels`` and ``render`` do what their namesakes do, in one of a few processes that start once and
-are replaced when one dies. Each request has a limit of CPU seconds, of address space and of pixels
+``load_image``, ``load_pixels``, ``raw_frame`` and ``render`` do what their namesakes do, in one of a few processes that
+start once and are replaced when one dies. Each request has a limit of CPU seconds, of address space and of pixels
 (``limits.DecodeLimits``). The size in the header is known before anything is decoded, so that large images wait until
 the memory of all requests together stays within a budget.
 
@@ -27,7 +27,7 @@ from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.imaging.load import log_warnings, read_source
 from babydoctor.imaging.preprocess import ImageSettings
 
-__all__ = ["DecodePool", "load_image", "load_pixels", "render", "shared_pool"]
+__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
 
 
 def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
@@ -65,6 +65,12 @@ def render(
     """``dicom.render`` in a decoding process."""
     request = {"render": {"frame": frame, "center": center, "width": width, "preset": preset}}
     return _to_image(*shared_pool().decode(dicom.data, dicom.name, request, limits or DecodeLimits()))
+
+
+def raw_frame(dicom: DicomImage, frame: int, *, limits: DecodeLimits | None = None) -> bytes:
+    """``raw_frame.raw_frame`` in a decoding process."""
+    values, _ = shared_pool().decode(dicom.data, dicom.name, {"frame": frame}, limits or DecodeLimits())
+    return values.tobytes()
 
 
 def _to_image(values: np.ndarray, info: dict[str, Any]) -> Image.Image:

@@ -82,9 +82,14 @@ def status(text: str, kind: str = "error") -> str:
     return _render("status.html", text=text, kind=kind) if text else ""
 
 
-def viewer(view: View | None) -> str:
-    """The image as the model gets it."""
-    return _render("viewer.html", view=view)
+def viewer(view: View | None, state: Mapping[str, Any] | None = None) -> str:
+    """The image as the model gets it. ``state`` is for the canvas, see ``viewer.state``."""
+    return _render("viewer.html", view=view, state=json.dumps(state) if state else "")
+
+
+def canvas() -> str:
+    """The viewer's canvas and its buttons; ``viewer.js`` fills it."""
+    return _render("canvas.html")
 
 
 def facts(scan: Scan | None) -> str:

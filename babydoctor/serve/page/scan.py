@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import re
+import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from babydoctor.imaging.isolation import load_image, render
 from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
 from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.viewer.arrangement import Arrangement
 
 MAX_VIEW_EDGE = 1536
 """Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
@@ -108,6 +110,13 @@ class Scan:
     center: float | None = None
     width: float | None = None
     preset: str | None = None
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16), repr=False)
+    """Names the scan in the address of its frames."""
+    change: int = 0
+    """Number of the last change that came from the canvas."""
+    own_windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """(center, width) of the window that a frame brings, by frame."""
 
     @property
     def num_frames(self) -> int:
@@ -150,7 +159,7 @@ class Scan:
         """
         if self.dicom is None:
             assert self.picture is not None
-            return _to_view(self.picture, "")
+            return self._arranged(self.picture, "")
         try:
             image = render(self.dicom, self.frame, self.center, self.width, self.preset)
         except UserError as error:
@@ -158,7 +167,12 @@ class Scan:
         window = str(image.info.get("window", ""))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
-        return _to_view(image, frame + window)
+        return self._arranged(image, frame + window)
+
+    def _arranged(self, image: Image.Image, caption: str) -> View:
+        parts = (caption, self.arrangement.caption)
+        image = self.arrangement.apply(image, self.facts["columns"], self.facts["rows"])
+        return _to_view(image, " · ".join(part for part in parts if part))
 
     def window_range(self) -> WindowRange:
         """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""
@@ -179,6 +193,11 @@ class Scan:
         return WindowRange(center, width, min(low, center), max(high, center), max(widest, width))
 
     def _own_window(self) -> tuple[float, float]:
+        if self.frame not in self.own_windows:
+            self.own_windows[self.frame] = self._read_own_window()
+        return self.own_windows[self.frame]
+
+    def _read_own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
         if found:  # a VOI LUT has no center and width

@@ -120,6 +120,7 @@ SENTENCES: dict[str, str] = {
     "too_many_pixels": "The image has too many pixels. Please load a smaller version of it.",
     "odd_shape": "The image is a very thin strip, which the model cannot use. Please load another one.",
     "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
+    "odd_region": "The region is too small or too thin for the model. Draw a larger box. Nothing was changed.",
     "no_consent": "Nothing was saved: tick the box that allows it first.",
     "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
     "not_saved": "The feedback could not be saved on the server. Tell the person who runs it.",
