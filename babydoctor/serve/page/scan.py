@@ -137,6 +137,12 @@ class Scan:
         return FILE_WINDOW if self.stores_window else AUTO_WINDOW
 
     @property
+    def default_preset(self) -> str | None:
+        """The preset with which the image opens; None for the file's own window."""
+        is_bare_ct = self.facts.get("modality") == "CT" and self.has_window and not self.stores_window
+        return CT_DEFAULT if is_bare_ct else None
+
+    @property
     def presets(self) -> list[str]:
         return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
 
@@ -230,8 +236,7 @@ def _open_dicom(data: bytes) -> Scan:
         load_image(data, name=_FILE_NAME)
         dicom = read_dicom(data, name=_FILE_NAME)
         scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
-        if scan.facts.get("modality") == "CT" and scan.has_window and not scan.stores_window:
-            scan.preset = CT_DEFAULT
+        scan.preset = scan.default_preset
         return scan
     except UserError as error:
         raise dicom_error(error) from None

@@ -66,7 +66,6 @@ class Viewer {
     if (!isNew && state.change < this.state.change) return;
     if (isNew) this.open(state);
     this.state = state;
-    this.first ??= state;
     this.isSettled(true);
     this.screen.hidden = false;
     this.resize();
@@ -78,21 +77,10 @@ class Viewer {
     this.stop();
     this.frames = new Frames(state.key);
     this.frame = null;
-    this.first = state;
     this.ruler = null;
     this.choose('window');
     this.place.fit();
     this.note('Loading the image…');
-  }
-
-  // What a reset brings back: the first frame's own window or preset, nothing turned, the whole image.
-  get original() {
-    const {preset} = this.first;
-    const known = preset !== null || this.first.center === null;
-    return {
-      preset: known ? preset : null, center: null, width: null,
-      is_inverted: false, is_mirrored: false, quarter_turns: 0, region: null,
-    };
   }
 
   // Change what is shown. The server is told when nothing has changed for a moment.
@@ -197,7 +185,10 @@ class Viewer {
     this.place.fit();
     this.ruler = null;
     this.choose('window');
-    this.change(this.original);
+    this.change({
+      preset: this.state.default_preset, center: null, width: null,
+      is_inverted: false, is_mirrored: false, quarter_turns: 0, region: null,
+    });
   }
 
   choose(tool) {

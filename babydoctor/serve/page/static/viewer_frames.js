@@ -14,7 +14,9 @@ const parse = (buffer) => {
   at += 8 * levels;
   const index = frame.kind === 'grey' ? new Uint16Array(buffer, at, rows * columns) : null;
   at += index ? index.byteLength : 0;
-  return {...frame, bytes: buffer.byteLength, values, index, shown: new Uint8Array(buffer, at, levels)};
+  const shown = new Uint8Array(buffer, at, levels);
+  const colors = new Uint8Array(buffer, at + levels, 3 * (frame.colored ?? 0));
+  return {...frame, bytes: buffer.byteLength, values, index, shown, colors};
 };
 
 export class Frames {
@@ -108,6 +110,10 @@ export const paint = (frame, window, isInverted, canvas) => {
     const grays = shades(frame, window, isInverted);
     const table = new Uint32Array(grays.length);
     for (let i = 0; i < grays.length; i++) table[i] = 0xff000000 | grays[i] * 0x10101;
+    for (let i = 0, at = 0; at < (frame.colors?.length ?? 0); i++, at += 3) {
+      const [red, green, blue] = frame.colors.subarray(at, at + 3);
+      table[frame.first_color + i] = 0xff000000 | ((blue << 16 | green << 8 | red) ^ flip);
+    }
     if (index) for (let i = 0; i < pixels.length; i++) pixels[i] = table[index[i]];
     else pixels.set(table);
   }

@@ -31,6 +31,7 @@ def viewer_state(scan: Scan) -> dict[str, Any]:
         "has_window": scan.has_window,
         "step": scan.window_range().step if scan.has_window else 1,
         "presets": [[name, CT_PRESETS[name].center, CT_PRESETS[name].width] for name in scan.presets[1:]],
+        "default_preset": scan.default_preset,
         "preset": scan.preset,
         "center": scan.center,
         "width": scan.width,
