@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,28 @@ def test_a_ct_without_a_stored_window_opens_at_40_400(tab: Any):
     expect(number(tab, "center")).to_have_value("40")
     expect(number(tab, "width")).to_have_value("400")
     expect(tab.get_by_label("Window", exact=True)).to_have_value("soft-tissue")
+
+
+def test_a_question_right_after_a_drag_gets_what_the_canvas_shows(tab: Any, scripted: ScriptedServer):
+    scripted.say("Fine.")
+    enter(tab)
+    choose_model(tab, "scripted")
+    load_example(tab)
+    question_box(tab).fill("What is this?")
+    canvas = tab.locator("#bd-canvas canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 37, y + 11, steps=3)
+    question_box(tab).press("Enter")  # the button is still down, and the server knows nothing yet
+    tab.mouse.up()
+    assert wait_for_answer(tab) == "Fine."
+    shown_window = re.search(r"level (\S+), width (\S+)", tab.locator("#bd-canvas .where").inner_text())
+    assert shown_window is not None
+    said = f"centre {shown_window[1]}, width {shown_window[2]}"
+    assert said in tab.locator("#bd-chat .bd-source").inner_text()
 
 
 def test_settings_typed_beyond_their_sliders_do_not_stop_an_answer(tab: Any, scripted: ScriptedServer):

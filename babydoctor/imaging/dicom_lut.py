@@ -25,6 +25,7 @@ class LookupTable:
     first: int
     entries: np.ndarray
     bits: int
+    explanation: str = ""
 
     def look_up(self, values: np.ndarray) -> np.ndarray:
         """Entries for ``values`` of any shape; fractions are truncated, as in other viewers."""
@@ -139,14 +140,21 @@ def to_color(dicom: DicomImage, values: np.ndarray, warnings: list[str]) -> np.n
     return np.ascontiguousarray(values.astype(np.uint8))
 
 
-def supplemental_colors(dicom: DicomImage, image: Image.Image, stored: np.ndarray, warnings: list[str]) -> Image.Image:
-    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19). The others stay gray."""
+def supplemental_palette(dicom: DicomImage, warnings: list[str]) -> LookupTable | None:
+    """The palette for the stored values of a grey image from its first entry on; None where there is none to use."""
     if "RedPaletteColorLookupTableDescriptor" not in dicom.dataset:
-        return image
+        return None
     if text(dicom.dataset, "PixelPresentation").upper() not in ("COLOR", "MIXED"):
         warnings.append("the file brings a palette that its grey image does not ask for; shown in grey")
+        return None
+    return _read_palette(dicom, warnings)
+
+
+def supplemental_colors(dicom: DicomImage, image: Image.Image, stored: np.ndarray, warnings: list[str]) -> Image.Image:
+    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay grey."""
+    palette = supplemental_palette(dicom, warnings)
+    if palette is None:
         return image
-    palette = _read_palette(dicom, warnings)
     colored = stored >= palette.first
     shown = np.asarray(image).copy()
     shown[colored] = palette.look_up(stored[colored])

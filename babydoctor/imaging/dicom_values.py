@@ -18,6 +18,8 @@ _CODE_STRING = re.compile(r"[A-Za-z0-9 _\-]{1,16}")  # PS3.5 6.2, and lower case
 MAX_SPACING_RATIO = 40
 """Largest ratio of vertical and horizontal pixel spacing. A larger ratio is considered an error in the header."""
 
+_SIDES = re.compile("[RLAPHF]{1,3}")
+
 
 def numbers(item: Any, keyword: str) -> list[float]:
     """The numbers of an element in order, NaN for anything else; empty if it is absent or empty."""
@@ -151,6 +153,37 @@ def pixel_spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
         if pair := _positive_pair(numbers(dataset, keyword)):
             return pair
     return None
+
+
+def orientation(dataset: Any, frame: int) -> tuple[str, str, str, str] | None:
+    """Which side of the patient lies at the (left, top, right, bottom) edge; None where the file does not say.
+
+    Letters: R, L, A(nterior), P(osterior), H(ead), F(oot); two for an oblique plane. PS3.3 C.7.6.2.1.1 and C.7.6.1.1.1.
+    """
+    for item in places(dataset, frame, "PlaneOrientationSequence"):
+        cosines = numbers(item, "ImageOrientationPatient")
+        if len(cosines) == 6 and all(math.isfinite(value) for value in cosines):
+            right, bottom = _letters(cosines[:3]), _letters(cosines[3:])
+            return (_opposite(right), _opposite(bottom), right, bottom) if right and bottom else None
+    value: Any = dataset.get("PatientOrientation") or []
+    stated = [str(part).upper() for part in value] if hasattr(value, "__iter__") else []
+    if len(stated) == 2 and all(_SIDES.fullmatch(part) for part in stated):
+        right, bottom = stated
+        return _opposite(right), _opposite(bottom), right, bottom
+    return None
+
+
+def _letters(direction: list[float]) -> str:
+    """The sides to which a direction points, the main one first; within 15 degrees of an axis only that one."""
+    sizes = [abs(value) for value in direction]
+    length = math.hypot(*sizes)
+    order = sorted(range(3), key=lambda axis: -sizes[axis])
+    sides = [("R", "L"), ("A", "P"), ("F", "H")]
+    return "".join(sides[axis][direction[axis] > 0] for axis in order[:2] if sizes[axis] > 0.26 * length)
+
+
+def _opposite(letters: str) -> str:
+    return letters.translate(str.maketrans("RLAPHF", "LRPAFH"))
 
 
 def pixel_shape(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, float]:

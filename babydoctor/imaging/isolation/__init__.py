@@ -1,9 +1,9 @@
 """Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its own
 request.
 
-``load_image``, ``load_pixels`` and ``render`` do the same as the functions of these names elsewhere, in one of a few
-processes that start once and are replaced when they die. Each request has limits of CPU seconds, address space and
-pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images wait until all
+``load_image``, ``load_pixels``, ``raw_frame`` and ``render`` do the same as the functions of these names elsewhere, in
+one of a few processes that start once and are replaced when they die. Each request has limits of CPU seconds, address
+space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images wait until all
 requests together stay within a memory budget.
 
 The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image
@@ -29,7 +29,7 @@ from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.imaging.load import log_warnings, read_source
 from babydoctor.imaging.preprocess import ImageSettings
 
-__all__ = ["DecodePool", "load_image", "load_pixels", "render", "shared_pool"]
+__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
 
 
 def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
@@ -67,6 +67,12 @@ def render(
     """``dicom.render`` in a decoding process."""
     request = {"render": {"frame": frame, "center": center, "width": width, "preset": preset}}
     return _to_image(*shared_pool().decode(dicom.data, dicom.name, request, limits or DecodeLimits()))
+
+
+def raw_frame(dicom: DicomImage, frame: int, *, limits: DecodeLimits | None = None) -> bytes:
+    """``raw_frame.raw_frame`` in a decoding process."""
+    values, _ = shared_pool().decode(dicom.data, dicom.name, {"frame": frame}, limits or DecodeLimits())
+    return values.tobytes()
 
 
 def _to_image(values: np.ndarray, info: dict[str, Any]) -> Image.Image:

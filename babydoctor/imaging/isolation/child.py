@@ -17,6 +17,7 @@ from babydoctor.imaging.isolation.process import FREE_BYTES
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 from babydoctor.imaging.load import decode, read_header
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
+from babydoctor.imaging.raw_frame import raw_frame
 
 
 def serve(connection: socket.socket, shared: int) -> None:
@@ -65,16 +66,22 @@ def _answer(request: dict[str, Any], data: bytes, base: int, shared: int, answer
             sys.exit()
     memory = limits.memory_for(header.num_pixels, header.bytes_per_pixel)
     _limit(base + memory + 2 * len(data), limits.seconds_for(header.num_pixels))
+    if "frame" in request and isinstance(header.content, DicomImage):
+        content = raw_frame(header.content, request["frame"])
+        return _share(content, (len(content),), "uint8", {}, shared)
     if "render" in request and isinstance(header.content, DicomImage):
         image = render(header.content, **request["render"], max_pixels=limits.max_pixels)
     else:
         image = decode(header, limits.max_pixels)
-    info = {key: image.info[key] for key in ("window", "warnings") if key in image.info}
+    info: dict[str, Any] = {key: image.info[key] for key in ("window", "warnings") if key in image.info}
     if "pixels" in request:
         values = to_pixels(image, ImageSettings(**request["pixels"]))
-        shape, kind, content = values.shape, "float32", values.tobytes()
-    else:
-        shape, kind, content = (image.height, image.width, 3), "uint8", image.tobytes()
+        return _share(values.tobytes(), values.shape, "float32", info, shared)
+    return _share(image.tobytes(), (image.height, image.width, 3), "uint8", info, shared)
+
+
+def _share(content: bytes, shape: tuple[int, ...], kind: str, info: dict[str, Any], shared: int) -> dict[str, Any]:
+    """Write an array's bytes into the shared memory. Returns the answer that describes it."""
     view, done = memoryview(content), 0
     while done < len(view):
         done += os.pwrite(shared, view[done:], done)

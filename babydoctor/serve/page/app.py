@@ -123,6 +123,7 @@ def build_page_app(
     from babydoctor.serve.page.controller_client import ControllerClient
     from babydoctor.serve.page.events import WebUI
     from babydoctor.serve.page.layout import build_theme
+    from babydoctor.serve.page.viewer.routes import frame_routes
 
     uploads = Uploads()
     client = ControllerClient(controller_url, api_key)
@@ -156,13 +157,14 @@ def build_page_app(
             return {"error": error.code}
 
     app.mount("/page/static", StaticFiles(directory=FOLDER / "static"))
+    app.include_router(frame_routes(web_ui.sessions))
     demo = web_ui.build()
     app = gr.mount_gradio_app(
         app,
         demo,
         path="/",
         theme=build_theme(),
-        css_paths=FOLDER / "static" / "page.css",
+        css_paths=[FOLDER / "static" / "page.css", FOLDER / "static" / "viewer.css"],
         footer_links=[],
         run_history=False,
         ssr_mode=False,

@@ -22,6 +22,7 @@ from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
+from babydoctor.serve.page.viewer.handlers import ViewerHandlers
 from babydoctor.serve.settings import DicomWebServer
 
 # Nothing goes through Gradio's queue: its stream to the browser breaks with the connection, and a running answer with
@@ -117,11 +118,13 @@ class WebUI:
         ui = self.ui
         loaded = [*self._image, *self._chat]
         uploaded = ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE)
+        canvas = ViewerHandlers(ui, self.sessions, self.client, self.images)
         changed = [
             uploaded.then(None, js=script("uploadDone()", "...none")),
             ui.gallery.select(self.images.on_example, None, loaded, **PRIVATE),
             ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST),
             ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST),
+            ui.canvas.change(canvas.on_arrange, None, self._image, **LATEST),
         ]
         # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
         moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
@@ -154,10 +157,13 @@ class WebUI:
     def _connect_chat(self) -> None:
         ui, talk = self.ui, self.talk
         settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
+        # What is asked about is what the canvas shows, also in the moment after a drag.
+        settled: dict[str, Any] = {"js": script("settled(inputs)", "...inputs", "viewer.js")}
         asked = [*self._chat, ui.viewer, ui.text_boxes]
-        gr.on([ui.send.click, ui.question.submit], talk.on_ask, [ui.question, *settings], asked, **PRIVATE)
+        asks = [ui.send.click, ui.question.submit]
+        gr.on(asks, talk.on_ask, [ui.question, *settings], asked, **PRIVATE, **settled)
         ui.question.change(None, [ui.question], None, js=script("keepDraft(question)", "question"))
-        ui.again.click(talk.on_again, settings, asked, **PRIVATE)
+        ui.again.click(talk.on_again, settings, asked, **PRIVATE, **settled)
         ui.follow.tick(talk.on_follow, [ui.question], self._chat, **ONCE)
         ui.stop.click(talk.on_stop, None, [ui.stop, ui.status], **PRIVATE)
         ui.clear.click(talk.on_clear, None, self._chat, **PRIVATE)

@@ -84,12 +84,19 @@ def status(text: str, kind: str = "error") -> str:
     return _render("status.html", text=text, kind=kind) if text else ""
 
 
-def viewer(view: View | None, scan: Scan | None = None) -> str:
-    """The image as the model gets it, with boxes around burned-in text."""
-    if view is None or scan is None:
-        return _render("viewer.html", view=view, boxes=())
+def viewer(view: View | None, scan: Scan | None = None, state: Mapping[str, Any] | None = None) -> str:
+    """The image as the model gets it, with boxes around burned-in text. ``state`` is for the canvas."""
+    shown = {"view": view, "state": json.dumps(state) if state else ""}
+    # The boxes lie on the file's own pixels, so they are not drawn over a turned or cropped image.
+    if view is None or scan is None or scan.arrangement.caption:
+        return _render("viewer.html", **shown, boxes=())
     boxes = [(box, scan.text.is_hidden(box)) for box in scan.text.identifying(scan.frame)]
-    return _render("viewer.html", view=view, boxes=boxes, size=view.source_size)
+    return _render("viewer.html", **shown, boxes=boxes, size=view.source_size)
+
+
+def canvas() -> str:
+    """The viewer's canvas and its buttons; ``viewer.js`` fills it."""
+    return _render("canvas.html")
 
 
 def text_boxes(scan: Scan, is_searched: bool) -> str:

@@ -17,6 +17,7 @@ from babydoctor.serve.page.scan import Scan, open_scan
 from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES, Uploads
+from babydoctor.serve.page.viewer.state import viewer_state
 
 ROUNDING = 1e-3
 """Level and width are shown rounded to this."""
@@ -112,13 +113,22 @@ class ImageHandlers(Handlers):
         scan = session.scan
         if scan is None:
             return {self.ui.viewer: show.viewer(None)}
-        changes = self._show_view(session, scan) | {
+        return self.show_arranged(session) | {
             self.ui.facts: show.facts(scan),
             self.ui.window_group: gr.Group(visible=scan.has_window),
             self.ui.preset: gr.Dropdown(choices=scan.presets, value=_choice(scan)),
             self.ui.frame: gr.Slider(
                 maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
             ),
+        }
+
+    def show_arranged(self, session: Session) -> Changes:
+        """The image, and the values of the controls that the canvas changes, too."""
+        scan = session.scan
+        assert scan is not None
+        changes = self._show_view(session, scan) | {
+            self.ui.preset: gr.Dropdown(value=_choice(scan)),
+            self.ui.frame: gr.Slider(value=scan.frame + 1),
         }
         return changes | self._window_sliders(scan) if scan.has_window else changes
 
@@ -137,7 +147,7 @@ class ImageHandlers(Handlers):
     def _show_view(self, session: Session, scan: Scan) -> Changes:
         session.view = scan.view()
         return {
-            self.ui.viewer: show.viewer(session.view, scan),
+            self.ui.viewer: show.viewer(session.view, scan, viewer_state(scan)),
             self.ui.text_boxes: show.text_boxes(scan, is_searched(scan)),
         }
 

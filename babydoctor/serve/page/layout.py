@@ -27,14 +27,14 @@ FOLLOW_S = 0.25
 """How often an open tab asks for the answer that is being written."""
 
 
-def script(call: str, arguments: str = "") -> str:
-    """JavaScript that calls a function of ``static/page.js``.
+def script(call: str, arguments: str = "", file: str = "page.js") -> str:
+    """JavaScript that calls a function of a file in ``static/``.
 
     Args:
         call: for example ``dropZone(element, trigger)``.
         arguments: parameter names, to get a function for Gradio's ``js=``; empty: a statement for ``js_on_load``.
     """
-    load = f"import(new URL('page/static/page.js', document.baseURI)).then((page) => page.{call})"
+    load = f"import(new URL('page/static/{file}', document.baseURI)).then((page) => page.{call})"
     return f"({arguments}) => {load}" if arguments else load
 
 
@@ -123,6 +123,7 @@ class Layout:
         self.image_status = _html("", "bd-image-status")
         self.pacs = PacsPanel(pacs, script(BUTTONS))
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
+        self.canvas = _html(show.canvas(), "bd-canvas", "viewer(element, trigger)", "viewer.js")
         self.viewer = _html(show.viewer(None), "bd-viewer")
         self.text_boxes = _html("", "bd-text-boxes", BUTTONS)
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
@@ -194,7 +195,7 @@ class Layout:
             self.saved = _html("", "bd-saved")
 
 
-def _html(value: str, elem_id: str, call: str = "") -> gr.HTML:
+def _html(value: str, elem_id: str, call: str = "", file: str = "page.js") -> gr.HTML:
     """A piece of HTML; ``call`` sets it up in the browser, see ``script``."""
-    on_load = script(call) if call else None
+    on_load = script(call, file=file) if call else None
     return gr.HTML(value, js_on_load=on_load, elem_id=elem_id, apply_default_css=False, min_width=200)

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import re
+import secrets
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
 from babydoctor.serve.page.privacy.pixel_text import PixelText
 from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.viewer.arrangement import Arrangement
 
 MAX_VIEW_EDGE = 1536
 """Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
@@ -118,6 +120,13 @@ class Scan:
     width: float | None = None
     preset: str | None = None
     text: PixelText = field(default_factory=PixelText)
+    arrangement: Arrangement = field(default_factory=Arrangement)
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16), repr=False)
+    """Names the scan in the address of its frames."""
+    change: int = 0
+    """Number of the last change that came from the canvas."""
+    own_windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """(center, width) of the window that a frame brings, by frame."""
 
     @property
     def num_bytes(self) -> int:
@@ -144,6 +153,12 @@ class Scan:
         return FILE_WINDOW if self.stores_window else AUTO_WINDOW
 
     @property
+    def default_preset(self) -> str | None:
+        """The preset with which the image opens; None for the file's own window."""
+        is_bare_ct = self.facts.get("modality") == "CT" and self.has_window and not self.stores_window
+        return CT_DEFAULT if is_bare_ct else None
+
+    @property
     def presets(self) -> list[str]:
         return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
 
@@ -167,7 +182,9 @@ class Scan:
         frame = self.frame
         image, caption = self.rendered()
         hidden = tuple(self.text.hidden(frame))
-        return replace(_to_view(hide(image, hidden), caption), source_size=image.size, hidden=hidden)
+        shown = self.arrangement.apply(hide(image, hidden), self.facts["columns"], self.facts["rows"])
+        caption = " · ".join(part for part in (caption, self.arrangement.caption) if part)
+        return replace(_to_view(shown, caption), source_size=image.size, hidden=hidden)
 
     def rendered(self) -> tuple[Image.Image, str]:
         """The chosen frame under the chosen window with all its text, and one line that says how it was made.
@@ -206,6 +223,11 @@ class Scan:
         return WindowRange(center, width, min(low, center), max(high, center), max(widest, width))
 
     def _own_window(self) -> tuple[float, float]:
+        if self.frame not in self.own_windows:
+            self.own_windows[self.frame] = self._read_own_window()
+        return self.own_windows[self.frame]
+
+    def _read_own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
         if found:  # a VOI LUT has no center and width
@@ -238,8 +260,7 @@ def _open_dicom(data: bytes) -> Scan:
         load_image(data, name=_FILE_NAME)
         dicom = read_dicom(data, name=_FILE_NAME)
         scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
-        if scan.facts.get("modality") == "CT" and scan.has_window and not scan.stores_window:
-            scan.preset = CT_DEFAULT
+        scan.preset = scan.default_preset
         return scan
     except UserError as error:
         raise dicom_error(error) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import re
+import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -201,6 +202,11 @@ class Sessions:
         if not session.has_accepted:
             raise PageError("session_lost")
         return session
+
+    def scan(self, key: str) -> Scan | None:
+        """The image with this key, where a tab whose user has accepted the notice still shows it."""
+        scans = [each.scan for each in list(self._sessions.values()) if each.has_accepted and each.scan]
+        return next((scan for scan in scans if secrets.compare_digest(scan.key.encode(), key.encode())), None)
 
     def leave(self, connection: str | None) -> None:
         """A tab was closed, reloaded or lost its network; its session is kept for ``KEEP_MIN`` minutes."""

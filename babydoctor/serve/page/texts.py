@@ -162,6 +162,7 @@ SENTENCES: dict[str, str] = {
     "pacs_not_from_here": "The image did not come from a PACS, so there is nowhere to store the answer.",
     "pacs_read_only": "This PACS is set up for reading only. Nothing was stored.",
     "pacs_no_report": "Nothing was stored: the image lacks attributes that a report needs.",
+    "odd_region": "The region is too small or too thin for the model. Draw a larger box. Nothing was changed.",
     "no_consent": "Nothing was saved: tick the box that allows it first.",
     "no_verdict": "Nothing was saved: choose whether the answer was good, or write a comment.",
     "feedback_full": "The feedback could not be saved: the server's file is full. Tell the person who runs it.",

@@ -1,0 +1,143 @@
+"""A grey DICOM frame: stored values -> values in the modality's units -> uint8 under a window or VOI LUT.
+
+The web UI's canvas does the last step in the browser (``raw_frame``), so both take their values from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from babydoctor.imaging.dicom_image import DicomImage
+from babydoctor.imaging.dicom_lut import LookupTable, read_table, unit_values
+from babydoctor.imaging.dicom_values import items, padding_range, places, rescale, text, windows
+from babydoctor.imaging.windows import Window, apply_window, window_label, window_of_values
+
+
+@dataclass(frozen=True)
+class GreyFrame:
+    """One decoded frame. Integers of up to 16 bits go through a table: fast, and without a float per pixel.
+
+    Shapes: with a table, ``values`` is ``[levels]`` and holds the value of each stored number from ``lowest`` on, and
+    ``counts`` says how often it occurs; without one (``lowest`` is None), ``values`` is ``[rows, columns]``.
+    ``stored`` is ``[rows, columns]`` as in the file, and so is ``padding``, which is True where the scanner saw
+    nothing, or None.
+    """
+
+    dicom: DicomImage
+    frame: int
+    stored: np.ndarray
+    padding: np.ndarray | None
+    lowest: int | None
+    values: np.ndarray
+    counts: np.ndarray | None
+    is_identity: bool
+
+    @property
+    def is_inverse(self) -> bool:
+        """MONOCHROME1 asks for the inverse, and so does the presentation LUT shape; both together mean it once."""
+        shape = text(self.dicom.dataset, "PresentationLUTShape").upper()
+        return self.dicom.photometric == "MONOCHROME1" or shape == "INVERSE"
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Each pixel's position in the table, ``[rows, columns]``; only where there is a table."""
+        assert self.lowest is not None
+        if self.lowest == 0:
+            return self.stored
+        if abs(self.lowest) < 2**30:
+            return self.stored.astype(np.int32) - np.int32(self.lowest)
+        return self.stored.astype(np.int64) - self.lowest
+
+    def own_window(self) -> Window | LookupTable:
+        """The file's first window or VOI LUT (its entries from 0 to 1), or a window made from the frame's values."""
+        own = windows(self.dicom.dataset, self.frame)
+        if own:
+            return own[0]
+        for place in places(self.dicom.dataset, self.frame, "FrameVOILUTSequence"):
+            for lut in items(place, "VOILUTSequence")[:1]:
+                can_be_negative = bool(self.values.size and np.nanmin(self.values) < 0)
+                table = _table(self.dicom, lut, can_be_negative=can_be_negative)
+                label = f"VOI LUT {window_label(text(lut, 'LUTExplanation'))}".strip()
+                return LookupTable(table.first, unit_values(table), table.bits, label)
+        layout = self.dicom.layout
+        if self.is_identity and layout.bits_stored <= 8 and not layout.is_signed and not layout.is_float:
+            top = 2.0**layout.bits_stored - 1
+            return Window(top / 2, top, f"{layout.bits_stored}-bit values as stored", "LINEAR_EXACT")
+        counted = self.values if self.padding is None or self.counts is not None else self.values[~self.padding]
+        return window_of_values(counted, counts=self.counts)
+
+    def shown(self, chosen: Window | None) -> tuple[np.ndarray, str]:
+        """``values`` as uint8 of the same shape, and how they were windowed. ``chosen`` replaces the own window."""
+        window = chosen or self.own_window()
+        if isinstance(window, LookupTable):
+            unit, explanation = window.look_up(self.values), window.explanation
+        else:
+            unit = apply_window(self.values, window)
+            explanation = f"center {window.center:g}, width {window.width:g} ({window.explanation})"
+        if self.is_inverse:
+            unit = 1 - unit
+        if self.values.dtype.kind == "f":
+            unit = np.where(np.isnan(self.values), 0.0, unit)  # no value: black, also where low values are white
+        return (np.clip(unit, 0, 1) * 255).round().astype(np.uint8), explanation
+
+    def spread(self, shown: np.ndarray) -> np.ndarray:
+        """What ``shown`` returns -> the picture, uint8 ``[rows, columns]``."""
+        grey = shown if self.lowest is None else shown[self.offsets]
+        if self.padding is not None:
+            grey[self.padding] = 0  # padding is background, also where low values are white
+        return grey
+
+
+def read_grey(
+    dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None, frame: int, warnings: list[str]
+) -> GreyFrame:
+    """A decoded frame (see ``dicom_pixels.decode_frame``) in the modality's units."""
+    padding = _padding_mask(dicom, stored, cells)
+    if stored.dtype.kind == "f" or (stored.dtype.itemsize > 2 and int(np.ptp(stored)) > 0xFFFF):
+        levels, counts, lowest = stored, None, None
+    else:
+        lowest = int(stored.min())
+        levels = np.arange(lowest, int(stored.max()) + 1)
+        seen = stored if padding is None else stored[~padding]
+        counts = _histogram(seen, lowest, len(levels))
+    values, is_identity = _modality_values(dicom, levels, frame, warnings)
+    return GreyFrame(dicom, frame, stored, padding, lowest, values, counts, is_identity)
+
+
+def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:
+    """How often each value from ``lowest`` on occurs; in pieces, because counting widens every value to 64 bits."""
+    flat, counts = seen.ravel(), np.zeros(size, np.int64)
+    for start in range(0, flat.size, 1 << 20):
+        counts += np.bincount(flat[start : start + (1 << 20)].astype(np.int64) - lowest, minlength=size)
+    return counts
+
+
+def _padding_mask(dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None) -> np.ndarray | None:
+    """Where the scanner saw nothing, ``[rows, columns]``; None where the file names no padding."""
+    layout = dicom.layout
+    is_signed = None if layout.is_float else bool(layout.is_signed)
+    between = padding_range(dicom.dataset, layout.bits_allocated, is_signed)
+    if between is None:
+        return None
+    mask = (stored >= between[0]) & (stored <= between[1])
+    if cells is not None:
+        whole = cells.view(f"i{cells.dtype.itemsize}") if is_signed else cells
+        mask |= (whole >= between[0]) & (whole <= between[1])
+    return mask
+
+
+def _modality_values(dicom: DicomImage, levels: np.ndarray, frame: int, warnings: list[str]) -> tuple[np.ndarray, bool]:
+    """Stored values -> the modality's units, and whether the file asks for no change."""
+    for item in items(dicom.dataset, "ModalityLUTSequence")[:1]:
+        return _table(dicom, item, can_be_negative=bool(dicom.layout.is_signed)).look_up(levels).astype(float), False
+    slope, intercept = rescale(dicom.dataset, frame, warnings)
+    if (slope, intercept) == (1.0, 0.0):
+        return levels, True
+    return levels.astype(np.float64) * slope + intercept, False
+
+
+def _table(dicom: DicomImage, item: object, *, can_be_negative: bool) -> LookupTable:
+    big_endian = dicom.layout.is_big_endian
+    return read_table(item, dicom.name, can_be_negative=can_be_negative, is_big_endian=big_endian)

@@ -1,0 +1,53 @@
+"""What the viewer does to a windowed picture before the model gets it: region, inversion, mirroring, turning. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+Region = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels of the file; right and bottom are exclusive."""
+
+_TURNS = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a picture is shown.
+
+    ``quarter_turns`` counts turns of 90 degrees clockwise, 0 to 3, after the picture was mirrored left to right.
+    """
+
+    is_inverted: bool = False
+    is_mirrored: bool = False
+    quarter_turns: int = 0
+    region: Region | None = None
+
+    def apply(self, picture: Image.Image, columns: int, rows: int) -> Image.Image:
+        """The picture as shown.
+
+        Args:
+            picture: one pixel for each of the file's ``columns`` and ``rows``, or stretched to square pixels.
+        """
+        if self.region is not None:
+            x, y = picture.width / columns, picture.height / rows
+            left, top, right, bottom = self.region
+            picture = picture.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
+        if self.is_inverted:
+            picture = ImageOps.invert(picture)
+        if self.is_mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return picture.transpose(_TURNS[self.quarter_turns]) if self.quarter_turns else picture
+
+    @property
+    def caption(self) -> str:
+        """What was done, for the line under the picture; empty where nothing was."""
+        parts = []
+        if self.region is not None:
+            left, top, right, bottom = self.region
+            parts.append(f"region of {right - left} × {bottom - top} pixels from column {left + 1}, row {top + 1}")
+        parts += ["inverted"] if self.is_inverted else []
+        parts += ["mirrored left to right"] if self.is_mirrored else []
+        parts += [f"turned {90 * self.quarter_turns}° clockwise"] if self.quarter_turns else []
+        return ", ".join(parts)
