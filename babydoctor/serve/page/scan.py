@@ -160,6 +160,9 @@ class Scan:
         frame = self.frame
         image, caption = self.rendered()
         hidden = tuple(self.text.hidden(frame))
+        if hidden:
+            note = f"{len(hidden)} text{'s' if len(hidden) > 1 else ''} hidden"
+            caption = f"{caption} · {note}" if caption else note
         return replace(_to_view(hide(image, hidden), caption), source_size=image.size, hidden=hidden)
 
     def rendered(self) -> tuple[Image.Image, str]:

@@ -34,6 +34,8 @@ def _search(scan: Scan) -> None:
     """Search the current view of a scan. A failure is kept in ``scan.text`` and not tried again for this view."""
     key, frame = _key(scan), scan.frame
     image = scan.rendered()[0]
+    if _key(scan) != key:  # another frame or window was chosen meanwhile; the caller searches again
+        return
     try:
         scan.text.add(frame, find_text(image))
         scan.text.has_failed = False
@@ -52,8 +54,8 @@ class TextHandlers(Handlers):
 
     @shows_errors_async
     async def on_view(self, request: gr.Request) -> Changes:
-        """The image, its frame or its window has changed."""
-        session = self.sessions.accepted(request.session_hash)
+        """The image, its frame or its window has changed, or the tab was reloaded."""
+        session = self.sessions.get(request.session_hash)
         if session.scan is None or is_searched(session.scan):
             return {}
         return await self.search(session)
