@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Format, lint, types, tests. Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh" train,dev
+source "$(dirname "$0")/setup.sh" train,dev,pacs
 export HF_HUB_OFFLINE=1
 # The web UI is tested in a real browser. Without one those tests are skipped with a reason.
 if ! command -v chromium > /dev/null && command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then

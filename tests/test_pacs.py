@@ -17,6 +17,7 @@ import pytest
 from helpers.orthanc import CREDENTIALS, Orthanc, needs_orthanc
 from pydicom.examples import get_path
 
+from babydoctor.imaging.limits import ImageError
 from babydoctor.serve.page.pacs.client import PacsClient, PacsInstance, PacsSeries, PacsStudy, StudyQuery, first_part
 from babydoctor.serve.page.scan import open_scan
 from babydoctor.serve.page.texts import SENTENCES, PageError
@@ -212,3 +213,18 @@ def test_records_do_not_show_patients() -> None:
         PacsSeries("1", "1", "CT", "1", 1, PATIENT)
     )
     assert "Quentin" not in shown
+
+
+def test_a_report_keeps_a_name_in_another_script_and_names_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="the extra pacs is not installed")
+    from babydoctor.serve.page.pacs.report import build_report
+
+    path = tmp_path / "source.dcm"
+    path.write_bytes(ct(SpecificCharacterSet="GB18030", PatientName="山田^太郎"))
+    source = pydicom.dcmread(path)
+    report = build_report(source, question="?", answer="é", model="tiny", view="as stored")
+    report.save_as(path, enforce_file_format=True)
+    assert pydicom.dcmread(path).PatientName == "山田^太郎"
+    del source.StudyInstanceUID
+    with pytest.raises(ImageError, match="StudyInstanceUID"):
+        build_report(source, question="?", answer="e", model="tiny", view="as stored")

@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_used_has_its_own_sentence(data: bytes, code: str)
 
 def test_every_code_has_a_sentence_and_none_is_technical():
     folder = Path(show.__file__).parent
-    sources = [path.read_text() for pattern in ("*.py", "viewer/*.py", "static/*.js") for path in folder.glob(pattern)]
+    sources = [path.read_text() for pattern in ("**/*.py", "static/*.js") for path in folder.glob(pattern)]
     own = {code for text in sources for code in re.findall(r"""(?:PageError\(|error: )["'](\w+)["']""", text)}
     assert len(own) > 15 and own <= SENTENCES.keys()
     others = {

@@ -102,7 +102,7 @@ class WebUI:
             restored,
             js=script("restore(passed, preferences)", "passed, preferences, tab"),
             **PRIVATE,
-        )
+        ).then(self.text.on_view, None, [ui.viewer, ui.text_boxes, ui.image_status], **PRIVATE)
         demo.unload(tab.on_unload)
         ui.theme.click(None, js=script("toggleTheme()", "...none"))
         ui.timer.tick(tab.on_tick, [ui.model], models, **PRIVATE)

@@ -182,8 +182,9 @@ class Scan:
         frame = self.frame
         image, caption = self.rendered()
         hidden = tuple(self.text.hidden(frame))
+        note = f"{len(hidden)} text{'s' if len(hidden) > 1 else ''} hidden" if hidden else ""
         shown = self.arrangement.apply(hide(image, hidden), self.facts["columns"], self.facts["rows"])
-        caption = " · ".join(part for part in (caption, self.arrangement.caption) if part)
+        caption = " · ".join(part for part in (caption, self.arrangement.caption, note) if part)
         return replace(_to_view(shown, caption), source_size=image.size, hidden=hidden)
 
     def rendered(self) -> tuple[Image.Image, str]:

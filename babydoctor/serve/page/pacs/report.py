@@ -51,25 +51,25 @@ def build_report(source: Dataset, *, question: str, answer: str, model: str, vie
     )
     language = hd.sr.LanguageOfContentItemAndDescendants(hd.sr.CodedConcept("en", "RFC5646", "English"))
     items: list[Any] = [*language, *observer]
-    for name, text in (
+    texts = (
         (codes.DCM.Comment, f"NOT FOR CLINICAL USE. {RESEARCH_NOTICE}"),
         (question_name, question),
         (answer_name, answer),
         (codes.DCM.Comment, f"Image as shown to the model: {view}"),
-    ):
-        items.append(hd.sr.TextContentItem(name=name, value=text, relationship_type=contains))
-    items.append(
-        hd.sr.ImageContentItem(
-            name=codes.DCM.SourceImage,
-            referenced_sop_class_uid=str(source.SOPClassUID),
-            referenced_sop_instance_uid=str(source.SOPInstanceUID),
-            referenced_frame_numbers=[frame + 1] if int(source.get("NumberOfFrames") or 1) > 1 else None,
-            relationship_type=contains,
-        )
     )
-    root.ContentSequence = hd.sr.ContentSequence(items)
+    items += [hd.sr.TextContentItem(name=name, value=text, relationship_type=contains) for name, text in texts]
     with warnings.catch_warnings(), reading_values("the image"):
         warnings.simplefilter("ignore")  # highdicom quotes a patient's name that it finds odd
+        items.append(
+            hd.sr.ImageContentItem(
+                name=codes.DCM.SourceImage,
+                referenced_sop_class_uid=str(source.SOPClassUID),
+                referenced_sop_instance_uid=str(source.SOPInstanceUID),
+                referenced_frame_numbers=[frame + 1] if int(source.get("NumberOfFrames") or 1) > 1 else None,
+                relationship_type=contains,
+            )
+        )
+        root.ContentSequence = hd.sr.ContentSequence(items)
         report = hd.sr.ComprehensiveSR(
             evidence=[source],
             content=root,

@@ -16,6 +16,7 @@ from babydoctor.serve.page.handlers import Changes, Handlers, event_values, show
 from babydoctor.serve.page.scan import Scan
 from babydoctor.serve.page.session import Session
 from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.viewer.state import viewer_state
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def _search(scan: Scan) -> None:
     """Search the current view of a scan. A failure is kept in ``scan.text`` and not tried again for this view."""
     key, frame = _key(scan), scan.frame
     image = scan.rendered()[0]
+    if _key(scan) != key:  # another frame or window was chosen meanwhile; the caller searches again
+        return
     try:
         scan.text.add(frame, find_text(image))
         scan.text.has_failed = False
@@ -52,8 +55,8 @@ class TextHandlers(Handlers):
 
     @shows_errors_async
     async def on_view(self, request: gr.Request) -> Changes:
-        """The image, its frame or its window has changed."""
-        session = self.sessions.accepted(request.session_hash)
+        """The image, its frame or its window has changed, or the tab was reloaded."""
+        session = self.sessions.get(request.session_hash)
         if session.scan is None or is_searched(session.scan):
             return {}
         return await self.search(session)
@@ -95,6 +98,6 @@ class TextHandlers(Handlers):
             return {}
         session.view = session.scan.view()
         return {
-            self.ui.viewer: show.viewer(session.view, session.scan),
+            self.ui.viewer: show.viewer(session.view, session.scan, viewer_state(session.scan)),
             self.ui.text_boxes: show.text_boxes(session.scan, is_searched(session.scan)),
         }
