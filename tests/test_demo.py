@@ -159,7 +159,9 @@ def test_the_tables_come_from_the_phantom_task_and_the_other_ways_to_ask(
     assert list(metrics["conditions"]) == ["right", "shuffled", "blank"]
     assert (tmp_path / "scores" / "align" / "report.html").is_file()
 
-    assert demo.read_robustness(tmp_path)["groups"]["temperature 1/side"]["num_questions"] > 0
+    groups = demo.read_robustness(tmp_path)["groups"]
+    assert {name.split("/")[0] for name in groups} == set(ROBUSTNESS_ROWS)
+    assert groups["held-out/outside"]["num_questions"] == 2 and groups["512 px/modality"]["num_questions"] == 1
 
     # An answer that looks like markup is printed unchanged, and the table goes between its markers.
     for stage in demo.STAGES:
@@ -199,7 +201,7 @@ def test_demo_and_train_give_bitwise_equal_stages(work: Path, tmp_path: Path) ->
     script = f"""
 import sys
 from babydoctor.cli.main import main
-from babydoctor.demo import demo, robustness
+from babydoctor.demo import demo
 all_steps, overrides = demo.build_steps, demo.stage_overrides
 demo.build_steps = lambda work: [step for step in all_steps(work) if step.result == work / "instruct/manifest.json"]
 demo.stage_overrides = lambda work, stage: [*overrides(work, stage), *{settings!r}]
