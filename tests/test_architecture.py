@@ -40,6 +40,7 @@ PROGRAMS = {"train.__main__"}
 MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES = {
+    "cli/bench.py": "one function for each of eight commands",
     "cli/data.py": "one function for each of seven commands",
     "data/sources.py": "four lines over",
     "bench/serve.py": "asking over HTTP and asking the engine share their figures; a split is open",
@@ -59,6 +60,7 @@ WHOLE_SETTINGS = {
     "train/loop.py": "runs a stage",
     "train/stage.py": "runs a stage",
     "train/output.py": "writes the whole configuration beside the run and compares it on resume",
+    "train/identity.py": "compares the whole configuration over ranks and runs",
     "train/report.py": "writes the whole configuration to the tracker",
     "train/tracking.py": "writes the whole configuration to the tracker",
     "train/in_training_eval.py": "builds the evaluation from the sections data, train and in_training_eval",
@@ -66,6 +68,7 @@ WHOLE_SETTINGS = {
     "plan/lengths.py": "plans the whole stage",
     "plan/model.py": "plans the whole stage",
     "plan/options.py": "plans the whole stage",
+    "plan/ranks.py": "plans the whole stage",
     "bench/train.py": "builds and runs a whole stage",
     "serve/launch.py": "starts all processes from one file",
     "serve/controller/app.py": "builds the controller's process",
