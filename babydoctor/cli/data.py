@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from babydoctor.cli.data_convert import convert
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
     data.command("instruct")(make_instruct)
     data.command("roco")(make_roco)
     data.command("vqa-rad")(make_vqa_rad)
+    data.command("convert")(convert)
     data.command("check")(check)
     data.command("preview")(preview)
     app.add_typer(data, name="data")
