@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from babydoctor.cli import data_sets
+from babydoctor.cli.data_convert import convert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the group ``data``."""
     data = typer.Typer(help="Create, check and preview data sets.", no_args_is_help=True)
     data_sets.register(data)
+    data.command("convert")(convert)
     data.command("check")(check)
     data.command("preview")(preview)
     app.add_typer(data, name="data")

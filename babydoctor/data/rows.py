@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.data.converted import ConvertedRows, is_converted
 from babydoctor.data.dataset_rows import EMBEDDED
 from babydoctor.data.json_rows import UnreadableRow
-from babydoctor.data.problems import Problem, RowError, summarize, write_problems
+from babydoctor.data.problems import REASONS, Problem, RowError, summarize, write_problems
 from babydoctor.data.row_formats import read_row
 from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.progress import show_progress
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
+
+_NUM_SPOT_CHECKS = 1000
+"""Image files of converted rows to look for at the start; the others are looked for when they are read."""
 
 
 def parse_row(row: Any, source: str) -> Sample:
@@ -169,34 +173,70 @@ def load_dataset_rows(
     images: str | Path | None,
     on_bad: str = "refuse",
     bad_path: Path | None = None,
-) -> list[Sample]:
-    """Every good row of the sources, in order.
+) -> Sequence[Sample]:
+    """Every good row of the sources, in order: a list, or a view of the converted form, which stays on disk.
 
     ``on_bad="refuse"``: bad rows raise a ``UserError`` that counts them by reason. ``"quarantine"``: they are counted
     in a warning, listed in ``bad_path`` (JSON lines) where it is given, and left out; nothing takes their place.
     """
     if on_bad not in ("refuse", "quarantine"):
         raise UserError(f"data.on_bad={on_bad!r}: must be refuse or quarantine")
+    sources = [rows] if isinstance(rows, (str, Path)) else list(rows)
+    if sources and all(is_converted(source) for source in sources):
+        return _open_converted_rows(sources, images, on_bad, bad_path)
     samples: list[Sample] = []
     problems: list[Problem] = []
-    for result in show_progress(check_rows(load_rows(rows), images), "reading rows"):
+    for result in show_progress(check_rows(load_rows(sources), images), "reading rows"):
         if isinstance(result, Sample):
             samples.append(result)
         else:
             problems.append(result)
     if problems:
-        summary = summarize(problems, len(samples) + len(problems))
-        if on_bad == "refuse":
-            raise UserError(
-                f"{summary}\nSee all of them with `babydoctor data check`, fix or remove them, or train without them "
-                "with data.on_bad=quarantine"
-            )
-        if bad_path is not None:
-            write_problems(problems, bad_path)
-        logger.warning("%s\nLeft out%s", summary, f"; all of them are listed in {bad_path}" if bad_path else "")
+        _refuse_or_list(problems, len(samples) + len(problems), on_bad, bad_path)
     if not samples:
         raise UserError(f"no good row in {rows}" if problems else f"no row in {rows}")
     return samples
+
+
+def _open_converted_rows(
+    folders: Sequence[str | Path], images: str | Path | None, on_bad: str, bad_path: Path | None
+) -> ConvertedRows:
+    """Rows that were checked when they were converted. Only a spread of the image files is looked for again."""
+    samples = ConvertedRows(folders)
+    folder = ImageFolder(images)
+    if samples.num_left_out:
+        logger.warning("%d bad rows were left out of %s when it was converted", samples.num_left_out, folders)
+    for index in range(0, len(samples), max(1, len(samples) // _NUM_SPOT_CHECKS)):
+        sample = samples[index]
+        if isinstance(sample.image, str) and not sample.image.startswith(EMBEDDED):
+            try:
+                folder.resolve(sample.image)
+            except RowError as error:
+                reason, detail = error.problem.reason, error.problem.detail
+                raise UserError(
+                    f"{sample.source}: {REASONS[reason]} ({detail}); set data.images to the folder of the images, or "
+                    "convert the rows again without the missing ones"
+                ) from None
+    problems = [
+        Problem(later.source, later.id, "duplicate", f"of {earlier.source}") for earlier, later in samples.repeated()
+    ]
+    if problems:
+        _refuse_or_list(problems, len(samples), on_bad, bad_path)
+        samples = samples.without({problem.source for problem in problems})
+    return samples
+
+
+def _refuse_or_list(problems: Sequence[Problem], num_rows: int, on_bad: str, bad_path: Path | None) -> None:
+    """Raise ``UserError`` for bad rows, or warn and list them."""
+    summary = summarize(problems, num_rows)
+    if on_bad == "refuse":
+        raise UserError(
+            f"{summary}\nSee all of them with `babydoctor data check`, fix or remove them, or train without them "
+            "with data.on_bad=quarantine"
+        )
+    if bad_path is not None:
+        write_problems(problems, bad_path)
+    logger.warning("%s\nLeft out%s", summary, f"; all of them are listed in {bad_path}" if bad_path else "")
 
 
 def _digest(sample: Sample) -> bytes:
@@ -222,7 +262,14 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     Tells whether training continues with the same rows. The files behind the references are not read, and a row
     without an id counts without one, so rows and images may be moved.
     """
+    if isinstance(samples, ConvertedRows):
+        return samples.fingerprint
     hasher = hashlib.sha256()
     for sample in samples:
-        hasher.update(_digest(replace(sample, id="") if sample.id == sample.source else sample))
+        hasher.update(digest_content(sample))
     return hasher.hexdigest()
+
+
+def digest_content(sample: Sample) -> bytes:
+    """16 bytes that tell a sample's content. A row without an id counts without one, wherever it is."""
+    return _digest(replace(sample, id="") if sample.id == sample.source else sample)

@@ -49,7 +49,11 @@ def iter_rows(source: str | Path, progress: Callable[[float], None] = lambda sha
         check_readable(path)
     if path.is_dir() and (shards := sorted(path.glob("*.tar"))):
         for index, shard in enumerate(shards):
-            yield from iter_rows(shard, lambda share, index=index: progress((index + share) / len(shards)))
+
+            def report(share: float, index: int = index) -> None:
+                progress((index + share) / len(shards))
+
+            yield from iter_rows(shard, report)
     elif path.is_file() or is_url:
         if kind in (".parquet", ".arrow"):
             yield from iter_dataset(text, progress)

@@ -27,11 +27,12 @@ def iter_tar(name: str, file: BinaryIO, advance: Callable[[], None]) -> Iterator
 
     Raises ``UserError`` for a compressed or damaged shard, and for members that are neither JSON nor an image.
     """
-    key, members = "", []
+    key = ""
+    members: list[tuple[str, bytes | None, str]] = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as shard:
             for member in shard:
-                shard.members = []  # tarfile would keep every member
+                shard.members = []  # type: ignore[attr-defined]  # tarfile would keep every member
                 if not member.isfile():
                     continue
                 folder, slash, base = member.name.rpartition("/")

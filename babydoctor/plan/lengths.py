@@ -79,9 +79,9 @@ def measure_statistics(samples: Sequence[Sample], encode: Callable[[Sample], Exa
     """
     stride = max(1, len(samples) // MAX_MEASURED)
     examples = []
-    for sample in samples[::stride][:MAX_MEASURED]:
+    for index in range(0, min(len(samples), stride * MAX_MEASURED), stride):
         try:
-            examples.append(encode(sample))
+            examples.append(encode(samples[index]))
         except UserError:
             continue
     if not examples:
@@ -114,6 +114,7 @@ def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> 
     if not all(Path(rows).exists() for rows in data.rows) or not Path(language_model).is_dir():
         return known_statistics(data, num_patches)
     from babydoctor.conversation import get_template, render
+    from babydoctor.data.converted import ConvertedRows, is_converted
     from babydoctor.data.rows import RowError, load_rows, parse_row
     from babydoctor.data.tokens import encode, load_tokenizer
 
@@ -124,6 +125,8 @@ def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> 
         segments = render(sample.turns, template, system=sample.system)
         return encode(segments, tokenizer, num_patches, max_length=data.max_length, id=sample.id, images=images)
 
+    if all(is_converted(rows) for rows in config.data.rows):
+        return measure_statistics(ConvertedRows(config.data.rows), encode_sample)
     samples = []
     for source, row in load_rows(data.rows):  # no image is opened: `babydoctor data check` does that
         with contextlib.suppress(RowError):
