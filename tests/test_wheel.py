@@ -24,7 +24,7 @@ assert babydoctor.__file__.startswith(sys.argv[1]), babydoctor.__file__
 
 async def main():
     transport = httpx.ASGITransport(build_page_app("http://127.0.0.1:1"))
-    async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         page = (await client.get("/")).text
         assert "Load an image" in page and "bd-examples" in page, page[:300]
         script = await client.get("/page/static/page.js")

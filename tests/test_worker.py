@@ -247,7 +247,7 @@ def test_headers_come_before_a_slot_is_free_and_silence_is_filled(worker: Server
 def test_a_client_that_does_not_read_holds_no_slot(worker: Server):
     body = json.dumps(generation(png(), max_new_tokens=1024, prompt=PROMPT + "x" * 2000)).encode()
     host = urlsplit(worker.url)
-    head = f"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /worker_generate_stream HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection((host.hostname, host.port)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
@@ -378,7 +378,7 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
 
         host = urlsplit(server.url)
         with socket.create_connection((host.hostname, host.port), timeout=60) as sock:
-            head = "POST /list HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-the-ward-2\r\nContent-Length: 9\r\n"
+            head = "POST /list HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer key-of-the-ward-2\r\nContent-Length: 9\r\n"
             sock.sendall(head.encode() + b"\r\nslow")
             assert b"408" in sock.recv(100)
 

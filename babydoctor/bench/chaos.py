@@ -46,7 +46,8 @@ class _Siege:
     rng: random.Random
     until_s: float
     attack_every_s: float
-    controller_kills: int = 0
+    controller_up_s: float = 0.0
+    """Since when the controller has been up; infinite while it is down."""
 
     @property
     def url(self) -> str:
@@ -63,22 +64,29 @@ class _Siege:
     async def _client(self, rng: random.Random) -> None:
         while time.monotonic() < self.until_s:
             index = rng.randrange(len(self.questions.texts))
-            started_s, kills = time.monotonic(), self.controller_kills
+            started_s = time.monotonic()
             try:
                 outcome = await asyncio.wait_for(ask(self.http, self.url, self.questions, index), HUNG_S)
             except (TimeoutError, asyncio.TimeoutError):
                 outcome = "hung"
-            if outcome == "connection lost" and (self.controller_kills != kills or await self._is_down()):
-                outcome = "lost with the controller"
+            outcome = self._explain(outcome, started_s)
             self.report.longest_s = max(self.report.longest_s, time.monotonic() - started_s)
             self.report.outcomes["answers"][outcome] += 1
             await asyncio.sleep(0.05 if outcome == RIGHT else 0.5)
 
-    async def _is_down(self) -> bool:
-        try:
-            return (await self.http.get(f"{self.url}/healthz")).status_code != 200
-        except httpx.HTTPError:
-            return True
+    def _explain(self, outcome: str, started_s: float) -> str:
+        """A connection that broke is explained if the controller was down at some time of the request."""
+        return (
+            "lost with the controller" if outcome == "connection lost" and started_s < self.controller_up_s else outcome
+        )
+
+    async def _wait_for_controller(self) -> None:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await self.http.get(f"{self.url}/healthz")).status_code == 200:
+                    self.controller_up_s = time.monotonic()
+                    return
+            await asyncio.sleep(0.1)
 
     async def _kill(self) -> None:
         """Kill or freeze one part after the other, the controller every fifth time."""
@@ -98,10 +106,13 @@ class _Siege:
             if not is_controller and turn % 3 == 0:
                 await self._freeze(child.process.pid)
                 continue
-            self.controller_kills += is_controller
+            if is_controller:
+                self.controller_up_s = float("inf")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, signal.SIGKILL)
             self.report.outcomes["kills"]["controller" if is_controller else "worker"] += 1
+            if is_controller:
+                await self._wait_for_controller()
 
     async def _freeze(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -137,13 +148,12 @@ class _Siege:
         files = await asyncio.to_thread(hostile_files)
         while time.monotonic() < self.until_s:
             for data in files.values():
-                kills = self.controller_kills
+                started_s = time.monotonic()
                 try:
                     outcome = await asyncio.wait_for(send_image(self.http, self.url, self.questions, data), HUNG_S)
                 except (TimeoutError, asyncio.TimeoutError):
                     outcome = "hung"
-                if outcome == "connection lost" and (self.controller_kills != kills or await self._is_down()):
-                    outcome = "lost with the controller"
+                outcome = self._explain(outcome, started_s)
                 if outcome == "lost with its worker":  # killed by us in the meantime
                     outcome = "refused 503"
                 self.report.outcomes["hostile files"][outcome] += 1
@@ -212,7 +222,9 @@ def run_chaos(
         from babydoctor.bench.serve_model import build_model, build_tokenizer, write_run
 
         on_event("building the mini model with random weights")
-        run = write_run(build_model("mini"), build_tokenizer(["Question: what is seen?"]), folder, "mini")
+        run = write_run(
+            build_model("mini").float(), build_tokenizer(["Question: what is seen?"]), folder, "mini", "float32"
+        )
     report, stop = ChaosReport(), threading.Event()
 
     def on_restart(text: str) -> None:

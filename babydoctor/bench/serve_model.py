@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,9 @@ def build_prompt(question: str) -> str:
     return prompt_text(render_prompt([Turn("user", f"{IMAGE_TOKEN}\n{question}")], get_template(TEMPLATE)))
 
 
-def write_run(model: BabyDoctor, tokenizer: Any, directory: Path, name: str) -> Path:
+def write_run(
+    model: BabyDoctor, tokenizer: Any, directory: Path, name: str, dtype: Literal["bfloat16", "float32"] = "bfloat16"
+) -> Path:
     """Save the model as a run directory that ``babydoctor worker`` serves."""
     from babydoctor.model.run_dir import Manifest, save_trained, write_manifest
 
@@ -74,6 +76,7 @@ def write_run(model: BabyDoctor, tokenizer: Any, directory: Path, name: str) -> 
         image_mode="pad",
         image_mean=(0.4815, 0.4578, 0.4082),
         image_std=(0.2686, 0.2613, 0.2758),
+        dtype=dtype,
     )
     write_manifest(run, manifest)
     return run
