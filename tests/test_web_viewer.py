@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +57,12 @@ def settle(tab: Any) -> None:
 
 
 def open_image(tab: Any, data: bytes) -> None:
+    figure, before = tab.locator("#bd-viewer [data-viewer]"), "{}"
+    if figure.count():
+        before = figure.get_attribute("data-viewer")
     load(tab, data)
-    expect(tab.locator("#bd-canvas .where")).to_contain_text("%")
+    expect(figure).not_to_have_attribute("data-viewer", before)
+    expect(canvas(tab)).to_have_attribute("data-shown", json.loads(figure.get_attribute("data-viewer"))["key"])
     expect(tab.locator("#bd-facts dl")).to_be_visible()
     settle(tab)
 

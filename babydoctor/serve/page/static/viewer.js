@@ -80,6 +80,9 @@ class Viewer {
     this.ruler = null;
     this.choose('window');
     this.place.fit();
+    // Nothing of the image before stays on the canvas.
+    this.canvas.getContext('2d').reset();
+    this.overlay.clear();
     this.note('Loading the image…');
   }
 
@@ -232,6 +235,7 @@ class Viewer {
     context.imageSmoothingQuality = 'high';
     context.drawImage(picture, 0, 0, frame.columns * frame.step, frame.rows * frame.step);
     canvas.dataset.matrix = place.matrix.join();
+    canvas.dataset.shown = state.key;
     this.overlay.draw(this);
   }
 }

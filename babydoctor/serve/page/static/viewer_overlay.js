@@ -30,6 +30,12 @@ export class Overlay {
     this.buttons(viewer);
   }
 
+  clear() {
+    for (const element of [...this.marks, this.where, this.value]) text(element, '');
+    this.shade.replaceChildren();
+    this.ruler.replaceChildren();
+  }
+
   // Position and value under the pointer.
   point({pointer, place, frame, state, canvas}) {
     if (!pointer) return text(this.value, '');
