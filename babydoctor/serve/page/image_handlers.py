@@ -147,7 +147,7 @@ class ImageHandlers(Handlers):
     def _show_view(self, session: Session, scan: Scan) -> Changes:
         session.view = scan.view()
         return {
-            self.ui.viewer: show.viewer(session.view, scan, viewer_state(scan)),
+            self.ui.viewer: show.viewer(session.view, scan, viewer_state(scan, session.view)),
             self.ui.text_boxes: show.text_boxes(scan, is_searched(scan)),
         }
 

@@ -98,6 +98,6 @@ class TextHandlers(Handlers):
             return {}
         session.view = session.scan.view()
         return {
-            self.ui.viewer: show.viewer(session.view, session.scan, viewer_state(session.scan)),
+            self.ui.viewer: show.viewer(session.view, session.scan, viewer_state(session.scan, session.view)),
             self.ui.text_boxes: show.text_boxes(session.scan, is_searched(session.scan)),
         }

@@ -214,6 +214,12 @@ class Viewer {
     this.draw();
   }
 
+  // Text that the model is not shown is not shown here either.
+  hideText(context) {
+    context.fillStyle = '#555';
+    for (const [left, top, right, bottom] of this.state.hidden) context.fillRect(left, top, right - left, bottom - top);
+  }
+
   draw() {
     this.request ??= requestAnimationFrame(() => {
       this.request = null;
@@ -234,6 +240,7 @@ class Viewer {
     context.imageSmoothingEnabled = place.scale !== 1;
     context.imageSmoothingQuality = 'high';
     context.drawImage(picture, 0, 0, frame.columns * frame.step, frame.rows * frame.step);
+    if (this.drawn === state.frame) this.hideText(context);
     canvas.dataset.matrix = place.matrix.join();
     canvas.dataset.shown = state.key;
     this.overlay.draw(this);

@@ -9,7 +9,7 @@ from typing import Any
 from babydoctor.imaging.dicom_values import number
 from babydoctor.imaging.limits import MAX_ASPECT
 from babydoctor.imaging.windows import CT_PRESETS
-from babydoctor.serve.page.scan import Scan
+from babydoctor.serve.page.scan import Scan, View
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.viewer.arrangement import Arrangement, Region
 
@@ -17,8 +17,8 @@ SMALLEST_REGION = 8
 """Shortest edge of a region, in pixels of the file."""
 
 
-def viewer_state(scan: Scan) -> dict[str, Any]:
-    """How a scan is shown now, as ``viewer.js`` reads it."""
+def viewer_state(scan: Scan, view: View) -> dict[str, Any]:
+    """How a scan is shown now, as ``viewer.js`` reads it. ``view`` is what the model gets of it."""
     arrangement = scan.arrangement
     return {
         "key": scan.key,
@@ -39,7 +39,15 @@ def viewer_state(scan: Scan) -> dict[str, Any]:
         "is_mirrored": arrangement.is_mirrored,
         "quarter_turns": arrangement.quarter_turns,
         "region": arrangement.region,
+        "hidden": _hidden_boxes(scan, view),
     }
+
+
+def _hidden_boxes(scan: Scan, view: View) -> list[list[float]]:
+    """Left, top, right and bottom of each text that the model is not shown, in pixels of the file."""
+    width, height = view.source_size
+    x, y = scan.facts["columns"] / max(width, 1), scan.facts["rows"] / max(height, 1)
+    return [[box.left * x, box.top * y, box.right * x, box.bottom * y] for box in view.hidden]
 
 
 def take_state(scan: Scan, values: Mapping[str, Any]) -> None:
