@@ -146,9 +146,10 @@ def test_a_region_is_cut_from_what_is_shown_and_turned_with_it():
 )
 def test_a_state_that_the_image_does_not_have_changes_nothing(wrong: dict[str, Any]):
     scan = open_scan(Path(get_path("ct")).read_bytes())
-    before = viewer_state(scan)
+    view = scan.view()
+    before = viewer_state(scan, view)
     take_state(scan, before | {"region": [0, 0, 20, 20]})
-    shown = viewer_state(scan)
+    shown = viewer_state(scan, view)
     with pytest.raises(PageError):
         take_state(scan, before | {"preset": None} | wrong | {"change": 7})
-    assert viewer_state(scan) == shown | {"change": 7}
+    assert viewer_state(scan, view) == shown | {"change": 7}

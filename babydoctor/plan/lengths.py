@@ -125,8 +125,8 @@ def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> 
         segments = render(sample.turns, template, system=sample.system)
         return encode(segments, tokenizer, num_patches, max_length=data.max_length, id=sample.id, images=images)
 
-    if all(is_converted(rows) for rows in config.data.rows):
-        return measure_statistics(ConvertedRows(config.data.rows), encode_sample)
+    if all(is_converted(rows) for rows in data.rows):
+        return measure_statistics(ConvertedRows(data.rows), encode_sample)
     samples = []
     for source, row in load_rows(data.rows):  # no image is opened: `babydoctor data check` does that
         with contextlib.suppress(RowError):

@@ -6,8 +6,6 @@ DICOM file's header only ``dicom.harmless_facts`` leave this module.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
 import secrets
@@ -17,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from babydoctor.errors import UserErrorCode
-from babydoctor.imaging.burned_in import TextBox, hide
+from babydoctor.imaging.burned_in import hide
 from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
 from babydoctor.imaging.isolation import load_image, render
 from babydoctor.imaging.windows import CT_PRESETS
@@ -25,11 +23,7 @@ from babydoctor.schema import UserError
 from babydoctor.serve.page.privacy.pixel_text import PixelText
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.viewer.arrangement import Arrangement
-
-MAX_VIEW_EDGE = 1536
-"""Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
-
-THUMBNAIL_EDGE = 72
+from babydoctor.serve.page.viewer.view import View, to_view
 
 FILE_WINDOW = "as stored in the file"
 """Choice that shows the file's own window."""
@@ -61,27 +55,6 @@ _PAGE_CODES: dict[UserErrorCode, str] = {
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL.
-
-    ``source_size`` is the (width, height) before it was shrunk; ``hidden`` are texts that it does not show, in pixels
-    of that size.
-    """
-
-    png: bytes = field(repr=False)
-    width: int
-    height: int
-    caption: str
-    thumbnail: str = field(default="", repr=False)
-    source_size: tuple[int, int] = (0, 0)
-    hidden: tuple[TextBox, ...] = ()
-
-    @property
-    def data_url(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 @dataclass
@@ -185,7 +158,7 @@ class Scan:
         note = f"{len(hidden)} text{'s' if len(hidden) > 1 else ''} hidden" if hidden else ""
         shown = self.arrangement.apply(hide(image, hidden), self.facts["columns"], self.facts["rows"])
         caption = " · ".join(part for part in (caption, self.arrangement.caption, note) if part)
-        return replace(_to_view(shown, caption), source_size=image.size, hidden=hidden)
+        return replace(to_view(shown, caption), source_size=image.size, hidden=hidden)
 
     def rendered(self) -> tuple[Image.Image, str]:
         """The chosen frame under the chosen window with all its text, and one line that says how it was made.
@@ -278,23 +251,6 @@ def dicom_error(error: UserError) -> PageError:
     if error.code == "dicom_unsupported":  # these reasons hold no text of the file, only coded values
         return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{_FILE_NAME}: "))
     return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
-
-
-def _to_view(image: Image.Image, caption: str) -> View:
-    if max(image.size) > MAX_VIEW_EDGE:
-        image = image.copy()
-        image.thumbnail((MAX_VIEW_EDGE, MAX_VIEW_EDGE), Image.Resampling.LANCZOS)
-    image.info = {}  # a PNG's text fields may name a patient
-    small = image.copy()
-    small.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
-    thumbnail = f"data:image/jpeg;base64,{base64.b64encode(_encoded(small, 'JPEG', quality=80)).decode()}"
-    return View(_encoded(image, "PNG", compress_level=3), image.width, image.height, caption, thumbnail)
-
-
-def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def describe(scan: Scan) -> list[tuple[str, str]]:
