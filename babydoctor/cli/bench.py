@@ -1,4 +1,4 @@
-"""``babydoctor bench train | paths | serve | soak | rehearse``: measured on random weights, nothing downloaded."""
+"""``babydoctor bench``: measured on random weights or generated rows, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
+
+from babydoctor.cli.bench_data import data
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
     group.command("serve")(serve)
     group.command("soak")(soak)
     group.command("paths")(paths)
+    group.command("data")(data)
     group.command("gpu")(gpu)
     group.command("report")(report)
     group.command("rehearse")(rehearse)
