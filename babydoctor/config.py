@@ -53,7 +53,9 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """Where rows and images are and how they become tokens and pixels."""
 
-    rows: tuple[str, ...] = Field(description="LLaVA JSON, JSONL, a datasets directory or hub id; several are joined")
+    rows: tuple[str, ...] = Field(
+        description="converted folder, JSON, JSONL, parquet, .tar, hub id or URL; several are joined"
+    )
     images: str | None = Field(None, description="folder of the images; null: they are embedded in the rows")
     template: str = Field("llava_llama_2", description=f"conversation template: {', '.join(TEMPLATES)}")
     image_mode: Literal["square", "pad"] = Field(

@@ -15,6 +15,7 @@ import pytest
 from helpers.training import build_settings, losses
 from PIL import Image
 
+from babydoctor.bench.data import bench_data
 from babydoctor.config import build_config
 from babydoctor.data.convert import convert_rows
 from babydoctor.data.converted import DIGESTS_FILE, ConvertedRows
@@ -175,3 +176,10 @@ def test_json_and_its_converted_form_train_to_bit_equal_losses(tiny_settings: di
     train(build_config(converted))
     assert losses(tmp_path / "converted") == losses(tmp_path / "json")
     assert len(losses(tmp_path / "json")) == settings["train"]["max_steps"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_forms(tmp_path: Path) -> None:
+    lines = bench_data(tmp_path, 300).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| JSON", "| converted"]
+    assert all("| 300 |" in line and line.count(" MB") == 2 for line in lines[2:4])

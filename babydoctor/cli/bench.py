@@ -1,4 +1,4 @@
-"""``babydoctor bench``: measurements on random weights. Nothing is downloaded."""
+"""``babydoctor bench``: measurements on random weights or generated rows. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from babydoctor.cli.bench_data import data
 from babydoctor.cli.endurance import chaos, soak
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     group.command("chaos")(chaos)
     group.command("paths")(paths)
     group.command("ranks")(ranks)
+    group.command("data")(data)
     group.command("gpu")(gpu)
     group.command("report")(report)
     group.command("rehearse")(rehearse)
