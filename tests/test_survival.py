@@ -180,7 +180,7 @@ def test_a_short_chaos_finds_no_fault(tmp_path: Path) -> None:
     from babydoctor.bench.chaos import run_chaos
 
     report = run_chaos(
-        tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=25, attack_every_s=4
+        tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=14, attack_every_s=3
     )
     assert report.faults() == [], report
     kinds = {kind: counts.total() for kind, counts in report.outcomes.items()}
