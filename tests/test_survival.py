@@ -124,7 +124,7 @@ def test_a_stuck_engine_is_not_ready_gives_up_its_answers_and_ends(tmp_path: Pat
         started = time.monotonic()
         last = ask(worker.url, "HANG")
         assert last["error_code"] == 1 and "stuck" in last["text"]
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         unready = requests.get(f"{worker.url}/readyz", timeout=10)
         assert unready.status_code == 503 and "stuck" in unready.json()["error"]["message"]
         refused = requests.post(f"{worker.url}/worker_generate_stream", json=generation(), timeout=10)
@@ -133,7 +133,7 @@ def test_a_stuck_engine_is_not_ready_gives_up_its_answers_and_ends(tmp_path: Pat
         worker.process.terminate()
         started = time.monotonic()
         worker.process.wait(90)
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         assert "Timeout" in worker.log.read_text()  # the stacks, so that one sees where it was stuck
     finally:
         stop_all([worker])
@@ -180,7 +180,7 @@ def test_a_short_chaos_finds_no_fault(tmp_path: Path) -> None:
     from babydoctor.bench.chaos import run_chaos
 
     report = run_chaos(
-        tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=25, attack_every_s=4
+        tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=14, attack_every_s=3
     )
     assert report.faults() == [], report
     kinds = {kind: counts.total() for kind, counts in report.outcomes.items()}

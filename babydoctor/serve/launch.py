@@ -17,7 +17,7 @@ import httpx
 
 from babydoctor.errors import DEFAULT_EXIT_STATUS, UserError
 from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE, Child
-from babydoctor.serve.server import WILDCARDS, bind
+from babydoctor.serve.server import END_S, WILDCARDS, bind
 from babydoctor.serve.settings import (
     SECRET_VARIABLE,
     Secrets,
@@ -113,7 +113,7 @@ def launched(
         _wait_until_ready(served, num_workers, ready_within_s, on_event)
         yield served
     finally:
-        served.stop(settings.worker.drain_s + 10)
+        served.stop(settings.worker.drain_s + END_S + 3)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -21,8 +21,8 @@ from babydoctor.serve.settings import is_loopback
 
 WILDCARDS = ("0.0.0.0", "::", "")
 
-END_S = 8.0
-"""For closing connections and freeing the model after running answers have been drained."""
+END_S = 25.0
+"""For closing connections and freeing the model after running answers have been drained; long, for a loaded machine."""
 
 _END_NOW_S = 3.0
 
