@@ -41,7 +41,9 @@ MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES: dict[str, str] = {}
 
-LARGE_FOLDERS: dict[str, str] = {}
+LARGE_FOLDERS = {
+    "imaging": "one over: eight files read DICOM; a folder of their own is open",
+}
 
 SWITCHES: dict[str, str] = {}
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers.serving import tiny_worker
 
+from babydoctor.bench.endurance.soak import SoakReport, run_soak
 from babydoctor.bench.serve import run_bench
 from babydoctor.bench.serve_figures import DecodeCost, Timing, build_questions, summarize
 from babydoctor.bench.serve_http import drive
-from babydoctor.bench.soak import SoakReport, run_soak
 from babydoctor.schema import UserError
 
 

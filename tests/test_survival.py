@@ -27,7 +27,7 @@ from helpers.serving import (
     wait_until,
 )
 
-from babydoctor.bench.hostile import hostile_files, png_bomb
+from babydoctor.bench.endurance.hostile import hostile_files, png_bomb
 from babydoctor.imaging.isolation import DecodePool
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
@@ -177,7 +177,7 @@ def test_bare_base64_of_a_hostile_file_is_a_422(tmp_path: Path) -> None:
 
 
 def test_a_short_chaos_finds_no_fault(tmp_path: Path) -> None:
-    from babydoctor.bench.chaos import run_chaos
+    from babydoctor.bench.endurance.chaos import run_chaos
 
     report = run_chaos(
         tiny_run(), tmp_path, overrides=["limits.head_timeout_s=2"], clients=6, seconds=14, attack_every_s=3

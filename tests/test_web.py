@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from babydoctor.imaging.dicom import IDENTIFYING_TAGS
 from babydoctor.serve.api.admission import Keys
 from babydoctor.serve.api.errors import API_CODES
+from babydoctor.serve.api.origins import OriginCheck
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.app import PageGuard
 from babydoctor.serve.page.examples import build_examples
@@ -399,7 +400,7 @@ def test_the_guard_asks_for_a_key_and_closes_the_page_to_the_rest_of_the_web():
     async def root() -> str:
         return "page"
 
-    app.add_middleware(PageGuard, keys=Keys(["a-key-of-sixteen-x"]))
+    app.add_middleware(PageGuard, keys=Keys(["a-key-of-sixteen-x"]), origins=OriginCheck("0.0.0.0"))
     with TestClient(app) as client:
         refused = client.get("/")
         assert refused.status_code == 401 and refused.headers["www-authenticate"].startswith("Basic")

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from babydoctor.bench.soak import noise
+from babydoctor.bench.endurance.soak import noise
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
 from babydoctor.serve.api.errors import ApiError

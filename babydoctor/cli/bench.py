@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from babydoctor.cli.bench_data import data
-from babydoctor.cli.endurance import chaos, soak
+from babydoctor.cli.benchmarks.data import data
+from babydoctor.cli.benchmarks.endurance import chaos, soak
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
@@ -17,7 +17,7 @@ _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    from babydoctor.cli.burned_in_text import measure_burned_in_text
+    from babydoctor.cli.benchmarks.burned_in_text import measure_burned_in_text
 
     group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
     group.command("train")(train)

@@ -23,7 +23,7 @@ def soak(
 
     from rich.console import Console
 
-    from babydoctor.bench.soak import run_soak
+    from babydoctor.bench.endurance.soak import run_soak
     from babydoctor.runtime import prepare_bench
 
     prepare_bench()
@@ -65,7 +65,7 @@ def chaos(
     from rich.console import Console
     from rich.table import Table
 
-    from babydoctor.bench.chaos import run_chaos
+    from babydoctor.bench.endurance.chaos import run_chaos
     from babydoctor.runtime import prepare_bench
 
     prepare_bench()

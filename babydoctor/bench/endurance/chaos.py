@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from babydoctor.bench.chaos_report import RIGHT, ChaosReport
-from babydoctor.bench.hostile import hostile_files
+from babydoctor.bench.endurance.chaos_report import RIGHT, ChaosReport
+from babydoctor.bench.endurance.hostile import hostile_files
 from babydoctor.bench.questions import Questions, ask, send_image
 from babydoctor.serve.launch import Launched, launched
 

@@ -1,0 +1,1 @@
+"""Long loads on a serving trio: ``soak`` for minutes of clients, ``chaos`` with kills, idle clients and hostile files."""

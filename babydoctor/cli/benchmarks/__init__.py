@@ -1,0 +1,1 @@
+"""Some of the subcommands of ``babydoctor bench``; ``cli/bench.py`` has the others."""
