@@ -376,7 +376,8 @@ def test_keys_retention_and_a_graceful_end(tmp_path: Path):
 
         host = urlsplit(server.url)
         with socket.create_connection((host.hostname, host.port), timeout=60) as sock:
-            head = "POST /list HTTP/1.1\r\nHost: [::1]\r\nAuthorization: Bearer key-of-the-ward-2\r\nContent-Length: 9\r\n"
+            head = "POST /list HTTP/1.1\r\nHost: [::1]\r\nAuthorization: Bearer key-of-the-ward-2\r\n"
+            head += "Content-Length: 9\r\n"
             sock.sendall(head.encode() + b"\r\nslow")
             assert b"408" in sock.recv(100)
 
