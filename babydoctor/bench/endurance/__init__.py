@@ -1,1 +1,1 @@
-"""Long loads on a serving trio: ``soak`` for minutes of clients, ``chaos`` with kills, idle clients and hostile files."""
+"""Long loads on a serving trio: ``soak`` has many clients, ``chaos`` adds kills, idle clients and hostile files."""
