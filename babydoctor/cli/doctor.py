@@ -63,8 +63,8 @@ def examine() -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    good = sys.version_info >= (3, 10)
-    return Finding("Python", "ok" if good else "broken", platform.python_version(), "" if good else "use 3.10 or later")
+    good = sys.version_info >= (3, 11)
+    return Finding("Python", "ok" if good else "broken", platform.python_version(), "" if good else "use 3.11 or later")
 
 
 def _memory() -> Finding:
