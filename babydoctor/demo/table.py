@@ -33,7 +33,9 @@ ROBUSTNESS_HEAD = ("radiology, asked", *KINDS, "location", "report", "all", "out
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What the last stage must reach on held-out phantoms.
+    """What the last stage must reach on held-out phantoms, so that ``demo --check`` notices when it gets worse.
+
+    The goals are higher: 0.95 for ``accuracy``, 0.9 for ``held_out_wordings``, ``declined`` and ``at_temperature_1``.
 
     Attributes:
         accuracy: of all questions, answered in radiology terms with the right image.
@@ -47,15 +49,15 @@ class Thresholds:
         at_temperature_1: share of right answers at temperature 1.
     """
 
-    accuracy: float = 0.85
-    accuracy_per_kind: float = 0.75
+    accuracy: float = 0.9
+    accuracy_per_kind: float = 0.72
     from_chance: float = 0.05
     from_chance_per_kind: float = 0.08
     in_terms_before: float = 0.05
-    held_out_wordings: float = 0.9
-    declined: float = 0.9
+    held_out_wordings: float = 0.75
+    declined: float = 0.8
     between_sizes: float = 0.03
-    at_temperature_1: float = 0.9
+    at_temperature_1: float = 0.8
 
 
 def accuracies(metrics: Mapping[str, Any], condition: str) -> dict[str, float]:
