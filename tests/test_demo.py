@@ -50,7 +50,7 @@ def test_each_threshold_of_the_check() -> None:
     lay = made_up(0.9, 0.0)
     assert shortfalls(made_up(0.9, 0.9), lay) == []
     (weak,) = shortfalls(made_up(0.8, 0.8), lay)
-    assert weak == "accuracy in radiology terms is 80.0%, below 85%"
+    assert weak == "accuracy in radiology terms is 80.0%, below 90%"
     assert len(shortfalls(made_up(0.7, 0.7), lay)) == 1 + len(KINDS)
     (leak,) = shortfalls(made_up(0.9, 0.9, {"side": 0.6}), lay)
     assert leak == "side: 60.0% with shuffled images is more than 8% from chance (50.0%)"
