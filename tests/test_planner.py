@@ -145,7 +145,7 @@ def test_predicted_memory_holds_at_the_widths_of_7b(stage, monkeypatch):
 def ranks_of(strategy: str, num_ranks: int, *overrides: str) -> RankPlan:
     config = load_config(CONFIGS / "instruct.yaml", ["train.optimizer=adamw", *overrides])
     model = describe_model(config)
-    statistics = known_statistics(config, model.shape.num_patches)
+    statistics = known_statistics(config.data, model.shape.num_patches)
     return plan_ranks(
         config, find_hardware("h100"), statistics=statistics, model=model, strategy=strategy, num_ranks=num_ranks
     )
