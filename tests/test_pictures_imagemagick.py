@@ -120,7 +120,8 @@ def test_every_installed_picture_looks_as_in_imagemagick() -> None:
             if picture_format(file.read(16)) is None:
                 continue
         data = path.read_bytes()
-        if data in seen or is_dicom(data):  # some DICOM files begin like a TIFF
+        # Some DICOM files begin like a TIFF; JPEG-LS begins like a JPEG, and neither side reads it.
+        if data in seen or is_dicom(data) or data.startswith(b"\xff\xd8\xff\xf7"):
             continue
         seen.add(data)
         theirs, ours = expected(data), np.asarray(load_image(data)).astype(float)
