@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from babydoctor.model.babydoctor import BabyDoctor
     from babydoctor.model.run_dir import Manifest
 
-_TOP_LOGPROBS = 10
+TOP_LOGPROBS = 10
 MAX_NEW_TOKENS_CAPTION = 160
 MAX_NEW_TOKENS_VQA = 48
 
@@ -49,6 +49,14 @@ class GenerationConfig:
     seed: int = 0
     batch_size: int = 16
     template: str | None = None
+
+    def longest(self, question: Question) -> int:
+        """Most tokens of the answer to a question."""
+        return self.max_new_tokens or (MAX_NEW_TOKENS_CAPTION if question.kind == "caption" else MAX_NEW_TOKENS_VQA)
+
+    def seed_of(self, question: Question) -> int:
+        """By the question's id and not its position, so a resumed evaluation draws the same answers."""
+        return self.seed + zlib.crc32(question.id.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +123,14 @@ def ask(
 
 
 def _query(question: Question, pixels: np.ndarray | None, config: GenerationConfig) -> Query:
-    longest = MAX_NEW_TOKENS_CAPTION if question.kind == "caption" else MAX_NEW_TOKENS_VQA
     return Query(
         turns=[user_turn(question.prompt, has_image=question.image is not None)],
         pixels=pixels,
-        max_new_tokens=config.max_new_tokens or longest,
+        max_new_tokens=config.longest(question),
         temperature=config.temperature,
         top_p=config.top_p,
-        # Seeded by the question's id, not its position, so a resumed evaluation draws the same answers.
-        seed=config.seed + zlib.crc32(question.id.encode()),
-        logprobs=_TOP_LOGPROBS if question.yes_no_reference else None,
+        seed=config.seed_of(question),
+        logprobs=TOP_LOGPROBS if question.yes_no_reference else None,
         id=question.id,
     )
 

@@ -6,11 +6,15 @@ A model that scores as well without the right image does not use it.
 from __future__ import annotations
 
 import hashlib
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from babydoctor.eval.tasks import Question
 from babydoctor.imaging.isolation import load_image
@@ -19,6 +23,14 @@ from babydoctor.schema import UserError
 
 CONDITIONS = ("right", "shuffled", "blank", "noise")
 _KEPT_IMAGES = 64
+
+MEAN_COLOR = (123, 117, 104)
+"""CLIP's mean color, of 255."""
+
+FILE_EDGE = 336
+"""Edge of blank and noisy image files in pixels."""
+
+Form = TypeVar("Form")
 
 
 def check_conditions(names: Sequence[str]) -> tuple[str, ...]:
@@ -50,17 +62,15 @@ def shuffle_images(image_keys: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(keys, order, strict=True))
 
 
-class ConditionedImages:
-    """The pixels for each question under one image condition.
+class ImageCondition(ABC, Generic[Form]):
+    """The image for each question under one image condition, in the form that the asked model takes.
 
-    Blank is the tower's mean color (zeros after normalization). Noise is uniform and seeded by the image's name, so a
-    run is reproducible.
+    Noise is seeded by the image's name, so a run is reproducible.
     """
 
-    def __init__(self, questions: Sequence[Question], condition: str, settings: ImageSettings, seed: int = 0) -> None:
+    def __init__(self, questions: Sequence[Question], condition: str, seed: int = 0) -> None:
         assert condition in CONDITIONS, condition
         self.condition = condition
-        self.settings = settings
         self.seed = seed
         self._source = {q.image_key: q.image for q in questions if q.image is not None}
         self._other: dict[str, dict[str, str]] = {}
@@ -71,23 +81,70 @@ class ConditionedImages:
                 self._other[group] = shuffle_images(keys if len(set(keys)) > 1 else list(self._source), seed)
         self._load = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
 
-    def pixels(self, question: Question) -> np.ndarray | None:
-        """float32 ``[3, S, S]``, or None for a question without an image."""
+    def image(self, question: Question) -> Form | None:
+        """The image, or None for a question without one."""
         if question.image is None:
             return None
-        size = self.settings.size
         if self.condition == "blank":
-            return np.zeros((3, size, size), np.float32)
+            return self.blank()
         if self.condition == "noise":
             name = hashlib.sha256(f"{self.seed}:{question.image_key}".encode()).digest()
-            colors = np.random.default_rng(int.from_bytes(name[:8], "big")).random((3, size, size), np.float32)
-            mean = np.array(self.settings.mean, np.float32)[:, None, None]
-            std = np.array(self.settings.std, np.float32)[:, None, None]
-            return (colors - mean) / std
+            return self.noise(np.random.default_rng(int.from_bytes(name[:8], "big")))
         others = self._other.get(question.shuffled_among, {})
         return self._load(others.get(question.image_key, question.image_key))
 
-    def _read(self, image_key: str) -> np.ndarray:
+    def _read(self, image_key: str) -> Form:
         source = self._source[image_key]
         assert isinstance(source, (Path, bytes)), type(source)
-        return to_pixels(load_image(source), self.settings)
+        return self.convert(load_image(source))
+
+    @abstractmethod
+    def convert(self, picture: Image.Image) -> Form:
+        """A loaded picture."""
+
+    @abstractmethod
+    def blank(self) -> Form:
+        """An image of the tower's mean color."""
+
+    @abstractmethod
+    def noise(self, generator: np.random.Generator) -> Form:
+        """Uniform noise."""
+
+
+class ConditionedImages(ImageCondition[np.ndarray]):
+    """Images as normalized pixels, float32 ``[3, S, S]``. The mean color is zero after normalization."""
+
+    def __init__(self, questions: Sequence[Question], condition: str, settings: ImageSettings, seed: int = 0) -> None:
+        super().__init__(questions, condition, seed)
+        self.settings = settings
+
+    def pixels(self, question: Question) -> np.ndarray | None:
+        """float32 ``[3, S, S]``, or None for a question without an image."""
+        return self.image(question)
+
+    def convert(self, picture: Image.Image) -> np.ndarray:
+        return to_pixels(picture, self.settings)
+
+    def blank(self) -> np.ndarray:
+        return np.zeros((3, self.settings.size, self.settings.size), np.float32)
+
+    def noise(self, generator: np.random.Generator) -> np.ndarray:
+        colors = generator.random((3, self.settings.size, self.settings.size), np.float32)
+        mean = np.array(self.settings.mean, np.float32)[:, None, None]
+        std = np.array(self.settings.std, np.float32)[:, None, None]
+        return (colors - mean) / std
+
+
+class ConditionedFiles(ImageCondition[bytes]):
+    """Images as PNG files, for a server that does its own preprocessing."""
+
+    def convert(self, picture: Image.Image) -> bytes:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    def blank(self) -> bytes:
+        return self.convert(Image.new("RGB", (FILE_EDGE, FILE_EDGE), MEAN_COLOR))
+
+    def noise(self, generator: np.random.Generator) -> bytes:
+        return self.convert(Image.fromarray(generator.integers(0, 256, (FILE_EDGE, FILE_EDGE, 3), np.uint8)))

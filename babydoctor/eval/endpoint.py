@@ -1,38 +1,27 @@
 """Ask any OpenAI-compatible server the questions of a task: another model's, or our own over its API.
 
-Each question is one chat request with the decoded picture as PNG, so the server does its own preprocessing. The image
-conditions are those of ``conditions.py`` in pixels of 0 to 255.
+Each question is one chat request with the decoded picture as PNG, so the server does its own preprocessing.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import io
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import (
-    MAX_NEW_TOKENS_CAPTION,
-    MAX_NEW_TOKENS_VQA,
+    TOP_LOGPROBS,
     GenerationConfig,
     Prediction,
     answer_confidence,
 )
-from babydoctor.eval.conditions import shuffle_images
+from babydoctor.eval.conditions import ConditionedFiles
 from babydoctor.eval.tasks import Question
-from babydoctor.imaging.isolation import load_image
 from babydoctor.schema import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -40,13 +29,6 @@ TIMEOUT_S = 300.0
 RETRIES = 8
 """Of a request that the server could not take: connection lost, 408, 409, 429 or 5xx. The waits grow to 8 seconds, or
 are the server's ``Retry-After``."""
-
-BLANK_COLOR = (123, 117, 104)
-"""CLIP's mean color, as in ``conditions.py``."""
-
-BLANK_SIZE = 336
-TOP_LOGPROBS = 10
-_KEPT_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +104,14 @@ class EndpointClient:
             url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": question.prompt})
-        longest = MAX_NEW_TOKENS_CAPTION if question.kind == "caption" else MAX_NEW_TOKENS_VQA
         options: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if logprobs else {}
         response = self._client.chat.completions.create(
             model=self.endpoint.model,
             messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
-            max_tokens=config.max_new_tokens or longest,
+            max_tokens=config.longest(question),
             temperature=config.temperature,
             top_p=config.top_p,
-            seed=(config.seed + zlib.crc32(question.id.encode())) % 2**31,
+            seed=config.seed_of(question) % 2**31,
             **options,
         )
         choice = response.choices[0]
@@ -160,7 +141,7 @@ class EndpointClient:
 def ask_endpoint(
     client: EndpointClient,
     questions: Sequence[Question],
-    image_of: Callable[[Question], bytes | None],
+    images: ConditionedFiles,
     config: GenerationConfig,
 ) -> Iterator[Prediction]:
     """Yield the predictions as they arrive, ``config.batch_size`` requests at a time.
@@ -171,7 +152,7 @@ def ask_endpoint(
     stopped = threading.Event()
 
     def answer(question: Question) -> Prediction | None:
-        return None if stopped.is_set() else client.answer(question, image_of(question), config)
+        return None if stopped.is_set() else client.answer(question, images.image(question), config)
 
     with ThreadPoolExecutor(max_workers=config.batch_size) as threads:
         try:
@@ -181,40 +162,6 @@ def ask_endpoint(
                 yield prediction
         finally:
             stopped.set()
-
-
-class ConditionedFiles:
-    """The PNG file for each question under one image condition."""
-
-    def __init__(self, questions: Sequence[Question], condition: str, seed: int = 0) -> None:
-        self.condition = condition
-        self.seed = seed
-        self._source = {q.image_key: q.image for q in questions if q.image is not None}
-        self._other = shuffle_images(list(self._source), seed) if condition == "shuffled" else {}
-        self._load = lru_cache(maxsize=_KEPT_IMAGES)(self._read)
-
-    def __call__(self, question: Question) -> bytes | None:
-        """None for a question without an image."""
-        if question.image is None:
-            return None
-        if self.condition == "blank":
-            return _png(Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), BLANK_COLOR))
-        if self.condition == "noise":
-            name = hashlib.sha256(f"{self.seed}:{question.image_key}".encode()).digest()
-            random = np.random.default_rng(int.from_bytes(name[:8], "big"))
-            return _png(Image.fromarray(random.integers(0, 256, (BLANK_SIZE, BLANK_SIZE, 3), np.uint8)))
-        return self._load(self._other.get(question.image_key, question.image_key))
-
-    def _read(self, image_key: str) -> bytes:
-        source = self._source[image_key]
-        assert isinstance(source, (Path, bytes)), type(source)
-        return _png(load_image(source))
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def _failed(question: Question, error: Any) -> Prediction:

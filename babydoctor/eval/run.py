@@ -17,8 +17,8 @@ from babydoctor.eval.ask import (
     match_predictions,
     unanswered,
 )
-from babydoctor.eval.conditions import ConditionedImages, check_conditions
-from babydoctor.eval.endpoint import ConditionedFiles, Endpoint, EndpointClient, ask_endpoint
+from babydoctor.eval.conditions import ConditionedFiles, ConditionedImages, check_conditions
+from babydoctor.eval.endpoint import Endpoint, EndpointClient, ask_endpoint
 from babydoctor.eval.leakage import find_leakage, read_train_sources
 from babydoctor.eval.load import load_task
 from babydoctor.eval.origin import claim, describe
@@ -174,8 +174,8 @@ def _ask_server(
     client = EndpointClient(endpoint)
     for condition in conditions:
         left = unanswered(files[condition], task.questions)
-        image_of = ConditionedFiles(task.questions, condition, config.seed)
-        predictions = ask_endpoint(client, left, image_of, config.generation)
+        images = ConditionedFiles(task.questions, condition, config.seed)
+        predictions = ask_endpoint(client, left, images, config.generation)
         _keep(files[condition], predictions, condition, left, task, progress)
     return {condition: match_predictions(files[condition], task.questions) for condition in conditions}
 
