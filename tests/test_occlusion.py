@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.engine_models import build_model, build_request, settings, tokenizer, tokens_of  # noqa: F401
+from helpers.serving import tiny_run
 
 from babydoctor.engine.engine import Engine
-from babydoctor.eval.localization import peak_distance, pixel_auc
+from babydoctor.eval.localization import MAX_NEW_TOKENS, QUESTION, evaluate_localization, peak_distance, pixel_auc
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.model.occlusion import HiddenWindow, OcclusionMap, OcclusionTask, fill_image
+from babydoctor.model.run_dir import load_run
 from babydoctor.phantom.case import build_cases
 from babydoctor.phantom.drawing import finding_mask
+from babydoctor.phantom.write import write_phantoms
 
 PREFIX, ANSWER = [5, 9, 11], [7, 200, 31]
 
@@ -138,3 +148,24 @@ def test_the_truth_is_where_the_finding_was_drawn() -> None:
         if case.side is not None:
             # The viewer faces the patient: the patient's left is on the right.
             assert (np.nonzero(mask)[1].mean() > 42) == (case.side == "left")
+
+
+def test_a_runs_localization_is_measured_and_recorded(tmp_path: Path) -> None:
+    """On random weights: every case has a map of the answer that the run gives, and the manifest carries the figure."""
+    shutil.copytree(tiny_run(), tmp_path / "run")
+    write_phantoms(tmp_path / "phantoms", num_train=2, num_held_out=6, seed=0, size=84)
+    told: list[tuple[int, int]] = []
+    summary = evaluate_localization(
+        tmp_path / "run", tmp_path / "phantoms", tmp_path / "out", num_cases=3, progress=lambda *p: told.append(p)
+    )
+    assert summary["num_cases"] == 3 and told == [(1, 3), (2, 3), (3, 3)]
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["localization"] == summary
+    cases = json.loads((tmp_path / "out/localization.json").read_text())["cases"]
+    run = load_run(tmp_path / "run")
+    query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS)
+    with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query]) as inference:
+        for case in cases:
+            image = tmp_path / "phantoms/images" / f"held_out_{case['id'].rsplit('-', 1)[1]}.png"
+            pixels = to_pixels(load_image(image), run.manifest.image)
+            assert case["answer"] == inference.answer(replace(query, pixels=pixels)).text.strip()
+            assert case["distance"] >= 0 and 0 <= case["auc"] <= 1 and case["finding"] != "none"

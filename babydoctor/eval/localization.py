@@ -8,21 +8,18 @@ map as a classifier of pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.tokens import encode
 from babydoctor.eval.intervals import NUM_RESAMPLES, draw_weights
 from babydoctor.files import write_json
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
-from babydoctor.inference import user_turn
-from babydoctor.model.occlusion import FILL, Fill, OcclusionMap, OcclusionTask
+from babydoctor.inference import Inference, Query, user_turn
+from babydoctor.model.occlusion import FILL, Fill, OcclusionMap, build_task
 from babydoctor.phantom.case import Case, load_cases
 from babydoctor.phantom.drawing import finding_mask
 from babydoctor.schema import UserError
@@ -57,43 +54,29 @@ def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fil
     cases = [case for case in load_cases(phantoms, "held_out") if case.finding != "none"][:num_cases]
     if not cases:
         raise UserError(f"{phantoms} holds no held-out phantoms with a finding")
-    for case in cases:
-        yield _localize_case(run, phantoms, case, fill)
+    query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
+    options = {"pack_weights": False}  # the maps use the model's own weights
+    with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query], engine=options) as inference:
+        for case in cases:
+            pixels = to_pixels(load_image(phantoms / "images" / case.image), run.manifest.image)
+            yield _localize_case(inference, replace(query, pixels=pixels), case, fill)
 
 
-def _localize_case(run: Run, phantoms: Path, case: Case, fill: Fill) -> CaseResult:
-    model, settings = run.model, run.manifest.image
-    pixels = torch.from_numpy(to_pixels(load_image(phantoms / "images" / case.image), settings))
-    turns = [user_turn(QUESTION, has_image=True)]
-    prompt = encode(render_prompt(turns, get_template(run.manifest.template)), run.tokenizer, model.num_patches)
-    input_ids = torch.from_numpy(prompt.input_ids.astype(np.int64))
-    image_mask = torch.from_numpy(prompt.image_mask)
-    answer_ids = greedy_answer(run, input_ids, image_mask, pixels)
-    first_slot = int(np.flatnonzero(prompt.image_mask)[0])
-    patch = model.patch_size
-    occlusion = OcclusionMap(model, OcclusionTask(input_ids, first_slot, pixels, answer_ids, patch, fill))
+def _localize_case(inference: Inference, query: Query, case: Case, fill: Fill) -> CaseResult:
+    model, prompt = inference.model, inference.encode(query.turns)
+    answer = inference.answer(query)
+    answer_ids = [token.token_id for token in answer.logprobs]
+    # Without the token that ends it, unless nothing else was answered.
+    answer_ids = [token for token in answer_ids if token not in inference.engine.eos] or answer_ids
+    assert query.pixels is not None
+    task = build_task(model, prompt.input_ids, prompt.image_mask, query.pixels, answer_ids, fill)
+    occlusion = OcclusionMap(model, task)
     for _ in occlusion.run():
         pass
     drops = occlusion.result().sum(0)  # [cells, cells]
-    mask = finding_mask(case, settings.size)
-    answer = str(run.tokenizer.decode(answer_ids.tolist(), skip_special_tokens=True)).strip()
-    return CaseResult(case.id, case.finding, answer, peak_distance(drops, mask, patch), pixel_auc(drops, mask),
-                      float(mask.mean()))  # fmt: skip
-
-
-@torch.inference_mode()
-def greedy_answer(run: Run, input_ids: torch.Tensor, image_mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """The run's likeliest answer, int64 ``[A]``, without the token that ends it unless it is empty."""
-    model, language_model = run.model, cast(Any, run.model.language_model)
-    features = model.encode_images(pixels[None].to(model.device))
-    embeds = model.embed(input_ids[None].to(model.device), image_mask[None].to(model.device), features)
-    eos = run.tokenizer.eos_token_id
-    output = language_model.generate(
-        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
-        max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=eos,
-    )[0].cpu()  # fmt: skip
-    text = output[output != eos]
-    return text if len(text) else output
+    mask = finding_mask(case, inference.image_settings.size)
+    distance, auc = peak_distance(drops, mask, model.patch_size), pixel_auc(drops, mask)
+    return CaseResult(case.id, case.finding, answer.text.strip(), distance, auc, float(mask.mean()))
 
 
 def peak_distance(drops: np.ndarray, mask: np.ndarray, patch_size: int) -> float:

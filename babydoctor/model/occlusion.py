@@ -12,7 +12,7 @@ Source: Zeiler and Fergus 2014, "Visualizing and Understanding Convolutional Net
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +70,31 @@ class OcclusionTask:
     answer_ids: torch.Tensor
     patch_size: int
     fill: Fill = FILL
+
+
+def build_task(
+    model: BabyDoctor,
+    input_ids: np.ndarray,
+    image_mask: np.ndarray,
+    pixels: np.ndarray,
+    answer_ids: Sequence[int],
+    fill: Fill = FILL,
+) -> OcclusionTask:
+    """A task from a tokenized prompt with one image.
+
+    Args:
+        input_ids: ``[T + P]``.
+        image_mask: bool ``[T + P]``, true at the image slots.
+        pixels: ``[3, S, S]``, normalized.
+    """
+    return OcclusionTask(
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+        first_slot=int(np.flatnonzero(image_mask)[0]),
+        pixels=torch.from_numpy(np.asarray(pixels, np.float32)),
+        answer_ids=torch.tensor(answer_ids, dtype=torch.long),
+        patch_size=model.patch_size,
+        fill=fill,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from babydoctor.conversation import split_images
 from babydoctor.data.tokens import encode
 from babydoctor.engine.request import EngineError, ImageInput
-from babydoctor.model.occlusion import OcclusionMap, OcclusionTask
+from babydoctor.model.occlusion import OcclusionMap, OcclusionTask, build_task
 from babydoctor.schema import IGNORE_INDEX, Segment
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.errors import ApiError, overflow_error
@@ -106,10 +105,5 @@ class OcclusionMaps:
             raise overflow_error()
         is_answer = whole.labels != IGNORE_INDEX
         pixels = image.pixels() if callable(image.pixels) else image.pixels
-        return OcclusionTask(
-            input_ids=torch.from_numpy(whole.input_ids[~is_answer].astype(np.int64)),
-            first_slot=int(np.flatnonzero(whole.image_mask)[0]),
-            pixels=torch.from_numpy(np.asarray(pixels, np.float32)),
-            answer_ids=torch.from_numpy(whole.input_ids[is_answer].astype(np.int64)),
-            patch_size=model.patch_size,
-        )
+        prompt_ids, answer_ids = whole.input_ids[~is_answer], whole.input_ids[is_answer].tolist()
+        return build_task(model, prompt_ids, whole.image_mask[~is_answer], pixels, answer_ids)
