@@ -131,6 +131,24 @@ def rotate_and_store(
 
 
 @triton.jit
+def _attend_block(q, keys, values, where, inside, visible, scale, maximum, total, mixed):
+    """Take one block of keys into a softmax whose maximum, sum and weighted values are carried along.
+
+    ``where`` ``[BLOCK, WIDTH]`` are the keys' and values' places, ``inside`` ``[BLOCK]`` those to load, and ``visible``
+    ``[rows or 1, BLOCK]`` those that each row of ``q`` sees.
+    """
+    k = tl.load(keys + where, mask=inside[:, None], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(scores, axis=1))
+    weights = tl.exp(scores - highest[:, None])
+    shrink = tl.exp(maximum - highest)
+    v = tl.load(values + where, mask=inside[:, None], other=0.0)
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return highest, total * shrink + tl.sum(weights, axis=1), mixed
+
+
+@triton.jit
 def _attend_decoding(
     query, keys, values, positions, slots, partial, maxima, sums, slot_size, head_size, scale,
     NUM_HEADS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
@@ -153,18 +171,11 @@ def _attend_decoding(
     mixed = tl.zeros([PADDED, WIDTH], tl.float32)
     for start in range(first, last, BLOCK):
         position = start + block
-        seen = position < last
         where = base + position[:, None] * WIDTH + columns[None]
-        k = tl.load(keys + where, mask=seen[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(seen[None], scores, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp(scores - highest[:, None])
-        shrink = tl.exp(maximum - highest)
-        v = tl.load(values + where, mask=seen[:, None], other=0.0)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        maximum = highest
+        inside = position < last
+        maximum, total, mixed = _attend_block(
+            q, keys, values, where, inside, inside[None], scale, maximum, total, mixed
+        )
     place = (row * NUM_HEADS + heads) * SPLITS + split
     tl.store(partial + place[:, None] * WIDTH + columns[None], mixed, mask=is_head[:, None])
     tl.store(maxima + place, maximum, mask=is_head)
@@ -238,17 +249,10 @@ def _attend_chunks(
     for start in range(0, length, BLOCK):
         position = start + block
         where = base + position[:, None] * WIDTH + columns[None]
-        inside = position < length
-        k = tl.load(keys + where, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(position[None] <= (first_position + rows)[:, None], scores, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp(scores - highest[:, None])
-        shrink = tl.exp(maximum - highest)
-        v = tl.load(values + where, mask=inside[:, None], other=0.0)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        maximum = highest
+        visible = position[None] <= (first_position + rows)[:, None]
+        maximum, total, mixed = _attend_block(
+            q, keys, values, where, position < length, visible, scale, maximum, total, mixed
+        )
     tl.store(output + place, (mixed / total[:, None]).to(output.dtype.element_ty), mask=is_row[:, None])
 
 
