@@ -1,4 +1,4 @@
-"""What is told to whom: the registration secret, metadata of images, headers of DICOM files, tokens from clients."""
+"""Secrets and metadata reach only their owners, and tokens from clients are checked."""
 
 from __future__ import annotations
 

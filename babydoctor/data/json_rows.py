@@ -106,7 +106,7 @@ def _iter_json_list(name: str, file: Any) -> Iterator[tuple[str, Any]]:
             try:
                 row, position = decoder.raw_decode(buffer, position)
             except json.JSONDecodeError as error:
-                # Perhaps only because the row goes on in the next chunk.
+                # The row may continue in the next chunk.
                 is_cut = _is_in_open_string(buffer, error.pos) or error.pos > len(buffer) - 16
                 chunk = file.read(_CHUNK_CHARS) if is_cut else ""
                 if chunk:

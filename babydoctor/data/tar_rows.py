@@ -50,7 +50,7 @@ def iter_tar(name: str, file: BinaryIO, advance: Callable[[], None]) -> Iterator
                 yield _build_row(name, key, members)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{name}: not an uncompressed tar file, or cut off ({error}); unpack or copy it anew"
+            f"{name}: not an uncompressed tar file, or cut off ({error}); decompress it or copy it again"
         ) from error
 
 

@@ -114,7 +114,7 @@ def _wide_block(grey: GreyFrame, values: np.ndarray, shown: np.ndarray, header: 
 
 
 def _linear_window(own: Any, values: np.ndarray) -> tuple[float, float]:
-    """Center and width from which a drag begins; a VOI LUT has none, so its inputs' range stands in."""
+    """Center and width from which a drag starts. A VOI LUT has no window, so the range of its inputs is used."""
     if not isinstance(own, LookupTable):
         return own.center, own.width
     finite = values[np.isfinite(values)]

@@ -36,7 +36,7 @@ class Child:
     def start(self) -> None:
         self.restart_at_s = None
         self.started_s = time.monotonic()
-        # A session of its own: Ctrl-C reaches only the launcher, which ends the parts in the right order.
+        # In its own session, so that Ctrl-C reaches only the launcher, which stops the parts in the right order.
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
             env=self.environment,

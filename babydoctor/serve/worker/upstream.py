@@ -242,7 +242,7 @@ def load_upstream(
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         answer = httpx.get(f"{api_root(url)}/models", headers=headers, timeout=CONNECT_TIMEOUT_S, trust_env=False)
-        # transformers serve lists what lies in the hub's cache, not what it serves: a name that is given counts.
+        # `transformers serve` lists the models in the hub's cache, not those it serves, so a given name is not checked.
         if model is None:
             answer.raise_for_status()
             model = answer.json()["data"][0]["id"]

@@ -92,7 +92,7 @@ def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
 
 
 def _image_url(text: str, index: int, limits: DecodeLimits) -> str:
-    """A data URL of the pixels alone, upright; what is not a plain upright JPEG becomes a PNG."""
+    """A data URL of the upright pixels without metadata. Images other than plain upright JPEG are converted to PNG."""
     data = decode_image(text, index)
     try:
         image = load_image(data, limits=limits)
