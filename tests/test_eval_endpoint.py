@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import requests
+from helpers.eval_rows import write_rows
 from helpers.serving import free_port, tiny_run, tiny_worker
-from PIL import Image
 
 from babydoctor.config import TaskConfig
 from babydoctor.eval.ask import GenerationConfig, read_predictions
@@ -33,16 +33,7 @@ CONFIG = EvalConfig(
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TaskConfig:
     """Six yes/no questions about three images."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    told = []
-    for number in range(6):
-        name = f"{number // 2}.png"
-        Image.new("RGB", (40, 30), (number * 30, 80, 120)).save(folder / "images" / name)
-        turns = [{"from": "human", "value": f"<image>\nQuestion {number}?"}, {"from": "gpt", "value": "yes"}]
-        told.append({"id": f"q{number}", "image": name, "conversations": turns})
-    (folder / "rows.json").write_text(json.dumps(told))
-    return TaskConfig(task="rows", data=str(folder / "rows.json"))
+    return TaskConfig(task="rows", data=str(write_rows(tmp_path_factory.mktemp("data"), ["yes"] * 6)))
 
 
 def answers(folder: Path, condition: str) -> dict[str, str]:

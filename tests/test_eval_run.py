@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.eval_rows import write_rows
 from helpers.serving import build_tiny_run
-from PIL import Image
 
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
@@ -36,17 +36,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six yes/no and two open questions about four images."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    told = []
-    for number in range(8):
-        name = f"{number // 2}.png"
-        Image.new("RGB", (40, 30), (number * 30, 80, 120)).save(folder / "images" / name)
-        answer = ("yes", "no")[number % 2] if number < 6 else "left lung"
-        turns = [{"from": "human", "value": f"<image>\nQuestion {number}?"}, {"from": "gpt", "value": answer}]
-        told.append({"id": f"q{number}", "image": name, "conversations": turns, "question_type": "PRES"})
-    (folder / "rows.json").write_text(json.dumps(told))
-    return folder / "rows.json"
+    answers = [*("yes", "no") * 3, "left lung", "left lung"]
+    return write_rows(tmp_path_factory.mktemp("data"), answers)
 
 
 def _write_answers(path: Path, answers: list[str]) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from babydoctor.cli.benchmarks.data import data
 from babydoctor.cli.benchmarks.endurance import chaos, soak
+from babydoctor.cli.benchmarks.guide_table import print_table
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
@@ -207,13 +208,8 @@ def ranks(
 ) -> None:
     """Losses, memory and time of DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU ranks, beside one process."""
     from babydoctor.bench.ranks import bench_ranks
-    from babydoctor.markers import write_section
 
-    table = bench_ranks(steps)
-    print(table)
-    if update is not None:
-        write_section(update, "strategies on two ranks", table)
-        print(f"updated: {update}")
+    print_table(lambda: bench_ranks(steps), "strategies on two ranks", update)
 
 
 def gpu(

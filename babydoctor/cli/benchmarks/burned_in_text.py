@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from babydoctor.cli.benchmarks.guide_table import print_table
+
 
 def measure_burned_in_text(
     guide: Annotated[
@@ -16,9 +18,5 @@ def measure_burned_in_text(
 ) -> None:
     """How many names, dates and numbers in pixels are hidden, false alarms, time per image. Needs the extra ocr."""
     from babydoctor.bench.burned_in_text import measure
-    from babydoctor.markers import write_section
 
-    lines = measure()
-    print("\n".join(lines))
-    if guide is not None:
-        write_section(guide, "burned-in text", "\n".join(lines), option="--guide")
+    print_table(lambda: "\n".join(measure()), "burned-in text", guide, option="--guide")

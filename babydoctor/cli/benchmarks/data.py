@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from babydoctor.cli.benchmarks.guide_table import print_table
+
 SECTION = "data formats"
 
 
@@ -21,13 +23,6 @@ def data(
     import tempfile
 
     from babydoctor.bench.data import bench_data
-    from babydoctor.markers import read_section, write_section
 
-    if update is not None:
-        read_section(update, SECTION)  # before minutes of work
     with tempfile.TemporaryDirectory() as folder:
-        table = bench_data(Path(folder), rows)
-    print(table)
-    if update is not None:
-        write_section(update, SECTION, table)
-        print(f"updated: {update}")
+        print_table(lambda: bench_data(Path(folder), rows), SECTION, update)
