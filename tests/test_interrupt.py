@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from babydoctor.train.interrupt import StopSignals, TrainingStopped
 
 
-def test_before_training_a_signal_ends_the_block() -> None:
+def test_before_training_a_signal_ends_the_block(capfd: pytest.CaptureFixture[str]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingStopped, match="SIGTERM before training began") as caught, StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the signal has no effect")
     assert caught.value.exit_status == 143
+    assert capfd.readouterr().err == "stopped by SIGTERM before training began; nothing was written\n"
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
@@ -27,6 +30,25 @@ def test_while_steps_run_a_signal_is_noted_and_a_second_sigint_interrupts(capfd:
             assert stop.received == signal.SIGUSR1
         os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err.count("a checkpoint is saved at the end of this step") == 1
+
+
+def test_the_message_is_printed_before_a_second_signal_can_end_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingStopped) as caught, StopSignals() as stop:
+        stop.wait_for_steps()
+        stop.received = signal.SIGTERM  # another rank's signal; this rank's own is still to come
+        restored = signal.signal
+        messages: list[str] = []
+
+        def record(number: int, handler: Any) -> Any:
+            messages.append(capfd.readouterr().err)
+            return restored(number, handler)
+
+        monkeypatch.setattr("babydoctor.train.interrupt.signal.signal", record)
+        raise stop.stopped_after(7, 9, tmp_path)
+    assert caught.value.exit_status == 143
+    assert "stopped by SIGTERM after step 7 of 9; a checkpoint is saved" in messages[0]
 
 
 def test_an_evaluation_is_cut_short_once_and_then_skipped() -> None:

@@ -46,7 +46,6 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingStopped(Exception):
-    """A signal ended training before its last step.
+    """A signal ended training before its last step. The message is already on stderr.
 
     Attributes:
         exit_status: 128 + the signal's number, as shells report it: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1.
@@ -56,13 +56,19 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        # The message comes first: once the handlers are restored, a second signal may end the process in silence. A
+        # launcher signals its ranks one after the other, so a rank may have stopped before its own signal arrives.
+        stopped = error if isinstance(error, TrainingStopped) else None
         if kind is _StopNow:
             assert self.received is not None
             name = signal.Signals(self.received).name
-            message = f"stopped by {name} before training began; nothing was written"
-            raise TrainingStopped(self.received, message) from None
+            stopped = TrainingStopped(self.received, f"stopped by {name} before training began; nothing was written")
+        if stopped is not None:
+            print(stopped, file=sys.stderr, flush=True)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if stopped is not None and stopped is not error:
+            raise stopped from None
 
     def wait_for_steps(self) -> None:
         """From now on a signal waits for the end of the step, and a second SIGINT raises ``KeyboardInterrupt``."""
