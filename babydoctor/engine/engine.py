@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import torch
 
-from babydoctor.engine.backend import build_decoder, build_embedder
+from babydoctor.engine.backend import build_decoder, build_embedder, uses_cpu_operator
 from babydoctor.engine.core import EngineCore, Job, RunningJob
 from babydoctor.engine.kv_cache import FeatureCache
 from babydoctor.engine.prompt import VisionLanguageModel
@@ -46,7 +47,8 @@ class Engine:
         self.tokenizer = tokenizer
         language_model = model.language_model
         norm = language_model.model.norm.weight
-        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device)
+        kv_dtype = torch.bfloat16 if uses_cpu_operator(language_model, self.settings) else None
+        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
         self.decoder = build_decoder(language_model, self.kv_cache, self.settings)
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer)

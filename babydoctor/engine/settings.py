@@ -18,6 +18,9 @@ from babydoctor.schema import UserError
 MAX_DEFAULT_CONTEXT = 4096
 """Default context of models with a longer one, whose KV cache would be larger than most requests need."""
 
+WEIGHTS = ("int8",)
+"""What the weights can be rounded to."""
+
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 StartHook = Callable[[str, int | None], None]
@@ -41,7 +44,10 @@ class EngineSettings:
             evenly. Large: prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
         num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so it
             takes an ``on_start`` that sets it, as the command line's does.
-        pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
+        weights: on the CPU, ``int8`` rounds the weights to eight bits with a scale per output, and each row of a
+            product's input as well. Half of the memory of bfloat16. By default the weights stay as they are.
+        pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
+            allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
         own_weights: for callers from Python. The model serves the engine alone, so its weights may be joined in place,
             which saves launches and, where they are not packed, costs no memory.
@@ -58,6 +64,7 @@ class EngineSettings:
     image_cache_bytes: int = 256 * 2**20
     step_tokens: int | None = None
     num_threads: int | None = None
+    weights: str | None = None
     pack_weights: bool | None = None
     cuda_graphs: bool | None = None
     own_weights: bool = field(default=False, repr=False, metadata={"hidden": True})
@@ -70,6 +77,8 @@ class EngineSettings:
                 raise UserError(f"engine.{name}={value!r} must be {_NOUNS[kinds[0]]}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UserError(f"engine.kv_dtype={self.kv_dtype} must be one of {', '.join(KV_DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise UserError(f"engine.weights={self.weights} must be {' or '.join(WEIGHTS)}; remove it to keep them")
         for name in ("max_running", "max_context", "kv_budget_bytes", "step_tokens", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,11 +178,18 @@ def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
 
-def build_kv_cache(settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
+def build_kv_cache(
+    settings: EngineSettings,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    preferred: torch.dtype | None = None,
+) -> KVCache:
     """Allocate the KV cache that the settings allow.
 
-    The precision is ``settings.kv_dtype``. By default it is the fastest one if ``max_running`` requests then fit the
-    budget, else the model's. A 7B model's cache takes 1 MiB per token in float32 and half of that in bfloat16.
+    The precision is ``settings.kv_dtype``. By default it is ``preferred``, which the decoder asks for, or the fastest
+    one, if ``max_running`` requests then fit the budget; else the model's. A 7B model's cache takes 1 MiB per token in
+    float32 and half of that in bfloat16.
 
     Raises:
         UserError: the budget does not hold a single request; the message names what to lower.
@@ -190,7 +206,7 @@ def build_kv_cache(settings: EngineSettings, config: LlamaConfig, dtype: torch.d
     if settings.kv_dtype is not None:
         chosen = KV_DTYPES[settings.kv_dtype]
     else:
-        chosen = preferred_kv_dtype(dtype, device)
+        chosen = preferred or preferred_kv_dtype(dtype, device)
         if num_fitting(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
             chosen = dtype
     cached = settings.max_running if settings.cached_slots is None else settings.cached_slots
