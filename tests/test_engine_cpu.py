@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_products_of_any_number_of_rows_and_outputs(num_rows: int, outputs: int)
 
 @needs_operator
 @pytest.mark.parametrize("weights", [None, "int8"])
-def test_the_engine_answers_alike_alone_and_among_others(model: BabyDoctor, tokenizer, weights: str | None) -> None:
+def test_the_engine_answers_alike_alone_and_among_others(
+    model: BabyDoctor, tokenizer: Any, weights: str | None
+) -> None:
     """Requests of different lengths, with images, joining and leaving: each gets the tokens that it gets alone."""
     requests = [build_request(seed, num_images=seed % 3, length=5 + 9 * (seed % 7)) for seed in range(9)]
     options = settings(weights=weights, step_tokens=200)
@@ -73,7 +76,7 @@ def test_other_thread_counts_give_the_same_logits(monkeypatch: pytest.MonkeyPatc
         assert difference_from_pytorch(is_int8=False) == difference
 
 
-def test_what_the_operator_cannot_run_is_refused_by_name(model: BabyDoctor, tokenizer) -> None:
+def test_what_the_operator_cannot_run_is_refused_by_name(model: BabyDoctor, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="weights=int4 must be int8"):
         EngineSettings(weights="int4")
     with pytest.raises(UserError, match="int8 is not possible: it takes a LLaMA with plain bfloat16 weights"):
@@ -83,7 +86,7 @@ def test_what_the_operator_cannot_run_is_refused_by_name(model: BabyDoctor, toke
 
 
 def test_without_a_compiler_pytorch_computes(
-    model: BabyDoctor, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: BabyDoctor, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
