@@ -41,9 +41,7 @@ MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES: dict[str, str] = {}
 
-LARGE_FOLDERS = {
-    "imaging": "one over: eight files read DICOM; a folder of their own is open",
-}
+LARGE_FOLDERS: dict[str, str] = {}
 
 SWITCHES: dict[str, str] = {}
 

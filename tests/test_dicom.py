@@ -21,9 +21,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, SecondaryCaptureImageStorage, generate_uid
 
-from babydoctor.imaging.dicom import CT_PRESETS, IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
-from babydoctor.imaging.dicom_safety import codestream_size
+from babydoctor.imaging.dicom import IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
+from babydoctor.imaging.dicom.safety import codestream_size
 from babydoctor.imaging.load import load_image
+from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")
@@ -57,7 +58,7 @@ def build(pixels: np.ndarray, **attributes: Any) -> bytes:
     return file.getvalue()
 
 
-def grey(data: bytes, **options: Any) -> list[int]:
+def gray(data: bytes, **options: Any) -> list[int]:
     return np.asarray(render(read_dicom(data), **options))[..., 0].ravel().tolist()
 
 
@@ -82,10 +83,10 @@ def test_without_a_window_the_frame_gives_one_and_it_is_told() -> None:
     mostly[0, 0] = 50
     data = build(mostly)
     assert "minimum to maximum" in render(read_dicom(data)).info["window"]
-    assert sorted(set(grey(data))) == [0, 255]
-    assert set(grey(build(np.full((4, 4), 9, np.int16)))) == {128}
+    assert sorted(set(gray(data))) == [0, 255]
+    assert set(gray(build(np.full((4, 4), 9, np.int16)))) == {128}
     eight = np.arange(0, 100, dtype=np.uint8).reshape(10, 10)
-    assert grey(build(eight)) == list(range(100)) and "as stored" in render(read_dicom(build(eight))).info["window"]
+    assert gray(build(eight)) == list(range(100)) and "as stored" in render(read_dicom(build(eight))).info["window"]
 
 
 def test_a_real_mr_has_two_windows_and_shows_the_first() -> None:
@@ -125,20 +126,20 @@ def test_jpeg_ls_needs_no_other_package() -> None:
 def test_windows_follow_the_standard() -> None:
     values = np.array([[-100, 0, 1, 2, 3, 4, 100]], np.int16)
     # PS3.3 C.11.2.1.2.1: with center 2 and width 5, x <= -0.5 is black and x > 3.5 is white.
-    shown = grey(build(values, WindowCenter="2", WindowWidth="5"))
+    shown = gray(build(values, WindowCenter="2", WindowWidth="5"))
     assert shown == [0, 32, 96, 159, 223, 255, 255]
-    exact = grey(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
+    exact = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
     assert exact == [0, 0, 64, 128, 191, 255, 255]
-    sigmoid = grey(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
+    sigmoid = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
     assert sigmoid[3] == 128 and sigmoid[1] == round(255 / (1 + np.exp(2))) and sigmoid[0] == 0
-    assert grey(build(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
+    assert gray(build(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
     useless = read_dicom(build(values, WindowCenter=["2", "2"], WindowWidth=["0", "4"]))
     assert [(w.width, w.explanation) for w in useless.windows] == [(4, "window 2 of 2 in the file")]
 
 
 def test_the_modality_lut_comes_before_the_window() -> None:
     values = np.array([[0, 10, 20]], np.int16)
-    assert grey(build(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
+    assert gray(build(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
         0,
         128,
         255,
@@ -149,7 +150,7 @@ def test_the_modality_lut_comes_before_the_window() -> None:
     table = build(
         np.array([[0, 1, 2]], np.uint16), ModalityLUTSequence=Sequence([lut]), WindowCenter="500.5", WindowWidth="1001"
     )
-    assert grey(table) == [0, 255, 128]
+    assert gray(table) == [0, 255, 128]
 
 
 def test_a_voi_lut_is_used_where_there_is_no_window() -> None:
@@ -157,25 +158,25 @@ def test_a_voi_lut_is_used_where_there_is_no_window() -> None:
     lut.LUTDescriptor, lut.LUTExplanation = [4, 0, 8], "CONTRAST"
     lut.add_new("LUTData", "US", [255, 0, 51, 102])
     data = build(np.array([[0, 1, 2, 3]], np.uint16), VOILUTSequence=Sequence([lut]))
-    assert grey(data) == [255, 0, 51, 102]
+    assert gray(data) == [255, 0, 51, 102]
     assert render(read_dicom(data)).info["window"] == "VOI LUT CONTRAST"
 
 
 def test_monochrome1_is_inverted_and_padding_stays_black() -> None:
     values = np.array([[-2000, 0, 100, 200]], np.int16)
     window = {"WindowCenter": "100.5", "WindowWidth": "201", "PhotometricInterpretation": "MONOCHROME1"}
-    assert grey(build(values, **window)) == [255, 255, 128, 0]
-    assert grey(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
+    assert gray(build(values, **window)) == [255, 255, 128, 0]
+    assert gray(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
     # Padding also counts for nothing when the window is made from the frame.
     spread = np.array([[-2000] * 8 + [0, 100]], np.int16)
-    assert grey(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
+    assert gray(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
 
 
 def test_float_and_signed_pixels() -> None:
-    assert grey(build(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
-    floats = grey(build(np.array([[-0.5, 0.0, 0.5]], np.float32)))
+    assert gray(build(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
+    floats = gray(build(np.array([[-0.5, 0.0, 0.5]], np.float32)))
     assert floats == [0, 128, 255]
-    assert grey(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
+    assert gray(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
 
 
 def test_frames_of_enhanced_objects_bring_their_own_windows() -> None:
@@ -194,7 +195,7 @@ def test_frames_of_enhanced_objects_bring_their_own_windows() -> None:
     data = build(pixels, NumberOfFrames=2, Rows=1, PerFrameFunctionalGroupsSequence=frames)
     dicom = read_dicom(data)
     assert dicom.num_frames == 2 and dicom.pixel_spacing == (0.5, 0.5) and dicom.windows[0].center == 1.5
-    assert grey(data, frame=0) == [128, 255] and grey(data, frame=1) == [0, 128]
+    assert gray(data, frame=0) == [128, 255] and gray(data, frame=1) == [0, 128]
 
 
 def test_pixels_that_are_not_square_are_stretched() -> None:
@@ -220,7 +221,7 @@ def test_wrong_views_are_named(options: dict[str, Any], message: str) -> None:
         render(read_dicom(examples.get_path("ct")), **options)
 
 
-def test_windows_are_for_grey_images_and_presets_for_ct() -> None:
+def test_windows_are_for_gray_images_and_presets_for_ct() -> None:
     with pytest.raises(UserError, match="for CT, this is MR"):
         render(read_dicom(examples.get_path("mr")), preset="lung")
     with pytest.raises(UserError, match="color image"):

@@ -26,7 +26,7 @@ pytestmark = [
 PACKAGES = Path(pydicom.__file__).parents[1]
 TOOLS = ("dcm2pnm", "dcmj2pnm", "dcml2pnm")  # the last two add JPEG and JPEG-LS
 
-# File -> (largest difference in grey levels, why it may differ by more than 1).
+# File -> (largest difference in gray levels, why it may differ by more than 1).
 DIFFERENCES: dict[str, tuple[int, str]] = {
     "JPGExtended.dcm": (2, "lossy JPEG: the inverse DCT of libjpeg and dcmtk rounds differently"),
     "SC_rgb_dcmtk_+eb+cy+n1.dcm": (2, "lossy JPEG, converted from YBR after rounding"),
@@ -83,7 +83,7 @@ def dcmtk(path: Path, frame: int, window: list[str], folder: Path) -> np.ndarray
 
 def same_window(dicom: DicomImage) -> tuple[dict[str, Any], list[str]]:
     """How to ask both programs for the same window."""
-    if not dicom.is_grey:
+    if not dicom.is_gray:
         return {}, []
     if dicom.windows:
         return {}, ["+Wi", "1"]

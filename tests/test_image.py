@@ -110,9 +110,9 @@ def test_wrong_modes_and_missing_settings_are_named(tmp_path: Path) -> None:
         ImageSettings.from_processor_dir(tmp_path / "nowhere", "pad")
 
 
-def test_sixteen_bit_greyscale_is_stretched_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bit_grayscale_is_stretched_not_clipped(tmp_path: Path) -> None:
     values = np.linspace(1000, 3000, 64, dtype=np.uint16).reshape(8, 8)  # ten bits or so, as scanners give
-    for name in ("grey.png", "grey.tiff"):
+    for name in ("gray.png", "gray.tiff"):
         Image.fromarray(values).save(tmp_path / name)
         shown = np.asarray(load_image(tmp_path / name))
         assert shown[0, 0].tolist() == [0, 0, 0] and shown[-1, -1].tolist() == [255, 255, 255]
@@ -124,7 +124,7 @@ def test_sixteen_bit_greyscale_is_stretched_not_clipped(tmp_path: Path) -> None:
     assert np.asarray(load_image(tmp_path / "float.tiff"))[..., 0].tolist() == [[255, 0], [255, 0]]
 
 
-def test_grey_palette_bilevel_and_cmyk_become_rgb() -> None:
+def test_gray_palette_bilevel_and_cmyk_become_rgb() -> None:
     red = Image.new("RGB", (6, 6), (255, 0, 0))
     assert load_image(encoded(Image.new("L", (6, 6), 77))).getpixel((0, 0)) == (77, 77, 77)
     assert load_image(encoded(Image.new("1", (6, 6), 1))).getpixel((0, 0)) == (255, 255, 255)

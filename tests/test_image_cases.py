@@ -1,6 +1,6 @@
 """Files from the real world, reduced to a few pixels: the right picture, a warning, or a refusal that names the cause.
 
-Each test stands for a kind of fault, and varies what may vary in it. Grey levels are the first row.
+Each test stands for a kind of fault, and varies what may vary in it. Gray levels are the first row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS_SHOWN = [0, 85, 170, 255]
 
 
 def first_row(data: bytes, **options: Any) -> Row:
-    """The first row of the picture: levels where it is grey, else colors."""
+    """The first row of the picture: levels where it is gray, else colors."""
     image = render(read_dicom(data), **options) if options else load_image(data)
     row = np.asarray(image)[0]  # [w, 3]
     return row[:, 0].tolist() if (row == row[:, :1]).all() else row.tolist()
@@ -321,8 +321,8 @@ def test_a_supplemental_palette_colors_its_values() -> None:
     attributes |= {"BitsStored": 9, "HighBit": 8, "WindowCenter": "128", "WindowWidth": "256"}
     colored = dicom(values, PixelPresentation="COLOR", **attributes)
     assert first_row(colored) == [[0, 0, 0], [128, 128, 128], [255, 0, 0], [0, 255, 0]]
-    grey = dicom(values, **attributes)
-    assert first_row(grey) == [0, 128, 255, 255] and "shown in grey" in warnings_of(grey)
+    gray = dicom(values, **attributes)
+    assert first_row(gray) == [0, 128, 255, 255] and "shown in gray" in warnings_of(gray)
 
 
 def groups(**shared: Any) -> dict[str, Any]:
@@ -477,8 +477,8 @@ def test_transparent_colors_are_black_in_every_mode() -> None:
     assert first_row(png(green, 2, 8, key8)) == expected
     key_bad_crc = png_chunk(b"tRNS", struct.pack(">3H", 0, 255, 0), crc=3)
     assert first_row(png(green, 2, 8, key_bad_crc)) == expected
-    grey = np.array([[0, 90, 255, 90]])
-    assert first_row(png(grey, 0, 8, png_chunk(b"tRNS", struct.pack(">H", 90)))) == [0, 0, 255, 0]
+    gray = np.array([[0, 90, 255, 90]])
+    assert first_row(png(gray, 0, 8, png_chunk(b"tRNS", struct.pack(">H", 90)))) == [0, 0, 255, 0]
     wide = np.array([[0, 1000, 2000, 4095, 60000]])
     assert first_row(png(wide, 0, 16, png_chunk(b"tRNS", struct.pack(">H", 60000)))) == [0, 62, 125, 255, 0]
     wide_color = np.stack([wide] * 3, axis=-1)
@@ -489,7 +489,7 @@ def test_transparent_colors_are_black_in_every_mode() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_transparent_grey_of_few_bits(depth: int) -> None:
+def test_transparent_gray_of_few_bits(depth: int) -> None:
     levels = list(range(1 << depth))
     packed = int("".join(f"{level:0{depth}b}" for level in levels).ljust(-(-len(levels) * depth // 8) * 8, "0"), 2)
     raw = b"\0" + packed.to_bytes(-(-len(levels) * depth // 8), "big")
@@ -507,12 +507,12 @@ TWELVE_SHOWN = [0, 62, 125, 255]
 def test_twelve_of_sixteen_bits_look_the_same_in_every_container() -> None:
     color, alpha = np.stack([TWELVE] * 3, axis=-1), np.full((1, 4, 1), 65535, np.uint16)
     pictures = {
-        "grey PNG": png(TWELVE, 0, 16),
-        "grey and alpha PNG": png(np.concatenate([TWELVE[..., None], alpha], axis=-1), 4, 16),
+        "gray PNG": png(TWELVE, 0, 16),
+        "gray and alpha PNG": png(np.concatenate([TWELVE[..., None], alpha], axis=-1), 4, 16),
         "RGB PNG": png(color, 2, 16),
         "RGBA PNG": png(np.concatenate([color, alpha], axis=-1), 6, 16),
-        "grey TIFF": tiff(TWELVE, 1),
-        "big-endian grey TIFF": tiff(TWELVE, 1, order=">"),
+        "gray TIFF": tiff(TWELVE, 1),
+        "big-endian gray TIFF": tiff(TWELVE, 1, order=">"),
         "signed TIFF": tiff(TWELVE.astype(np.int16), 1),
         "32-bit TIFF": tiff(TWELVE.astype(np.uint32), 1),
         "float TIFF": tiff(TWELVE.astype(np.float32), 1),

@@ -110,7 +110,7 @@ def test_rows_are_llava_json_with_the_image_once_in_the_first_turn(folder: Path)
                     assert row["image"] in names and row["image"].startswith(split)
 
 
-def test_the_images_are_grey_pngs_of_the_asked_size(folder: Path) -> None:
+def test_the_images_are_gray_pngs_of_the_asked_size(folder: Path) -> None:
     for path in (folder / "images").iterdir():
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "L", (84, 84))

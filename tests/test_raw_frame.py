@@ -18,8 +18,8 @@ from pydicom.examples import get_path
 
 from babydoctor.imaging import raw_frame as module
 from babydoctor.imaging.dicom import read_dicom, render
+from babydoctor.imaging.dicom.raw_frame import color_block, raw_frame
 from babydoctor.imaging.isolation import raw_frame as isolated_frame
-from babydoctor.imaging.raw_frame import color_block, raw_frame
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import open_scan
 from babydoctor.serve.page.texts import PageError

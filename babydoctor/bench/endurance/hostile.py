@@ -101,7 +101,7 @@ def _meta(syntax: str) -> bytes:
 
 
 def _dicom(syntax: str, frame: bytes, **attributes: Any) -> bytes:
-    """A DICOM file of one compressed grey frame, as short as it can be."""
+    """A DICOM file of one compressed gray frame, as short as it can be."""
     from pydicom.dataset import Dataset
     from pydicom.filewriter import dcmwrite
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.imaging.dicom import DicomImage, render
+from babydoctor.imaging.dicom.raw_frame import raw_frame
 from babydoctor.imaging.isolation.process import FREE_BYTES
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 from babydoctor.imaging.load import decode, read_header
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
-from babydoctor.imaging.raw_frame import raw_frame
 
 
 def serve(connection: socket.socket, shared: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_values import numbers, text
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.values import numbers, text
 from babydoctor.imaging.limits import ImageError
 
 _MAX_ENTRIES = 65536
@@ -141,17 +141,17 @@ def to_color(dicom: DicomImage, values: np.ndarray, warnings: list[str]) -> np.n
 
 
 def supplemental_palette(dicom: DicomImage, warnings: list[str]) -> LookupTable | None:
-    """The palette for the stored values of a grey image from its first entry on; None where there is none to use."""
+    """The palette for the stored values of a gray image from its first entry on; None where there is none to use."""
     if "RedPaletteColorLookupTableDescriptor" not in dicom.dataset:
         return None
     if text(dicom.dataset, "PixelPresentation").upper() not in ("COLOR", "MIXED"):
-        warnings.append("the file brings a palette that its grey image does not ask for; shown in grey")
+        warnings.append("the file brings a palette that its gray image does not ask for; shown in gray")
         return None
     return _read_palette(dicom, warnings)
 
 
 def supplemental_colors(dicom: DicomImage, image: Image.Image, stored: np.ndarray, warnings: list[str]) -> Image.Image:
-    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay grey."""
+    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay gray."""
     palette = supplemental_palette(dicom, warnings)
     if palette is None:
         return image

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from babydoctor.imaging.containers import picture_format
-from babydoctor.imaging.dicom_safety import check_deflated
-from babydoctor.imaging.dicom_values import code
+from babydoctor.imaging.dicom.safety import check_deflated
+from babydoctor.imaging.dicom.values import code
 from babydoctor.imaging.limits import ImageError
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")

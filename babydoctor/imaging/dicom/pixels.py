@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_header import PixelLayout
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_safety import codestream_header
+from babydoctor.imaging.dicom.header import PixelLayout
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.safety import codestream_header
 from babydoctor.imaging.limits import ImageError
 
 _RLE = "1.2.840.10008.1.2.5"

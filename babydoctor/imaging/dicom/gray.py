@@ -1,4 +1,4 @@
-"""A grey DICOM frame: stored values -> values in the modality's units -> uint8 under a window or VOI LUT.
+"""A gray DICOM frame: stored values -> values in the modality's units -> uint8 under a window or VOI LUT.
 
 The web UI's canvas does the last step in the browser (``raw_frame``), so both take their values from here.
 """
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_lut import LookupTable, read_table, unit_values
-from babydoctor.imaging.dicom_values import items, padding_range, places, rescale, text, windows
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.lut import LookupTable, read_table, unit_values
+from babydoctor.imaging.dicom.values import items, padding_range, places, rescale, text, windows
 from babydoctor.imaging.windows import Window, apply_window, window_label, window_of_values
 
 
 @dataclass(frozen=True)
-class GreyFrame:
+class GrayFrame:
     """One decoded frame. Integers of up to 16 bits go through a table: fast, and without a float per pixel.
 
     Shapes: with a table, ``values`` is ``[levels]`` and holds the value of each stored number from ``lowest`` on, and
@@ -84,16 +84,16 @@ class GreyFrame:
 
     def spread(self, shown: np.ndarray) -> np.ndarray:
         """What ``shown`` returns -> the picture, uint8 ``[rows, columns]``."""
-        grey = shown if self.lowest is None else shown[self.offsets]
+        gray = shown if self.lowest is None else shown[self.offsets]
         if self.padding is not None:
-            grey[self.padding] = 0  # padding is background, also where low values are white
-        return grey
+            gray[self.padding] = 0  # padding is background, also where low values are white
+        return gray
 
 
-def read_grey(
+def read_gray(
     dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None, frame: int, warnings: list[str]
-) -> GreyFrame:
-    """A decoded frame (see ``dicom_pixels.decode_frame``) in the modality's units."""
+) -> GrayFrame:
+    """A decoded frame (see ``pixels.decode_frame``) in the modality's units."""
     padding = _padding_mask(dicom, stored, cells)
     if stored.dtype.kind == "f" or (stored.dtype.itemsize > 2 and int(np.ptp(stored)) > 0xFFFF):
         levels, counts, lowest = stored, None, None
@@ -103,7 +103,7 @@ def read_grey(
         seen = stored if padding is None else stored[~padding]
         counts = _histogram(seen, lowest, len(levels))
     values, is_identity = _modality_values(dicom, levels, frame, warnings)
-    return GreyFrame(dicom, frame, stored, padding, lowest, values, counts, is_identity)
+    return GrayFrame(dicom, frame, stored, padding, lowest, values, counts, is_identity)
 
 
 def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:

@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from babydoctor.imaging.dicom_file import PIXEL_KEYWORDS, DicomFile, describe_uid, fragments
-from babydoctor.imaging.dicom_safety import codestream_size
-from babydoctor.imaging.dicom_values import code, integer, text
+from babydoctor.imaging.dicom.file import PIXEL_KEYWORDS, DicomFile, describe_uid, fragments
+from babydoctor.imaging.dicom.safety import codestream_size
+from babydoctor.imaging.dicom.values import code, integer, text
 from babydoctor.imaging.limits import ImageError, check_size
 
-_GREY = ("MONOCHROME1", "MONOCHROME2")
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
 _SAMPLES: dict[str, int] = {
-    **dict.fromkeys((*_GREY, "PALETTE COLOR"), 1),
+    **dict.fromkeys((*_GRAY, "PALETTE COLOR"), 1),
     **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"), 3),
 }
 """The photometric interpretations that are shown, and their samples per pixel."""

@@ -3,10 +3,10 @@
 Layout, little-endian: the length of the header (uint32), the header (JSON, padded with spaces so that what follows
 begins at a multiple of 8), then the arrays that ``kind`` says:
 
-- ``grey``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
+- ``gray``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
   ``[rows, columns]``, each pixel's position in ``values``; ``shown`` uint8 ``[levels]``, the gray under the file's own
   window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before the one of padding.
-- ``wide``: as ``grey`` without ``index``: a level for each pixel. For floats and for integers of more than 16 bits.
+- ``wide``: as ``gray`` without ``index``: a level for each pixel. For floats and for integers of more than 16 bits.
 - ``color``: uint8 ``[rows, columns, 3]``.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_lut import LookupTable, supplemental_palette, to_color
-from babydoctor.imaging.dicom_pixels import decode_frame
-from babydoctor.imaging.dicom_safety import reading_values
-from babydoctor.imaging.dicom_values import numbers, orientation, pixel_shape, pixel_spacing, places
-from babydoctor.imaging.grey import GreyFrame, read_grey
+from babydoctor.imaging.dicom.gray import GrayFrame, read_gray
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.lut import LookupTable, supplemental_palette, to_color
+from babydoctor.imaging.dicom.pixels import decode_frame
+from babydoctor.imaging.dicom.safety import reading_values
+from babydoctor.imaging.dicom.values import numbers, orientation, pixel_shape, pixel_spacing, places
 
 MAX_BYTES = 40 * 2**20
 """Of one block. Every second, third, ... row and column of a larger frame is sent; ``step`` in the header says so."""
@@ -42,9 +42,9 @@ def raw_frame(dicom: DicomImage, frame: int) -> bytes:
     with reading_values(dicom.name):
         stored, cells = decode_frame(dicom, frame, [])
         geometry = _geometry(dicom, frame)
-        if not dicom.is_grey:
+        if not dicom.is_gray:
             return color_block(to_color(dicom, stored, []), geometry)
-        return _grey_block(read_grey(dicom, stored, cells, frame, []), geometry)
+        return _gray_block(read_gray(dicom, stored, cells, frame, []), geometry)
 
 
 def _geometry(dicom: DicomImage, frame: int) -> dict[str, Any]:
@@ -71,42 +71,42 @@ def picture_block(picture: Image.Image) -> bytes:
     return color_block(np.asarray(picture.convert("RGB")))
 
 
-def _grey_block(grey: GreyFrame, geometry: dict[str, Any]) -> bytes:
-    values = grey.values.astype(np.float64)
-    shown, _ = grey.shown(None)
-    own = grey.own_window()
+def _gray_block(gray: GrayFrame, geometry: dict[str, Any]) -> bytes:
+    values = gray.values.astype(np.float64)
+    shown, _ = gray.shown(None)
+    own = gray.own_window()
     center, width = _linear_window(own, values)
-    header: dict[str, Any] = {"center": center, "width": width, "is_inverse": grey.is_inverse} | geometry
-    if grey.lowest is None or len(values) + (grey.padding is not None) > _MAX_LEVELS:
-        return _wide_block(grey, values, shown, header)
-    index = grey.offsets.astype(np.uint16)
-    colors = _colors(grey, len(values))
+    header: dict[str, Any] = {"center": center, "width": width, "is_inverse": gray.is_inverse} | geometry
+    if gray.lowest is None or len(values) + (gray.padding is not None) > _MAX_LEVELS:
+        return _wide_block(gray, values, shown, header)
+    index = gray.offsets.astype(np.uint16)
+    colors = _colors(gray, len(values))
     header["first_color"] = len(values) - len(colors)
-    if grey.padding is not None:
-        index[grey.padding] = len(values)
+    if gray.padding is not None:
+        index[gray.padding] = len(values)
         values, shown = np.append(values, np.nan), np.append(shown, np.uint8(0))
     step = _step(index.size, 2)
     index = index[::step, ::step]
-    header |= {"kind": "grey", "step": step, "levels": len(values), "colored": len(colors)}
+    header |= {"kind": "gray", "step": step, "levels": len(values), "colored": len(colors)}
     arrays = values.tobytes() + index.tobytes() + shown.tobytes() + colors.tobytes()
     return _block(header, index.shape, arrays)
 
 
-def _colors(grey: GreyFrame, num_levels: int) -> np.ndarray:
+def _colors(gray: GrayFrame, num_levels: int) -> np.ndarray:
     """Fixed colors of the last levels by a supplemental palette, uint8 ``[colored, 3]``."""
-    palette = supplemental_palette(grey.dicom, [])
-    if palette is None or grey.lowest is None:
+    palette = supplemental_palette(gray.dicom, [])
+    if palette is None or gray.lowest is None:
         return np.zeros((0, 3), np.uint8)
-    first = min(max(palette.first, grey.lowest), grey.lowest + num_levels)
-    return palette.look_up(np.arange(first, grey.lowest + num_levels)).astype(np.uint8)
+    first = min(max(palette.first, gray.lowest), gray.lowest + num_levels)
+    return palette.look_up(np.arange(first, gray.lowest + num_levels)).astype(np.uint8)
 
 
-def _wide_block(grey: GreyFrame, values: np.ndarray, shown: np.ndarray, header: dict[str, Any]) -> bytes:
-    if grey.lowest is not None:
-        values = values[grey.offsets]
-    shown = grey.spread(shown)
-    if grey.padding is not None:
-        values = np.where(grey.padding, np.nan, values)
+def _wide_block(gray: GrayFrame, values: np.ndarray, shown: np.ndarray, header: dict[str, Any]) -> bytes:
+    if gray.lowest is not None:
+        values = values[gray.offsets]
+    shown = gray.spread(shown)
+    if gray.padding is not None:
+        values = np.where(gray.padding, np.nan, values)
     step = _step(values.size, 9)
     values, shown = values[::step, ::step], shown[::step, ::step]
     header |= {"kind": "wide", "step": step, "levels": values.size}
