@@ -16,7 +16,7 @@ from helpers.image_files import dicom
 from PIL import Image
 from pydicom.examples import get_path
 
-from babydoctor.imaging import raw_frame as module
+from babydoctor.imaging.dicom import raw_frame as module
 from babydoctor.imaging.dicom import read_dicom, render
 from babydoctor.imaging.dicom.raw_frame import color_block, raw_frame
 from babydoctor.imaging.isolation import raw_frame as isolated_frame
