@@ -41,7 +41,7 @@ CASES: list[tuple[type[BaseModel], Any, str]] = [
         'messages[0].content[0].type must be "text" or "image_url", not the string "audio".',
     ),
     (ChatRequest, with_content([{}]), "messages[0].content[0].type is missing; add it to the request."),
-    (ChatRequest, with_content("a\0"), "messages[0].content must not hold the NUL character."),
+    (ChatRequest, with_content("a\0"), "messages[0].content must not contain the NUL character."),
     (
         ChatRequest,
         text_and_image(image_url="data:image/png;base64,AAAA"),
