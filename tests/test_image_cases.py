@@ -97,7 +97,7 @@ def test_a_whole_frame_without_its_sequence_delimiter_is_shown() -> None:
     data = encapsulated([jpeg_frame()], BASELINE, has_delimiter=False, **JPEG)
     expected = encapsulated([jpeg_frame()], BASELINE, **JPEG)
     assert load_image(data).tobytes() == load_image(expected).tobytes()
-    assert "end mark of the pixel data is missing" in warnings_of(data) and warnings_of(expected) == ""
+    assert "delimiter after the pixel data is missing" in warnings_of(data) and warnings_of(expected) == ""
     for length in (1, 5, 100):
         with pytest.raises(ImageError, match="cut off"):
             load_image(data[:-length])
@@ -306,7 +306,7 @@ def test_palettes_follow_their_descriptors(syntax: str) -> None:
 
 def test_palettes_that_are_not_there_are_named() -> None:
     index = np.array([[0, 1, 2, 3]], np.uint8)
-    with pytest.raises(ImageError, match="brings no red palette"):
+    with pytest.raises(ImageError, match="has no red palette"):
         load_image(dicom(index, PhotometricInterpretation="PALETTE COLOR"))
     short = palette(8, lambda entries: bytes(entries[:2]))
     with pytest.raises(ImageError, match="holds 2 of 4 entries"):

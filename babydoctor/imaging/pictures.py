@@ -83,7 +83,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pictur
         image = _open(container)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode safely ({error})", "image_too_large") from error
-    except Exception as error:  # so do its header parsers
+    except Exception as error:  # Pillow's header parsers raise many kinds of errors on damaged files
         raise ImageError(f"{name}: the {format} header cannot be read ({_short(error)})", "image_unreadable") from error
     check_size(image.width, image.height, name, max_pixels)
     return Picture(name, container, image)
@@ -202,7 +202,7 @@ def _with_rawmode(image: Image.Image, rawmode: str) -> Image.Image:
 
 
 def _window_samples(values: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
-    """16-bit samples ``[h, w]`` or ``[h, w, 3]`` with alpha ``[h, w]`` of 16 bits -> RGB over black."""
+    """Blend 16-bit samples ``[h, w]`` or ``[h, w, 3]`` with 16-bit alpha ``[h, w]`` over black, as RGB."""
     shown = _window(values, None if alpha is None else alpha > 0)
     if alpha is not None:
         opacity = alpha.astype(np.float32) / 65535

@@ -12,8 +12,8 @@ from babydoctor.imaging.dicom.safety import reading_values
 from babydoctor.imaging.dicom.values import numbers, text
 from babydoctor.imaging.windows import Window
 
-# Attributes that name or lead to a person, an institution or a time: the part of DICOM PS3.15 2024, table E.1-1
-# (basic application level confidentiality profile), that image files carry in practice, by keyword.
+# Keywords of attributes that may identify a person, an institution or a time: those of DICOM PS3.15 2024, table E.1-1
+# (basic application level confidentiality profile), that occur in image files.
 _IDENTIFYING = """
 AccessionNumber AcquisitionDate AcquisitionDateTime AcquisitionTime AdditionalPatientHistory AdmissionID
 AdmittingDate AdmittingDiagnosesDescription Allergies AcquisitionComments BranchOfService CassetteID

@@ -1,12 +1,12 @@
-"""A frame before the window, as one block of bytes for the web UI's canvas, which windows it in the browser.
+"""A frame without a window, as a block of bytes for the web UI's canvas, which applies windows in the browser.
 
-Layout, little-endian: the length of the header (uint32), the header (JSON, padded with spaces so that what follows
-begins at a multiple of 8), then the arrays that ``kind`` says:
+Layout, little-endian: the length of the header (uint32), the header (JSON, padded with spaces so that the arrays begin
+at a multiple of 8 bytes), then the arrays, which depend on ``kind``:
 
 - ``gray``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
   ``[rows, columns]``, each pixel's position in ``values``; ``shown`` uint8 ``[levels]``, the gray under the file's own
-  window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before the one of padding.
-- ``wide``: as ``gray`` without ``index``: a level for each pixel. For floats and for integers of more than 16 bits.
+  window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before that of padding.
+- ``wide``: like ``gray`` without ``index``, with a level for each pixel. For floats and integers of more than 16 bits.
 - ``color``: uint8 ``[rows, columns, 3]``.
 """
 
@@ -27,14 +27,14 @@ from babydoctor.imaging.dicom.safety import reading_values
 from babydoctor.imaging.dicom.values import numbers, orientation, pixel_shape, pixel_spacing, places
 
 MAX_BYTES = 40 * 2**20
-"""Of one block. Every second, third, ... row and column of a larger frame is sent; ``step`` in the header says so."""
+"""Largest block. Of a larger frame, every ``step``-th row and column is sent; ``step`` is in the header."""
 
 _MAX_LEVELS = 65536
 _MEASURES = "PixelMeasuresSequence"
 
 
 def raw_frame(dicom: DicomImage, frame: int) -> bytes:
-    """One frame as a block of bytes, see above.
+    """One frame as a block of bytes in the layout of this module.
 
     Raises:
         ImageError: the frame does not exist or cannot be decoded.
@@ -48,7 +48,7 @@ def raw_frame(dicom: DicomImage, frame: int) -> bytes:
 
 
 def _geometry(dicom: DicomImage, frame: int) -> dict[str, Any]:
-    """What rulers and orientation markers need: numbers and letters, nothing that identifies."""
+    """What rulers and orientation markers need: numbers and letters that identify nobody."""
     dataset = dicom.dataset
     return {
         "marks": orientation(dataset, frame),
@@ -67,7 +67,7 @@ def color_block(pixels: np.ndarray, geometry: dict[str, Any] | None = None) -> b
 
 
 def picture_block(picture: Image.Image) -> bytes:
-    """A picture that is no DICOM file as a block of bytes."""
+    """A picture that is not from a DICOM file, as a block of bytes."""
     return color_block(np.asarray(picture.convert("RGB")))
 
 
@@ -114,7 +114,7 @@ def _wide_block(gray: GrayFrame, values: np.ndarray, shown: np.ndarray, header: 
 
 
 def _linear_window(own: Any, values: np.ndarray) -> tuple[float, float]:
-    """Center and width from which a drag starts. A VOI LUT has no window, so the range of its inputs is used."""
+    """Center and width where dragging starts. For a VOI LUT, the range of its inputs."""
     if not isinstance(own, LookupTable):
         return own.center, own.width
     finite = values[np.isfinite(values)]

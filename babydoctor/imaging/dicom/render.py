@@ -65,10 +65,10 @@ def render(
     max_pixels: int = MAX_PIXELS,
     square_pixels: bool = True,
 ) -> Image.Image:
-    """One frame as an RGB picture. If pixels are not square, it is stretched so that they become square.
+    """One frame as an RGB picture, stretched if its pixels are not square.
 
     Gray frames are shown under ``center`` and ``width``, or the CT ``preset``, or the file's first window or VOI
-    LUT, or else a window made from the frame's own values. ``image.info["window"]`` says which, and
+    LUT, or else a window computed from the frame's values. ``image.info["window"]`` says which one was used, and
     ``image.info["warnings"]`` what was unclear in the file and how it was interpreted.
 
     Raises:
@@ -128,7 +128,7 @@ def _chosen_window(dicom: DicomImage, center: float | None, width: float | None,
 def _square_pixels(
     dicom: DicomImage, frame: int, image: Image.Image, warnings: list[str], max_pixels: int
 ) -> Image.Image:
-    """Stretch the axis with the larger spacing, or a reformatted CT with 3 mm slices would look squashed."""
+    """Stretch the axis with the larger spacing. Otherwise a reformatted CT with 3 mm slices looks squashed."""
     vertical, horizontal = pixel_shape(dicom.dataset, frame, warnings)
     if abs(vertical / horizontal - 1) < 0.01:
         return image

@@ -22,7 +22,7 @@ from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 
 def serve(connection: socket.socket, shared: int) -> None:
     """Run the decoding process: answer requests until the parent closes the socket."""
-    import pydicom.pixels  # noqa: F401  (a third of a second, so before the first request)
+    import pydicom.pixels  # noqa: F401  (takes a third of a second, so import it before the first request)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -81,7 +81,7 @@ def _answer(request: dict[str, Any], data: bytes, base: int, shared: int, answer
 
 
 def _share(content: bytes, shape: tuple[int, ...], kind: str, info: dict[str, Any], shared: int) -> dict[str, Any]:
-    """Write an array's bytes into the shared memory. Returns the answer that describes it."""
+    """Write an array's bytes to the shared memory and return the answer that describes the array."""
     view, done = memoryview(content), 0
     while done < len(view):
         done += os.pwrite(shared, view[done:], done)
