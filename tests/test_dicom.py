@@ -1,4 +1,4 @@
-"""DICOM in: real files of pydicom, and made ones for what those do not have."""
+"""DICOM: real files of pydicom, and generated files for what those lack."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_real_ct_is_shown_in_hounsfield_units() -> None:
     assert len({render(ct, preset=name).tobytes() for name in CT_PRESETS}) == 5
 
 
-def test_without_a_window_the_frame_gives_one_and_it_is_told() -> None:
+def test_without_a_window_one_is_computed_from_the_frame_and_reported() -> None:
     image = render(read_dicom(examples.get_path("ct")))
     assert (
         image.info["window"] == "center -38, width 1646 (percentiles 0.5 to 99.5 of the frame; the file has no window)"
@@ -98,7 +98,7 @@ def test_a_real_mr_has_two_windows_and_shows_the_first() -> None:
     assert np.asarray(second).mean() > np.asarray(first).mean() + 5
 
 
-def test_the_colours_of_real_ultrasound_agree_across_encodings() -> None:
+def test_the_colors_of_real_ultrasound_agree_across_encodings() -> None:
     plain = np.asarray(load_image(examples.get_path("rgb_color"))).astype(int)
     jpeg2000 = render(read_dicom(examples.get_path("jpeg2k"))).resize((320, 240))
     assert np.abs(plain - np.asarray(jpeg2000).astype(int)).mean() < 12  # the same picture, stored at twice the size
@@ -107,7 +107,7 @@ def test_the_colours_of_real_ultrasound_agree_across_encodings() -> None:
     assert loop.num_frames == 30 and frames[0].shape == (240, 320, 3)
     assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
     palette = np.asarray(load_image(examples.get_path("palette_color")))
-    assert palette.shape == (350, 800, 3) and palette[10, 200, 2] > palette[10, 200, 0]  # the blue bar of the maker
+    assert palette.shape == (350, 800, 3) and palette[10, 200, 2] > palette[10, 200, 0]  # the manufacturer's blue bar
     ybr = np.asarray(load_image(path_of("SC_ybr_full_422_uncompressed.dcm")))
     assert ybr[5, 5].tolist()[0] > 240 and ybr[5, 5].max() > ybr[5, 5].min() + 200  # a red stripe on top
 
@@ -153,7 +153,7 @@ def test_the_modality_lut_comes_before_the_window() -> None:
     assert gray(table) == [0, 255, 128]
 
 
-def test_a_voi_lut_is_used_where_there_is_no_window() -> None:
+def test_a_voi_lut_is_used_without_a_window() -> None:
     lut = Dataset()
     lut.LUTDescriptor, lut.LUTExplanation = [4, 0, 8], "CONTRAST"
     lut.add_new("LUTData", "US", [255, 0, 51, 102])
@@ -167,7 +167,7 @@ def test_monochrome1_is_inverted_and_padding_stays_black() -> None:
     window = {"WindowCenter": "100.5", "WindowWidth": "201", "PhotometricInterpretation": "MONOCHROME1"}
     assert gray(build(values, **window)) == [255, 255, 128, 0]
     assert gray(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
-    # Padding also counts for nothing when the window is made from the frame.
+    # Padding is also ignored when the window is computed from the frame.
     spread = np.array([[-2000] * 8 + [0, 100]], np.int16)
     assert gray(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
 
@@ -179,7 +179,7 @@ def test_float_and_signed_pixels() -> None:
     assert gray(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
 
 
-def test_frames_of_enhanced_objects_bring_their_own_windows() -> None:
+def test_frames_of_enhanced_objects_have_their_own_windows() -> None:
     def group(center: str, slope: str) -> Dataset:
         item, voi, transform, measures = Dataset(), Dataset(), Dataset(), Dataset()
         voi.WindowCenter, voi.WindowWidth = center, "3"
@@ -216,7 +216,7 @@ def test_pixels_that_are_not_square_are_stretched() -> None:
         ({"frame": -1}, "frame -1 does not exist"),
     ],
 )
-def test_wrong_views_are_named(options: dict[str, Any], message: str) -> None:
+def test_an_invalid_frame_window_or_preset_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         render(read_dicom(examples.get_path("ct")), **options)
 
@@ -240,14 +240,14 @@ def test_real_damaged_files_are_user_errors(name: str) -> None:
         load_image(path_of(name))
 
 
-def test_any_cut_of_a_real_file_is_a_user_error() -> None:
+def test_every_truncation_of_a_real_file_is_a_user_error() -> None:
     data = examples.get_path("mr").read_bytes()
-    for length in range(132, len(data) - 200, 431):  # the file ends with padding, that nobody misses
+    for length in range(132, len(data) - 200, 431):  # the file ends with padding, which may be missing
         with pytest.raises(UserError):
             load_image(data[:length])
 
 
-@pytest.mark.filterwarnings("ignore")  # pydicom names the odd tags and lengths it meets
+@pytest.mark.filterwarnings("ignore")  # pydicom warns about invalid tags and lengths
 @pytest.mark.parametrize("name", ["CT_small", "examples_palette", "examples_ybr_color", "MR_small_RLE", "rtdose"])
 def test_flipped_bytes_are_user_errors_or_pictures(name: str) -> None:
     data = path_of(f"{name}.dcm").read_bytes()
@@ -281,7 +281,7 @@ def test_a_codestream_larger_than_its_header_is_refused() -> None:
         load_image(file.getvalue())
 
 
-def test_codestream_sizes_are_read_from_every_kind() -> None:
+def test_codestream_sizes_of_all_formats_are_read() -> None:
     from pydicom.encaps import get_frame
 
     for name in (
@@ -321,7 +321,7 @@ def test_every_identifying_tag_is_a_real_keyword() -> None:
         assert keyword in IDENTIFYING_TAGS
 
 
-def test_facts_tell_the_picture_and_never_the_person() -> None:
+def test_facts_describe_the_picture_and_never_the_person() -> None:
     data = build(
         np.zeros((4, 6), np.int16),
         PatientName="Doe^Jane",
@@ -357,7 +357,7 @@ def test_facts_tell_the_picture_and_never_the_person() -> None:
             assert len(value) < 4 or value not in text, (name, keyword)
 
 
-def test_odd_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder) -> None:
+def test_invalid_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = build(

@@ -1,4 +1,4 @@
-"""Random small DICOM files against a second reading of the standard that shares no code with the package."""
+"""Random small DICOM files, compared with a second implementation that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from babydoctor.imaging.dicom import read_dicom, render
 
 
 def reference_gray(cell: int, file: dict[str, Any]) -> float:
-    """One cell of a gray image -> level 0 to 255, in plain numbers (PS3.5 8.1.1, PS3.3 C.11)."""
+    """One cell of a gray image -> level 0 to 255, in plain Python (PS3.5 8.1.1, PS3.3 C.11)."""
     value = (cell >> (file["high_bit"] + 1 - file["stored"])) % 2 ** file["stored"]
     if file["signed"] and value >= 2 ** (file["stored"] - 1):
         value -= 2 ** file["stored"]
@@ -104,7 +104,7 @@ def test_gray_frames_equal_the_reference(made: tuple[dict[str, Any], np.ndarray,
 
 
 def _assert_close(shown: np.ndarray, expected: np.ndarray, cells: np.ndarray, file: dict[str, Any]) -> None:
-    """Equal but for rounding, and for values that stand on the step of a window of width 1."""
+    """Equal up to rounding, except for values at the step of a window of width 1."""
     wrong = np.abs(shown.astype(float) - expected) > 0.51
     assert not wrong.any(), (shown, expected, cells, file)
 

@@ -1,6 +1,6 @@
-"""Pictures against ImageMagick: those that ship with the installed packages, and every kind that it writes.
+"""Compare pictures with ImageMagick: those in the installed packages, and every format that it writes.
 
-``scripts/test.sh`` installs ImageMagick where it can. Each difference stands in a table with its reason.
+``scripts/test.sh`` installs ImageMagick if it can. A table lists each difference with its reason.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(*arguments: str, data: bytes = b"") -> bytes:
 
 
 def expected(data: bytes) -> np.ndarray | None:
-    """ImageMagick's upright picture over black, uint16 ``[h, w, 3]``; None where it cannot read the file."""
+    """ImageMagick's upright picture over black, uint16 ``[h, w, 3]``; None if it cannot read the file."""
     over_black = ("-auto-orient", "+set", "comment", "-background", "black", "-alpha", "remove", "-colorspace", "sRGB")
     shown = run("-[0]", *over_black, "-depth", "16", "-type", "truecolor", "ppm:-", data=data)
     fields = shown.split(maxsplit=4)[:4]
@@ -111,7 +111,7 @@ def expected(data: bytes) -> np.ndarray | None:
     return np.frombuffer(shown[-6 * width * height :], ">u2").reshape(height, width, 3).astype(np.float64)
 
 
-def test_every_installed_picture_looks_as_in_imagemagick() -> None:
+def test_every_installed_picture_looks_the_same_in_imagemagick() -> None:
     unexplained, seen = [], set[bytes]()
     for path in sorted(PACKAGES.rglob("*")):
         if path.suffix in (".py", ".pyc", ".so") or not path.is_file():
@@ -131,7 +131,7 @@ def test_every_installed_picture_looks_as_in_imagemagick() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_looks_as_in_imagemagick(kind: str, tmp_path: Path) -> None:
+def test_every_format_looks_the_same_in_imagemagick(kind: str, tmp_path: Path) -> None:
     arguments, suffix = KINDS[kind]
     source = tmp_path / "source.png"
     run("-size", "40x31", "gradient:red-blue", "-swirl", "200", "-modulate", "90", "-depth", "8", str(source))
