@@ -54,7 +54,7 @@ def test_a_stage_is_measured():
 
 def test_each_path_is_measured_on_and_off(monkeypatch):
     """With two samples per step. Whether a path is faster is not tested."""
-    names = ("bfloat16", "cross-entropy in chunks at the targets", "last layer from the first target on")
+    names = ("bfloat16", "cross-entropy in chunks at the loss positions", "last layer from the first loss position on")
     chosen = tuple(path for path in bench_paths.PATHS if path.name in names)
     monkeypatch.setattr(bench_paths, "PATHS", chosen)
     results = list(bench_paths.bench_paths("instruct", num_steps=1, batch_size=2))
@@ -62,7 +62,7 @@ def test_each_path_is_measured_on_and_off(monkeypatch):
     assert all(result.samples_per_s > 0 and result.samples_per_s_without > 0 for result in results)
     peaks = {result.path.name: result.peak_bytes_without / result.peak_bytes for result in results}
     assert peaks["bfloat16"] > 1.3
-    assert peaks["cross-entropy in chunks at the targets"] > 1.02
+    assert peaks["cross-entropy in chunks at the loss positions"] > 1.02
 
 
 def test_token_counts_include_the_shared_prefix():

@@ -75,7 +75,7 @@ def test_an_export_imports_as_the_same_model(run: Path, tmp_path: Path, dtype: s
 
 
 def test_an_exported_4_bit_run_answers_the_same(run: Path, tmp_path: Path) -> None:
-    """A LoRA trained on NF4 is added to the dequantised base, earlier LoRAs having been merged before quantising."""
+    """A LoRA trained on NF4 is added to the dequantized base. Earlier LoRAs were merged before quantization."""
     pytest.importorskip("bitsandbytes")
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(run / "adapter", tmp_path / "run" / "base_adapters" / "1-lora")
