@@ -1,6 +1,6 @@
-"""The rules of the package's structure, read from its sources.
+"""Check the rules of the package's structure on its sources.
 
-An allow-list names each exception with its reason. Remove an entry when its reason is gone.
+An allow-list gives each exception with its reason. Remove an entry when its reason no longer holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from helpers.source_tree import (
     process_switches,
 )
 
-# From the bottom to the top: a folder or a module beside the folders imports from those before it only.
+# From the bottom to the top: a folder, or a top-level module, imports only from those before it.
 FOLDERS = (
     *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
     *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
@@ -34,16 +34,14 @@ FOLDERS = (
 # Imports that close a cycle or go up, until their files are split.
 OPEN_IMPORTS: set[tuple[str, str]] = set()
 
-# Programs that are started by name import the command line, which imports their folder.
+# Programs that `python -m` starts import the command line, which imports their folder.
 PROGRAMS = {"train.__main__"}
 
 MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES: dict[str, str] = {}
 
-LARGE_FOLDERS = {
-    "imaging": "one over: eight files read DICOM; a folder of their own is open",
-}
+LARGE_FOLDERS: dict[str, str] = {}
 
 SWITCHES: dict[str, str] = {}
 
@@ -81,7 +79,7 @@ ERROR_TEXT = {
 
 HEAVY = {"torch", "transformers", "gradio", "datasets", "deepspeed", "matplotlib", "peft", "bitsandbytes", "fastapi"}
 
-# Free of torch even indirectly through our own modules: they run in processes that must start at once.
+# Modules that do not load torch, not even indirectly, because their processes must start fast.
 TORCH_FREE = (
     *("schema", "conversation", "data.packing", "config", "imaging.windows", "imaging.dicom", "imaging.load"),
     *("data.rows", "data.sources", "files", "train.interrupt", "eval.metrics", "engine.request", "serve.api.protocol"),
@@ -129,7 +127,7 @@ def test_folders_import_those_before_them_only() -> None:
         ("eval.metrics", ("torch", "babydoctor.model")),
     ],
 )
-def test_never(module: str, forbidden: tuple[str, ...]) -> None:
+def test_forbidden_imports(module: str, forbidden: tuple[str, ...]) -> None:
     found = [
         f"{name} imports {other}"
         for name, path in modules().items()
@@ -194,7 +192,7 @@ def test_modules_keep_no_state() -> None:
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-# 4. Errors are told apart by their code.
+# 4. Errors are distinguished by their code.
 
 
 def test_no_decision_reads_the_text_of_an_error() -> None:

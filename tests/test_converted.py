@@ -102,7 +102,7 @@ def test_bad_rows_are_refused_or_listed(tmp_path: Path, images: Path) -> None:
         convert_rows([source], tmp_path / "out", images=images)
 
 
-def test_several_converted_sets_are_joined_and_repeated_rows_found(tmp_path: Path) -> None:
+def test_converted_sets_are_joined_and_repeated_rows_found(tmp_path: Path) -> None:
     first = write_rows(tmp_path / "1.json", [row(0), row(1)])
     second = write_rows(tmp_path / "2.json", [row(2), row(1), row(3)])
     for number, source in enumerate((first, second), start=1):

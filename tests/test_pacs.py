@@ -1,4 +1,4 @@
-"""Search, fetch and store against a real PACS: Orthanc on loopback."""
+"""Search, fetch and store with a real PACS: Orthanc on loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ranks in real processes: DDP, FSDP2, ZeRO-2 and ZeRO-3 train as one process does."""
+"""Several ranks in real processes: DDP, FSDP2, ZeRO-2 and ZeRO-3 give the result of one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
-    """Four steps whose micro-batches are unevenly shared out, some without an image, with a LoRA and held-out rows."""
+    """Four steps with unevenly distributed micro-batches, some without an image, with a LoRA and held-out rows."""
     trained = {"max_steps": 4, "batch_size": 5, "micro_batch_tokens": 256, "eval_every": 2}
     eval_rows = {"eval_rows": tiny_settings["data"]["rows"], "eval_limit": 3}
     return tiny_settings | {
@@ -138,7 +138,7 @@ def test_two_machines_without_a_shared_disk(config: Path, alone: Path, tmp_path:
     assert not (tmp_path / "machine1" / "run" / "checkpoints").exists()
 
 
-def test_ranks_with_other_settings_are_refused_by_one_sentence(config: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_settings_stop_with_one_message(config: Path, tmp_path: Path) -> None:
     override = "1:train.learning_rate=0.5"
     done = run_program(launch("multi_gpu", "helpers.rank_program", str(config), str(tmp_path / "run"), override))
     assert done.returncode != 0
@@ -147,7 +147,7 @@ def test_ranks_with_other_settings_are_refused_by_one_sentence(config: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_kill_9_of_a_rank_ends_all_and_leaves_whole_checkpoints(config: Path, tmp_path: Path) -> None:
+def test_kill_9_of_a_rank_ends_all_and_leaves_complete_checkpoints(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     program = ["babydoctor.train", str(config), f"output_dir={run}", "train.max_steps=100000", "train.save_every=1"]
     command = launch("multi_gpu", *program, "train.eval_every=0")
@@ -186,7 +186,7 @@ def test_two_ranks_stop_after_the_same_step_and_resume(config: Path, tmp_path: P
         out, err = process.communicate(timeout=DEADLINE_S)
         assert process.returncode != 0
         step = read_metrics(run)[-1]["step"]
-        # The launcher signals one rank after the other; the second may get its signal when it has already stopped.
+        # The launcher signals the ranks one by one, so the second may have stopped before its signal arrives.
         assert f"stopped by SIGTERM after step {step} of 100000; a checkpoint is saved" in err, err[-3000:]
         assert list_checkpoints(run)[-1].name == f"step-{step}"
         assert ("resumed after step" in out) == bool(arguments)
@@ -209,7 +209,7 @@ def fresh_accelerate() -> Iterator[None]:
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_config is set"),
     ],
 )
-def test_what_accelerate_is_asked_for_in_vain_is_refused(
+def test_unsupported_accelerate_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None, environment: dict[str, str], message: str
 ) -> None:
     for key, value in environment.items():
@@ -218,7 +218,7 @@ def test_what_accelerate_is_asked_for_in_vain_is_refused(
         start_accelerator(TrainConfig())
 
 
-def test_what_fsdp_cannot_do_is_refused() -> None:
+def test_unsupported_fsdp_settings_are_refused() -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_offload=True, activation_checkpointing=True, transformer_cls_names_to_wrap=["CLIPEncoder"]
     )
@@ -232,7 +232,7 @@ def test_what_fsdp_cannot_do_is_refused() -> None:
 
 
 @NEEDS_DEEPSPEED
-def test_what_deepspeed_cannot_do_is_refused() -> None:
+def test_unsupported_deepspeed_settings_are_refused() -> None:
     settings = {
         "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         "bf16": {"enabled": True},

@@ -1,4 +1,4 @@
-"""Process-wide switches: library calls leave them alone, the command line sets them."""
+"""Process-wide switches: library calls do not change them, the command line sets them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ CLIPVisionModel(CLIPVisionConfig(hidden_size=24, intermediate_size=24, num_hidde
 """
 
 
-def test_commands_show_no_messages_of_libraries(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_commands_print_no_messages_of_libraries(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """A stage with everything from bitsandbytes, then the commands that use the run. stderr stays empty."""
     pytest.importorskip("bitsandbytes")
     run, rows = tmp_path / "run", tiny_settings["data"]["rows"][0]
@@ -134,7 +134,7 @@ print(json.dumps([flushed, os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ
     assert run_python(program, PYTORCH_ALLOC_CONF="backend:native") == [True, None, "backend:native"]
 
 
-def test_the_engines_thread_has_the_number_of_threads_that_the_operator_set() -> None:
+def test_the_engine_uses_the_configured_number_of_threads() -> None:
     program = """
 import json, threading, torch
 from babydoctor.runtime import prepare_engine

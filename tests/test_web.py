@@ -201,7 +201,7 @@ def test_overlays_lie_where_the_model_saw(size: tuple[int, int]):
         assert abs(placed.shape[1] / placed.shape[0] - width / height) < 0.02
         rows, columns = np.nonzero(placed > 0.5)
         assert abs(rows.mean() / placed.shape[0] - 0.5) < 0.02 and abs(columns.mean() / placed.shape[1] - 0.5) < 0.02
-    # With CLIP's crop, what lies outside the middle square is never coloured.
+    # With CLIP's crop, what lies outside the middle square is never colored.
     if width == 400:
         placed = place_on_image(np.ones((8, 8)), width, height, "square")
         assert placed[:, :100].max() == 0 and placed[:, 200].min() > 0.9

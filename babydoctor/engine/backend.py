@@ -1,4 +1,4 @@
-"""Which code computes a step: PyTorch's own operations, one compiled operator on a CPU, or Triton kernels on a GPU."""
+"""Choose the code that computes a step: PyTorch's operations, one compiled operator on a CPU, or Triton kernels."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def _why_no_operator(model: LlamaForCausalLM, settings: EngineSettings) -> str:
 
 
 def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
-    """The fastest decoder for the KV cache's device.
+    """Build the fastest decoder for the KV cache's device.
 
     Raises:
-        UserError: ``engine.cuda_graphs=true`` where there can be none.
+        UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.
     """
     asked = settings.cuda_graphs is True
     if kv_cache.device.type != "cuda":
@@ -86,7 +86,7 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
 
 
 def build_embedder(model: VisionLanguageModel, decoder: Decoder, cache: FeatureCache) -> PromptEmbedder:
-    """Embeds prompts; encodes images by a CUDA graph where the decoder has graphs too."""
+    """Build the prompt embedder. It encodes images with a CUDA graph if the decoder uses CUDA graphs."""
     encode_images = None
     if decoder.has_graphs:
         from babydoctor.engine.gpu.images import GraphedEncoder

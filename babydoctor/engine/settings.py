@@ -1,4 +1,4 @@
-"""Settings of the engine, and the KV cache that they give a model on a machine."""
+"""Settings of the engine, and the KV cache that follows from them for a model and a machine."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class EngineSettings:
     """Settings of the engine. None means that the engine decides.
 
     Attributes:
-        max_running: requests that are answered at the same time; further requests wait.
-        max_queue: requests that may wait; further requests are refused.
-        max_context: tokens (image slots, prompt and answer) one request may take.
+        max_running: most requests that are answered at the same time; further requests wait.
+        max_queue: most requests that wait; further requests are refused.
+        max_context: most tokens of one request, prompt, image slots and answer together.
         kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the free memory on the
             CPU and nine tenths on a GPU, and never more than ``max_running + cached_slots`` slots need.
         kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_kv_cache``.
         cached_slots: slots that only keep prefixes of finished requests; by default as many as ``max_running``.
         image_cache_bytes: memory for features of images seen before.
-        step_tokens: rows of one step, decoding requests and prompt chunks together. Small: running answers stream
-            evenly. Large: prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
-        num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so it
-            takes an ``on_start`` that sets it, as the command line's does.
-        weights: on the CPU, ``int8`` rounds the weights to eight bits with a scale per output, and each row of a
-            product's input as well. Half of the memory of bfloat16. By default the weights stay as they are.
+        step_tokens: rows of one step, decoding requests and prompt chunks together. With a small value running answers
+            stream evenly, with a large one prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
+        num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so an
+            ``on_start`` must set it, as the command line's does.
+        weights: ``int8`` rounds the weights to eight bits with a scale per output (CPU), and each row of a product's
+            input as well. A step then reads half of the bytes of bfloat16. By default the weights stay as they are.
         pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
             allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
-        own_weights: for callers from Python. The model serves the engine alone, so its weights may be joined in place,
-            which saves launches and, where they are not packed, costs no memory.
+        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place. This
+            saves kernel launches, and costs no memory unless weights are packed.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """

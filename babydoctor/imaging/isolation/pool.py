@@ -1,4 +1,4 @@
-"""A few decoding processes for any number of threads, and the memory that they share."""
+"""A pool of decoding processes for any number of threads, with a memory budget that they share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from babydoctor.imaging.isolation.process import DecodeProcess
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
 MEMORY_BUDGET = 2**30
-"""Bytes that the large images being decoded may need together; a larger one is decoded alone."""
+"""Bytes that large images may need together while they are decoded. A larger one is decoded alone."""
 
 
 class DecodePool:
-    """Up to ``size`` decoding processes, started when they are first needed. For any number of threads."""
+    """Up to ``size`` decoding processes, started when first needed. Thread-safe."""
 
     def __init__(self, size: int | None = None, memory_budget: int = MEMORY_BUDGET) -> None:
         self.size = size or min(4, os.cpu_count() or 1)
@@ -33,7 +33,7 @@ class DecodePool:
     def decode(
         self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """(values, ``image.info``) of an image; waits for a free process and for memory.
+        """(values, ``image.info``) of an image. Waits for a free process and for memory.
 
         Raises:
             ImageError: the image cannot be decoded within the limits.
@@ -52,12 +52,12 @@ class DecodePool:
 
     @property
     def is_down(self) -> bool:
-        """True while no process could be started at the last attempt and none is left."""
+        """True if the last attempt to start a process failed and none is idle."""
         with self._changed:
             return self._start_failed and not self._idle
 
     def try_start(self) -> None:
-        """Start a process if none is there; ``is_down`` tells whether that worked."""
+        """Start a process if none is idle. ``is_down`` tells whether that worked."""
         with contextlib.suppress(ImageError):
             self._give_back(self._take())
 
@@ -91,7 +91,7 @@ class DecodePool:
 
     @contextlib.contextmanager
     def _memory(self, num_bytes: int) -> Iterator[None]:
-        """Wait until the need fits beside the others'."""
+        """Reserve memory, and wait until it fits into the budget."""
         with self._changed:
             while self._reserved and self._reserved + num_bytes > self.memory_budget:
                 self._changed.wait()
@@ -104,7 +104,7 @@ class DecodePool:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """End the processes that are idle. Does nothing in a process that was forked from the pool's."""
+        """End the idle processes. Does nothing in a process that was forked from the pool's owner."""
         if os.getpid() != self._pid:
             return
         with self._changed:

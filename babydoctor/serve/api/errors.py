@@ -1,7 +1,7 @@
-"""Errors of the HTTP APIs: one table of codes decides HTTP status, LLaVA's ``error_code`` and ``Retry-After``.
+"""Errors of the HTTP APIs. A table maps each code to its HTTP status, LLaVA's ``error_code`` and ``Retry-After``.
 
-Programs decide by ``code``. The message is for people and may be reworded at any time. The serving guide
-(``serve/README.md``) documents the table; a test compares the two.
+Programs read ``code``. The message is for people and may change at any time. The serving guide (``serve/README.md``)
+documents the table, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from babydoctor.errors import UserError, UserErrorCode
 
 ERROR_NONE = 0
 ERROR_WORKER = 1
-"""The worker could not answer: a bad request, or it failed."""
+"""The request was bad, or the worker failed."""
 ERROR_NO_WORKER = 2
 """No worker serves that model."""
 ERROR_UNREACHABLE = 3
-"""The worker was lost and no other could continue."""
+"""The worker was lost and no other worker could continue."""
 
 ApiCode = Literal[
     "bad_request",
@@ -75,7 +75,7 @@ API_CODES: tuple[ApiCode, ...] = get_args(ApiCode)
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What follows from a code."""
+    """Status and meaning of a code."""
 
     status: int
     meaning: str
@@ -153,19 +153,19 @@ CODE_OF_USER_ERROR: Mapping[UserErrorCode, ApiCode] = {
     "prompt_format": "bad_prompt",
     "address_invalid": "bad_worker_name",
 }
-"""Codes of ``UserError`` that a request can cause; see ``code_of_user_error``."""
+"""The API code for each ``UserError`` code that a request can cause; see ``code_of_user_error``."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An error that a client gets to read.
+    """An error that is sent to a client.
 
     Args:
         code: see ``ERROR_KINDS``.
-        message: one or two sentences for people. Holds nothing of another request and no address.
+        message: one or two sentences for people. Contains nothing of other requests and no address.
         param: the field that is wrong.
-        retry_after_s: when to come back, sent as ``Retry-After``; None takes the code's own.
+        retry_after_s: seconds after which to retry, sent as ``Retry-After``; None: the code's default.
     """
 
     def __init__(
@@ -192,12 +192,12 @@ class ApiError(Exception):
 
 
 def known_code(code: object, default: ApiCode = "worker_failed") -> ApiCode:
-    """``code`` where it is one of ours, else ``default``: another server may send any text."""
+    """``code`` if it is one of ours, else ``default``, because another server may send any text."""
     return cast(ApiCode, code) if code in API_CODES else default
 
 
 def code_of_status(status: int) -> ApiCode:
-    """The code for a refusal of another server that names none of ours."""
+    """The code for another server's refusal that carries none of our codes."""
     if status == 429:
         return "queue_full"
     if status in (401, 403):
@@ -211,17 +211,17 @@ def code_of_user_error(error: UserError) -> ApiCode:
 
 
 def overflow_error() -> ApiError:
-    """The prompt leaves no room for an answer. LLaVA's stream carries this as a notice, not as an error."""
+    """The error for a prompt that leaves no room for an answer. LLaVA's stream sends it as a notice."""
     message = "The conversation is too long for the model. Start a new one."
     return ApiError("context_length_exceeded", message, param="prompt")
 
 
 def model_failed_error() -> ApiError:
-    """The model failed at one request of the batch."""
-    return ApiError("worker_failed", "The model failed at this request; the others continue.")
+    """The error for one request of a batch at which the model failed."""
+    return ApiError("worker_failed", "The model failed at this request. Other requests are not affected.")
 
 
 def model_not_found(model: str, known: list[str]) -> ApiError:
-    """Nobody serves ``model``; the message names the models that exist."""
+    """The error for a model that no worker serves. The message names the models that exist."""
     exist = f"It serves {', '.join(known)}." if known else "It serves no model at the moment."
     return ApiError("model_not_found", f"This server does not serve the model {model!r}. {exist}", param="model")
