@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import LlamaForCausalLM
 
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.kv_cache import FeatureCache, KVCache
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.model.families import LanguageModel
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
+def build_decoder(model: LanguageModel, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
     """The fastest decoder for the KV cache's device.
 
     Raises:
@@ -28,15 +28,14 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:
-        from babydoctor.engine.gpu.decoder import GpuDecoder, kernels_fit
+        from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels
     except ImportError as error:
         if asked:
             raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
         logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
         return Decoder(model, kv_cache, pack=False, own=settings.own_weights)
     try:
-        if not kernels_fit(kv_cache):
-            raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
+        check_kernels(model, kv_cache)
         decoder = GpuDecoder(model, kv_cache, own=settings.own_weights)
         if settings.cuda_graphs is not False:
             decoder.capture_graphs()

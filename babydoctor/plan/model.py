@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from babydoctor.config import RunConfig
+from babydoctor.model.families import build_tower, load_language_config, load_vision_config
 from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B, LLAMA_2_13B
-from babydoctor.model.language_model import build_language_model, is_decoder_linear, load_language_config
+from babydoctor.model.language_model import build_language_model, is_decoder_linear
 from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import read_manifest, resolve
-from babydoctor.model.vision import build_projector, load_vision_config, num_patches
+from babydoctor.model.vision import build_projector, num_patches
 from babydoctor.plan.costs import Architecture
 
 LLAMA_2_7B_ID = "meta-llama/Llama-2-7b-chat-hf"
@@ -68,10 +69,8 @@ def describe_model(config: RunConfig, configs: tuple[Any, Any] | None = None) ->
         with torch.device("meta"):
             add_lora(language_model, config.lora)
         in_lora = sum(p.numel() for name, p in language_model.named_parameters() if "lora_" in name)
-    from transformers import CLIPVisionModel
-
     with torch.device("meta"):
-        tower = CLIPVisionModel(vision)
+        tower = build_tower(vision, dtype)
         projector = build_projector(_projector_kind(config), vision.hidden_size, language.hidden_size)
     weights["vision tower"] = sum(p.numel() for p in tower.parameters()) * element
     in_projector = sum(p.numel() for p in projector.parameters())
