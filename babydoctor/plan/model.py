@@ -146,6 +146,7 @@ def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: i
     return Architecture(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
+        query_size=language.num_attention_heads * head_dim,
         kv_size=language.num_key_value_heads * head_dim,
         intermediate_size=language.intermediate_size,
         num_heads=language.num_attention_heads,
@@ -163,4 +164,5 @@ def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: i
         lora_dropout=bool(lora and lora.dropout),
         lora_modules=frozenset(lora.target_modules) if lora else frozenset(),
         trains_projector="projector" in config.trainable,
+        has_head_norms=language.model_type == "qwen3",
     )
