@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.golden_answers import logits_and_greedy
 from helpers.other_bases import WINDOW, write_run
+from helpers.training import losses
 from PIL import Image
 
+from babydoctor.config import build_config
+from babydoctor.engine.kv_cache import KVCache
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.export import export_run
 from babydoctor.model.merge import merge_run
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.schema import UserError
+from babydoctor.train.loop import train
 
 RUNS = {"mistral": "clip", "qwen2": "clip", "qwen3": "siglip", "qwen3-clip": "clip"}
 """Name of the run -> its tower. The run begins with the name of its family."""
@@ -143,3 +148,37 @@ def test_llava_export_of_mistral_names_the_original_class(runs: dict[str, Path],
     assert (config["model_type"], config["architectures"]) == ("llava_mistral", ["LlavaMistralForCausalLM"])
     assert config["sliding_window"] == WINDOW
     assert any("'llava-mistral'" in note and "--conv-mode plain" in note for note in notes)
+
+
+def test_stage_trains_on_another_base(runs: dict[str, Path], tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The whole stage on Qwen3 and SigLIP in 4 bits: plan, loader, steps, run directory; then an answer."""
+    bases = {"language_model": str(runs["qwen3"].parent / "base"), "vision_tower": str(runs["qwen3"].parent / "tower")}
+    changes = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {**tiny_settings["model"], **bases, "quantization": "nf4"},
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1},
+        "train": {**tiny_settings["train"], "max_steps": 3},
+    }
+    path = train(build_config(tiny_settings | changes))
+    values = [loss for _, loss in losses(path)]
+    assert len(values) == 3 and values[2] < values[0]
+    run = load_run(path)
+    assert run.manifest.image_mean == (0.5, 0.5, 0.5)
+    ids, expected = prompt(run)
+    hidden = run.model.language_model(ids).logits[0]
+    assert_close(hidden.detach(), expected, 1e-4)
+
+
+def test_gpu_kernels_refuse_what_they_cannot_compute(runs: dict[str, Path]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from babydoctor.engine.gpu.decoder import check_kernels
+
+    cache = KVCache(1, 2, 16, capacity=160, num_slots=1, max_running=1, dtype=torch.float32, device=torch.device("cpu"))
+    models = {name: load_run(runs[name]).model.language_model for name in ("mistral", "qwen2", "qwen3")}
+    check_kernels(models["qwen2"], cache)
+    with pytest.raises(RuntimeError, match="Qwen3's norms"):
+        check_kernels(models["qwen3"], cache)
+    with pytest.raises(RuntimeError, match=r"window of 12 tokens; engine\.max_context=12"):
+        check_kernels(models["mistral"], cache)
+    cache.capacity = WINDOW
+    check_kernels(models["mistral"], cache)
