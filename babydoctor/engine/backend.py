@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from transformers import LlamaForCausalLM
 
 from babydoctor.engine.cpu.check import operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, fits
@@ -14,12 +13,13 @@ from babydoctor.engine.kv_cache import FeatureCache, KVCache
 from babydoctor.engine.linear import available_memory_bytes
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.model.families import LanguageModel
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def uses_cpu_operator(model: LlamaForCausalLM, settings: EngineSettings) -> bool:
+def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
     """Whether the compiled operator computes the steps of a model. It keeps keys and values in bfloat16.
 
     Raises:
@@ -32,7 +32,7 @@ def uses_cpu_operator(model: LlamaForCausalLM, settings: EngineSettings) -> bool
     return not reason
 
 
-def _why_no_operator(model: LlamaForCausalLM, settings: EngineSettings) -> str:
+def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
     """Why the operator cannot run a model or may not; empty if it can."""
     if settings.pack_weights is False and settings.weights is None:
         return "engine.pack_weights=false"
@@ -48,7 +48,7 @@ def _why_no_operator(model: LlamaForCausalLM, settings: EngineSettings) -> str:
     return ""
 
 
-def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
+def build_decoder(model: LanguageModel, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
     """Build the fastest decoder for the KV cache's device.
 
     Raises:
@@ -62,15 +62,14 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
             return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8")
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:
-        from babydoctor.engine.gpu.decoder import GpuDecoder, kernels_fit
+        from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels
     except ImportError as error:
         if asked:
             raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
         logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
         return Decoder(model, kv_cache, pack=False, own=settings.own_weights)
     try:
-        if not kernels_fit(kv_cache):
-            raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
+        check_kernels(model, kv_cache)
         decoder = GpuDecoder(model, kv_cache, own=settings.own_weights)
         if settings.cuda_graphs is not False:
             decoder.capture_graphs()

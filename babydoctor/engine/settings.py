@@ -9,10 +9,10 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
-from transformers import LlamaConfig
 
 from babydoctor.engine.kv_cache import KVCache, slot_bytes
 from babydoctor.engine.linear import available_memory_bytes
+from babydoctor.model.families import LanguageConfig
 from babydoctor.schema import UserError
 
 MAX_DEFAULT_CONTEXT = 4096
@@ -95,7 +95,7 @@ class EngineSettings:
                 "process. From Python, call torch.set_num_threads instead"
             )
 
-    def context(self, config: LlamaConfig) -> int:
+    def context(self, config: LanguageConfig) -> int:
         """Tokens of one request.
 
         Raises:
@@ -172,7 +172,7 @@ def preferred_kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
+def kv_shape(config: LanguageConfig) -> tuple[int, int, int]:
     """Layers, key/value heads and head width of a model's keys and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
@@ -180,7 +180,7 @@ def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
 
 def build_kv_cache(
     settings: EngineSettings,
-    config: LlamaConfig,
+    config: LanguageConfig,
     dtype: torch.dtype,
     device: torch.device,
     preferred: torch.dtype | None = None,

@@ -20,10 +20,11 @@ from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import explain_full_disk
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.families import load_vision_config
 from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.model.run_dir import Manifest, build_model
-from babydoctor.model.vision import load_vision_config, num_patches
+from babydoctor.model.vision import num_patches
 from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
 from babydoctor.plan.plan import check_fits, recompute_every

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from babydoctor.engine.cpu.library import Layer, Model, Product, load_operator
-from babydoctor.engine.decoder import Decoder, LayerWeights
+from babydoctor.engine.decoder import Decoder, LayerWeights, has_head_norms
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
+from babydoctor.model.families import LanguageModel, sliding_window
 
 BLOCK = 64
 """Outputs per block of packed weights."""
@@ -64,7 +64,7 @@ class PackedProduct:
 class CpuDecoder(Decoder):
     """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied."""
 
-    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache, *, is_int8: bool = False) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False) -> None:
         super().__init__(model, kv_cache, pack=False)
         operator = load_operator()
         assert operator is not None and fits(model), "checked by the caller"
@@ -135,8 +135,8 @@ class CpuDecoder(Decoder):
         return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part.numel()])
 
 
-def fits(model: LlamaForCausalLM) -> bool:
-    """Whether the operator can run a model: plain bfloat16 weights on the CPU, without biases, and aligned sizes."""
+def fits(model: LanguageModel) -> bool:
+    """Whether the operator can run a model: plain bfloat16 weights on the CPU, no biases, head norms or sliding window."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
@@ -146,4 +146,6 @@ def fits(model: LlamaForCausalLM) -> bool:
         and all(type(module) is nn.Linear and module.bias is None for module in linears)
         and all(size % LANES == 0 for size in sizes)
         and head_dim <= MAX_HEAD_DIM
+        and sliding_window(config) is None
+        and not has_head_norms(model)
     )
