@@ -136,7 +136,7 @@ class CpuDecoder(Decoder):
 
 
 def fits(model: LanguageModel) -> bool:
-    """Whether the operator can run a model: plain bfloat16 weights on the CPU, no biases, head norms or sliding window."""
+    """Whether the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = (config.hidden_size, config.intermediate_size, head_dim)

@@ -103,15 +103,10 @@ template <int R> static void multiply(const uint8_t* rows, int64_t in, const int
   }
   for (int r = 0; r < R; r++) for (int i = 0; i < 4; i++) store(out[r] + 16 * i, __builtin_convertvector(sums[r][i], F));
 }
-template <class X, class W> static void multiply_rows(int count, const X* rows, int64_t in, const W* weights, float out[][BLOCK]) {
-  switch (count) {
-    case 1: return multiply<1>(rows, in, weights, out);
-    case 2: return multiply<2>(rows, in, weights, out);
-    case 3: return multiply<3>(rows, in, weights, out);
-    case 4: return multiply<4>(rows, in, weights, out);
-    case 5: return multiply<5>(rows, in, weights, out);
-    default: return multiply<ROWS>(rows, in, weights, out);
-  }
+template <int R = ROWS, class X, class W> static void multiply_rows(int count, const X* rows, int64_t in, const W* weights, float out[][BLOCK]) {
+  if constexpr (R > 1)
+    if (count < R) return multiply_rows<R - 1>(count, rows, in, weights, out);
+  multiply<R>(rows, in, weights, out);
 }
 
 // Rows of a product's input, in the form that its weights want.
@@ -213,13 +208,12 @@ static void attend(const Model& m, const Layer& layer, int64_t head, int64_t slo
     const float factor = 1.f / total(weights);
     for (int64_t i = 0; i < size; i += 64) {  // four vectors stay in registers
       F sum[4] = {};
-      const int64_t vectors = std::min<int64_t>(4, (size - i) / 16);
-      if (vectors == 4)
+      const int vectors = (int)std::min<int64_t>(4, (size - i) / 16);
+      auto weigh = [&](int count) {
         for (int64_t l = 0; l < length; l++)
-          for (int v = 0; v < 4; v++) sum[v] += scores[l] * widen(values + l * size + i + 16 * v);
-      else
-        for (int64_t l = 0; l < length; l++)
-          for (int v = 0; v < vectors; v++) sum[v] += scores[l] * widen(values + l * size + i + 16 * v);
+          for (int v = 0; v < count; v++) sum[v] += scores[l] * widen(values + l * size + i + 16 * v);
+      };
+      vectors == 4 ? weigh(4) : weigh(vectors);  // a constant count is unrolled
       for (int v = 0; v < vectors; v++) store(sums + i + 16 * v, sum[v] * factor);
     }
   }
@@ -246,15 +240,16 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
         input.put(product, r, row.get());
       }
     };
+    auto copy_to = [](float* target, int64_t size) {
+      return [=](int64_t r, int64_t first, int64_t count, const float* out) { memcpy(target + r * size + first, out, count * sizeof(float)); };
+    };
     auto add = [&](int64_t r, int64_t first, int64_t count, const float* out) {
       for (int64_t i = 0; i < count; i++) hidden[r * width + first + i] += out[i];
     };
     for (int64_t index = 0; index < m.num_layers; index++) {
       const Layer& layer = m.layers[index];
       normed(layer.query_key_value, layer.input_norm);
-      compute(layer.query_key_value, input, rows, thread, threads, [&](int64_t r, int64_t first, int64_t count, const float* out) {
-        memcpy(&projected[r * projected_size + first], out, count * sizeof(float));
-      });
+      compute(layer.query_key_value, input, rows, thread, threads, copy_to(projected.get(), projected_size));
       barrier.wait(phase, threads);
       const int64_t tasks = rows * m.num_kv_heads;
       for (int64_t i = tasks * thread / threads; i < tasks * (thread + 1) / threads; i++) {
@@ -266,9 +261,7 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
       compute(layer.output, input, rows, thread, threads, add);
       barrier.wait(phase, threads);
       normed(layer.gate_up, layer.post_norm);
-      compute(layer.gate_up, input, rows, thread, threads, [&](int64_t r, int64_t first, int64_t count, const float* out) {
-        memcpy(&gates[r * 2 * inner + first], out, count * sizeof(float));
-      });
+      compute(layer.gate_up, input, rows, thread, threads, copy_to(gates.get(), 2 * inner));
       barrier.wait(phase, threads);
       for (int64_t r = 0; r < rows; r++) {
         const float *gate = &gates[r * 2 * inner], *up = gate + gate_up;
@@ -282,9 +275,7 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
       barrier.wait(phase, threads);
     }
     normed(m.head, m.final_norm);
-    compute(m.head, input, rows, thread, threads, [&](int64_t r, int64_t first, int64_t count, const float* out) {
-      memcpy(&logits[r * m.head.out + first], out, count * sizeof(float));
-    });
+    compute(m.head, input, rows, thread, threads, copy_to(logits, m.head.out));
   }
 }
 
