@@ -17,6 +17,7 @@ import torch
 
 from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import build_chat_template
+from babydoctor.interop.gguf_names import LANGUAGE_NAMES, language_name, tower_name
 from babydoctor.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
 from babydoctor.interop.plain import PlainRun
 from babydoctor.model.families import TOWERS, has_class_token, sliding_window
@@ -36,37 +37,6 @@ TYPES = {
     "q4_0": "Q4_0",
 }
 """``--dtype`` -> llama.cpp's name; the block formats that the gguf package can write."""
-
-_BLOCK_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.out_proj": "attn_out",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.fc1": "ffn_down",  # names in llama.cpp's first LLaVA files; it still decides by the shapes
-    "mlp.fc2": "ffn_up",
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_LANGUAGE_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_TOWER_NAMES = {
-    "embeddings.class_embedding": "v.class_embd",
-    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
-    "embeddings.position_embedding.weight": "v.position_embd.weight",
-    "pre_layrnorm.weight": "v.pre_ln.weight",
-    "pre_layrnorm.bias": "v.pre_ln.bias",
-}
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """``model_type`` -> llama.cpp's architecture. Its Qwen architectures rotate a head's halves, as transformers does."""
@@ -231,32 +201,12 @@ def write_mmproj(
     _write(writer, tensors, wanted(), tower_name, convert)
 
 
-def language_name(name: str) -> str:
-    """transformers' name of a language model's weight -> llama.cpp's."""
-    if name in _LANGUAGE_NAMES:
-        return _LANGUAGE_NAMES[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    assert match and match[2] in _BLOCK_PARTS, name
-    return f"blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
-
-
-def tower_name(name: str) -> str:
-    """A tower's or projector's weight -> llama.cpp's name."""
-    if name in _TOWER_NAMES:
-        return _TOWER_NAMES[name]
-    if name.startswith("projector."):
-        return name.replace("projector.", "mm.")
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    assert match and match[2] in _BLOCK_PARTS, name
-    return f"v.blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
-
-
 def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuantizationType:
     """Storage type of a weight: norms in F32; embeddings and head in 8 bits or more; F16 if blocks do not fit."""
     gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
-    if type_name.startswith(("Q4", "Q5")) and name in _LANGUAGE_NAMES:
+    if type_name.startswith(("Q4", "Q5")) and name in LANGUAGE_NAMES:
         type_name = "Q8_0"
     kind = gguf.GGMLQuantizationType[type_name]
     block = gguf.GGML_QUANT_SIZES[kind][0]
