@@ -43,7 +43,9 @@ LONG_FILES: dict[str, str] = {}
 
 LARGE_FOLDERS: dict[str, str] = {}
 
-SWITCHES: dict[str, str] = {}
+SWITCHES = {
+    "engine/cpu/library.py": "calls the compiled operator by ctypes; changes nothing of the process",
+}
 
 WHOLE_SETTINGS = {
     "config.py": "defines RunConfig",

@@ -6,14 +6,13 @@ weights each row of a product's input is rounded to eight bits as well.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from babydoctor.engine.cpu.library import Layer, Model, Product, load_operator
+from babydoctor.engine.cpu.library import Operator, StepLayer, StepModel, StepProduct, layer_array, load_operator
 from babydoctor.engine.decoder import Decoder, LayerWeights, has_head_norms
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
@@ -36,7 +35,7 @@ class PackedProduct:
         is_int8: round each output's weights to eight bits with a scale of their own.
     """
 
-    def __init__(self, operator: ctypes.CDLL, weights: Sequence[torch.Tensor], *, is_int8: bool) -> None:
+    def __init__(self, operator: Operator, weights: Sequence[torch.Tensor], *, is_int8: bool) -> None:
         self._operator = operator
         joined = torch.cat([weight.detach() for weight in weights])
         outputs, inputs = joined.shape
@@ -51,13 +50,13 @@ class PackedProduct:
         packed = padded.view(-1, BLOCK, inputs // group, group).transpose(1, 2).contiguous()
         self._tensors += [tensor for tensor in (packed, scales, sums) if tensor is not None]  # the pointers' owners
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in (packed, scales, sums)]
-        self.structure = Product(*pointers, outputs, inputs)
+        self.structure = StepProduct(*pointers, outputs, inputs)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.contiguous()
         output = rows.new_empty(len(rows), self.structure.outputs)
         pointers = (rows.data_ptr(), output.data_ptr())
-        self._operator.multiply(ctypes.byref(self.structure), torch.get_num_threads(), len(rows), *pointers)
+        self._operator.multiply(self.structure, torch.get_num_threads(), len(rows), *pointers)
         return output
 
 
@@ -89,8 +88,8 @@ class CpuDecoder(Decoder):
         head = pack(model.lm_head)
         self.lm_head, self._vocab_size = head, head.structure.outputs
         self._tables = [table[:, 0].float().contiguous() for table in (self.cos, self.sin)]  # [C, W]
-        self._layers = (Layer * len(self.layers))(*(self._layer(index) for index in range(len(self.layers))))
-        self._model = Model(
+        self._layers = layer_array([self._layer(index) for index in range(len(self.layers))])
+        self._model = StepModel(
             len(self.layers),
             model.config.hidden_size,
             self.num_heads,
@@ -107,11 +106,11 @@ class CpuDecoder(Decoder):
             self._layers,
         )
 
-    def _layer(self, index: int) -> Layer:
+    def _layer(self, index: int) -> StepLayer:
         layer: Any = self.layers[index]
         products = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
         keys, values = self.kv_cache.keys[index], self.kv_cache.values[index]
-        return Layer(
+        return StepLayer(
             layer.input_norm.data_ptr(),
             layer.post_norm.data_ptr(),
             *(product.structure for product in products),
@@ -128,7 +127,7 @@ class CpuDecoder(Decoder):
             numbers = torch.tensor([rows.tokens, rows.slots, rows.positions])
             self._model.threads = torch.get_num_threads()
             pointers = [part.data_ptr() for part in (*numbers, logits)]
-            self._operator.step(ctypes.byref(self._model), num_rows, *pointers)
+            self._operator.step(self._model, num_rows, pointers)
             parts.append(logits)
         if chunks:
             parts.append(super().forward(DecodeRows([], [], []), chunks).float())

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -26,28 +27,28 @@ BUILD_TIMEOUT_S = 120
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class Product(ctypes.Structure):
+class StepProduct(ctypes.Structure):
     """``Product`` of ``step.cpp``."""
 
     _fields_ = (("weights", _POINTER), ("scales", _POINTER), ("sums", _POINTER), ("outputs", _INT), ("inputs", _INT))
 
 
-class Layer(ctypes.Structure):
+class StepLayer(ctypes.Structure):
     """``Layer`` of ``step.cpp``."""
 
     _fields_ = (
         ("input_norm", _POINTER),
         ("post_norm", _POINTER),
-        ("query_key_value", Product),
-        ("output", Product),
-        ("gate_up", Product),
-        ("down", Product),
+        ("query_key_value", StepProduct),
+        ("output", StepProduct),
+        ("gate_up", StepProduct),
+        ("down", StepProduct),
         ("keys", _POINTER),
         ("values", _POINTER),
     )
 
 
-class Model(ctypes.Structure):
+class StepModel(ctypes.Structure):
     """``Model`` of ``step.cpp``."""
 
     _fields_ = (
@@ -60,24 +61,44 @@ class Model(ctypes.Structure):
         ("final_norm", _POINTER),
         ("cos", _POINTER),
         ("sin", _POINTER),
-        ("head", Product),
-        ("layers", ctypes.POINTER(Layer)),
+        ("head", StepProduct),
+        ("layers", ctypes.POINTER(StepLayer)),
     )
 
 
+class Operator:
+    """The functions of ``step.cpp``. The caller keeps the tensors alive that pointers point to."""
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        self._step, self._multiply = functions.step, functions.multiply
+        self._step.argtypes = (ctypes.POINTER(StepModel), _INT, *[_POINTER] * 4)
+        self._multiply.argtypes = (ctypes.POINTER(StepProduct), _INT, _INT, _POINTER, _POINTER)
+        self._step.restype = self._multiply.restype = None
+
+    def step(self, model: StepModel, num_rows: int, pointers: Sequence[int]) -> None:
+        """One decoding step. ``pointers``: int64 tokens, slots and positions ``[R]``, float32 logits ``[R, vocab]``."""
+        self._step(model, num_rows, *pointers)
+
+    def multiply(self, product: StepProduct, num_threads: int, num_rows: int, rows: int, outputs: int) -> None:
+        """One product of bfloat16 ``[M, in]`` at ``rows`` to bfloat16 ``[M, out]`` at ``outputs``."""
+        self._multiply(product, num_threads, num_rows, rows, outputs)
+
+
+def layer_array(layers: Sequence[StepLayer]) -> ctypes.Array[StepLayer]:
+    """The layers in memory as ``StepModel`` wants them."""
+    return (StepLayer * len(layers))(*layers)
+
+
 @functools.cache
-def load_operator() -> ctypes.CDLL | None:
+def load_operator() -> Operator | None:
     """The operator, built if it is not in the cache yet. None, and a log message with the reason, if that fails."""
     try:
-        operator = ctypes.CDLL(str(_build()))
+        return Operator(_build())
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         logger.info("the engine's CPU operator could not be built, PyTorch's operations are used: %s", detail[-1:])
         return None
-    operator.step.argtypes = (ctypes.POINTER(Model), _INT, *[_POINTER] * 4)
-    operator.multiply.argtypes = (ctypes.POINTER(Product), _INT, _INT, _POINTER, _POINTER)
-    operator.step.restype = operator.multiply.restype = None
-    return operator
 
 
 def _build() -> Path:

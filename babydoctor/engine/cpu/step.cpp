@@ -38,6 +38,7 @@ struct Model {
 static F load(const float* p) { return *(const F*)p; }
 static void store(float* p, F v) { *(F*)p = v; }
 static F widen(const bf16* p) { return (F)(__builtin_convertvector(*(const H*)p, U) << 16); }
+static uint32_t read32(const void* p) { uint32_t u; memcpy(&u, p, 4); return u; }
 static F spread(float x) { return F{} + x; }
 static void narrow(bf16* p, F v) {  // to the nearest, ties to even
   U u = (U)v;
@@ -55,9 +56,9 @@ static F exponential(F x) {  // of x <= 0, to 2e-7 of the result
   F t = x * 1.44269504f;
   I n = __builtin_convertvector(t - 0.5f, I);  // truncated towards zero: the nearest below or equal
   F f = (x - __builtin_convertvector(n, F) * 0.693359375f) + __builtin_convertvector(n, F) * 2.12194440e-4f;
-  F p = spread(1.9875691500e-4f);
-  p = p * f + 1.3981999507e-3f; p = p * f + 8.3334519073e-3f; p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f; p = p * f + 5.0000001201e-1f;
+  F p = spread(1.9875691500e-4f) * f + 1.3981999507e-3f;
+  p = ((p * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
   return (p * f * f + f + 1.f) * (F)((n + 127) << 23);
 }
 
@@ -69,14 +70,11 @@ template <int R> static void multiply(const bf16* rows, int64_t in, const bf16* 
     for (int i = 0; i < 4; i++) {
       U pair = *(const U*)(weights + 32 * i);
       for (int r = 0; r < R; r++) {
-        uint32_t x;
-        memcpy(&x, rows + r * in + 2 * k, 4);
+        const uint32_t x = read32(rows + r * in + 2 * k);
 #ifdef __AVX512BF16__
         sums[r][i] = (F)_mm512_dpbf16_ps((__m512)sums[r][i], (__m512bh)_mm512_set1_epi32(x), (__m512bh)pair);
 #else
-        float low, high; uint32_t l = x << 16, h = x & 0xffff0000;
-        memcpy(&low, &l, 4); memcpy(&high, &h, 4);
-        sums[r][i] += (F)(pair << 16) * low + (F)(pair & 0xffff0000) * high;
+        sums[r][i] += (F)(pair << 16) * (F)(U{} + (x << 16)) + (F)(pair & 0xffff0000) * (F)(U{} + (x & 0xffff0000));
 #endif
       }
     }
@@ -92,9 +90,7 @@ template <int R> static void multiply(const uint8_t* rows, int64_t in, const int
       for (int r = 0; r < R; r++) {
         const uint8_t* x = rows + r * in + 4 * k;
 #ifdef __AVX512VNNI__
-        int32_t packed;
-        memcpy(&packed, x, 4);
-        sums[r][i] = (I)_mm512_dpbusd_epi32((__m512i)sums[r][i], _mm512_set1_epi32(packed), (__m512i)four);
+        sums[r][i] = (I)_mm512_dpbusd_epi32((__m512i)sums[r][i], _mm512_set1_epi32(read32(x)), (__m512i)four);
 #else
         sums[r][i] += (four << 24 >> 24) * x[0] + (four << 16 >> 24) * x[1] + (four << 8 >> 24) * x[2] + (four >> 24) * x[3];
 #endif
@@ -293,8 +289,7 @@ extern "C" void multiply(const Product* product, int64_t threads, int64_t rows, 
     }
     compute(*product, input, rows, omp_get_thread_num(), omp_get_num_threads(), [&](int64_t r, int64_t first, int64_t count, const float* values) {
       for (int64_t i = 0; i < count; i++) {
-        uint32_t u;
-        memcpy(&u, values + i, 4);
+        const uint32_t u = read32(values + i);
         out[r * product->out + first + i] = (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
       }
     });
