@@ -39,7 +39,7 @@ _NO_ACCESS = {
     errno.EPERM: "the system does not permit this; choose a file or folder of this user",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EISDIR: "is a directory, not a file",
-    errno.ENOTDIR: "lies below a file, not below a directory",
+    errno.ENOTDIR: "is below a file, not below a directory",
     errno.ELOOP: "its symbolic links form a loop",
 }
 

@@ -93,7 +93,7 @@ class Manifest(BaseModel):
     data_versions: dict[str, str] = {}
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
-    """How often the peak of an occlusion map lies on the finding: what ``eval --localization`` measured."""
+    """How often the peak of an occlusion map is on the finding, measured by ``eval --localization``."""
 
     @property
     def image(self) -> ImageSettings:
