@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from helpers.source_tree import (
@@ -252,6 +253,35 @@ def test_no_two_classes_of_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name)
     assert {name: found for name, found in places.items() if len(found) > 1 and name not in REPEATED_CLASSES} == {}
+
+
+_OLD_NAMES = re.compile(
+    r"\b(grey|mend(s|ed|ing)?\b|KV memory|common beginning|model folder|signs? of life)"
+    r"|colour|behaviour|favour|neighbour|artefact"
+    r"|((norm|gener|speci|initi|seri|visu)al|quant|optim|token|organ|recogn|minim|maxim|util|summar)is(e|ing|ation)"
+)
+_TEXTS = ("README.md", "MODEL_CARD.md", *(f"{folder}/**/*" for folder in ("babydoctor", "tests", "scripts", "configs")))
+# Rows of the glossary.
+_MAY_NAME_THEM = (
+    "| model folder |",
+    "| common beginning |",
+    "| KV memory |",
+    "| mend |",
+    "| sign of life |",
+    "| grey,",
+)
+
+
+def test_old_names_and_british_spellings_are_not_used() -> None:
+    found = []
+    for path in {path for pattern in _TEXTS for path in PACKAGE.parent.glob(pattern)} - {Path(__file__)}:
+        if path.suffix in {".py", ".md", ".yaml", ".sh", ".js", ".css", ".html", ".sbatch"}:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if any(name in line for name in _MAY_NAME_THEM):
+                    continue
+                if match := _OLD_NAMES.search(line.replace("grey16_marker", "")):
+                    found.append(f"{path.relative_to(PACKAGE.parent)}:{number}: {match[0]}")
+    assert found == []
 
 
 # 8. Tests share helpers; the package mocks nothing.

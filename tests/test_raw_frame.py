@@ -1,4 +1,4 @@
-"""Frames before the window: what the canvas of the web UI computes from them is what ``dicom.render`` shows."""
+"""Frames without a window: the canvas of the web UI shows the same as ``dicom.render``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def ask(url: str, text: str) -> dict:
     return last
 
 
-# Files. Before decoding had processes of its own: the first two never ended or took 7 GB, the third 2.7 GB, the fourth
+# Files. Before decoding ran in separate processes, the first two never ended or took 7 GB, the third 2.7 GB, the fourth
 # 125 s.
 
 

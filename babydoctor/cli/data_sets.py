@@ -110,7 +110,7 @@ def _original_files(source: Path | None, out: Path, download: bool) -> Path:
             raise UserError("give --source DIR with the set's original files, or --download to fetch them")
         return out / "download"
     if not download and not source.is_dir():
-        raise UserError(f"--source {source}: no such directory")
+        raise UserError(f"--source {source}: no such directory; give the folder that holds the data set's files")
     return source
 
 

@@ -159,7 +159,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         UserError: the file does not exist, is not valid JSON, or a prediction lacks a key.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such predictions file")
+        raise UserError(f"{path}: no such predictions file; check --predictions")
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         try:

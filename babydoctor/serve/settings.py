@@ -183,7 +183,7 @@ def load_secrets(environment: Mapping[str, str] | None = None) -> Secrets:
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise UserError(f"{KEYS_FILE_VARIABLE}={file}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{KEYS_FILE_VARIABLE}={file}: cannot be read ({error.strerror}); check it") from None
         keys += [line.partition("#")[0].strip() for line in lines]
     secret = environment.get(SECRET_VARIABLE) or None
     keys = [key for key in keys if key]

@@ -24,11 +24,6 @@ from transformers.integrations import unset_hf_deepspeed_config
 from babydoctor.config import TrainConfig
 from babydoctor.schema import UserError
 
-SHARDS_WEIGHTS = ("fsdp", "zero3")
-"""Strategies that shard the weights, so that no rank holds the whole model."""
-
-SHARDS_OPTIMIZER = ("fsdp", "zero2", "zero3")
-
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Join the other ranks and start the engine that ``accelerate launch`` or ``torchrun`` set in the environment.

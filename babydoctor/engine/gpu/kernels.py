@@ -21,7 +21,7 @@ SMALLEST_DOT = 16
 
 FEW_ROWS, MANY_ROWS = 16, 4
 """Programs that share one row's keys. ``FEW_ROWS`` is used where rows and heads alone would not fill a GPU. There are
-only two values, because each one is compiled as a kernel of its own."""
+only two values, because each one is compiled as a separate kernel."""
 
 FULL_GPU = 256
 """Rows times key/value heads that fill a GPU with ``MANY_ROWS`` programs each."""
