@@ -20,7 +20,8 @@ from babydoctor.config import build_config
 from babydoctor.data.convert import convert_rows
 from babydoctor.data.converted import DIGESTS_FILE, ConvertedRows
 from babydoctor.data.dataset_rows import EMBEDDED
-from babydoctor.data.rows import fingerprint, load_dataset_rows, read_image
+from babydoctor.data.images import read_image
+from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.schema import Sample, UserError
 from babydoctor.train.loop import train

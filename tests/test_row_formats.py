@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from babydoctor.conversation import get_template, prompt_text, render
+from babydoctor.data.images import read_image
 from babydoctor.data.problems import RowError
-from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row, read_image
+from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
 

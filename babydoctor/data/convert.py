@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.data.converted import CONVERTED_FILE, DIGESTS_FILE, FORMAT, SPEAKERS
 from babydoctor.data.dataset_rows import EMBEDDED
+from babydoctor.data.images import ImageFolder
 from babydoctor.data.problems import Problem, summarize, write_problems
-from babydoctor.data.rows import ImageFolder, check_rows, digest_content
-from babydoctor.data.sources import SOURCES_FILE, iter_rows, published_versions, read_embedded
+from babydoctor.data.rows import check_rows, digest_content
+from babydoctor.data.sources import SOURCES_FILE, iter_sources, published_versions, read_embedded
 from babydoctor.files import atomic_directory, explain_full_disk, write_json
 from babydoctor.progress import named_progress
 from babydoctor.schema import Sample, UserError
@@ -63,7 +64,7 @@ def convert_rows(
         named_progress() as update,
     ):
         writer = _Writer(folder)
-        for result in check_rows(_all_rows(sources, update), images):
+        for result in check_rows(iter_sources(sources, update, "converting"), images):
             if isinstance(result, Problem):
                 problems.append(result)
             else:
@@ -91,16 +92,6 @@ def convert_rows(
         }
         write_json(folder / CONVERTED_FILE, record)
     return ConvertedSet(writer.num_rows, Counter(problem.reason for problem in problems), writer.fingerprint)
-
-
-def _all_rows(sources: Sequence[str | Path], update: Callable[[str, int, int], None]) -> Iterator[tuple[str, Any]]:
-    """The rows of all sources as one stream, so that a row that repeats in another source is found."""
-    for source in sources:
-
-        def report(share: float, source: str | Path = source) -> None:
-            update(f"converting {source} (percent)", round(100 * share), 100)
-
-        yield from iter_rows(source, report)
 
 
 def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from babydoctor.config import DataConfig, TrainConfig
 from babydoctor.conversation import get_template, render
+from babydoctor.data.images import read_image
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import build_batch, pack
-from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, Sample, UserError

@@ -66,6 +66,23 @@ def iter_rows(source: str | Path, progress: Callable[[float], None] = lambda sha
         yield from iter_dataset(text, progress)
 
 
+def iter_sources(
+    sources: Iterable[str | Path], update: Callable[[str, int, int], None], doing: str
+) -> Iterator[tuple[str, Any]]:
+    """The rows of several sources as one stream.
+
+    Args:
+        update: takes description, done and total, as ``progress.named_progress`` gives it.
+        doing: first word of the description, for example ``converting``.
+    """
+    for source in sources:
+
+        def report(share: float, source: str | Path = source) -> None:
+            update(f"{doing} {source} (percent)", round(100 * share), 100)
+
+        yield from iter_rows(source, report)
+
+
 def _iter_file(name: str, kind: str, progress: Callable[[float], None]) -> Iterator[tuple[str, Any]]:
     with _open(name) as (file, size):
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
-from babydoctor.data.rows import ImageFolder, read_image
 from babydoctor.imaging.burned_in import TextBox, TextReader, TextSearchError
 from babydoctor.progress import named_progress
 from babydoctor.schema import Sample, UserError
