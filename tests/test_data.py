@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from babydoctor.data.images import read_image
 from babydoctor.data.loader import StepSampler
 from babydoctor.data.problems import REASONS, Problem, RowError
 from babydoctor.data.rows import (
@@ -20,7 +21,6 @@ from babydoctor.data.rows import (
     load_dataset_rows,
     load_rows,
     parse_row,
-    read_image,
 )
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError

@@ -65,7 +65,7 @@ def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tup
         images = _image_column(table, source, index) if "image" in table.column_names else None
         for offset in range(table.num_rows):
             row = {name: values[offset] for name, values in columns.items()}
-            for name in ("conversations", "messages"):
+            for name in ("conversations", "conversatons", "messages"):
                 if name in row:
                     row[name] = _turns_of(row[name])
             if images is not None and images[offset] is not None:

@@ -33,7 +33,7 @@ METADATA = frozenset(
 )
 """Keys of a row that describe it and are not part of the conversation."""
 
-_CONVERSATIONS = ("conversations", "messages")
+_CONVERSATIONS = ("conversations", "conversatons", "messages")  # LLaVA-Med's files have the second spelling
 _READ_KEYS = frozenset((*_CONVERSATIONS, "image", "images", "system"))
 
 _SPEAKERS: dict[str, dict[str, Role | None]] = {

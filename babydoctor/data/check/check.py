@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.conversation import Template, get_template, render
-from babydoctor.data.check.workers import InProcess, CheckTask, WorkerProcesses, Workers
+from babydoctor.data.check.workers import CheckTask, InProcess, WorkerProcesses, Workers
 from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
 from babydoctor.data.rows import CheckedRow, Duplicates, check_row

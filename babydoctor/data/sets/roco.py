@@ -58,7 +58,7 @@ def read_articles(folder: Path) -> dict[str, str]:
     """Digits after ROCO_ -> PMC id of the article, from ``licences.txt``."""
     path = folder / "licences.txt"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it tells which article a image is from, --disjoint-from needs it")
+        raise UserError(f"{path}: no such file; it tells which article an image is from, --disjoint-from needs it")
     articles = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -88,7 +88,7 @@ def prepare_roco(
     ``disjoint_from`` names folders of other splits; rows whose article also appears there are left out. What is left
     out, and each JPEG without a caption, is listed in ``out/{split}-left-out.jsonl``.
     """
-    _check_split(split)
+    check_split(split)
     folder = find_split(source, split)
     images = folder / "images"
     if not images.is_dir():
@@ -130,7 +130,7 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
     The downloaded files stay in ``out/roco-instruct-65k``; files put there by hand are used instead.
     Raises ``UserError`` where it cannot be downloaded, has another number of rows than published, or no images.
     """
-    _check_split(split)
+    check_split(split)
     folder = download_hub_snapshot(HUB_REPO, out / "roco-instruct-65k")
     rows = list(iter_rows(f"{folder}:{split}"))
     if len(rows) != NUM_HUB_ROWS[split]:
@@ -150,6 +150,7 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
     )
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raises ``UserError`` for a name that is no split."""
     if split not in SPLITS:
         raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
