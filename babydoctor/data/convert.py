@@ -1,4 +1,4 @@
-"""Rows in any form -> the converted form (``converted.py``): checked once, with the fingerprint of the original."""
+"""Convert rows of any form to memory-mapped Arrow (``converted.py``): checked once, with the same fingerprint."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def convert_rows(
     on_bad: str = "refuse",
     embed_images: bool = False,
 ) -> ConvertedSet:
-    """Write the rows of ``sources``, in order, into the folder ``out``, which appears when all is written.
+    """Write the rows of ``sources``, in order, to the folder ``out``. The folder appears only when it is complete.
 
     Args:
-        images: folder of the images; each row's file must be there.
+        images: folder of the images; the file of each row must exist.
         on_bad: ``refuse`` writes nothing if a row is bad; ``quarantine`` leaves bad rows out and lists them in
             ``out/bad.jsonl``.
         embed_images: store the images inside, so that training needs no image folder.
@@ -95,7 +95,7 @@ def convert_rows(
 
 
 def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:
-    """The encoded image, if it is to be stored with the row."""
+    """The encoded image to store with the row, or None."""
     if isinstance(sample.image, bytes) or sample.image is None:
         return sample.image
     if sample.image.startswith(EMBEDDED):
@@ -104,7 +104,7 @@ def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:
 
 
 class _Writer:
-    """Writes samples as Arrow streams of at most about ``_SHARD_BYTES``, and what ``datasets`` needs beside them."""
+    """Writes samples as Arrow streams of about ``_SHARD_BYTES`` at most, and the metadata that ``datasets`` needs."""
 
     def __init__(self, folder: Path) -> None:
         from datasets import Features, Image, List, Value
@@ -162,7 +162,7 @@ class _Writer:
         self._batch, self._batch_bytes = [], 0
 
     def close(self) -> None:
-        """Write the rest and the files by which ``datasets.load_from_disk`` knows the set."""
+        """Write the remaining rows and the metadata that ``datasets.load_from_disk`` reads."""
         if self._batch:
             self._write_batch()
         if self._stream is not None:

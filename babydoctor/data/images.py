@@ -1,4 +1,4 @@
-"""The images of rows: where they are, and how they are read."""
+"""Find and read the images of rows."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class ImageFolder:
-    """The folder of the rows' images. Checks that a file exists and is inside, with one system call per row."""
+    """The folder of the rows' images. Checks with one system call per row that a file exists inside it."""
 
     def __init__(self, path: str | Path | None) -> None:
-        """Raises ``UserError`` where ``path`` is no directory; None stands for rows that bring their images along."""
+        """``path`` is None if the rows contain their images. Raises ``UserError`` if ``path`` is not a directory."""
         if path is not None and not Path(path).is_dir():
             raise UserError(f"image folder {path}: no such directory")
         self.path = None if path is None else os.path.realpath(path)
         self._known_parents: set[str] = set()
 
     def resolve(self, reference: str) -> str:
-        """Reference -> path of the file. Raises ``RowError`` for a path that leaves the folder or a missing file."""
+        """Path of the file that a row refers to. Raises ``RowError`` if it leaves the folder or does not exist."""
         if not reference or reference.startswith("/") or "\0" in reference or "\\" in reference:
             raise RowError("image_path", repr(reference[:200]))
         parts = reference.split("/")
@@ -46,7 +46,7 @@ class ImageFolder:
         except (OSError, UnicodeEncodeError) as error:
             raise RowError("image_missing", f"{path!r} ({getattr(error, 'strerror', None) or error})") from None
         if not stat.S_ISREG(mode):
-            raise RowError("image_missing", f"{path} is no file")
+            raise RowError("image_missing", f"{path} is not a file")
         parent = path.rpartition("/")[0]
         if parent not in self._known_parents:
             self._check_inside(os.path.realpath(parent), reference)
@@ -63,7 +63,7 @@ def read_image(
 ) -> Image.Image:
     """The image of a sample, as RGB, decoded by ``pool`` (default: this process's shared pool).
 
-    Raises ``UserError`` where the image is missing, outside the folder or damaged.
+    Raises ``UserError`` if the image is missing, outside the folder or damaged.
     """
     from babydoctor.imaging.isolation import load_image
 

@@ -93,7 +93,7 @@ def read_articles(source: Path) -> dict[str, str]:
     """ID of an image -> PMC id of its article, wherever a line of ``license_information.csv`` names it."""
     path = source / LICENSE_FILE
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it tells which article an image is from, --disjoint-from needs it")
+        raise UserError(f"{path}: no such file; --disjoint-from needs it to find the article of each image")
     articles = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
