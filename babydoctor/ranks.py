@@ -19,11 +19,10 @@ _WAIT = datetime.timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among ``size`` of them. ``local`` counts on this machine."""
+    """This process's number among ``size`` of them."""
 
     rank: int = 0
     size: int = 1
-    local: int = 0
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of what all ranks hold in the same order."""
@@ -66,7 +65,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
             )
     import torch.distributed as dist
 
-    ranks = Ranks(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", "0")))
+    ranks = Ranks(int(environment["RANK"]), size)
     dist.init_process_group("gloo", timeout=_WAIT)  # only ``wait`` uses it, so gloo does on GPUs too
     try:
         yield ranks

@@ -27,20 +27,8 @@ from helpers.source_tree import (
 # From the bottom to the top: a folder or a module beside the folders imports from those before it only.
 FOLDERS = (
     *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
-    *(
-        "ranks",
-        "runtime",
-        "data",
-        "model",
-        "engine",
-        "inference",
-        "interop",
-        "phantom",
-        "plan",
-        "eval",
-        "train",
-        "serve",
-    ),
+    *("ranks", "runtime"),
+    *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli", "__main__"),
 )
 

@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
+from babydoctor.cli.data_sets import register
 from babydoctor.data.rows import Sample, check_rows, load_rows
 from babydoctor.data.sets.files import PreparedSplit
 from babydoctor.data.sets.pmc import prepare_pmc
 from babydoctor.data.sets.rocov2 import prepare_rocov2
 from babydoctor.schema import UserError
+
+
+def command(*arguments: str | Path) -> str:
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def save_image(path: Path) -> None:
@@ -52,6 +63,8 @@ def rocov2(tmp_path: Path) -> Path:
 
 
 def test_rocov2_from_csv(rocov2: Path, tmp_path: Path) -> None:
+    options = ("--release", "v2", "--source", rocov2, "--split", "test", "--disjoint-from", "train")
+    assert "test.json: 1 rows, 1 images" in command("roco", *options, "--out", tmp_path / "command")
     made = prepare_rocov2(rocov2, "test", tmp_path / "out")
     assert [(row["id"], row["conversations"][1]["value"]) for row in rows(made)] == [
         ("ROCOv2_2023_test_000001", 'A "target" sign, in two lines.'),
@@ -103,9 +116,8 @@ def test_pmc_oa_keeps_its_splits_without_shared_articles(pmc_oa: Path, tmp_path:
     assert rows(test)[1]["conversations"][1]["value"] == "A. Real time image."
     assert train.left_out == {"no_caption": 1, "article_shared": 1, "image_missing": 1} and train.num_read == 4
     assert [row["id"] for row in rows(test)] == ["PMC3_Fig1_0", "PMC4_Fig1_0"]
-    kept = prepare_pmc(pmc_oa, tmp_path / "kept", keep_shared_articles=True)
-    assert [row["id"] for row in rows(kept[0])] == ["PMC1_Fig1_0", "PMC4_Fig1_1"]
-    assert kept[0].notes == ("1 of its rows are of articles that another split has too",)
+    out = command("pmc", "--source", pmc_oa, "--out", tmp_path / "kept", "--keep-shared-articles")
+    assert "train.json: 2 rows, 2 images" in out and "1 of its rows are of articles that another split has too" in out
     with (pmc_oa / "valid.jsonl").open("a") as file:
         file.write('{"image": "x.jpg", "caption": null, "pmcid": "PMC2"}\n')
     with pytest.raises(UserError, match=r"valid\.jsonl:2: caption is missing"):

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
+from babydoctor.cli.data_sets import register
 from babydoctor.data.rows import Sample, check_rows, load_rows
 from babydoctor.data.sets.files import PreparedSplit
 from babydoctor.data.sets.iu_xray import prepare_iu_xray
@@ -45,6 +48,14 @@ FINDINGS = (
     "CHEST, PA AND LATERAL: The cardiomediastinal silhouette is normal."
 )
 IMPRESSION = "No acute cardiopulmonary process. Compared to ___."
+
+
+def command(*arguments: str | Path) -> str:
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def save_image(path: Path) -> None:
@@ -100,6 +111,8 @@ def mimic(tmp_path: Path) -> Path:
 
 
 def test_mimic_cxr_keeps_the_published_splits(mimic: Path, tmp_path: Path) -> None:
+    told = command("mimic-cxr", "--source", mimic, "--views", "all", "--section", "findings", "--out", tmp_path / "all")
+    assert "train.json: 3 rows, 3 images" in told and "this is not the full set" in told
     train, validation, test = prepare_mimic_cxr(mimic, tmp_path / "out")
     answer = f"Findings: {FINDINGS}\nImpression: {IMPRESSION}"
     question = "<image>\nWrite the findings and the impression of the radiology report of this chest radiograph."
@@ -176,6 +189,7 @@ def test_iu_xray_from_open_i(open_i: Path, tmp_path: Path) -> None:
     assert answers[0] == "Findings: The lungs are clear.\nImpression: Normal chest < 1 XXXX."
     assert answers[2] == "Impression: Normal chest < 1 XXXX."  # without findings
     assert listed(train) == [("train", "CXR3", "no_image"), ("train", "CXR4_IM-0004-2001", "image_missing")]
+    assert "21 rows, 21 images" in command("iu-xray", "--source", open_i, "--out", tmp_path / "command")
     held = prepare_iu_xray(open_i, tmp_path / "held", section="findings", hold_out=0.4, first_image=True)
     train_rows, test_rows = (rows(split) for split in held)
     assert len(train_rows) + len(test_rows) == 10 and test_rows

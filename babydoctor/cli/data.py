@@ -83,13 +83,12 @@ def preview(
     """Show prompts as the model sees them, with the supervised tokens colored. Exit status 1 if a row is bad."""
     import itertools
 
-    from babydoctor.conversation import get_template
+    from babydoctor.data.check.check import load_template
     from babydoctor.data.rows import parse_row
     from babydoctor.data.sources import iter_rows
-    from babydoctor.data.tokens import load_tokenizer
     from babydoctor.schema import UserError
 
-    chosen, loaded = get_template(template), load_tokenizer(tokenizer)
+    chosen, loaded = load_template(template, tokenizer)
     limit = limit or (None if as_json else 5)
     any_bad = False
     for source, row in itertools.islice(iter_rows(rows), limit):

@@ -212,7 +212,7 @@ def _answer(
     }
     if not any(left.values()):
         return
-    loaded = _load(run, device, ranks)
+    loaded = _load(run, device)
     questions = [question for condition in conditions for question in left[condition]]
     parts = (loaded.model, loaded.tokenizer, loaded.manifest)
     with build_inference(*parts, questions, config.generation, engine) as inference:
@@ -251,13 +251,12 @@ def _keep(
             progress(condition, number, total)
 
 
-def _load(run: Path, device: str | None, ranks: Ranks) -> Run:
+def _load(run: Path, device: str | None) -> Run:
     import torch
 
     from babydoctor.model.run_dir import load_run
 
-    default = f"cuda:{ranks.local}" if ranks.size > 1 else "cuda"
-    return load_run(run, device=device or (default if torch.cuda.is_available() else "cpu"))
+    return load_run(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _usable(task: Task, config: EvalConfig) -> tuple[str, ...]:

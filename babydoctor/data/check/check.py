@@ -29,7 +29,10 @@ from babydoctor.schema import Example, Sample, UserError
 
 _ROWS_PER_TASK = 100
 _BYTES_PER_TASK = 8 << 20
-_IMAGES_PER_TASK = 16
+_IMAGES_PER_TASK = 4
+_FEW_ROWS = 16
+"""Checked in this process: starting others takes longer."""
+
 _CHUNKS_AHEAD = 4  # per worker
 
 
@@ -80,10 +83,18 @@ def check_sources(
         ahead = (chunk for chunk in (first, second) if chunk is not None)
         check = _Check(_chain(ahead, chunks), keep_samples)
         number = num_processes or _num_cores()
-        if number == 1 or second is None:  # starting processes takes longer than a hundred rows
+        is_small = first is None or (second is None and len(first.rows) <= _FEW_ROWS)
+        if number == 1 or is_small:
             return check.run(InProcess(start), 1)
         with WorkerProcesses(number, start) as workers:
             return check.run(workers, number)
+
+
+def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
+    """A template by name, and a tokenizer by folder or hub id. Raises ``UserError`` if there is no such one."""
+    from babydoctor.data.tokens import load_tokenizer
+
+    return get_template(template), load_tokenizer(tokenizer)
 
 
 def encode_sample(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> Example:
@@ -130,13 +141,10 @@ class _RowChecker:
     def __init__(self, settings: CheckSettings, large_images: AbstractContextManager[Any]) -> None:
         self._settings = settings
         self._folder = ImageFolder(settings.images)
-        self._template = get_template(settings.template)
         self._tokenizer: Any = None
         self._pool = DecodePool(size=1, large_images=large_images)
         if settings.tokenizer is not None:
-            from babydoctor.data.tokens import load_tokenizer
-
-            self._tokenizer = load_tokenizer(settings.tokenizer)
+            self._template, self._tokenizer = load_template(settings.template, settings.tokenizer)
 
     def __call__(self, task: _Chunk | list[str | bytes], report: Callable[[int], None]) -> Any:
         if not isinstance(task, _Chunk):

@@ -212,9 +212,7 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
     asked = {"Accept-Encoding": "identity", **headers}
     if start:
         asked["Range"] = f"bytes={start}-"
-        if (
-            size is None and partial.version
-        ):  # without a version from the hub, the server decides whether the file is the same
+        if size is None and partial.version:  # not the hub's version, so the server compares it
             asked["If-Range"] = partial.version
     with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=60) as response:
         for step in (*response.history, response):

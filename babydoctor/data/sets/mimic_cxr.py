@@ -79,7 +79,7 @@ def prepare_mimic_cxr(
                 if not report.is_file():
                     writer.leave_out(name, "no_report", radiograph.dicom, f"{radiograph.folder}.txt")
                     continue
-                sections = parse_sections(report.read_text(encoding="utf-8", errors="replace"))
+                sections = parse_sections(_read_report(report))
                 answer = build_answer(sections, cast(Section, section))
                 if not answer:
                     missing = "no_section" if section == "both" else f"no_{section}"
@@ -118,6 +118,13 @@ def read_radiographs(source: Path) -> list[Radiograph]:
             raise UserError(f"{source}/{METADATA_FILE}: has no line for {dicom}, which {SPLIT_FILE} names")
         found.append(Radiograph(dicom, study, patient, PUBLISHED_SPLITS[split], views[dicom]))
     return found
+
+
+def _read_report(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); download it again") from error
 
 
 def _read_csv(folder: Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, str]]:
