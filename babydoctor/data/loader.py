@@ -94,7 +94,7 @@ class Encoder:
         return torch.from_numpy(np.stack(pixels))
 
     def read(self, image: str | bytes, images_dir: str | None) -> np.ndarray:
-        """One image as pixels ``[3, S, S]``. Raises ``UserError`` where it cannot be read."""
+        """One image as pixels ``[3, S, S]``. Raises ``UserError`` if it cannot be read."""
         return to_pixels(read_image(image, images_dir), self.image)
 
 

@@ -89,7 +89,7 @@ def read_row(row: Mapping[str, Any]) -> RowContent:
 def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     present = [key for key in _CONVERSATIONS if not _is_empty(row.get(key))]
     if len(present) > 1:
-        raise RowError("unknown_key", f"{present[1]!r} beside {present[0]!r}; keep one of them")
+        raise RowError("unknown_key", f"both {present[0]!r} and {present[1]!r}; keep one of them")
     if not present or not isinstance(row[present[0]], list):
         raise RowError(
             "not_a_row", f"conversations is missing, empty or no list; the keys are {', '.join(map(str, row))}"

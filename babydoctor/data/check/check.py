@@ -75,7 +75,7 @@ def check_sources(
     Raises:
         UserError: a source cannot be read, the image folder or the tokenizer is missing, or a worker died.
     """
-    ImageFolder(settings.images)  # a folder that is not there is told before anything starts
+    ImageFolder(settings.images)  # a missing folder is an error before anything starts
     start = functools.partial(_RowChecker, settings)
     with named_progress() as update:
         chunks = _chunks(iter_sources(sources, update, "checking"))
@@ -91,14 +91,14 @@ def check_sources(
 
 
 def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
-    """A template by name, and a tokenizer by folder or hub id. Raises ``UserError`` if there is no such one."""
+    """A template by name, and a tokenizer by folder or hub id. Raises ``UserError`` if it does not exist."""
     from babydoctor.data.tokens import load_tokenizer
 
     return get_template(template), load_tokenizer(tokenizer)
 
 
 def encode_sample(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> Example:
-    """Render and tokenize a sample at its full length. Raises ``UserError`` where it does not fit the template."""
+    """Render and tokenize a sample at its full length. Raises ``UserError`` if it does not fit the template."""
     from babydoctor.data.tokens import encode
 
     images = () if sample.image is None else (sample.image,)

@@ -36,7 +36,7 @@ def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> Prepared
     """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``llava_instruct_80k.json`` and COCO's ``train2017.zip`` or the folder ``train2017`` (also under
-    ``coco/``). An archive is unpacked beside itself, once.
+    ``coco/``). An archive is unpacked next to itself, once.
     """
     rows = source / ROWS_FILE
     if not rows.is_file():

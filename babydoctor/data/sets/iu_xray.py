@@ -93,7 +93,7 @@ def _add(
 
 
 def read_examinations(source: Path) -> Iterator[Examination]:
-    """Open-i's reports in order of their numbers. Raises ``UserError`` where there are none or one is damaged."""
+    """Open-i's reports in order of their numbers. Raises ``UserError`` if there are none or one is damaged."""
     folder = next((path for path in (source / "ecgen-radiology", source) if next(path.glob("*.xml"), None)), None)
     folder = folder or next(iter(sorted(source.glob("*/ecgen-radiology"))), None)
     if folder is None:
@@ -131,7 +131,7 @@ def _prepare_r2gen(source: Path, out: Path, section: Section, first_image: bool,
     """R2Gen's file: ``{"train": [{"id", "report", "image_path": [...]}], "val": [...], "test": [...]}``."""
     path, images = source / ANNOTATION_FILE, source / "images"
     if not images.is_dir():
-        raise UserError(f"{images}: no such directory; R2Gen's images belong beside {ANNOTATION_FILE}")
+        raise UserError(f"{images}: no such directory; R2Gen's images belong next to {ANNOTATION_FILE}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         published = {

@@ -117,7 +117,7 @@ def _text(where: str, line: Any, key: str) -> str:
     value = line.get(key) if isinstance(line, dict) else None
     if not isinstance(value, (str, int)):
         detail = f"its keys are {', '.join(line)}" if isinstance(line, dict) else getattr(line, "detail", "no object")
-        raise UserError(f"{where}: {key} is missing or no text ({detail})")
+        raise UserError(f"{where}: {key} is missing or not text ({detail})")
     return " ".join(str(value).split())
 
 
@@ -126,7 +126,7 @@ def _first(figures: Iterator[CaptionedFigure]) -> list[CaptionedFigure]:
 
 
 def _find_images(source: Path, names: list[str]) -> Path:
-    """The folder with the images, at most two levels below ``source``: the archive brings folders along."""
+    """The folder with the images, at most two levels below ``source``: the archive contains folders."""
     below = [path for path in sorted(source.glob("*")) if path.is_dir()]
     folders = [source, *below, *(path for folder in below for path in sorted(folder.glob("*")) if path.is_dir())]
     for folder in folders[:1000]:

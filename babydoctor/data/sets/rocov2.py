@@ -114,4 +114,4 @@ def _find_images(source: Path, published: str) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise UserError(f"{source}: no folder of images; looked for {', '.join(map(str, places))}; unpack the archive")
+    raise UserError(f"{source}: no image folder; looked for {', '.join(map(str, places))}; unpack the archive")
