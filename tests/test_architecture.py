@@ -28,8 +28,9 @@ from helpers.source_tree import (
 # From the bottom to the top: a folder, or a top-level module, imports only from those before it.
 FOLDERS = (
     *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
-    *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
-    *("demo", "bench", "cli"),
+    *("ranks", "runtime"),
+    *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
+    *("demo", "bench", "cli", "__main__"),
 )
 
 # Imports that close a cycle or go up, until their files are split.

@@ -158,7 +158,7 @@ def test_failures_are_one_sentence_with_a_fix(hub: Hub, tmp_path: Path) -> None:
 
     hub.spoiled.add("images.zip")
     message = fetch("spoiled")
-    assert "what arrived is damaged" in message and "run this again" in message
+    assert "the download is damaged" in message and "run this again" in message
     assert not (tmp_path / "spoiled" / "download" / "images.zip").exists()
     hub.spoiled.clear()
 

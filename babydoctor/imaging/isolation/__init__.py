@@ -30,14 +30,16 @@ from babydoctor.imaging.preprocess import ImageSettings
 __all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
 
 
-def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
-    """``load.load_image`` in a decoding process.
+def load_image(
+    source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None, pool: DecodePool | None = None
+) -> Image.Image:
+    """``load.load_image`` in a decoding process of ``pool`` (default: this process's shared pool).
 
     Raises:
         ImageError: as ``load.load_image``, and ``image_decode_failed`` or ``image_decode_timeout``.
     """
     name, data = read_source(source, name)
-    values, info = shared_pool().decode(data, name, {}, limits or DecodeLimits())
+    values, info = (pool or shared_pool()).decode(data, name, {}, limits or DecodeLimits())
     image = _to_image(values, info)
     log_warnings(image, name)
     return image
