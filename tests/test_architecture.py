@@ -26,8 +26,9 @@ from helpers.source_tree import (
 
 # From the bottom to the top: a folder or a module beside the folders imports from those before it only.
 FOLDERS = (
-    *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
-    *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
+    *("errors", "schema", "markers", "templates", "conversation", "progress", "config_file", "hub", "imaging"),
+    *("config", "files", "runtime"),
+    *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli"),
 )
 

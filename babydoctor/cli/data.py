@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from babydoctor.data.rows import ImageFolder
     from babydoctor.schema import Example, Sample
 
-Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
+Template_ = Annotated[
+    str, typer.Option("--template", help="Conversation template; which base takes which: babydoctor/train/README.md.")
+]
 NumPatches = Annotated[int, typer.Option("--num-patches", help="Tokens that an image takes.")]
 
 
@@ -112,13 +114,11 @@ def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Pro
 def _find_long_rows(
     samples: Sequence[Sample], tokenizer: str, template: str, max_length: int, num_patches: int
 ) -> list[Problem]:
-    from babydoctor.conversation import get_template
     from babydoctor.data.problems import Problem
-    from babydoctor.data.tokens import load_tokenizer
     from babydoctor.progress import show_progress
     from babydoctor.schema import UserError
 
-    loaded, chosen = load_tokenizer(tokenizer), get_template(template)
+    chosen, loaded = _load(template, tokenizer)
     problems = []
     for sample in show_progress(samples, "counting tokens"):
         try:
@@ -129,6 +129,17 @@ def _find_long_rows(
         if length > max_length:
             problems.append(Problem(sample.source, sample.id, "too_long", f"{length:,} of at most {max_length:,}"))
     return problems
+
+
+def _load(template: str, tokenizer: str) -> tuple[Template, Any]:
+    """The template and the tokenizer, which must have its tokens."""
+    from babydoctor.conversation import get_template
+    from babydoctor.data.template_tokens import check_template
+    from babydoctor.data.tokens import load_tokenizer
+
+    chosen, loaded = get_template(template), load_tokenizer(tokenizer)
+    check_template(chosen, loaded, tokenizer, fix="give --template {template}")
+    return chosen, loaded
 
 
 def _encode(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> Example:
@@ -156,12 +167,10 @@ def preview(
     """Show prompts as the model sees them, with the supervised tokens colored. Exit status 1 if a row is bad."""
     import itertools
 
-    from babydoctor.conversation import get_template
     from babydoctor.data.rows import iter_rows, parse_row
-    from babydoctor.data.tokens import load_tokenizer
     from babydoctor.schema import UserError
 
-    chosen, loaded = get_template(template), load_tokenizer(tokenizer)
+    chosen, loaded = _load(template, tokenizer)
     limit = limit or (None if as_json else 5)
     any_bad = False
     for source, row in itertools.islice(iter_rows(rows), limit):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from babydoctor.conversation import get_template
+from babydoctor.data.template_tokens import RETRAIN, check_template
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.model.language_model import load_language_config
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve
@@ -52,7 +54,9 @@ class PlainRun:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.language_directory)
+        tokenizer = load_tokenizer(self.language_directory)
+        check_template(get_template(self.manifest.template), tokenizer, str(self.language_directory), fix=RETRAIN)
+        return tokenizer
 
     @property
     def num_patches(self) -> int:
