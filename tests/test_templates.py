@@ -121,7 +121,7 @@ def test_control_tokens_that_people_type_are_text(case: tuple[str, Any]) -> None
         ("llama_3", "v1", "no token </s> that template v1 ends .*llama_3$"),
         ("llama_3", "chatml", "no token <|im_end|> that template chatml ends .*llama_3$"),
         ("chatml", "mistral", "no token </s> that template mistral ends .*data.template=chatml$"),
-        ("mistral", "llama_3", r"no token <|eot_id|> .*=llava_llama_2 \(also fit: llama_2, v1, mistral_instruct, mistr"),
+        ("mistral", "llama_3", r"no token <|eot_id|> .*=llava_llama_2 \(also fit: llama_2, v1, mis"),
     ],
 )
 def test_a_tokenizer_without_the_templates_tokens_is_refused(kind: str, template: str, message: str) -> None:

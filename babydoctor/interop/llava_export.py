@@ -91,7 +91,8 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer = run.tokenizer
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends = run.end_token_ids
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

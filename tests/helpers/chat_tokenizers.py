@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 TEXT = "What does the scan show? The scan shows 12 nodules in the left lung.\n\nuser assistant system [INST] [/INST] CT"
@@ -114,6 +115,15 @@ def mistral_tokenizer(*, legacy: bool, vocab_size: int = 600) -> Any:
     _train(trained, vocab_size, ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
     vocabulary, merges = _parts(trained)
     return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, chat_template=MISTRAL_JINJA)
+
+
+def with_tokenizer(base: Path, tokenizer: Any, folder: Path) -> Path:
+    """A folder with the weights of ``base`` and another tokenizer."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(base / name)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _train(tokenizer: Any, vocab_size: int, first_tokens: list[str]) -> None:
