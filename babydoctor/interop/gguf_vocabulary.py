@@ -147,8 +147,8 @@ def _split_name(pre_tokenizer: Any, directory: Path) -> str:
     if not others and len(patterns) == 1 and patterns[0] in _SPLIT_NAMES:
         return _SPLIT_NAMES[patterns[0]]
     raise UserError(
-        f"{directory}: the pre_tokenizer in tokenizer.json splits text by {(patterns + others)[0]!r}, for which no name "
-        f"in llama.cpp is known; known are the patterns of GPT-2, {' and '.join(_SPLIT_NAMES.values())}"
+        f"{directory}: the pre_tokenizer in tokenizer.json splits text by {(patterns + others)[0]!r}, which has no "
+        f"name in llama.cpp; known are the patterns of GPT-2, {' and '.join(_SPLIT_NAMES.values())}"
     )
 
 
