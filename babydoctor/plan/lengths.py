@@ -116,11 +116,9 @@ def find_statistics(data: DataConfig, language_model: str, num_patches: int) -> 
     from babydoctor.conversation import get_template, render
     from babydoctor.data.converted import ConvertedRows, is_converted
     from babydoctor.data.rows import RowError, load_rows, parse_row
-    from babydoctor.data.template_tokens import check_template
     from babydoctor.data.tokens import encode, load_tokenizer
 
     tokenizer, template = load_tokenizer(language_model), get_template(data.template)
-    check_template(template, tokenizer, language_model)
 
     def encode_sample(sample: Sample) -> Example:
         images = () if sample.image is None else (sample.image,)
