@@ -23,6 +23,8 @@ from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query
+from babydoctor.interop.export import export_run
+from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.run_dir import load_run, read_manifest
 from babydoctor.schema import Turn
 
@@ -92,6 +94,30 @@ def test_the_engine_answers_as_transformers_does(run: Path, picture: bytes, expe
     with Inference(loaded.model, loaded.tokenizer, loaded.manifest, num_tokens=200) as inference:
         query = Query([Turn("user", f"<image>\n{QUESTION}")], pixels, max_new_tokens=NUM_NEW)
         assert inference.answer(query).text == expected
+
+
+@pytest.mark.parametrize("format", ["hf", "llava", "gguf"])
+def test_exports_carry_the_template(run: Path, tmp_path: Path, format: str) -> None:
+    out = tmp_path / "out"
+    export_run(run, out, format=format, dtype="float32")
+    if format == "gguf":
+        from gguf import GGUFReader
+
+        fields = GGUFReader(out / "model.gguf").fields
+        assert fields["tokenizer.chat_template"].contents().count("[INST] ") > 1
+        assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+        return
+    config = json.loads((out / "config.json").read_text())
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    if format == "hf":
+        assert "[/INST]" in (out / "chat_template.jinja").read_text()
+        return
+    assert (config["model_type"], config["architectures"]) == ("llava_mistral", ["LlavaMistralForCausalLM"])
+    assert config["sliding_window"] is None and "llava-mistral" in (out / "README.md").read_text()
+    manifest = import_llava(out, tmp_path / "back", vision_tower=str(out / "vision_tower"))
+    assert manifest.template == "mistral_instruct"
+    before, after = (load_run(path).model.state_dict() for path in (run, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 @pytest.fixture(scope="module")
