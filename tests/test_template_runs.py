@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 import requests
-from helpers.chat_tokenizers import llama_3_tokenizer, with_tokenizer
+from helpers.chat_tokenizers import llama_3_tokenizer, qwen_2_tokenizer, with_tokenizer
 from helpers.serving import llava_stream
 from helpers.threaded_worker import serve_worker
 from typer.testing import CliRunner
@@ -19,6 +19,7 @@ from babydoctor.cli.main import build_app
 from babydoctor.config import build_config, dump_config
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.inference import Inference, Query
+from babydoctor.interop.export import export_run
 from babydoctor.model.run_dir import load_run, write_manifest
 from babydoctor.schema import Turn, UserError
 from babydoctor.train.loop import train
@@ -127,3 +128,40 @@ def test_plan_doctor_and_data_name_the_template_that_fits(settings: dict[str, An
     found = CliRunner().invoke(build_app(), ["doctor", str(config), str(config.with_name("right.yaml"))])
     words = " ".join(found.output.split())
     assert "has no token </s> that template" in words and "template llama_3 fits" in words and found.exit_code == 1
+
+
+def test_the_hf_export_ends_its_answer_in_stock_transformers(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    export_run(run, tmp_path / "hf", format="hf")
+    processor = AutoProcessor.from_pretrained(str(tmp_path / "hf"))
+    model = LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "hf")).eval()
+    messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(ids, skip_special_tokens=True) == ANSWER
+    assert ids[-1] == processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "pre", "end"), [("llama_3", "llama-bpe", "<|eot_id|>"), ("chatml", "qwen2", "<|im_end|>")]
+)
+def test_the_gguf_export_names_pattern_and_end(run: Path, tmp_path: Path, template: str, pre: str, end: str) -> None:
+    from gguf import GGUFReader
+
+    source, manifest = run, load_run(run).manifest
+    if template == "chatml":  # the same weights with Qwen2's tokenizer
+        base = with_tokenizer(Path(manifest.language_model), qwen_2_tokenizer(280), tmp_path / "base")
+        source = tmp_path / "run"
+        source.mkdir()
+        for file in run.iterdir():
+            (source / file.name).symlink_to(file) if file.name != "manifest.json" else None
+        write_manifest(source, manifest.model_copy(update={"template": template, "language_model": str(base)}))
+    export_run(source, tmp_path / "gguf", format="gguf", dtype="float32")
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "gguf" / "model.gguf").fields.items()}
+    assert fields["tokenizer.ggml.pre"] == pre
+    assert fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]] == end
+    assert end in fields["tokenizer.chat_template"]
+    assert ("bos_token ~" in fields["tokenizer.chat_template"]) == fields["tokenizer.ggml.add_bos_token"]
