@@ -20,7 +20,8 @@ from babydoctor.config import build_config, dump_config
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.inference import Inference, Query
 from babydoctor.interop.export import export_run
-from babydoctor.model.run_dir import load_run, write_manifest
+from babydoctor.model.merge import merge_run
+from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.schema import Turn, UserError
 from babydoctor.train.loop import train
 
@@ -52,6 +53,16 @@ def run(settings: dict[str, Any]) -> Path:
     return train(build_config(settings))
 
 
+def copy_run(run: Path, folder: Path, **changes: str) -> Path:
+    """The run with another manifest."""
+    folder.mkdir()
+    for file in run.iterdir():
+        if file.name != "manifest.json":
+            (folder / file.name).symlink_to(file)
+    write_manifest(folder, read_manifest(run).model_copy(update=changes))
+    return folder
+
+
 def wrong(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return settings | {"data": settings["data"] | {"template": "llava_llama_2"}, "output_dir": str(folder / "run")}
 
@@ -63,12 +74,8 @@ def test_training_in_a_template_without_its_tokens_is_refused(settings: dict[str
 
 def test_a_run_in_a_template_without_its_tokens_is_not_loaded(run: Path, tmp_path: Path) -> None:
     """Earlier releases trained such runs in silence."""
-    loaded = load_run(run)
-    for file in run.iterdir():
-        (tmp_path / file.name).symlink_to(file) if file.name != "manifest.json" else None
-    write_manifest(tmp_path, loaded.manifest.model_copy(update={"template": "llava_llama_2"}))
     with pytest.raises(UserError, match=REFUSAL):
-        load_run(tmp_path)
+        load_run(copy_run(run, tmp_path / "run", template="llava_llama_2"))
 
 
 def test_it_learns_to_end_its_answer_with_the_templates_token(run: Path) -> None:
@@ -77,6 +84,20 @@ def test_it_learns_to_end_its_answer_with_the_templates_token(run: Path) -> None
     with Inference(loaded.model, loaded.tokenizer, loaded.manifest, num_tokens=300) as inference:
         answer = inference.answer(Query([Turn("user", QUESTION)], max_new_tokens=40))
     assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
+
+
+def test_the_bases_own_end_tokens_end_an_answer_too(run: Path, tmp_path: Path) -> None:
+    """LLaMA-3 names a list in ``generation_config.json``, which its ``config.json`` lacks; a merged run keeps it."""
+    loaded = load_run(run)
+    base = with_tokenizer(Path(loaded.manifest.language_model), loaded.tokenizer, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    source = copy_run(run, tmp_path / "run", language_model=str(base))
+    named = [loaded.tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eot_id|>")]
+    merge_run(source, tmp_path / "merged")
+    for path in (source, tmp_path / "merged"):
+        again = load_run(path)
+        inference = Inference(again.model, again.tokenizer, again.manifest, num_tokens=64)
+        assert sorted(inference.engine.eos) == [7, 8, *named]
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +172,10 @@ def test_the_hf_export_ends_its_answer_in_stock_transformers(run: Path, tmp_path
 def test_the_gguf_export_names_pattern_and_end(run: Path, tmp_path: Path, template: str, pre: str, end: str) -> None:
     from gguf import GGUFReader
 
-    source, manifest = run, load_run(run).manifest
+    source, manifest = run, read_manifest(run)
     if template == "chatml":  # the same weights with Qwen2's tokenizer
         base = with_tokenizer(Path(manifest.language_model), qwen_2_tokenizer(280), tmp_path / "base")
-        source = tmp_path / "run"
-        source.mkdir()
-        for file in run.iterdir():
-            (source / file.name).symlink_to(file) if file.name != "manifest.json" else None
-        write_manifest(source, manifest.model_copy(update={"template": template, "language_model": str(base)}))
+        source = copy_run(run, tmp_path / "run", template=template, language_model=str(base))
     export_run(source, tmp_path / "gguf", format="gguf", dtype="float32")
     fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "gguf" / "model.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == pre
