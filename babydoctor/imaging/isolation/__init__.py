@@ -1,7 +1,7 @@
 """Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its own
 request.
 
-``load_image``, ``load_pixels``, ``raw_frame`` and ``render`` do the same as the functions of these names elsewhere, in
+``load_image``, ``load_pixels``, ``raw_frame``, ``read_facts`` and ``render`` do the same as the functions of these names elsewhere, in
 one of a few processes that start once and are replaced when they die. Each request has limits of CPU seconds, address
 space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images
 wait until all requests together stay within a memory budget.
@@ -14,6 +14,7 @@ memory.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 from dataclasses import asdict
 from functools import lru_cache
@@ -28,8 +29,9 @@ from babydoctor.imaging.isolation.pool import DecodePool
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.imaging.load import log_warnings, read_source
 from babydoctor.imaging.preprocess import ImageSettings
+from babydoctor.imaging.series import SliceFacts
 
-__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
+__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "read_facts", "render", "shared_pool"]
 
 
 def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
@@ -73,6 +75,12 @@ def raw_frame(dicom: DicomImage, frame: int, *, limits: DecodeLimits | None = No
     """``raw_frame.raw_frame`` in a decoding process."""
     values, _ = shared_pool().decode(dicom.data, dicom.name, {"frame": frame}, limits or DecodeLimits())
     return values.tobytes()
+
+
+def read_facts(data: bytes, *, name: str, limits: DecodeLimits | None = None) -> SliceFacts:
+    """``series.read_facts`` in a decoding process."""
+    values, _ = shared_pool().decode(data, name, {"facts": True}, limits or DecodeLimits())
+    return SliceFacts.from_json(json.loads(values.tobytes()))
 
 
 def _to_image(values: np.ndarray, info: dict[str, Any]) -> Image.Image:
