@@ -1,10 +1,10 @@
 """Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its own
 request.
 
-``load_image``, ``load_pixels``, ``raw_frame``, ``read_facts`` and ``render`` do the same as the functions of these names elsewhere, in
-one of a few processes that start once and are replaced when they die. Each request has limits of CPU seconds, address
-space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images
-wait until all requests together stay within a memory budget.
+``load_image``, ``load_pixels``, ``raw_frame``, ``read_facts`` and ``render`` do the same as the functions of these
+names elsewhere, in one of a few processes that start once and are replaced when they die. Each request has limits of
+CPU seconds, address space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded,
+so large images wait until all requests together stay within a memory budget.
 
 The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image
 it replies with the memory that it needs according to the header, and waits for permission. It returns pixels in shared

@@ -1,7 +1,7 @@
 """Several image files -> series: what belongs together, in which order, and what a series may be called.
 
-``read_facts`` reads one file's header, ``group_slices`` groups and sorts by these facts, ``series_label`` names a group.
-Only ``isolation`` calls ``read_facts`` on files from outside.
+``read_facts`` reads one file's header, ``group_slices`` groups and sorts by these facts, ``series_label`` names a
+group. Only ``isolation`` calls ``read_facts`` on files from outside.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _of_dicom(dicom: DicomImage) -> SliceFacts:
 
 
 def _directions(dataset: Any, frame: int = 0) -> tuple[Vector, Vector] | None:
-    """Unit vectors along the rows and the columns of a frame; None unless they are perpendicular (PS3.3 C.7.6.2.1.1)."""
+    """Unit vectors along the rows and the columns of a frame; None unless perpendicular (PS3.3 C.7.6.2.1.1)."""
     for item in places(dataset, frame, "PlaneOrientationSequence"):
         cosines = numbers(item, "ImageOrientationPatient")
         if len(cosines) == 6 and all(math.isfinite(value) for value in cosines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -9,8 +10,9 @@ from typing import Literal
 from babydoctor.imaging.series.facts import SliceFacts, Vector
 from babydoctor.imaging.series.labels import series_label
 
-Order = Literal["position", "number", "file"]
-"""What a series is sorted by: position along the normal, InstanceNumber, or the order in which the files came."""
+Order = Literal["position", "number", "planes", "file"]
+"""What a series is sorted by: position along the normal, InstanceNumber, InstanceNumber because the images lie in
+several planes, or the order in which the files came."""
 
 _SAME_MM = 1e-3
 _GAP = 1.5
@@ -131,13 +133,13 @@ def _sorted(group: Sequence[int], facts: Sequence[SliceFacts], *, with_echo: boo
         return SliceGroup(tuple(order), "position", label, normal, centers, gaps, repeated)
     if all(facts[index].number is not None for index in group):
         order.sort(key=lambda index: (facts[index].number or 0, index))
-        return SliceGroup(tuple(order), "number", label, normal)
+        return SliceGroup(tuple(order), "planes" if is_mixed else "number", label, normal)
     return SliceGroup(tuple(order), "file", label, normal)
 
 
 def _gaps(places: Sequence[float]) -> tuple[int, int]:
     """(gaps, repeated positions) of sorted positions in mm."""
-    steps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(places)]
     apart = sorted(step for step in steps if step > _SAME_MM)
     usual = apart[len(apart) // 2] if len(apart) > 1 else float("inf")
     return sum(step > _GAP * usual for step in apart), len(steps) - len(apart)
