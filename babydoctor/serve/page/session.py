@@ -56,6 +56,8 @@ class Exchange:
     view: View
     image_name: str = ""
     prompt: str = ""
+    turns: tuple[Turn, ...] = ()
+    """The conversation that the model got, this question included."""
     answer: str = ""
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
