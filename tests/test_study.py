@@ -194,6 +194,11 @@ def test_files_and_an_archive_arrive_as_the_same_study() -> None:
     assert found[0] == found[1] and len(found[0]) == 3
 
 
+def test_memory_is_given_back_once_a_study_was_read() -> None:
+    uploads, lines = upload(framed([ct_slice(0)]))
+    assert "study" in lines[-1] and uploads._num_arriving == 0
+
+
 def test_a_body_that_is_cut_off_or_holds_no_image() -> None:
     with pytest.raises(PageError, match="upload_broken"):
         upload(framed([ct_slice(0)])[:-5])

@@ -110,7 +110,10 @@ export const dropZone = (element, trigger) => {
   drop.addEventListener('drop', (event) => {
     event.preventDefault();
     // A folder that cannot be read counts as nothing that arrived.
-    droppedFiles(event.dataTransfer).then(send, () => trigger('upload', {error: 'upload_broken'}));
+    droppedFiles(event.dataTransfer).then(
+      (files) => (files.length ? send(files) : trigger('upload', {error: 'study_empty'})),
+      () => trigger('upload', {error: 'upload_broken'}),
+    );
   });
 };
 

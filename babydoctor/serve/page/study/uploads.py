@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from babydoctor.serve.page.study.study import Study, StudyReader
 from babydoctor.serve.page.texts import PageError
 
 MAX_ARRIVING_BYTES = 2 * MAX_STUDY_BYTES
-MAX_WAITING = 4
+"""Of all studies that arrive or are read at the same time."""
+
+MAX_WAITING_BYTES = 2 * MAX_STUDY_BYTES
+MAX_WAITING = 16
 LIFE_S = 60.0
 ARRIVAL_S = 900.0
 """For all files of a study to arrive."""
@@ -61,28 +65,33 @@ class Waiting(Generic[Kept]):
     """Things that are kept for ``LIFE_S`` seconds and taken once; the oldest make room."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[float, Kept]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[float, int, Kept]] = OrderedDict()
 
-    def put(self, thing: Kept) -> str:
-        """Returns a token for ``take``."""
-        self._drop_old()
-        while len(self._kept) >= MAX_WAITING:
+    def put(self, thing: Kept, num_bytes: int = 0) -> str:
+        """Returns a token for ``take``. ``num_bytes`` is the memory that the thing takes."""
+        self.drop_old()
+        while self._kept and not self._has_room(num_bytes):
             self._kept.popitem(last=False)
         token = secrets.token_urlsafe(16)
-        self._kept[token] = (time.monotonic(), thing)
+        self._kept[token] = (time.monotonic(), num_bytes, thing)
         return token
 
     def take(self, token: str) -> Kept:
         """Raises ``PageError`` if it is not there any more."""
-        self._drop_old()
+        self.drop_old()
         if token not in self._kept:
             raise PageError("study_gone")
-        return self._kept.pop(token)[1]
+        return self._kept.pop(token)[2]
 
-    def _drop_old(self) -> None:
+    def drop_old(self) -> None:
+        """Delete what was not taken in time."""
         oldest_s = time.monotonic() - LIFE_S
-        for token in [token for token, (since_s, _) in self._kept.items() if since_s < oldest_s]:
+        for token in [token for token, (since_s, _, _) in self._kept.items() if since_s < oldest_s]:
             del self._kept[token]
+
+    def _has_room(self, num_bytes: int) -> bool:
+        total = sum(size for _, size, _ in self._kept.values())
+        return len(self._kept) < MAX_WAITING and total + num_bytes <= MAX_WAITING_BYTES
 
 
 class StudyUploads:
@@ -101,13 +110,22 @@ class StudyUploads:
         """
         counted = [0]
         try:
-            return await asyncio.wait_for(self._receive(chunks, counted), ARRIVAL_S)
-        except PageError:
-            raise
-        except Exception:  # too slow, or the browser has left
-            raise PageError("upload_broken") from None
-        finally:
-            self._num_arriving -= counted[0]
+            source = await asyncio.wait_for(self._receive(chunks, counted), ARRIVAL_S)
+        except BaseException as error:
+            self._release(counted[0])
+            if isinstance(error, PageError) or not isinstance(error, Exception):
+                raise
+            raise PageError("upload_broken") from None  # too slow, or the browser has left
+        weakref.finalize(source, self._release, counted[0])  # it may never be read
+        return source
+
+    def drop_old(self) -> None:
+        """Delete what was not taken in time."""
+        self.studies.drop_old()
+        self.sources.drop_old()
+
+    def _release(self, num_bytes: int) -> None:
+        self._num_arriving -= num_bytes
 
     async def _receive(self, chunks: AsyncIterator[bytes], counted: list[int]) -> FileSource:
         files: list[bytes] = []
@@ -144,7 +162,7 @@ class StudyUploads:
                     yield _line(read=num_read, of=len(source))
             study = await asyncio.to_thread(reader.study)
             study.origin = source.client if isinstance(source, PacsFiles) else None
-            yield _line(study=self.studies.put(study))
+            yield _line(study=self.studies.put(study, study.num_bytes))
         except Exception as error:
             yield _line(error=as_page_error(error).code)
 
