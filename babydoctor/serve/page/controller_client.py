@@ -81,6 +81,7 @@ class ControllerClient:
         Raises:
             PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
         """
+        exchange.turns = tuple(turns)
         template = await self.template(exchange.model)
         exchange.prompt = prompt_text(render_prompt(turns, template))
         sampling = exchange.sampling

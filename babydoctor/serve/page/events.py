@@ -20,6 +20,8 @@ from babydoctor.serve.page.layout import Layout, script
 from babydoctor.serve.page.pacs.handlers import PacsHandlers, StoreHandlers
 from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.study.handlers import StudyHandlers
+from babydoctor.serve.page.study.uploads import StudyUploads
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
 from babydoctor.serve.page.viewer.handlers import ViewerHandlers
@@ -61,6 +63,7 @@ class WebUI:
         self.client = client
         self.uploads = uploads
         self.feedback_file = feedback_file
+        self.studies = StudyUploads()
         self.sessions = Sessions()
         self.examples = {example.key: example for example in build_examples()}
 
@@ -82,7 +85,7 @@ class WebUI:
     def _image(self) -> list[Any]:
         ui = self.ui
         image = [ui.viewer, ui.text_boxes, ui.window_group, ui.preset, ui.center, ui.width, ui.frame, ui.facts]
-        return [*image, ui.image_status]
+        return [*image, ui.study.list, ui.study.state, ui.image_status]
 
     @property
     def _chat(self) -> list[Any]:
@@ -117,7 +120,8 @@ class WebUI:
     def _connect_image(self) -> None:
         ui = self.ui
         loaded = [*self._image, *self._chat]
-        uploaded = ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE)
+        study = StudyHandlers(ui, self.sessions, self.client, self.images, self.studies)
+        uploaded = ui.drop.upload(study.on_upload, None, loaded, **PRIVATE)
         canvas = ViewerHandlers(ui, self.sessions, self.client, self.images)
         changed = [
             uploaded.then(None, js=script("uploadDone()", "...none")),
@@ -125,6 +129,8 @@ class WebUI:
             ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST),
             ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST),
             ui.canvas.change(canvas.on_arrange, None, self._image, **LATEST),
+            ui.study.list.select(study.on_choose, None, loaded, **PRIVATE),
+            ui.study.canvas.select(study.on_second, None, loaded, **PRIVATE),
         ]
         # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
         moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
@@ -135,22 +141,15 @@ class WebUI:
         ui.text_boxes.select(self.text.on_box, None, text, **PRIVATE)
 
     def _connect_pacs(self) -> None:
-        handlers = PacsHandlers(self.ui, self.sessions, self.client, self.images, self.pacs)
+        handlers = PacsHandlers(self.ui, self.sessions, self.client, self.studies, self.pacs)
         panel, store = self.ui.pacs, self.ui.store
         form = [panel.server, panel.patient, panel.accession, panel.date]
         searches = [panel.search.click, panel.patient.submit, panel.accession.submit, panel.date.submit]
         gr.on(searches, handlers.on_search, form, [panel.results, panel.status], **ONCE)
-        picked = [panel.results, panel.status, panel.image, panel.patient, panel.accession, panel.form]
-        loaded = [*self._image, *self._chat]
-        text = [self.ui.viewer, self.ui.text_boxes, self.ui.image_status]
-        loads = [
-            panel.results.select(handlers.on_pick, None, [*picked, *loaded], **ONCE),
-            panel.image.input(handlers.on_image, [panel.image], [panel.status, *loaded], **LATEST),
-        ]
-        for load in loads:
-            load.then(self.text.on_view, None, text, **LATEST)
-        shown = [panel.image, panel.status]
-        gr.on([self.ui.drop.upload, self.ui.gallery.select], handlers.on_shown, None, shown, **PRIVATE)
+        picked = [panel.results, panel.status, panel.ticket, panel.patient, panel.accession, panel.form]
+        panel.results.select(handlers.on_pick, None, picked, **ONCE).then(
+            None, [panel.ticket], [panel.ticket], js=script("loadTicket(ticket)", "ticket")
+        )
         storing = StoreHandlers(self.ui, self.sessions, self.client)
         store.store.click(storing.on_store, [store.agree], [store.agree, store.status], **ONCE)
 

@@ -17,6 +17,7 @@ from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import describe
 from babydoctor.serve.page.session import Exchange, Session
 from babydoctor.serve.page.texts import RESEARCH_NOTICE, PageError
+from babydoctor.serve.page.viewer.record import pixel_hash
 
 VERDICTS = {"up": "Good", "down": "Bad"}
 
@@ -112,7 +113,16 @@ def export_session(session: Session) -> str:
         "exported_at": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "notice": RESEARCH_NOTICE,
         "image": dict(facts),
-        "views": [{"caption": view.caption, "width": view.width, "height": view.height} for view in views],
+        "views": [
+            {
+                "caption": view.caption,
+                "width": view.width,
+                "height": view.height,
+                "pixels_sha256": pixel_hash(view.png),
+                "state": view.record.to_json(),
+            }
+            for view in views
+        ],
         "exchanges": [
             {
                 "asked_at": exchange.asked_at,
@@ -121,6 +131,7 @@ def export_session(session: Session) -> str:
                 "image": exchange.image_name,
                 "view": views.index(exchange.view),
                 "question": exchange.question,
+                "turns": [{"role": turn.role, "text": turn.text} for turn in exchange.turns],
                 "answer": exchange.answer,
                 "ended": exchange.ended,
             }
@@ -135,6 +146,7 @@ def export_session(session: Session) -> str:
         exchanges.append(
             {
                 "new_view": exchange.view if exchange.view is not shown else None,
+                "view": views.index(exchange.view),
                 "question": exchange.question,
                 "answer": exchange.answer,
                 "ending": _ENDINGS.get(exchange.ended, ""),

@@ -18,6 +18,9 @@ from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
 from babydoctor.serve.page.scan import Scan, View, describe
 from babydoctor.serve.page.session import Exchange, Session
+from babydoctor.serve.page.study.reasons import UNREAD
+from babydoctor.serve.page.study.study import Study
+from babydoctor.serve.page.viewer.state import viewer_state
 
 OVERLAY_HEIGHT_PX = 380
 
@@ -65,9 +68,9 @@ def title() -> str:
     return _render("title.html")
 
 
-def drop_zone(max_bytes: int) -> str:
-    """The place for a file, with the progress of its upload."""
-    return _render("drop.html", max_bytes=max_bytes)
+def drop_zone(max_bytes: int, max_study_bytes: int) -> str:
+    """The place for files, with the progress of their upload."""
+    return _render("drop.html", max_bytes=max_bytes, max_study_bytes=max_study_bytes)
 
 
 def gallery(examples: Sequence[ExampleCase]) -> str:
@@ -94,9 +97,22 @@ def viewer(view: View | None, scan: Scan | None = None, state: Mapping[str, Any]
     return _render("viewer.html", **shown, boxes=boxes, size=view.source_size)
 
 
-def canvas() -> str:
-    """The viewer's canvas and its buttons; ``viewer.js`` fills it."""
-    return _render("canvas.html")
+def canvas(*, is_second: bool = False) -> str:
+    """The canvas and buttons of a viewer; ``viewer.js`` or ``viewer_second.js`` fills it."""
+    return _render("canvas.html", is_second=is_second)
+
+
+def study(study: Study | None) -> str:
+    """The series of a study as buttons, how the chosen one is sorted, and what could not be read."""
+    return _render("study.html", study=study, reasons=UNREAD)
+
+
+def second(study: Study | None) -> str:
+    """How the series in the second viewport is shown, for its canvas."""
+    if study is None or study.second is None:
+        return _render("second.html", state="")
+    scan = study.series[study.second].scan
+    return _render("second.html", state=json.dumps(viewer_state(scan, View(b"", 0, 0, ""))))
 
 
 def text_boxes(scan: Scan, is_searched: bool) -> str:

@@ -14,6 +14,8 @@ from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
 from babydoctor.serve.page.pacs.panel import PacsPanel, StorePanel
 from babydoctor.serve.page.scan import FILE_WINDOW
 from babydoctor.serve.page.session import KEEP_MIN
+from babydoctor.serve.page.study.archive import MAX_STUDY_BYTES
+from babydoctor.serve.page.study.panel import StudyPanel
 from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS
 from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
 from babydoctor.serve.settings import DicomWebServer
@@ -119,11 +121,14 @@ class Layout:
             self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
 
     def _build_image(self, examples: Sequence[ExampleCase], pacs: Sequence[DicomWebServer]) -> None:
-        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES), "bd-drop", "dropZone(element, trigger)")
+        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES, MAX_STUDY_BYTES), "bd-drop", "dropZone(element, trigger)")
         self.image_status = _html("", "bd-image-status")
         self.pacs = PacsPanel(pacs, script(BUTTONS))
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
-        self.canvas = _html(show.canvas(), "bd-canvas", "viewer(element, trigger)", "viewer.js")
+        self.study = StudyPanel(script(BUTTONS))
+        with gr.Row(elem_id="bd-panes"):
+            self.canvas = _html(show.canvas(), "bd-canvas", "viewer(element, trigger)", "viewer.js")
+            self.study.build_second(script("second(element, trigger)", file="viewer_second.js"))
         self.viewer = _html(show.viewer(None), "bd-viewer")
         self.text_boxes = _html("", "bd-text-boxes", BUTTONS)
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:

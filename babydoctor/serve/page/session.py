@@ -19,6 +19,7 @@ import numpy as np
 from babydoctor.schema import IMAGE_TOKEN, Turn
 from babydoctor.serve.page.pacs.picker import PacsPicker
 from babydoctor.serve.page.scan import Scan, View
+from babydoctor.serve.page.study.study import Study
 from babydoctor.serve.page.texts import PageError
 
 MAX_SESSIONS = 256
@@ -55,6 +56,8 @@ class Exchange:
     view: View
     image_name: str = ""
     prompt: str = ""
+    turns: tuple[Turn, ...] = ()
+    """The conversation that the model got, this question included."""
     answer: str = ""
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
@@ -76,6 +79,8 @@ class Session:
     has_accepted: bool = False
     scan: Scan | None = None
     view: View | None = None
+    study: Study | None = None
+    """The study that ``scan`` belongs to."""
     num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
@@ -105,7 +110,13 @@ class Session:
         if self.view is not None:
             views[id(self.view)] = self.view
         total = sum(len(view.png) + len(view.thumbnail) for view in views.values())
+        total += self.study.num_bytes if self.study else 0
         return total + (self.scan.num_bytes if self.scan else 0)
+
+    @property
+    def scans(self) -> list[Scan]:
+        """Every image that the tab may show."""
+        return [one.scan for one in self.study.series] if self.study else [self.scan] if self.scan else []
 
     @property
     def is_answering(self) -> bool:
@@ -120,7 +131,7 @@ class Session:
         """The image as named under an answer. The file's own name is never known here."""
         if self.scan is None:
             return ""
-        kind = self.scan.title or str(self.scan.facts.get("modality") or "picture")
+        kind = self.scan.title or self.scan.label or str(self.scan.facts.get("modality") or "picture")
         return f"Image {self.num_images}: {kind}"
 
     def stop(self) -> None:
@@ -131,7 +142,7 @@ class Session:
     def load(self, scan: Scan) -> None:
         """Take a new image, which begins a new conversation."""
         self.start_over()
-        self.scan = scan
+        self.scan, self.study = scan, None
         self.num_images += 1
 
     def start_over(self) -> None:
@@ -205,7 +216,7 @@ class Sessions:
 
     def scan(self, key: str) -> Scan | None:
         """The image with this key, where a tab whose user has accepted the notice still shows it."""
-        scans = [each.scan for each in list(self._sessions.values()) if each.has_accepted and each.scan]
+        scans = [scan for each in list(self._sessions.values()) if each.has_accepted for scan in each.scans]
         return next((scan for scan in scans if secrets.compare_digest(scan.key.encode(), key.encode())), None)
 
     def leave(self, connection: str | None) -> None:

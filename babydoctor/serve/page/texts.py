@@ -149,6 +149,14 @@ SENTENCES: dict[str, str] = {
     "damaged_image": "The image file is damaged or cut off. Please export it again.",
     "too_many_pixels": "The image has too many pixels. Please load a smaller version of it.",
     "odd_shape": "The image is a very thin strip, which the model cannot use. Please load another one.",
+    # Codes of a study.
+    "study_too_large": "These files hold more than 512 MB together. Load one series at a time.",
+    "study_too_many": "These are more than 5000 files. Load one series at a time.",
+    "study_empty": "None of these files is an image that can be read here.",
+    "study_gone": "The images were not fetched in time. Please load them again.",
+    "directory_alone": "A DICOMDIR only lists other files. Load the folder that it lies in.",
+    "zip_damaged": "The ZIP archive is damaged or of an unusual kind. Please pack it again.",
+    "zip_bomb": "The ZIP archive would unpack to far more than images need. Please load the files themselves.",
     "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
     # Codes of the PACS.
     "pacs_no_query": "Please enter a patient ID, an accession number or a study date.",
