@@ -159,7 +159,7 @@ class Layout:
             )
             self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
             self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
-        with gr.Row():
+        with gr.Row(elem_id="bd-turns"):
             self.again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="bd-again")
             self.copy_all = gr.Button("Copy all", size="sm", min_width=96, elem_id="bd-copy-all")
             self.clear = gr.Button("Clear chat", size="sm", min_width=96, elem_id="bd-clear")
