@@ -169,6 +169,7 @@ SENTENCES: dict[str, str] = {
     "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
     "second_tab": "This tab is a copy of another one, so its conversation begins anew. The other tab keeps its own.",
     "map_canceled": "Canceled. The model has stopped computing where it looked.",
+    "map_lost": "The model stopped while it computed where it looked. Please try again.",
     "map_left": "Computing where it looked was stopped because this tab was closed, reloaded or lost its connection.",
     "empty_report": "The report draft is empty. Write something, or take the answers into it.",
     "report_needs_dicom": "The image is not a DICOM file, so no DICOM report can refer to it. Save text or HTML.",

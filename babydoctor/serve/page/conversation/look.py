@@ -25,6 +25,9 @@ from babydoctor.serve.page.texts import SENTENCES, PageError, localization_note
 CANCELED = ("map_canceled", "map_left")
 """Codes of maps that ended because somebody wanted it, so their sentence is no error."""
 
+LOST = ("worker_lost", "worker_unreachable", "silent")
+"""Codes whose sentences speak of an answer."""
+
 
 class LookHandlers(Handlers):
     """Handlers of the panel.
@@ -113,7 +116,7 @@ class LookHandlers(Handlers):
             return  # ``cancel`` has noted why
         except Exception as error:
             code = as_page_error(error).code
-            running.problem = code if code in SENTENCES else "internal"
+            running.problem = "map_lost" if code in LOST else code if code in SENTENCES else "internal"
             return
         if session.map is running and session.last is exchange:
             session.image_mode, session.words = image_mode, words
