@@ -143,6 +143,7 @@ class Engine:
                 self._core.stats,
                 queued=len(self._core.waiting),
                 running=self._core.num_running,
+                jobs=len(self._core.jobs),
                 finished=dict(self._core.stats.finished),
                 image_cache_hits=self.features.hits,
                 image_cache_misses=self.features.misses,

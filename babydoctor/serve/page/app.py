@@ -167,7 +167,11 @@ def build_page_app(
         demo,
         path="/",
         theme=build_theme(),
-        css_paths=[FOLDER / "static" / name for name in ("page.css", "viewer.css", "study.css")],
+        css_paths=[
+            FOLDER / "static" / name
+            for name in ("page.css", "viewer.css", "study.css", "conversation.css", "layout.css")
+        ],
+        head='<link rel="stylesheet" href="page/static/frame.css">',
         footer_links=[],
         run_history=False,
         ssr_mode=False,

@@ -7,6 +7,7 @@ import datetime
 import fcntl
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ MAX_FILE_BYTES = 2**30
 def build_row(
     session: Session, exchange: Exchange, *, verdict: str | None, errors: Sequence[str], comment: str, with_image: bool
 ) -> dict[str, Any]:
-    """One line of feedback. Nothing in it says who gave it or from where."""
+    """One line of feedback. Nothing in it says who gave it or from where.
+
+    ``seconds`` is the time from the moment that the whole answer was shown to the feedback.
+    """
     facts = session.scan.facts if session.scan else {}
     row: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
@@ -56,6 +60,7 @@ def build_row(
         "verdict": verdict,
         "errors": [kind for kind in ERROR_KINDS if kind in errors],
         "comment": comment.strip()[:MAX_COMMENT_CHARS],
+        "seconds": None if exchange.shown_s is None else round(time.monotonic() - exchange.shown_s, 1),
     }
     if with_image:
         row["image_png_base64"] = base64.b64encode(exchange.view.png).decode()

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
 from babydoctor.serve.page.scan import Scan, View, describe
@@ -60,8 +61,8 @@ def markdown(text: str) -> Markup:
 
 
 def banner() -> str:
-    """The notice that stays on top."""
-    return _render("banner.html", notice=texts.RESEARCH_NOTICE)
+    """The notice that stays on top, and the line about a lost connection, which ``connection.js`` fills."""
+    return _render("banner.html", notice=texts.RESEARCH_NOTICE, sentences=texts.CONNECTION)
 
 
 def title() -> str:
@@ -157,7 +158,38 @@ def pacs_series(series: Sequence[PacsSeries]) -> str:
 def chat(session: Session | None) -> str:
     """The conversation. Each answer names the image, frame, window and model that it belongs to."""
     messages = [_message(exchange) for exchange in session.exchanges] if session else []
-    return _render("chat.html", messages=messages, placeholder=texts.CHAT_PLACEHOLDER)
+    has_buttons = session is not None and not session.is_answering
+    editing = session.editing if session else None
+    return _render(
+        "chat.html",
+        messages=messages,
+        placeholder=texts.CHAT_PLACEHOLDER,
+        has_buttons=has_buttons,
+        editing=editing,
+    )
+
+
+def turn_note(session: Session) -> str:
+    """Which question is being edited, or what can be undone; empty for neither."""
+    if session.editing is not None:
+        later = len(session.exchanges) - session.editing - 1
+        return _render("turn_note.html", number=session.editing + 1, later=later, undo="")
+    return _render("turn_note.html", number=0, later=0, undo=session.undo_note) if session.undo_note else ""
+
+
+def map_progress(running: RunningMap) -> str:
+    """How far an occlusion map is, with the time left."""
+    return _render("map_progress.html", share=running.share, left_s=running.left_s)
+
+
+def report(sections: Sequence[tuple[str, str]], views: Sequence[View], origin: str) -> str:
+    """A report draft as one HTML document."""
+    notices = {"mark": texts.NOT_CLINICAL, "notice": texts.RESEARCH_NOTICE}
+    return _render("report.html", sections=sections, views=views, origin=origin, css=Markup(_export_css()), **notices)
+
+
+def _export_css() -> str:
+    return (files("babydoctor.serve.page") / "static" / "export.css").read_text(encoding="utf-8")
 
 
 def _message(exchange: Exchange) -> dict[str, Any]:
@@ -198,7 +230,6 @@ def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
 
 def export(data: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -> str:
     """A session as one HTML document; ``data`` is also inside as JSON."""
-    css = (files("babydoctor.serve.page") / "static" / "export.css").read_text(encoding="utf-8")
     # "</" inside a script element would end it.
     block = json.dumps(data, ensure_ascii=False, indent=1).replace("<", "\\u003c")
-    return _render("export.html", data=data, exchanges=exchanges, css=Markup(css), block=Markup(block))
+    return _render("export.html", data=data, exchanges=exchanges, css=Markup(_export_css()), block=Markup(block))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from babydoctor.schema import IMAGE_TOKEN, Turn
+from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.pacs.picker import PacsPicker
 from babydoctor.serve.page.scan import Scan, View
 from babydoctor.serve.page.study.study import Study
@@ -62,6 +63,8 @@ class Exchange:
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
     stop_requested: bool = False
+    shown_s: float | None = None
+    """When the whole answer was first shown (``time.monotonic``)."""
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )
@@ -83,6 +86,17 @@ class Session:
     """The study that ``scan`` belongs to."""
     num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
+    earlier: list[Exchange] | None = None
+    """The conversation before something of it was deleted or replaced, for one undo."""
+    undo_note: str = ""
+    """What was done to ``earlier``; shown beside "Undo"."""
+    replaced: list[Exchange] = field(default_factory=list)
+    """What the running answer replaces; it comes back if the question gets no answer."""
+    editing: int | None = None
+    """Index of the exchange whose question is being edited."""
+    draft: str = ""
+    """What stood in the question box before the editing began."""
+    map: RunningMap | None = None
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     overlay_note: str = ""
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
@@ -106,7 +120,7 @@ class Session:
     @property
     def num_bytes(self) -> int:
         """Memory that the image and its views take."""
-        views = {id(each.view): each.view for each in self.exchanges}
+        views = {id(each.view): each.view for each in [*self.exchanges, *(self.earlier or ()), *self.replaced]}
         if self.view is not None:
             views[id(self.view)] = self.view
         total = sum(len(view.png) + len(view.thumbnail) for view in views.values())
@@ -148,9 +162,24 @@ class Session:
     def start_over(self) -> None:
         """Delete the conversation; the image stays."""
         self.stop()
-        self.exchanges = []
+        self.cancel_map("")
+        self.exchanges, self.replaced = [], []
+        self.forget_earlier()
+        self.editing = None
         self.words = []
         self.problem = ""
+
+    def cancel_map(self, problem: str) -> None:
+        """End the map that is being computed. ``problem`` is the code of the sentence that says so."""
+        if self.map is not None:
+            self.map.cancel(problem)
+
+    def keep_earlier(self, note: str) -> None:
+        """Remember the conversation as it is, before something of it is deleted."""
+        self.earlier, self.undo_note = list(self.exchanges), note
+
+    def forget_earlier(self) -> None:
+        self.earlier, self.undo_note = None, ""
 
     def turns(self, question: str) -> list[Turn]:
         """The conversation with one more question; the image stands in the first one, as in training."""
@@ -226,6 +255,7 @@ class Sessions:
             session.connections.discard(connection or "")
             if not session.connections:
                 session.left_at_s = time.monotonic()
+                session.cancel_map("map_left")
         self.delete_old()
 
     def delete_old(self) -> None:
@@ -236,9 +266,10 @@ class Sessions:
             self._delete(key)
 
     def stop_all(self) -> None:
-        """Stop all running answers."""
+        """Stop all running answers and maps."""
         for session in self._sessions.values():
             session.stop()
+            session.cancel_map("map_left")
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -257,4 +288,6 @@ class Sessions:
             self._delete(token)
 
     def _delete(self, token: str) -> None:
-        self._sessions.pop(token).stop()
+        session = self._sessions.pop(token)
+        session.stop()
+        session.cancel_map("map_left")

@@ -1,12 +1,13 @@
 // Browser side of the web UI. Gradio components import this module by `script` in layout.py.
-// Nothing here talks to another server, and nothing is stored but a random tab token, a draft, and the theme.
+// Nothing here talks to another server. Stored are a random tab token, what the user is typing, and the theme.
 
+import {keptTexts} from './conversation.js';
+import {isOpenElsewhere, watchConnection} from './connection.js';
 import {chosenFiles, droppedFiles, fetchTicket, isStudy, sendStudy} from './study.js';
 
 const TAB_KEY = 'babydoctor-tab';
 const DRAFT_KEY = 'babydoctor-draft';
 const THEME_KEY = 'babydoctor-theme';
-const NEAR_END_PX = 24;
 
 const read = (storage, key) => {
   try { return storage.getItem(key); } catch { return null; }
@@ -33,15 +34,19 @@ const keepNumbers = () => {
 };
 
 // Called on load: applies the stored theme and tells the server which tab this is.
-export const restore = (passed, preferences) => {
+// A browser copies the token with a tab, and two tabs must not write into one conversation: the copy takes a new token.
+export const restore = async (passed, preferences) => {
   keepNumbers();
+  watchConnection();
   const theme = read(localStorage, THEME_KEY);
   if (theme) document.body.classList.toggle('dark', theme === 'dark');
   const stored = read(sessionStorage, TAB_KEY);
-  const token = stored ?? newToken();
+  const copied = stored !== null && await isOpenElsewhere(stored);
+  const token = stored === null || copied ? newToken() : stored;
   write(sessionStorage, TAB_KEY, token);
+  isOpenElsewhere.answerFor(token);
   const draft = read(sessionStorage, DRAFT_KEY) ?? '';
-  return [passed, preferences, JSON.stringify({token, draft, reloaded: stored !== null})];
+  return [passed, preferences, JSON.stringify({token, draft, texts: keptTexts(), copied, reloaded: stored !== null})];
 };
 
 export const toggleTheme = () => {
@@ -136,23 +141,5 @@ export const buttons = (element, trigger) => {
         other.setAttribute('aria-pressed', String(other === button)));
     }
     trigger('select', {...button.dataset});
-  });
-};
-
-// Follow a growing answer only while the reader is at its end. Also handles "Copy".
-export const chat = (element) => {
-  const box = document.getElementById('bd-chat');
-  let atEnd = true;
-  box.addEventListener('scroll', () => {
-    atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END_PX;
-  });
-  const follow = () => { if (atEnd) box.scrollTop = box.scrollHeight; };
-  new MutationObserver(follow).observe(box, {childList: true, subtree: true, characterData: true});
-  follow();
-  element.addEventListener('click', async (event) => {
-    const button = event.target.closest('button[data-copy]');
-    if (!button) return;
-    await navigator.clipboard?.writeText(button.dataset.copy);
-    button.textContent = 'Copied';
   });
 };
