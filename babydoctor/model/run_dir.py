@@ -8,6 +8,7 @@
       projector.safetensors
       adapter/                 the stage's LoRA in peft's format (absent if it trained none)
       base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
+      familiarity.safetensors  points of the training images, after `babydoctor eval RUN --familiarity`
       language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
@@ -94,6 +95,10 @@ class Manifest(BaseModel):
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
     """How often the peak of an occlusion map lies on the finding: what ``eval --localization`` measured."""
+    familiarity: dict[str, Any] | None = None
+    """How well the run notices unfamiliar images: what ``eval --familiarity`` measured."""
+    confidence: dict[str, Any] | None = None
+    """Temperature and calibration of token probabilities: what ``eval --confidence`` measured."""
 
     @property
     def image(self) -> ImageSettings:

@@ -27,6 +27,7 @@ from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
+from babydoctor.serve.worker.certainty import CertaintyMeter
 from babydoctor.serve.worker.health import Health
 from babydoctor.serve.worker.occlusion import OcclusionMaps
 from babydoctor.serve.worker.preprocess import Preprocessor, api_error
@@ -55,6 +56,7 @@ class Worker(SingleModelBackend):
         self._preprocessor = Preprocessor(run, engine, settings.limits)
         timeout_s = settings.limits.request_timeout_s
         self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
+        self._certainty = CertaintyMeter(run, engine, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
         # Waits for the engine, so it has a thread of its own: preprocessing must not wait with it.
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
@@ -120,11 +122,9 @@ class Worker(SingleModelBackend):
         return {
             "context_length": self.engine.max_context,
             "model": self.name,
-            "template": manifest.template,
-            "image_size": manifest.image_size,
-            "image_mode": manifest.image_mode,
             "image_tokens": self.run.model.num_patches,
-            "localization": manifest.localization,
+            **{name: getattr(manifest, name) for name in ("template", "image_size", "image_mode", "image_mean")},
+            **{name: getattr(manifest, name) for name in ("localization", "familiarity", "confidence")},
             "stages": [stage.name for stage in manifest.lineage],
         }
 
@@ -200,6 +200,7 @@ class Worker(SingleModelBackend):
             images=prepared.images if self._retention else (),
             num_tokens=len(request.resume_ids or ()),
             received_s=received_s,
+            **self._certainty.measure(request, prepared),
         )
         answered.answer = AnswerStream(lambda: self._stop(answered))
         self._open.add(answered)
