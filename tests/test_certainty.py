@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from PIL import Image
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.certainty import confidence as measure
+from babydoctor.eval.certainty import familiarity as measure_familiarity
 from babydoctor.eval.certainty.agreement import measure_agreement
 from babydoctor.eval.certainty.calibration import (
     TEMPERATURES,
@@ -41,8 +45,9 @@ from babydoctor.eval.certainty.calibration import (
 from babydoctor.eval.certainty.familiarity import alarm_threshold, auroc, evaluate_familiarity
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.model.familiarity import FILE_NAME, NEIGHBORS, Familiarity, describe_images
-from babydoctor.model.run_dir import load_run, read_manifest
+from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.phantom.write import write_phantoms
 from babydoctor.schema import UserError
@@ -77,7 +82,7 @@ def test_the_threshold_keeps_false_alarms_below_five_percent() -> None:
     for _ in range(200):
         values = random.normal(size=240)
         rates.append(float(np.mean(values[120:] > alarm_threshold(values[:120]))))
-    assert 0.03 < np.mean(rates) < 0.05
+    assert 0.04 < np.mean(rates) < 0.053
     assert alarm_threshold(np.array([3.0, 1.0, 2.0])) == 3.0
 
 
@@ -125,10 +130,10 @@ def test_bins_cover_all_confidences_and_count_every_answer() -> None:
     confidences, right = random.random(95).round(1), random.integers(0, 2, 95).astype(float)
     bins = equal_count_bins(confidences, right)
     assert bins[0]["low"] == 0 and bins[-1]["high"] == 1
-    assert all(earlier["high"] == later["low"] for earlier, later in zip(bins, bins[1:], strict=False))
+    assert all(earlier["high"] == later["low"] for earlier, later in itertools.pairwise(bins))
     assert sum(each["count"] for each in bins) == 95 and sum(each["num_right"] for each in bins) == right.sum()
     for each in bins:
-        inside = (confidences > each["low"]) & (confidences <= each["high"]) | (confidences == each["low"] == 0)
+        inside = (confidences > (each["low"] or -1)) & (confidences <= each["high"])
         assert inside.sum() == each["count"]
 
 
@@ -171,15 +176,15 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_learns_what_is_familiar(phantoms: Path, tmp_path: Path) -> None:
-    """With a random tower: the run notices noise, text and photographs, and has the points that it was measured with."""
+def test_a_run_learns_what_is_familiar(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a random tower: the run notices noise, text and photographs, and stores what it was measured with."""
     run_directory, photographs = tmp_path / "run", tmp_path / "photographs"
     shutil.copytree(tiny_run(), run_directory, ignore=shutil.ignore_patterns(FILE_NAME))
     photographs.mkdir()
-    ramp = np.linspace(0, 255, 90, dtype=np.uint8)
-    Image.fromarray(np.stack([np.tile(ramp, (70, 1)), np.full((70, 90), 90), np.full((70, 90), 200)], -1)).save(
-        photographs / "sky.png"
-    )
+    sky = np.zeros((70, 90, 3), np.uint8) + np.array([0, 90, 200], np.uint8)
+    sky[..., 0] = np.linspace(0, 255, 90)
+    Image.fromarray(sky).save(photographs / "sky.png")
+    monkeypatch.setattr(measure_familiarity, "NUM_DRAWN", 40)
     rows = (str(phantoms / "radiology_train.json"),)
     task = TaskConfig(task="phantom", data=str(phantoms), train=rows)
     told: list[tuple[str, int, int]] = []
@@ -213,23 +218,62 @@ def test_familiarity_names_what_is_missing(phantoms: Path, tmp_path: Path) -> No
         Familiarity.load(tmp_path)
 
 
+def run_that_ends_its_answers(folder: Path, phantoms: Path) -> Path:
+    """The tiny run, which never ends an answer, with the end of text in place of a token that it often says."""
+    run_directory, base = folder / "run", folder / "base"
+    shutil.copytree(tiny_run(), run_directory)
+    shutil.copytree(tiny_run().parent / "base", base)
+    run = load_run(run_directory)
+    query = Query([user_turn("?", has_image=True)], max_new_tokens=4, logprobs=0)
+    said: Counter[int] = Counter()
+    with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query], batch_size=8) as inference:
+        images = [load_image(phantoms / f"images/held_out_{number:05d}.png") for number in range(20)]
+        queries = (replace(query, pixels=to_pixels(image, run.manifest.image)) for image in images)
+        for answer in inference.answers(queries):
+            said.update(token.token_id for token in answer.logprobs[1:])
+    tensors = load_tensors(base / "model.safetensors")
+    tensors["lm_head.weight"][2] = 1.01 * tensors["lm_head.weight"][said.most_common(1)[0][0]]
+    save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, base / "model.safetensors")
+    write_manifest(run_directory, run.manifest.model_copy(update={"language_model": str(base)}))
+    return run_directory
+
+
 def test_a_runs_confidence_is_calibrated_and_recorded(
-    phantoms: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run of a few steps is never right by itself, so its own answers to half of the questions are the references."""
-    run_directory = tmp_path / "run"
-    shutil.copytree(tiny_run, run_directory)
-    task = TaskConfig(task="phantom", data=str(phantoms), max_questions=120)
-    monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 4)
-    with pytest.raises(UserError, match="--confidence needs at least 100"):
-        measure.evaluate_confidence(run_directory, task.model_copy(update={"max_questions": 20}), tmp_path / "out")
-    monkeypatch.setattr(measure, "FEWEST_QUESTIONS", 1)
-    try:
+    """Most of the run's own answers are made the references, so that it is known how many are right."""
+    monkeypatch.setattr(measure, "FEWEST_QUESTIONS", 20)
+    run_directory = run_that_ends_its_answers(tmp_path, phantoms)
+    rows = [
+        {
+            "id": str(number),
+            "image": f"held_out_{number:05d}.png",
+            "answer_type": "closed",
+            "conversations": [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "nothing of that"}],
+        }
+        for number in range(60)
+    ]
+    task = TaskConfig(task="rows", data=str(tmp_path / "rows.json"), images=str(phantoms / "images"))
+
+    def evaluate() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
         summary = measure.evaluate_confidence(run_directory, task, tmp_path / "out")
-    except UserError as error:  # a random model may never end an answer in time
-        assert "ended its answer" in str(error)
-        return
+        return summary, json.loads((tmp_path / "out/confidence.json").read_text())["answers"]
+
+    summary, answers = evaluate()
+    assert summary["accuracy"] == 0 and summary["calibration_error_after"] < summary["calibration_error_before"]
+    for number, answer in enumerate(answers):
+        if number % 4:
+            rows[int(answer["id"])]["conversations"][1]["value"] = answer["answer"]
+    summary, again = evaluate()
+    assert [answer["is_right"] for answer in again] == [bool(number % 4) for number in range(len(answers))]
     assert read_manifest(run_directory).confidence == summary
+    assert summary["num_fitted"] + summary["num_measured"] == len(answers)
+    assert sum(each["count"] for each in summary["bins"]) == summary["num_measured"]
+    assert 1 <= summary["max_tokens"] <= measure.MAX_NEW_TOKENS
+    rows = rows[:10]
+    with pytest.raises(UserError, match="10 closed questions; --confidence needs at least 20"):
+        evaluate()
 
 
 # APIs.

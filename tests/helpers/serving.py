@@ -116,10 +116,10 @@ def add_certainty(run: Path) -> None:
     from babydoctor.model.run_dir import load_run, write_manifest
 
     loaded = load_run(run)
-    pixels = np.stack([to_pixels(load_image(png(seed)), loaded.manifest.image) for seed in range(1000, 1064)])
+    pixels = np.stack([to_pixels(load_image(png(seed)), loaded.manifest.image) for seed in range(64)])
     features = describe_images(loaded.model, pixels)
     points = Familiarity.fit(features)
-    threshold = 3 * float(points.distances(features).max())
+    threshold = 1.2 * float(points.distances(features).max())
     replace(points, threshold=threshold).save(run)
     bins = [
         {"low": 0.0, "high": 0.5, "count": 40, "num_right": 12},

@@ -43,10 +43,10 @@ def answer_log_probability(
     for token in tokens:
         known = [value for id, _, value in token.top if id != token.token_id]
         values = np.array([token.logprob, *known])  # [K]
-        num_other = max(1, vocab_size - len(values))
-        other = np.log(max(_SMALLEST, 1 - np.exp(values).sum()) / num_other)
-        scaled = np.append(values, other) * sharpness[:, None]  # [G, K + 1]
-        scaled[:, -1] += np.log(num_other)
+        scaled = values * sharpness[:, None]  # [G, K]
+        if (num_other := vocab_size - len(values)) > 0:
+            other = np.log(max(_SMALLEST, 1 - np.exp(values).sum()) / num_other)
+            scaled = np.column_stack([scaled, other * sharpness + np.log(num_other)])  # [G, K + 1]
         total += scaled[:, 0] - np.logaddexp.reduce(scaled, axis=1)
     return total
 
