@@ -51,6 +51,13 @@ from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.phantom.write import write_phantoms
 from babydoctor.schema import UserError
+from babydoctor.serve.page.certainty.texts import (
+    agreement_sentence,
+    confidence_sentence,
+    lines_under_answer,
+    percent,
+    without_image_sentence,
+)
 
 ONE = int(np.abs(np.log(TEMPERATURES)).argmin())
 """Index of temperature 1."""
@@ -274,6 +281,43 @@ def test_a_runs_confidence_is_calibrated_and_recorded(
     rows = rows[:10]
     with pytest.raises(UserError, match="10 closed questions; --confidence needs at least 20"):
         evaluate()
+
+
+# Sentences of the web UI.
+
+
+@pytest.mark.parametrize(("right", "count", "said"), [(38, 40, "right in 95 of 100 cases"), (5, 5, "too few answers")])
+def test_a_confidence_is_worded_as_what_was_measured(right: int, count: int, said: str) -> None:
+    confidence = {"value": 0.876, "num_similar": count, "num_similar_right": right, "measured_on": "phantom"}
+    ((kind, sentence),) = lines_under_answer({"confidence": confidence})
+    assert kind == "note" and sentence.startswith("Confidence 88%. On held-out phantoms, ")
+    assert said in sentence and sentence.endswith("; not measured on real images.")
+    other = confidence_sentence(confidence | {"measured_on": "vqa-rad"})
+    assert "On held-out questions (vqa-rad)" in other and other.endswith("; not measured on your images.")
+
+
+def test_an_unfamiliar_image_is_warned_of_and_gets_no_confidence() -> None:
+    confidence = {"value": 0.9, "num_similar": 40, "num_similar_right": 38, "measured_on": "phantom"}
+    lines = lines_under_answer({"familiarity": {"is_familiar": False}, "confidence": confidence})
+    assert [kind for kind, _ in lines] == ["warning", "note"] and not any("%" in sentence for _, sentence in lines)
+    nothing = {"unavailable": "no file"}
+    assert lines_under_answer({"familiarity": nothing, "confidence": nothing}) == lines_under_answer({}) == []
+    assert len(lines_under_answer({"familiarity": {"is_familiar": True}, "confidence": confidence})) == 1
+
+
+def test_a_confidence_never_claims_certainty() -> None:
+    assert [percent(share) for share in (1.0, 0.996, 0.994, 0.5, 0.0)] == [
+        *("over 99%", "over 99%", "99%", "50%", "under 1%")
+    ]
+
+
+def test_agreement_and_the_answer_without_the_image_are_not_sold_as_truth() -> None:
+    agreed = agreement_sentence(measure_agreement("CT", ["ct", "CT."]))
+    assert agreed.startswith("All 2 more answers") and "all be wrong" in agreed
+    assert agreement_sentence(measure_agreement("CT", ["ct", "MRI"])).startswith("1 of 2 more answers")
+    assert "Do not rely" in agreement_sentence(measure_agreement("CT", ["MRI", "X-ray"]))
+    assert "same without the image" in without_image_sentence("CT.", "ct")
+    assert "does not make it right" in without_image_sentence("CT", "MRI")
 
 
 # APIs.

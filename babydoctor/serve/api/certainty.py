@@ -7,6 +7,7 @@ asked for and could not be measured says why, as ``{"unavailable": REASON}``.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,12 @@ from babydoctor.eval.certainty.agreement import MAX_SAMPLES, MIN_P, TEMPERATURE,
 from babydoctor.serve.api.backend import Backend
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import CERTAINTY_NAMES, GenerateRequest
-from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer, Readable, open_all
+from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer, Readable
+
+PATIENCE_S = 10.0
+"""How long the first sample waits for a free request slot."""
+
+RETRY_S = 0.1
 
 
 class CertaintyFields(BaseModel):
@@ -55,39 +61,40 @@ async def open_answer(backend: Backend, request: GenerateRequest) -> Readable:
     wanted = [name for name in CERTAINTY_NAMES if getattr(request, name)]
     if not wanted:
         return await backend.open(request)
-    first = request.model_copy(update={"agreement": None})
-    samples = [_sample_of(first, number) for number in range(request.agreement or 0)]
-    answers = await open_all([backend.open(each) for each in (first, *samples)])
-    return CertainAnswer(answers, len(samples), wanted)
+    samples = [_sample_of(request, number) for number in range(request.agreement or 0)]
+    answer = await backend.open(request.model_copy(update={"agreement": None}))
+    return CertainAnswer(backend, answer, samples, wanted)
 
 
 def _sample_of(request: GenerateRequest, number: int) -> GenerateRequest:
     """The same question, drawn at random. The seed makes a repeated request give the same samples."""
-    drawn = {
-        "temperature": TEMPERATURE,
-        "top_p": 1.0,
-        "min_p": MIN_P,
-        "seed": ((request.seed or 0) + number + 1) % 2**63,
-    }
-    plain = {"familiarity": False, "confidence": False, "logprobs": None, "token_ids": False}
+    seed = ((request.seed or 0) + number + 1) % 2**63
+    drawn = {"temperature": TEMPERATURE, "top_p": 1.0, "min_p": MIN_P, "seed": seed}
+    plain = {"familiarity": False, "confidence": False, "agreement": None, "logprobs": None, "token_ids": False}
     return request.model_copy(update=drawn | plain)
 
 
 class CertainAnswer:
     """An answer whose last delta waits for the samples and carries the results.
 
+    The samples begin when the answer has ended, so they reuse its prompt. As many run at the same time as the backend
+    takes; the others wait for their turn.
+
     Args:
-        answers: the answer, and the samples with an ``index`` from 1 on.
+        samples: requests of the samples.
         wanted: names of ``CERTAINTY_NAMES``.
     """
 
-    def __init__(self, answers: Readable, num_samples: int, wanted: Sequence[str]) -> None:
-        self._answers = answers
+    def __init__(
+        self, backend: Backend, answer: Readable, samples: Sequence[GenerateRequest], wanted: Sequence[str]
+    ) -> None:
+        self._backend = backend
+        self._answer = answer
+        self._requests = samples
         self._wanted = wanted
         self._text = ""
-        self._samples = [""] * num_samples
-        self._failure: ApiError | None = None
         self._last: AnswerDelta | None = None
+        self._sampling: asyncio.Task[list[str]] | None = None
         self._is_done = False
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
@@ -98,40 +105,90 @@ class CertainAnswer:
         """
         if self._is_done:
             raise EndOfAnswer
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                delta = await self._answers.next(max(0.0, deadline - time.monotonic()))
-            except EndOfAnswer:
-                return self._finish()
-            if delta is None:
-                return None
-            if delta.index == 0:
-                break
-            self._samples[delta.index - 1] += delta.text
-            self._failure = self._failure or delta.error
+        if self._sampling is not None:
+            await asyncio.wait({self._sampling}, timeout=timeout_s)
+            return self._finish() if self._sampling.done() else None
+        delta = await self._answer.next(timeout_s)
+        if delta is None:
+            return None
         self._text += delta.text
         if delta.finish_reason is None:
             return delta
-        # Held back until the samples have ended; its text is shown at once.
+        # Held back until the samples have ended; what else it says is passed on at once.
         self._last = dataclasses.replace(delta, text="", token_ids=(), logprobs=())
+        self._sampling = asyncio.ensure_future(self._sample())
         return dataclasses.replace(delta, finish_reason=None, usage=None, certainty={})
 
     async def aclose(self) -> None:
         """Stop the work for it. May be called more than once."""
-        await self._answers.aclose()
+        if self._sampling is not None:
+            self._sampling.cancel()
+            await asyncio.gather(self._sampling, return_exceptions=True)
+        await self._answer.aclose()
+
+    async def _sample(self) -> list[str]:
+        """The texts of all samples.
+
+        Raises:
+            ApiError: a sample was refused or failed.
+        """
+        waiting, running = list(self._requests), set[asyncio.Task[str]]()
+        texts: list[str] = []
+        patience = time.monotonic() + PATIENCE_S
+        try:
+            while waiting or running:
+                try:
+                    while waiting:
+                        opened = await self._backend.open(waiting[0])
+                        running.add(asyncio.ensure_future(_read(opened)))
+                        waiting.pop(0)
+                except ApiError as error:
+                    if error.code != "queue_full" or not (running or time.monotonic() < patience):
+                        raise
+                if not running:
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                texts += [task.result() for task in done]
+            return texts
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     def _finish(self) -> AnswerDelta:
         self._is_done = True
-        if self._last is None:  # it ended with an error, which was passed on
-            raise EndOfAnswer
+        assert self._last is not None and self._sampling is not None
         found: dict[str, Mapping[str, Any]] = dict(self._last.certainty)
-        if self._failure is not None:
-            found["agreement"] = unavailable(f"A sampled answer failed: {self._failure.message}")
-        elif self._samples:
-            found["agreement"] = measure_agreement(self._text, self._samples)
+        failure = self._sampling.exception()
+        if isinstance(failure, ApiError):
+            found["agreement"] = unavailable(f"A sampled answer failed: {failure.message}")
+        elif failure is not None:
+            raise failure
+        elif self._requests:
+            found["agreement"] = measure_agreement(self._text, self._sampling.result())
         missing = unavailable("The server that holds this model cannot measure it.")
         return dataclasses.replace(self._last, certainty={name: found.get(name, missing) for name in self._wanted})
+
+
+async def _read(answer: Readable) -> str:
+    """The text of a whole answer.
+
+    Raises:
+        ApiError: it broke off.
+    """
+    text = ""
+    try:
+        while True:
+            delta = await answer.next(3600)
+            if delta is not None:
+                text += delta.text
+                if delta.error is not None:
+                    raise delta.error
+    except EndOfAnswer:
+        return text
+    finally:
+        await answer.aclose()
 
 
 def unavailable(reason: str) -> dict[str, str]:

@@ -164,7 +164,7 @@ def build_page_app(
         demo,
         path="/",
         theme=build_theme(),
-        css_paths=[FOLDER / "static" / "page.css", FOLDER / "static" / "viewer.css"],
+        css_paths=[FOLDER / "static" / name for name in ("page.css", "viewer.css", "certainty.css")],
         footer_links=[],
         run_history=False,
         ssr_mode=False,

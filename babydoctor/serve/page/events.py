@@ -11,6 +11,7 @@ import gradio as gr
 
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.certainty.handlers import CertaintyHandlers
 from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHandlers
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.examples import build_examples
@@ -87,7 +88,7 @@ class WebUI:
     @property
     def _chat(self) -> list[Any]:
         ui = self.ui
-        return [ui.chat, ui.question, ui.send, ui.stop, ui.follow, ui.status, ui.overlay, ui.words]
+        return [ui.chat, ui.question, ui.send, ui.stop, ui.follow, ui.status, ui.overlay, ui.words, ui.certainty.result]
 
     def _connect_tab(self, demo: gr.Blocks) -> None:
         ui = self.ui
@@ -172,6 +173,9 @@ class WebUI:
         ui.export.click(answers.on_export, None, [ui.exported, ui.status], **PRIVATE).then(
             None, [ui.exported], None, js=script("download(text)", "text")
         )
+        sure = CertaintyHandlers(ui, self.sessions, self.client)
+        ui.certainty.sample.click(sure.on_sample, None, [ui.certainty.result, ui.status], **ONCE)
+        ui.certainty.hide.click(sure.on_hide, None, [ui.certainty.result, ui.status], **ONCE)
         ui.look.click(answers.on_look, None, [ui.overlay, ui.words, ui.status], **PRIVATE)
         ui.words.select(answers.on_word, None, [ui.overlay, ui.status], **PRIVATE)
         feedback = [ui.verdict, ui.errors, ui.comment, ui.consent, ui.with_image]

@@ -123,6 +123,7 @@ def export_session(session: Session) -> str:
                 "question": exchange.question,
                 "answer": exchange.answer,
                 "ended": exchange.ended,
+                "certainty": exchange.certainty,
             }
             for exchange in session.exchanges
         ],

@@ -9,6 +9,7 @@ import gradio as gr
 
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
+from babydoctor.serve.page.certainty.panel import CertaintyPanel
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
 from babydoctor.serve.page.pacs.panel import PacsPanel, StorePanel
@@ -108,6 +109,7 @@ class Layout:
                 self._build_image(examples, pacs)
             with gr.Column(scale=6, min_width=340):
                 self._build_chat()
+                self.certainty = CertaintyPanel()
                 self._build_look_and_settings()
                 self._build_feedback(takes_feedback)
                 self.store = StorePanel(pacs)

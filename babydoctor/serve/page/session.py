@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class Exchange:
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
     stop_requested: bool = False
+    certainty: dict[str, Any] = field(default_factory=dict)
+    """What the API said beside the answer, see ``serve/api/certainty.py``."""
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )
