@@ -60,6 +60,7 @@ def evaluate_familiarity(
     out: Path,
     *,
     unfamiliar: Path | None = None,
+    max_references: int = MAX_REFERENCES,
     seed: int = 0,
     device: str = "cpu",
     progress: OnImage | None = None,
@@ -70,6 +71,7 @@ def evaluate_familiarity(
         task_config: its images are held out from training; ``train`` names the training rows, by default those in the
             run's ``config.yaml``.
         unfamiliar: folder of photographs.
+        max_references: training images to keep.
 
     Raises:
         UserError: the training images are not on this machine, or the task has too few images.
@@ -78,7 +80,7 @@ def evaluate_familiarity(
     task = load_task(task_config)
     run = load_run(run_directory, device=device)
     held_out = _held_out_pictures(task, seed)
-    references, count = _train_pictures(run_directory, task_config.train, seed)
+    references, count = _train_pictures(run_directory, task_config.train, max_references, seed)
     features = _describe(run, references, count, "training images", progress)
     if len(features) <= NEIGHBORS:
         raise UserError(f"the training rows have {len(features)} images; --familiarity needs more than {NEIGHBORS}")
@@ -159,8 +161,10 @@ def _held_out_pictures(task: Task, seed: int) -> list[Image.Image]:
     return [load_image(source) for index in order if (source := sources[keys[index]]) is not None]
 
 
-def _train_pictures(run_directory: Path, train: Sequence[str], seed: int) -> tuple[Iterator[Image.Image], int]:
-    """Different training images, at most ``MAX_REFERENCES``, and their number."""
+def _train_pictures(
+    run_directory: Path, train: Sequence[str], max_references: int, seed: int
+) -> tuple[Iterator[Image.Image], int]:
+    """Different training images, chosen at random, and their number."""
     rows, images = read_train_sources(run_directory)
     rows = list(train) or rows
     if not rows:
@@ -170,7 +174,7 @@ def _train_pictures(run_directory: Path, train: Sequence[str], seed: int) -> tup
     folder = images or Path(rows[0]).parent / "images"
     samples = load_dataset_rows(rows, folder, "quarantine")
     references = list({sample.image: None for sample in samples if sample.image is not None})
-    order = np.random.default_rng(seed).permutation(len(references))[:MAX_REFERENCES]
+    order = np.random.default_rng(seed).permutation(len(references))[:max_references]
     opened = ImageFolder(folder)
     return (read_image(references[index], opened) for index in order), len(order)
 
