@@ -286,7 +286,9 @@ def test_a_runs_confidence_is_calibrated_and_recorded(
 # Sentences of the web UI.
 
 
-@pytest.mark.parametrize(("right", "count", "said"), [(38, 40, "right in 95 of 100 cases"), (5, 5, "too few answers")])
+@pytest.mark.parametrize(
+    ("right", "count", "said"), [(37, 40, "right in 90 of 100 cases"), (40, 40, "98 of 100"), (5, 5, "too few answers")]
+)
 def test_a_confidence_is_worded_as_what_was_measured(right: int, count: int, said: str) -> None:
     confidence = {"value": 0.876, "num_similar": count, "num_similar_right": right, "measured_on": "phantom"}
     ((kind, sentence),) = lines_under_answer({"confidence": confidence})

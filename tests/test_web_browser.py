@@ -12,6 +12,7 @@ from helpers.web_ui import (
     PATIENT,
     TIMEOUT_MS,
     Parts,
+    answers,
     ask,
     browser,
     enter,

@@ -127,21 +127,20 @@ class CertainAnswer:
         await self._answer.aclose()
 
     async def _sample(self) -> list[str]:
-        """The texts of all samples.
+        """The texts of all samples, in the order of their seeds.
 
         Raises:
             ApiError: a sample was refused or failed.
         """
-        waiting, running = list(self._requests), set[asyncio.Task[str]]()
-        texts: list[str] = []
+        started: list[asyncio.Task[str]] = []
+        running: set[asyncio.Task[str]] = set()
         patience = time.monotonic() + PATIENCE_S
         try:
-            while waiting or running:
+            while len(started) < len(self._requests) or running:
                 try:
-                    while waiting:
-                        opened = await self._backend.open(waiting[0])
-                        running.add(asyncio.ensure_future(_read(opened)))
-                        waiting.pop(0)
+                    for request in self._requests[len(started) :]:
+                        started.append(asyncio.ensure_future(_read(await self._backend.open(request))))
+                        running.add(started[-1])
                 except ApiError as error:
                     if error.code != "queue_full" or not (running or time.monotonic() < patience):
                         raise
@@ -149,8 +148,9 @@ class CertainAnswer:
                     await asyncio.sleep(RETRY_S)
                     continue
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                texts += [task.result() for task in done]
-            return texts
+                for task in done:
+                    task.result()  # one that failed ends the others
+            return [task.result() for task in started]
         finally:
             for task in running:
                 task.cancel()
