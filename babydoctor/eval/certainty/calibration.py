@@ -20,7 +20,7 @@ import numpy as np
 from babydoctor.engine.request import TokenLogprob
 
 NUM_TOP = 8
-"""Alternatives of each token. More change nothing that could be measured, and each costs time to spell."""
+"""Alternatives of each token. Each costs time to spell on the engine's thread."""
 
 NUM_BINS = 10
 """Bins with equally many answers, of which the web UI quotes one."""
@@ -48,7 +48,7 @@ def answer_log_probability(
             other = np.log(max(_SMALLEST, 1 - np.exp(values).sum()) / num_other)
             scaled = np.column_stack([scaled, other * sharpness + np.log(num_other)])  # [G, K + 1]
         total += scaled[:, 0] - np.logaddexp.reduce(scaled, axis=1)
-    return total
+    return np.minimum(total, 0.0)  # rounding may lift a probability of 1 above it
 
 
 def fit_temperature(log_probabilities: np.ndarray, right: np.ndarray) -> int:

@@ -6,7 +6,7 @@ One half of the images sets the temperature, and the other half measures the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ BATCH_SIZE = 64
 
 FEWEST_QUESTIONS = 100
 """With fewer, a bin holds less than five answers."""
+
+FEWEST_IMAGES = 10
+"""They are split into halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,9 @@ def evaluate_confidence(
         if progress is not None:
             progress(number, len(questions))
     _check_count(len(answers), f"the model ended its answer within {MAX_NEW_TOKENS} tokens to")
+    num_images = len({answer.image_key for answer in answers})
+    if num_images < FEWEST_IMAGES:
+        raise UserError(f"the questions are about {num_images} images; --confidence needs at least {FEWEST_IMAGES}")
     summary = {"task": task_config.task, "num_questions": len(questions), **_summarize(answers, seed)}
     write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"confidence": summary}))
     out.mkdir(parents=True, exist_ok=True)
@@ -99,14 +105,20 @@ def _check_count(count: int, subject: str) -> None:
 
 def _ask(run: Run, questions: list[Question], engine: Mapping[str, Any] | None) -> Iterator[ScoredAnswer | None]:
     """Greedy answers in order; None for one that the model did not end."""
-    turns = {question.id: [user_turn(question.prompt, has_image=question.image is not None)] for question in questions}
-    bare = [Query(turns[question.id], max_new_tokens=MAX_NEW_TOKENS, logprobs=NUM_TOP) for question in questions]
+    bare = [
+        Query(
+            [user_turn(question.prompt, has_image=question.image is not None)],
+            max_new_tokens=MAX_NEW_TOKENS,
+            logprobs=NUM_TOP,
+            id=question.id,
+        )
+        for question in questions
+    ]
     parts = (run.model, run.tokenizer, run.manifest)
     with Inference.for_queries(*parts, bare, batch_size=BATCH_SIZE, engine=engine) as inference:
         images = ConditionedImages(questions, "right", inference.image_settings)
         queries = (
-            Query(query.turns, images.pixels(question), max_new_tokens=MAX_NEW_TOKENS, logprobs=NUM_TOP, id=question.id)
-            for question, query in zip(questions, bare, strict=True)
+            replace(query, pixels=images.pixels(question)) for question, query in zip(questions, bare, strict=True)
         )
         for question, answer in zip(questions, inference.answers(queries), strict=True):
             if answer.finish_reason != "stop":
