@@ -97,7 +97,8 @@ def run(
 ) -> None:
     """Ask a run, or any server, the questions of a task and score the answers.
 
-    The same command continues an interrupted evaluation.
+    The same command continues an interrupted evaluation. Under ``accelerate launch -m babydoctor eval``, the ranks
+    share the questions.
     """
     from babydoctor.cli.eval_measure import measure_confidence, measure_familiarity, measure_localization
     from babydoctor.config import TaskConfig
@@ -105,15 +106,14 @@ def run(
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.endpoint import Endpoint
     from babydoctor.eval.reporting.model_card import update_model_card as update_card
-    from babydoctor.eval.run import EvalConfig, evaluate
+    from babydoctor.eval.run import EvalConfig, answer_share, evaluate
     from babydoctor.progress import named_progress
+    from babydoctor.ranks import check_alone, join_ranks
 
     if (endpoint is None) != (model is None):
         raise UserError("--endpoint URL and --model NAME belong together")
     if endpoint is None:
         prepare_inference()
-    if localization and (task != "phantom" or run_directory is None):
-        raise UserError("--localization needs a run directory and --task phantom")
     task_config = TaskConfig(
         task=task,
         data=data,
@@ -126,8 +126,9 @@ def run(
     )
     settings = {**parse_overrides(overrides or []), "on_start": prepare_engine}
     if localization or familiarity or confidence:
-        if run_directory is None:
-            raise UserError("--familiarity and --confidence need a run directory")
+        check_alone("measuring a run")
+        if run_directory is None or (localization and task != "phantom"):
+            raise UserError("--familiarity and --confidence need a run directory, --localization also --task phantom")
         if localization:
             measure_localization(run_directory, Path(data), out, max_questions)
         if familiarity:
@@ -142,10 +143,14 @@ def run(
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    with named_progress() as update:
+    with join_ranks() as ranks, named_progress() as update:
+        if ranks.rank > 0 and run_directory is not None:
+            answer_share(out, task_config, config, run=run_directory, device=device, engine=settings, ranks=ranks)
+            return
 
         def advance(condition: str, done: int, total: int) -> None:
-            update(f"{condition} image", done, total)
+            share = "" if ranks.size == 1 else f" (this rank's share, 1 of {ranks.size})"
+            update(f"{condition} image{share}", done, total)
 
         result = evaluate(
             out,
@@ -157,6 +162,7 @@ def run(
             device=device,
             progress=advance,
             engine=settings,
+            ranks=ranks,
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")

@@ -15,10 +15,18 @@ import torch
 
 from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
 from babydoctor.interop.plain import PlainRun
+from babydoctor.model.families import DECODERS, TOWERS, has_class_token
 from babydoctor.model.weights import ShardWriter
+from babydoctor.schema import UserError
 
+_MISTRAL_TEMPLATE = "mistral_instruct"
 _NAME_HINTS = {"llava_llama_2": "llava-llama-2", "v1": "llava-v1", "plain": "llava", "llama_2": "llava-llama-2"}
 """The original code chooses a template by these parts of a model's name (``llava/eval/run_llava.py``)."""
+
+_ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+"""``model_type`` of the language model -> the original code's class."""
+
+_MODEL_TYPES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausalLM": "llava_mistral"}
 
 
 def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
@@ -26,7 +34,11 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
 
     Returns:
         Lines for the user about how to use it.
+
+    Raises:
+        UserError: the original code has no class for this language model or tower.
     """
+    architecture, name_note = _architecture(run), _name_note(run)
     shards = ShardWriter(out)
     for name, weight in run.language_weights("Writing the language model"):
         shards.write(name, weight.to(dtype))
@@ -36,14 +48,40 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
         shards.write(f"{TOWER_PREFIX}vision_model.{name}", weight.to(dtype))
     shards.close()
     _write_tower(run, out / "vision_tower")
-    _write_config(run, out, dtype)
+    _write_config(run, out, dtype, architecture)
     _write_tokenizer(run, out)
     return [
         "config.json names the tower as ./vision_tower: run the original code in this directory, or set "
         "mm_vision_tower to openai/clip-vit-large-patch14 or to the path of the tower.",
-        f"The original code chooses the template by the directory's name: the name must contain "
-        f"{_NAME_HINTS[run.manifest.template]!r}, and not 'lora'.",
+        name_note,
     ]
+
+
+def _architecture(run: PlainRun) -> str:
+    """The original code's class for this run."""
+    family = run.language_config.model_type
+    if family not in _ARCHITECTURES or not has_class_token(run.vision_config):
+        names = DECODERS[family], TOWERS[run.vision_config.model_type]
+        raise UserError(
+            f"{run.path}: the original LLaVA code has no {names[0]} with a {names[1]} tower; it has LLaMA and Mistral "
+            "with CLIP. Export with --format hf"
+        )
+    return _ARCHITECTURES[family]
+
+
+def _name_note(run: PlainRun) -> str:
+    """How the directory must be named: the original code chooses class and template by that."""
+    template, is_mistral = run.manifest.template, run.language_config.model_type == "mistral"
+    if template not in (*_NAME_HINTS, _MISTRAL_TEMPLATE):
+        raise UserError(f"{run.path}: the original LLaVA code has no template {template!r}. Export with --format hf")
+    if not is_mistral and template != _MISTRAL_TEMPLATE:
+        return (
+            "The original code chooses the template by the directory's name: the name must contain "
+            f"{_NAME_HINTS[template]!r}, and not 'lora'."
+        )
+    name = "must contain 'llava-mistral', and not 'lora'" if is_mistral else "must contain 'llava', and not 'mistral'"
+    mode = "" if is_mistral and template == _MISTRAL_TEMPLATE else f" Give it --conv-mode {template}."
+    return f"The original code chooses the model's class by the directory's name: the name {name}.{mode}"
 
 
 def _write_tower(run: PlainRun, out: Path) -> None:
@@ -61,11 +99,11 @@ def _write_tower(run: PlainRun, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _write_config(run: PlainRun, out: Path, dtype: torch.dtype) -> None:
+def _write_config(run: PlainRun, out: Path, dtype: torch.dtype, architecture: str) -> None:
     config = {
         **run.language_config_values(),
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
         "torch_dtype": str(dtype).removeprefix("torch."),
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": run.manifest.image_mode,
