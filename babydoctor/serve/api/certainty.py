@@ -132,6 +132,7 @@ class CertainAnswer:
         Raises:
             ApiError: a sample was refused or failed.
         """
+        opened: list[Readable] = []
         started: list[asyncio.Task[str]] = []
         running: set[asyncio.Task[str]] = set()
         patience = time.monotonic() + PATIENCE_S
@@ -139,7 +140,8 @@ class CertainAnswer:
             while len(started) < len(self._requests) or running:
                 try:
                     for request in self._requests[len(started) :]:
-                        started.append(asyncio.ensure_future(_read(await self._backend.open(request))))
+                        opened.append(await self._backend.open(request))
+                        started.append(asyncio.ensure_future(_read(opened[-1])))
                         running.add(started[-1])
                 except ApiError as error:
                     if error.code != "queue_full" or not (running or time.monotonic() < patience):
@@ -148,13 +150,14 @@ class CertainAnswer:
                     await asyncio.sleep(RETRY_S)
                     continue
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()  # one that failed ends the others
+                await asyncio.gather(*done)  # one that failed ends the others
             return [task.result() for task in started]
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            # A task that is canceled before it begins closes nothing itself.
+            await asyncio.gather(*(answer.aclose() for answer in opened))
 
     def _finish(self) -> AnswerDelta:
         self._is_done = True
