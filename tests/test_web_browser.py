@@ -12,6 +12,7 @@ from helpers.web_ui import (
     PATIENT,
     TIMEOUT_MS,
     Parts,
+    answers,
     ask,
     browser,
     enter,
@@ -221,6 +222,29 @@ def _use_a_phone(tab) -> None:
     # The same browser does not show the notice again.
     tab.reload()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def test_how_sure_it_is(tab):
+    """The tiny run knows images of noise only, so it is warned of a CT."""
+    enter(tab)
+    load_example(tab)
+    shorten(tab, 16)
+    ask(tab, "What is it?")
+    first = wait_for_answer(tab)
+    expect(tab.locator("#bd-chat .bd-sure.warning")).to_contain_text("unlike the images that the model was trained on")
+    tab.get_by_role("button", name="How sure is it?").click()
+    result = tab.locator("#bd-certainty")
+    tab.get_by_role("button", name="Ask 5 more times").click()
+    expect(result).to_contain_text("more answers, drawn at random")
+    tab.get_by_role("button", name="Ask without the image").click()
+    expect(result.locator("dt").nth(1)).to_have_text("Without the image")
+    expect(result.locator("dd").first).to_have_text(first, use_inner_text=True)
+    expect(answers(tab)).to_have_count(1)  # the conversation is as it was
+    load(tab, png(3))
+    expect(result).to_be_hidden()
+    ask(tab, "What is it?")
+    wait_for_answer(tab)
+    expect(tab.locator("#bd-chat .bd-sure")).to_have_count(0)
 
 
 @pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")

@@ -8,6 +8,7 @@
       projector.safetensors
       adapter/                 the stage's LoRA in peft's format (absent if it trained none)
       base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
+      familiarity.safetensors  points of the training images, after `babydoctor eval RUN --familiarity`
       language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
@@ -97,6 +98,10 @@ class Manifest(BaseModel):
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
     """How often the peak of an occlusion map is on the finding, measured by ``eval --localization``."""
+    familiarity: dict[str, Any] | None = None
+    """How well the run notices unfamiliar images, measured by ``eval --familiarity``."""
+    confidence: dict[str, Any] | None = None
+    """Temperature and calibration of token probabilities, measured by ``eval --confidence``."""
 
     @property
     def image(self) -> ImageSettings:

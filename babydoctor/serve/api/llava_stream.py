@@ -21,6 +21,7 @@ from babydoctor.serve.api.errors import (
     known_code,
     overflow_error,
 )
+from babydoctor.serve.api.protocol import CERTAINTY_NAMES
 from babydoctor.serve.api.streaming import AnswerDelta
 
 OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
@@ -70,7 +71,7 @@ class LlavaWriter:
             ]
         if self._token_ids and delta.token_ids:
             data["token_ids"] = delta.token_ids
-        return data
+        return data | dict(delta.certainty)
 
     def encode(self, delta: AnswerDelta | None) -> bytes:
         """The messages for one delta; None repeats the last text, the only keep-alive that LLaVA's clients know."""
@@ -151,6 +152,7 @@ class LlavaReader:
             _usage(message.get("usage")),
             tuple(message.get("token_ids") or ()),
             tuple(_logprobs(message.get("logprobs"))),
+            certainty={name: message[name] for name in CERTAINTY_NAMES if isinstance(message.get(name), dict)},
         )
 
 

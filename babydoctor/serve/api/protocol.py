@@ -35,6 +35,9 @@ Text = Annotated[str, AfterValidator(check_text)]
 MAX_STOPS = 32
 """Most stop strings of a request. Every token is checked against each of them."""
 
+CERTAINTY_NAMES = ("familiarity", "confidence", "agreement")
+"""What a request may ask for beside its answer; fields of requests and of last messages."""
+
 StopText = Annotated[Text, Field(max_length=1024)]
 
 
@@ -115,6 +118,15 @@ class GenerateRequest(Sampling):
         None,
         max_length=MAX_NEW_TOKENS,
         description="Tokens that another worker has already generated; the answer continues after them.",
+    )
+    familiarity: bool = Field(
+        False, description="The last message says whether the image is like those that the model was trained on."
+    )
+    confidence: bool = Field(
+        False, description="The last message has the calibrated probability that a short answer is right."
+    )
+    agreement: int | None = Field(
+        None, ge=2, le=8, description="This many more answers are sampled; the last message says how many are the same."
     )
     system: Text | None = Field(None, description="System prompt of `turns`; null: the template's own.")
     turns: list[PromptTurn] | None = Field(

@@ -169,7 +169,7 @@ def build_page_app(
         theme=build_theme(),
         css_paths=[
             FOLDER / "static" / name
-            for name in ("page.css", "viewer.css", "study.css", "conversation.css", "layout.css")
+            for name in ("page.css", "viewer.css", "study.css", "certainty.css", "conversation.css", "layout.css")
         ],
         head='<link rel="stylesheet" href="page/static/frame.css">',
         footer_links=[],

@@ -56,6 +56,12 @@ class ControllerClient:
         """How the model makes a picture square: ``pad`` or ``square``."""
         return str((await self._post("/model_details", {"model": model})).get("image_mode", "pad"))
 
+    async def image_mean(self, model: str) -> tuple[float, float, float]:
+        """The color that the model sees as nothing, from 0 to 1; gray where its worker does not say."""
+        details = await self._post("/model_details", {"model": model})
+        red, green, blue = details.get("image_mean") or (0.5, 0.5, 0.5)
+        return float(red), float(green), float(blue)
+
     async def shows_attention(self, model: str) -> bool:
         """True where the model's worker can tell where it looked. Workers for other servers cannot."""
         try:
@@ -93,8 +99,12 @@ class ControllerClient:
         except httpx.HTTPError as error:
             raise _transport_error(error, has_begun=False) from None
 
-    async def answer(self, exchange: Exchange, turns: Sequence[Turn]) -> AsyncIterator[None]:
+    async def answer(
+        self, exchange: Exchange, turns: Sequence[Turn], agreement: int | None = None
+    ) -> AsyncIterator[None]:
         """Fill ``exchange`` with the model's answer; yields after each change.
+
+        ``agreement`` samples this many more answers, which ``exchange.certainty`` then compares.
 
         Leaving the iteration, or ``exchange.stop_requested``, closes the connection, and that stops the model.
 
@@ -115,6 +125,9 @@ class ControllerClient:
             "max_new_tokens": sampling.max_new_tokens,
             "stop": template.stop,
             "echo": False,
+            "familiarity": True,
+            "confidence": True,
+            "agreement": agreement,
         }
         try:
             async with open_llava_stream(self._http, body) as stream:
@@ -155,6 +168,7 @@ async def _read(stream: LlavaStream, exchange: Exchange) -> AsyncIterator[None]:
             return
         if delta is not None:
             exchange.answer += delta.text
+            exchange.certainty |= delta.certainty
             changed = changed or bool(delta.text)
             exchange.ended = delta.finish_reason or exchange.ended
             if delta.error is not None:

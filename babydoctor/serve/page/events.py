@@ -10,6 +10,7 @@ import gradio as gr
 
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.certainty.handlers import CertaintyHandlers
 from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHandlers
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.conversation.look import LookHandlers
@@ -94,7 +95,7 @@ class WebUI:
     def _chat(self) -> list[Any]:
         ui = self.ui
         chat = [ui.chat, ui.turn_note, ui.question, ui.send, ui.stop, ui.follow, ui.status]
-        return [*chat, ui.overlay, ui.words, ui.look_status]
+        return [*chat, ui.overlay, ui.words, ui.look_status, ui.certainty.result]
 
     def _connect_tab(self, demo: gr.Blocks) -> None:
         ui = self.ui
@@ -179,6 +180,9 @@ class WebUI:
         connect_look(ui, self.look, PRIVATE)
         connect_turns(ui, self.sessions, self.client, self._chat, PRIVATE)
         connect_draft(ui, self.sessions, self.client, PRIVATE)
+        sure = CertaintyHandlers(ui, self.sessions, self.client)
+        ui.certainty.sample.click(sure.on_sample, None, [ui.certainty.result, ui.status], **ONCE)
+        ui.certainty.hide.click(sure.on_hide, None, [ui.certainty.result, ui.status], **ONCE)
         feedback = [ui.verdict, ui.errors, ui.comment, ui.consent, ui.with_image]
         ui.save.click(answers.on_save, feedback, [*feedback, ui.saved, ui.status], **PRIVATE)
 

@@ -139,6 +139,7 @@ def export_session(session: Session) -> str:
                 "turns": [{"role": turn.role, "text": turn.text} for turn in exchange.turns],
                 "answer": exchange.answer,
                 "ended": exchange.ended,
+                "certainty": exchange.certainty,
             }
             for exchange in session.exchanges
         ],

@@ -61,8 +61,8 @@ class Handlers:
         }
 
     def no_overlay(self) -> Changes:
-        """Clear "Where it looked"."""
-        return {self.ui.overlay: "", self.ui.words: "", self.ui.look_status: ""}
+        """Clear "Where it looked" and "How sure is it?"."""
+        return {self.ui.overlay: "", self.ui.words: "", self.ui.look_status: "", self.ui.certainty.result: ""}
 
 
 def event_values(event: gr.EventData) -> dict[str, Any]:

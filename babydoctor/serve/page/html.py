@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.certainty.texts import lines_under_answer
 from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
@@ -198,10 +199,23 @@ def _message(exchange: Exchange) -> dict[str, Any]:
         "question": exchange.question,
         "answer": markdown(answer or ("(no words)" if exchange.ended else "…")),
         "note": texts.ENDINGS.get(exchange.ended, ""),
+        "certainty": lines_under_answer(exchange.certainty),
         "thumbnail": exchange.view.thumbnail,
         "source": exchange.source,
         "copy_text": answer if exchange.ended else "",
     }
+
+
+def sampled_answers(question: str, sentence: str, groups: Sequence[tuple[str, int]]) -> str:
+    """Sampled answers to a question, each distinct text with its count."""
+    answers = [(f"{count} time{'s' if count > 1 else ''}", text) for text, count in groups]
+    return _render("certainty.html", question=question, sentence=sentence, answers=answers)
+
+
+def answer_without_image(question: str, answer: str, hidden: str, sentence: str) -> str:
+    """An answer beside the answer to the same question without the image."""
+    answers = [("With the image", answer), ("Without the image", hidden)]
+    return _render("certainty.html", question=question, sentence=sentence, answers=answers)
 
 
 def chips(labels: Iterable[str]) -> str:

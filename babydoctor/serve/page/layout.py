@@ -9,6 +9,7 @@ import gradio as gr
 
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
+from babydoctor.serve.page.certainty.panel import CertaintyPanel
 from babydoctor.serve.page.conversation.draft import MAX_SECTION_CHARS
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
@@ -112,6 +113,7 @@ class Layout:
             with gr.Column(scale=6, min_width=340, elem_id="bd-column-chat"):
                 self._build_chat()
             with gr.Column(scale=4, min_width=280, elem_id="bd-column-side"):
+                self.certainty = CertaintyPanel()
                 self._build_look_and_settings()
                 self._build_report()
                 self._build_feedback(takes_feedback)

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,8 @@ class Exchange:
     stop_requested: bool = False
     shown_s: float | None = None
     """When the whole answer was first shown (``time.monotonic``)."""
+    certainty: dict[str, Any] = field(default_factory=dict)
+    """What the API said beside the answer, see ``serve/api/certainty.py``."""
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )

@@ -149,6 +149,7 @@ SENTENCES: dict[str, str] = {
     "no_question": "Please write a question first.",
     "image_in_question": "The question holds the text “<image>”, which the model uses as a mark. Please leave it out.",
     "no_answer": "There is no answer yet. Ask a question first.",
+    "cannot_sample": "The model's server cannot ask the question several times. Nothing was compared.",
     "still_answering": "The model is still answering. Wait for the end, or press “Stop” first.",
     "session_lost": "The server was restarted and has lost your image and conversation. Please reload this tab.",
     "session_gone": "The server no longer has the image and the conversation of this tab. Please load the image again.",

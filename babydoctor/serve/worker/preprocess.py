@@ -22,6 +22,7 @@ from babydoctor.engine.request import (
 )
 from babydoctor.engine.tokens.constraint import JsonConstraint, JsonGrammars
 from babydoctor.errors import UserError
+from babydoctor.eval.certainty.calibration import NUM_TOP
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.schema import Example, Turn
@@ -128,7 +129,7 @@ class Preprocessor:
             logit_bias=tuple((request.logit_bias or {}).items()),
             stop=request.stops,
             seed=request.seed,
-            logprobs=min(20, int(request.logprobs) - 1) if request.logprobs else None,
+            logprobs=_num_logprobs(request),
             timeout_s=self._limits.request_timeout_s,
             ignore_eos=request.ignore_eos,
             constraint=self._constraint(request.json_schema, resume_ids),
@@ -172,6 +173,12 @@ class Preprocessor:
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
         return ImageInput(key, pixels)
+
+
+def _num_logprobs(request: GenerateRequest) -> int | None:
+    """Alternatives of each token that the client or its confidence needs; None: no log-probabilities."""
+    asked = min(20, int(request.logprobs) - 1) if request.logprobs else None
+    return max(asked or 0, NUM_TOP) if request.confidence else asked
 
 
 def _last_text_ids(example: Example) -> tuple[int, ...]:

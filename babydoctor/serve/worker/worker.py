@@ -28,6 +28,7 @@ from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
+from babydoctor.serve.worker.certainty import CertaintyMeter
 from babydoctor.serve.worker.health import Health
 from babydoctor.serve.worker.occlusion import OcclusionMaps
 from babydoctor.serve.worker.preprocess import Preprocessor, api_error
@@ -56,12 +57,12 @@ class Worker(SingleModelBackend):
         self._preprocessor = Preprocessor(run, engine, settings.limits)
         timeout_s = settings.limits.request_timeout_s
         self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
+        self._certainty = CertaintyMeter(run, engine, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None
-        retention_dir = settings.worker.retention_dir
-        self._retention = Retention(retention_dir) if retention_dir else None
+        self._retention = Retention(folder) if (folder := settings.worker.retention_dir) else None
         self._add_gauges()
 
     # The methods of a backend that the common routes call.
@@ -120,11 +121,9 @@ class Worker(SingleModelBackend):
         return {
             "context_length": self.engine.max_context,
             "model": self.name,
-            "template": manifest.template,
-            "image_size": manifest.image_size,
-            "image_mode": manifest.image_mode,
             "image_tokens": self.run.model.num_patches,
-            "localization": manifest.localization,
+            **{name: getattr(manifest, name) for name in ("template", "image_size", "image_mode", "image_mean")},
+            **{name: getattr(manifest, name) for name in ("localization", "familiarity", "confidence")},
             "stages": [stage.name for stage in manifest.lineage],
         }
 
@@ -202,6 +201,7 @@ class Worker(SingleModelBackend):
             images=prepared.images if self._retention else (),
             num_tokens=len(request.resume_ids or ()),
             received_s=received_s,
+            **self._certainty.measure(request, prepared),
         )
         answered.answer = AnswerStream(lambda: self._stop(answered))
         self._open.add(answered)
