@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
+from babydoctor.conversation import get_template, move_image_first, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
 from babydoctor.engine.request import (
     EngineClosedError,
@@ -66,7 +66,11 @@ class Preprocessor:
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def encode(self, prompt: str) -> Example:
-        """A prompt with ``<image>`` for each image -> ids and image positions."""
+        """A prompt with ``<image>`` for each image -> ids and image positions.
+
+        A single image moves to the front of the first question, where LLaVA's training and its clients put it.
+        """
+        prompt = move_image_first(prompt, get_template(self._run.manifest.template))
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
