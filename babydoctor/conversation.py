@@ -156,6 +156,28 @@ def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn
     return system, turns
 
 
+def image_first(text: str) -> str:
+    """Move ``<image>`` to the front, followed by a newline, as the original LLaVA code does before templating."""
+    return (IMAGE_TOKEN + "\n" + text.replace(IMAGE_TOKEN, "").strip()).strip()
+
+
+def move_image_first(prompt: str, template: Template) -> str:
+    """Move the image of a rendered prompt to the front of the first question, as ``image_first`` does in training.
+
+    A prompt that is not a conversation in the template, or that has several images, stays as it is.
+    """
+    if prompt.count(IMAGE_TOKEN) != 1 or not template.keeps_user_text:
+        return prompt
+    try:
+        _, turns = parse_prompt(prompt, template)
+    except UserError:
+        return prompt
+    question = turns[0].text
+    if IMAGE_TOKEN not in question or question.lstrip().startswith(IMAGE_TOKEN):
+        return prompt
+    return prompt.replace(question, image_first(question))
+
+
 def _split_opening(prompt: str, template: Template) -> tuple[str | None, str]:
     before, _, after = template.opening.partition("{system}")
     own = template.opening.replace("{system}", template.system)

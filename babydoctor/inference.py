@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.rows import image_first
+from babydoctor.conversation import get_template, image_first, render_prompt
 from babydoctor.data.template_tokens import check_template, end_token_ids
 from babydoctor.data.tokens import encode
 from babydoctor.engine.engine import Engine

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from babydoctor.conversation import image_first
 from babydoctor.data.converted import ConvertedRows, is_converted
 from babydoctor.data.dataset_rows import EMBEDDED
 from babydoctor.data.images import ImageFolder
@@ -51,11 +52,6 @@ def parse_row(row: Any, source: str) -> Sample:
     if content.image is not None:
         turns = [Turn("user", image_first(turns[0].text)), *turns[1:]]
     return Sample(id=id, turns=tuple(turns), image=content.image, source=source, system=content.system)
-
-
-def image_first(text: str) -> str:
-    """Move ``<image>`` to the front, followed by a newline, as the original LLaVA code does before templating."""
-    return (IMAGE_TOKEN + "\n" + text.replace(IMAGE_TOKEN, "").strip()).strip()
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

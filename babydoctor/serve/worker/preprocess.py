@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
+from babydoctor.conversation import get_template, move_image_first, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
 from babydoctor.engine.request import (
     EngineClosedError,
@@ -69,10 +69,12 @@ class Preprocessor:
     def encode(self, prompt: str) -> Example:
         """A prompt with ``<image>`` for each image -> ids and image positions.
 
-        Some clients write the begin-of-sequence token of the published chat template, which ``tokens.encode`` adds.
+        Some clients write the begin-of-sequence token of the published chat template, which ``tokens.encode`` adds. A
+        single image moves to the front of the first question, where LLaVA's training and its clients put it.
         """
-        begin = get_template(self._run.manifest.template).begin
-        return encode(split_images(prompt.removeprefix(begin)), self._run.tokenizer, self._num_patches)
+        template = get_template(self._run.manifest.template)
+        prompt = move_image_first(prompt.removeprefix(template.begin), template)
+        return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
         """Encode the turns if the client sent messages, so that no text in them can become a control token.
