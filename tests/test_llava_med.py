@@ -25,6 +25,7 @@ from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
+from babydoctor.interop.llava_source import open_source
 from babydoctor.model.run_dir import load_run, read_manifest
 from babydoctor.schema import Turn
 
@@ -86,6 +87,26 @@ def test_the_manifest_says_what_was_imported(run: Path) -> None:
     assert (manifest.image_size, manifest.max_length) == (42, 2048)
     config = json.loads((run / "language_model" / "config.json").read_text())
     assert config["num_key_value_heads"] == 2 and not any(key.startswith(("mm_", "tune_")) for key in config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family", "template"),
+    [
+        ({"sliding_window": 4096}, "mistral", "mistral_instruct"),
+        ({"sliding_window": None}, "llama", "mistral_instruct"),
+        ({"model_type": "llava_qwen"}, "qwen2", "chatml"),
+        ({"model_type": "llava_llama"}, "llama", "llava_llama_2"),
+    ],
+)
+def test_family_and_template_follow_from_the_configuration(
+    source: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], family: str, template: str
+) -> None:
+    folder = source[0]
+    config = json.loads((folder / "llava-med" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "model.safetensors").touch()
+    checkpoint = open_source(tmp_path, None, str(folder / "clip"))
+    assert (checkpoint.family, checkpoint.template) == (family, template)
 
 
 def test_the_engine_answers_as_transformers_does(run: Path, picture: bytes, expected: str) -> None:
