@@ -25,11 +25,10 @@ class ModelConfig(Section):
     """What the model consists of."""
 
     language_model: str | None = Field(
-        None, description="folder or hub id of a LLaMA in transformers' format; null: that of init_from"
+        None,
+        description="folder or hub id of a LLaMA, Mistral, Qwen2 or Qwen3; null: that of init_from",
     )
-    vision_tower: str | None = Field(
-        None, description="folder or hub id of a CLIP in transformers' format; null: that of init_from"
-    )
+    vision_tower: str | None = Field(None, description="folder or hub id of a CLIP or SigLIP; null: that of init_from")
     projector: Literal["linear", "mlp2x_gelu"] = Field(
         "linear", description="kind of projector; mlp2x_gelu is that of LLaVA-1.5"
     )
@@ -143,7 +142,7 @@ class TaskConfig(Section):
 
     task: str = Field(description="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")
     data: str = Field(description="folder or file of the questions, or hub")
-    images: str | None = Field(None, description="folder of the images; null: beside the data")
+    images: str | None = Field(None, description="folder of the images; null: next to the data")
     split: str | None = Field(None, description="part of the data; null: the format's default")
     language: str = Field("en", description="SLAKE only: en, zh or all")
     prompt: str = Field("{question}", description="how a question is asked; {question} is replaced")

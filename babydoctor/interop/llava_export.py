@@ -16,6 +16,7 @@ import torch
 
 from babydoctor.interop.llava_import import PROJECTOR_PREFIX, TOWER_PREFIX
 from babydoctor.interop.plain import PlainRun
+from babydoctor.model.families import DECODERS, TOWERS, has_class_token
 from babydoctor.model.weights import ShardWriter
 from babydoctor.schema import UserError
 
@@ -64,15 +65,22 @@ def export_llava(run: PlainRun, out: Path, dtype: torch.dtype) -> list[str]:
     return [
         "config.json names the tower as ./vision_tower: run the original code in this directory, or set "
         "mm_vision_tower to openai/clip-vit-large-patch14 or to the path of the tower.",
-        *_template_notes(run.manifest.template),
+        *_template_notes(run.manifest.template, model_type),
     ]
 
 
-def _template_notes(template: str) -> Iterator[str]:
+def _template_notes(template: str, model_type: str) -> Iterator[str]:
+    """How the directory must be named: the original code chooses the model's class and the template by that."""
     if template in _CONVERSATIONS:
         yield (
             f"The original code (LLaVA 1.2) has no template {template!r}. LLaVA-NeXT has it: pass --conv-mode "
             f"{_CONVERSATIONS[template]}."
+        )
+        return
+    if model_type == "mistral" and not template.startswith("mistral"):
+        yield (
+            "The original code chooses the model's class by the directory's name: the name must contain "
+            f"'llava-mistral', and not 'lora'. Give it --conv-mode {template}."
         )
         return
     yield (
@@ -87,16 +95,15 @@ def _template_notes(template: str) -> Iterator[str]:
 
 
 def _model_type(run: PlainRun) -> str:
-    """The language model's family: the original code loads names with 'mistral' as Mistral, which is then the same."""
-    if run.manifest.template.startswith("mistral"):
-        return "mistral"
-    model_type = str(run.language_config.model_type)
-    if model_type not in _CLASSES:
+    """The original code's family. It loads names with 'mistral' as Mistral, which a LLaMA can be loaded as."""
+    family = str(run.language_config.model_type)
+    if family not in _CLASSES or not has_class_token(run.vision_config):
+        names = DECODERS[family], TOWERS[run.vision_config.model_type]
         raise UserError(
-            f"{run.path}: the original LLaVA code has no class for a {model_type!r} language model; export with "
-            "--format hf"
+            f"{run.path}: the original LLaVA code has no {names[0]} with a {names[1]} tower; it has LLaMA, Mistral and "
+            "Qwen2 with CLIP. Export with --format hf"
         )
-    return model_type
+    return "mistral" if run.manifest.template.startswith("mistral") else family
 
 
 def _write_tower(run: PlainRun, out: Path) -> None:

@@ -31,7 +31,8 @@ from babydoctor.files import atomic_directory
 from babydoctor.hub import model_commit
 from babydoctor.imaging.preprocess import ImageMode, ImageSettings
 from babydoctor.interop.llava_source import Source, open_source
-from babydoctor.model.language_model import build_language_model, load_language_config
+from babydoctor.model.families import load_language_config
+from babydoctor.model.language_model import build_language_model
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest
 from babydoctor.model.tensor_files import save_tensors

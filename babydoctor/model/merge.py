@@ -128,7 +128,7 @@ class _Merge:
         """Write configuration, tokenizer, tower, projector and manifest."""
         dtype = str(self.dtype).removeprefix("torch.")
         config = self.weights.config.to_dict()
-        config.update(dtype=dtype, architectures=["LlamaForCausalLM"])
+        config.update(dtype=dtype, architectures=[self.weights.architecture])
         write_json(self.target / "config.json", config)
         load_tokenizer(self.base).save_pretrained(str(self.target))
         generation = self.base / "generation_config.json"  # names the end tokens

@@ -96,7 +96,7 @@ class Manifest(BaseModel):
     data_versions: dict[str, str] = {}
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
-    """How often the peak of an occlusion map lies on the finding: what ``eval --localization`` measured."""
+    """How often the peak of an occlusion map is on the finding, measured by ``eval --localization``."""
 
     @property
     def image(self) -> ImageSettings:
@@ -134,7 +134,7 @@ def read_manifest(run: str | Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}; copy the run again") from error
     if manifest.format > FORMAT:
         raise UserError(f"{path} has format {manifest.format}, this version reads up to {FORMAT}; update babydoctor")
     return manifest
@@ -167,7 +167,7 @@ def build_model(
         merge_adapters=[Path(resolve(run, base_adapter)) for base_adapter in manifest.base_adapters],
     )
     if (ends := read_end_tokens(resolve(run, manifest.language_model))) is not None:
-        language_model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
+        language_model.generation_config.eos_token_id = ends
     vision = load_vision_tower(resolve(run, manifest.vision_tower), dtype=dtype, device=device)
     layers = build_projector(manifest.projector, vision.config.hidden_size, language_model.config.hidden_size)
     if projector is not None:
