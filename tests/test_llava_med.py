@@ -25,7 +25,8 @@ from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query
 from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
-from babydoctor.model.run_dir import load_run, read_manifest
+from babydoctor.interop.llava_source import open_source
+from babydoctor.model.run_dir import Run, load_run, read_manifest
 from babydoctor.schema import Turn
 
 QUESTION = "Which modality is this?"
@@ -56,9 +57,12 @@ def picture() -> bytes:
 
 @pytest.fixture(scope="module")
 def expected(source: tuple[Path, Any], run: Path, picture: bytes) -> str:
+    return answer_of_transformers(source[1], load_run(run), picture)
+
+
+def answer_of_transformers(models: Any, loaded: Run, picture: bytes) -> str:
     """The greedy answer of transformers' own classes, with the ids that LLaVA's code gives the prompt."""
-    language_model, tower, projector = source[1]
-    loaded = load_run(run)
+    language_model, tower, projector = models
     tokenizer, image = loaded.tokenizer, loaded.manifest.image
     pixels = torch.from_numpy(to_pixels(load_image(picture), image))[None]
     # tokenizer_image_token: what is before and after the image is encoded separately.
@@ -88,12 +92,45 @@ def test_the_manifest_says_what_was_imported(run: Path) -> None:
     assert config["num_key_value_heads"] == 2 and not any(key.startswith(("mm_", "tune_")) for key in config)
 
 
-def test_the_engine_answers_as_transformers_does(run: Path, picture: bytes, expected: str) -> None:
-    loaded = load_run(run)
+@pytest.mark.parametrize(
+    ("changes", "family", "template"),
+    [
+        ({"sliding_window": 4096}, "mistral", "mistral_instruct"),
+        ({"sliding_window": None}, "llama", "mistral_instruct"),
+        ({"model_type": "llava_qwen"}, "qwen2", "chatml"),
+        ({"model_type": "llava_llama"}, "llama", "llava_llama_2"),
+    ],
+)
+def test_family_and_template_follow_from_the_configuration(
+    source: tuple[Path, Any], tmp_path: Path, changes: dict[str, Any], family: str, template: str
+) -> None:
+    folder = source[0]
+    config = json.loads((folder / "llava-med" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "model.safetensors").touch()
+    checkpoint = open_source(tmp_path, None, str(folder / "clip"))
+    assert (checkpoint.family, checkpoint.template) == (family, template)
+
+
+def answer_of_the_engine(loaded: Run, picture: bytes) -> str:
     pixels = to_pixels(load_image(picture), loaded.manifest.image)
     with Inference(loaded.model, loaded.tokenizer, loaded.manifest, num_tokens=200) as inference:
         query = Query([Turn("user", f"<image>\n{QUESTION}")], pixels, max_new_tokens=NUM_NEW)
-        assert inference.answer(query).text == expected
+        return inference.answer(query).text
+
+
+def test_the_engine_answers_as_transformers_does(run: Path, picture: bytes, expected: str) -> None:
+    assert answer_of_the_engine(load_run(run), picture) == expected
+
+
+def test_with_a_sliding_window_too(picture: bytes, expected: str, tmp_path: Path) -> None:
+    """Mistral-7B-Instruct-v0.1's architecture: the window is shorter than the prompt."""
+    models = write_llava_med(tmp_path, sliding_window=16)
+    import_llava(tmp_path / "llava-med", tmp_path / "run", vision_tower=str(tmp_path / "clip"))
+    loaded = load_run(tmp_path / "run")
+    assert loaded.model.language_model.config.model_type == "mistral"
+    answer = answer_of_the_engine(loaded, picture)
+    assert answer == answer_of_transformers(models, loaded, picture) != expected
 
 
 @pytest.mark.parametrize("format", ["hf", "llava", "gguf"])

@@ -80,7 +80,7 @@ def _stage(path: Path) -> Finding:
         base = base_models(config)[0]
         note = check_base_template(config.data.template, base)
     except UserError as error:
-        return Finding(str(path), "broken", str(error), "see the message")
+        return Finding(str(path), "broken", str(error))
     if note:
         return Finding(str(path), "absent", note, "give the folder of the base, or download it first")
     return Finding(str(path), "ok", f"template {config.data.template} fits {base}")

@@ -40,7 +40,7 @@ _BODY = """\
 {%- if loop.first -%}{%- if system -%}{{ BEFORE_SYSTEM }}{{ system }}{{ AFTER_SYSTEM }}
 {%- else -%}{{ WITHOUT_SYSTEM }}{%- endif -%}
 {%- else -%}{{ NEXT_OPENING }}{%- endif -%}
-{{ USER }}{{ REPLY_CUE }}
+USER{{ REPLY_CUE }}
 {%- else -%}{{ BEFORE_ANSWER }}{{ words(message.content)STRIP }}{{ AFTER_ANSWER }}
 {%- endif -%}
 {%- endfor -%}
@@ -82,10 +82,12 @@ def build_chat_template(template: Template, *, spaces: bool, has_begin: bool = T
 
 
 def _user(template: Template) -> str:
+    """What a user's turn writes."""
     if not template.keeps_user_text:
-        return "images(message.content)"
-    whole = "images(message.content) ~ words(message.content)"
-    return f"({whole}) | trim" if template.strips_text else whole
+        return "{{ images(message.content) }}"
+    if template.strips_text:
+        return "{{ (images(message.content) ~ words(message.content)) | trim }}"
+    return "{{ images(message.content) }}{{ words(message.content) }}"
 
 
 def adds_prefix_everywhere(tokenizer: PreTrainedTokenizerBase) -> bool:
