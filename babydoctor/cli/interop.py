@@ -22,7 +22,7 @@ def import_(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="folder or hub id of the LLaMA below a projector or LoRA; default: from its config"),
+        typer.Option(help="folder or hub id of the language model below a projector or LoRA; default: from its config"),
     ] = None,
     template: Annotated[str, typer.Option(help="conversation template it was trained with")] = "llava_llama_2",
     image_mode: Annotated[
