@@ -142,7 +142,7 @@ class TaskConfig(Section):
 
     task: str = Field(description="vqa-rad, slake, path-vqa, vqa-med, roco, phantom or rows")
     data: str = Field(description="folder or file of the questions, or hub")
-    images: str | None = Field(None, description="folder of the images; null: beside the data")
+    images: str | None = Field(None, description="folder of the images; null: next to the data")
     split: str | None = Field(None, description="part of the data; null: the format's default")
     language: str = Field("en", description="SLAKE only: en, zh or all")
     prompt: str = Field("{question}", description="how a question is asked; {question} is replaced")

@@ -57,7 +57,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}; the shipped ones are in configs/") from None
     except OSError as error:
-        raise UserError(f"the configuration {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"the configuration {path} cannot be read: {error.strerror}; check the path") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"the configuration {path} is not a text file (byte {error.start} is not UTF-8); give a YAML file"

@@ -39,7 +39,7 @@ _NO_ACCESS = {
     errno.EPERM: "the system does not permit this; choose a file or folder of this user",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EISDIR: "is a directory, not a file",
-    errno.ENOTDIR: "lies below a file, not below a directory",
+    errno.ENOTDIR: "is below a file, not below a directory",
     errno.ELOOP: "its symbolic links form a loop",
 }
 
@@ -104,7 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 def split_lines(text: str) -> list[str]:
     """Lines that end with a newline, as JSON lines and tables have them.
 
-    ``str.splitlines`` also breaks at U+2028, U+0085 and form feeds, which stand inside texts that people wrote.
+    ``str.splitlines`` also breaks at U+2028, U+0085 and form feeds, which occur in users' texts.
     """
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if not lines[-1] else lines

@@ -39,7 +39,7 @@ def write_section(path: Path, name: str, text: str, *, option: str = "--update")
 def _split(path: Path, name: str, option: str) -> tuple[str, str, str]:
     """The file up to and including the begin marker, the section, and the rest."""
     if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
+        raise UserError(f"{option} {path}: no such file; give an existing Markdown file")
     text = path.read_text(encoding="utf-8")
     found = _find(text, name)
     if found is None:

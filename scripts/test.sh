@@ -19,7 +19,7 @@ python -c "import deepspeed" > /dev/null 2>&1 ||
   DS_BUILD_OPS=0 pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed ||
   echo "deepspeed could not be installed; its tests will be skipped"
 # llama.cpp is compiled from source, which takes minutes, so only .ci/run asks for it. Without it its tests are skipped.
-# Two versions: the current one, and in its own folder the last one with CLIP's class token in the right place.
+# Two versions: the current one and, in a separate folder, the last one that puts CLIP's class token first.
 build_llama_cpp() {
   echo "Building llama-cpp-python $1 (some minutes)"
   CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \

@@ -19,7 +19,7 @@ from helpers.base_models import write_base_models
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder with the golden references and the real data; tests that need it are skipped without it."""
+    """The folder with the golden references and the real data. Tests that need it are skipped if it is absent."""
     folder = Path(os.environ.get("BABYDOCTOR_SHARED", Path(__file__).parents[2] / "shared"))
     if not (folder / "golden").is_dir():
         pytest.skip(f"the golden references are not at {folder} (set BABYDOCTOR_SHARED)")
@@ -34,7 +34,7 @@ def golden(shared_dir: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny models are far slower on several threads than on one when the machine is busy."""
+    """Use one thread: on a busy machine, tiny models are far slower on several threads."""
     import torch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,7 +43,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def default_floating_point_mode() -> Iterator[None]:
-    """Restore the mode that commands change when a test runs them in this process."""
+    """Restore the floating-point mode, which commands change when a test runs them in this process."""
     import torch
 
     yield
@@ -72,7 +72,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``rows.json`` and ``images/``: ten drawn images with a question each, and two rows of text alone."""
+    """``rows.json`` and ``images/``: ten drawn images with a question each, and two text-only rows."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("tiny_rows")
@@ -160,7 +160,7 @@ def ask_old_llama_cpp(
 def gpu() -> str:
     """The device of the tests marked ``gpu``: CUDA, or the CPU in a rehearsal.
 
-    Float32 is multiplied in float32: cuDNN would compute the tower's convolution in TF32, which is off by 1e-3.
+    TF32 is off: with it, cuDNN's convolution of the tower differs by 1e-3.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Loading, merging, 4-bit and LoRA: what they touch, and that the model stays the same model."""
+"""Loading, merging, 4-bit and LoRA change only what they should, and the model computes the same."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_unknown_lora_target_is_named(tiny_base: Path) -> None:
         add_lora(model, LoraConfig(target_modules=("w1",)))
 
 
-def test_quantising_holds_one_float_weight_at_a_time(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a weight is quantised, all those before it are 4-bit already: there is no float copy of the base."""
+def test_quantizing_keeps_one_float_weight_at_a_time(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a weight is quantized, all earlier ones are 4-bit already, so there is never a float copy of the base."""
     floats: list[int] = []
     real = language_model.place_weight
 
@@ -103,7 +103,7 @@ def stages(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     return {name: folder / name for name in ("instruct", "radiology")}
 
 
-def test_stage_3_stands_on_stage_2(stages: dict[str, Path]) -> None:
+def test_stage_3_is_based_on_the_merged_stage_2(stages: dict[str, Path]) -> None:
     manifest = read_manifest(stages["radiology"])
     assert manifest.base_adapters == ("./base_adapters/0-instruct",)
     assert [stage.name for stage in manifest.lineage] == ["instruct", "radiology"]

@@ -31,7 +31,7 @@ from babydoctor.serve.settings import (
 )
 
 
-def test_keys_are_accepted_only_whole():
+def test_only_complete_keys_are_accepted():
     keys = Keys(["a" * 16, "b" * 16])
     assert keys.accepts("a" * 16) and keys.accepts("b" * 16)
     assert not any(map(keys.accepts, ["", "a" * 15, "a" * 17, "c" * 16, "é"]))
@@ -45,7 +45,7 @@ def test_the_key_is_read_from_either_header():
     assert bearer_key([(b"authorization", b"Basic abc")]) == ""
 
 
-def test_one_place_too_many_is_refused_with_a_time_to_come_back():
+def test_a_request_beyond_the_slots_is_refused_with_retry_after():
     slots = RequestSlots(num_slots=2, max_queue=1)
     for _ in range(3):
         slots.take()
@@ -61,7 +61,7 @@ def test_one_place_too_many_is_refused_with_a_time_to_come_back():
         slots.free(1.0)
 
 
-def test_time_to_come_back_follows_how_long_answers_take():
+def test_retry_after_follows_the_duration_of_answers():
     fast, slow = RequestSlots(1, 4), RequestSlots(1, 4)
     for _ in range(50):
         for slots, seconds in ((fast, 0.1), (slow, 10.0)):
@@ -70,7 +70,7 @@ def test_time_to_come_back_follows_how_long_answers_take():
     assert fast.retry_after_s() < slow.retry_after_s()
 
 
-def test_base64_is_read_strictly_but_with_line_breaks():
+def test_base64_is_strict_but_may_have_line_breaks():
     data = bytes(range(256))
     text = base64.b64encode(data).decode()
     assert decode_image("\n".join([text[:76], text[76:]]), 0) == data
@@ -84,7 +84,7 @@ def test_bad_base64_names_the_image(text: str):
     assert caught.value.status == 422
 
 
-def test_images_must_be_as_many_as_their_slots():
+def test_the_number_of_images_must_match_their_markers():
     limits = Limits(max_images=1)
     check_image_count("<image> a", ["x"], limits)
     for prompt, images in (("a", ["x"]), ("<image>", []), ("<image><image>", ["x"]), ("<image><image>", ["x", "y"])):
@@ -93,12 +93,12 @@ def test_images_must_be_as_many_as_their_slots():
         assert caught.value.status == 422
 
 
-def test_a_long_prompt_is_refused_before_it_is_tokenised():
+def test_a_long_prompt_is_refused_before_tokenizing():
     with pytest.raises(ApiError, match="100 characters; the limit is 99"):
         check_request(GenerateRequest(prompt="x" * 100), Limits(max_prompt_chars=99))
 
 
-def test_deep_and_crowded_json_is_refused():
+def test_json_that_is_too_deep_or_too_large_is_refused():
     check_json_shape(b'{"a": [[["' + b"[" * 1000 + b'"]]]}')
     for body in (b"[" * 1000, b'{"a":' * 1000, b"[[]]" * 50 + b"[" * 40):
         with pytest.raises(ApiError):
@@ -112,13 +112,13 @@ def test_deep_and_crowded_json_is_refused():
 )
 def test_checking_json_takes_linear_time(unit: bytes):
     body = b'"' + unit * (4_000_000 // len(unit))
-    start = time.process_time()  # of this process alone, whatever else runs
+    start = time.process_time()  # CPU time of this process, independent of other load
     with contextlib.suppress(ApiError):
         check_json_shape(body)
     assert time.process_time() - start < 3
 
 
-def test_settings_name_the_wrong_key():
+def test_a_wrong_setting_is_named():
     with pytest.raises(UserError, match=r"limits\.max_queu.*did you mean 'limits\.max_queue'"):
         load_settings(None, ["limits.max_queu=3"])
     with pytest.raises(UserError, match=r"controller\.dispatch"):
@@ -128,7 +128,7 @@ def test_settings_name_the_wrong_key():
     assert load_settings(None, ["remote_images.hosts=[a.example]"]).remote_images.hosts == ("a.example",)
 
 
-def test_the_file_in_the_repo_holds_the_defaults(pytestconfig: pytest.Config):
+def test_configs_serve_yaml_holds_the_defaults(pytestconfig: pytest.Config):
     assert load_settings(pytestconfig.rootpath / "configs/serve.yaml") == ServeSettings()
 
 
@@ -143,7 +143,7 @@ def test_secrets_come_from_the_environment(tmp_path):
     assert "secret-short" not in str(caught.value)
 
 
-def test_listening_beyond_this_machine_needs_keys_and_the_secret():
+def test_listening_for_other_machines_needs_keys_and_the_secret():
     settings = ServeSettings()
     keys = Secrets(("k" * 16,), None)
     check_exposure("worker", "127.0.0.1", settings, Secrets())

@@ -1,6 +1,6 @@
-"""The rules of the package's structure, read from its sources.
+"""Check the rules of the package's structure on its sources.
 
-An allow-list names each exception with its reason. Remove an entry when its reason is gone.
+An allow-list gives each exception with its reason. Remove an entry when its reason no longer holds.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from helpers.source_tree import (
@@ -24,28 +25,29 @@ from helpers.source_tree import (
     process_switches,
 )
 
-# From the bottom to the top: a folder or a module beside the folders imports from those before it only.
+# From the bottom to the top: a folder, or a top-level module, imports only from those before it.
 FOLDERS = (
     *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
-    *("runtime", "data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
-    *("demo", "bench", "cli"),
+    *("ranks", "runtime"),
+    *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
+    *("demo", "bench", "cli", "__main__"),
 )
 
 # Imports that close a cycle or go up, until their files are split.
 OPEN_IMPORTS: set[tuple[str, str]] = set()
 
-# Programs that are started by name import the command line, which imports their folder.
+# Programs that `python -m` starts import the command line, which imports their folder.
 PROGRAMS = {"train.__main__"}
 
 MAX_LINES, MAX_FILES = 300, 16
 
 LONG_FILES: dict[str, str] = {}
 
-LARGE_FOLDERS = {
-    "imaging": "one over: eight files read DICOM; a folder of their own is open",
-}
+LARGE_FOLDERS: dict[str, str] = {}
 
-SWITCHES: dict[str, str] = {}
+SWITCHES = {
+    "engine/cpu/library.py": "calls the compiled operator by ctypes; changes nothing of the process",
+}
 
 WHOLE_SETTINGS = {
     "config.py": "defines RunConfig",
@@ -81,7 +83,7 @@ ERROR_TEXT = {
 
 HEAVY = {"torch", "transformers", "gradio", "datasets", "deepspeed", "matplotlib", "peft", "bitsandbytes", "fastapi"}
 
-# Free of torch even indirectly through our own modules: they run in processes that must start at once.
+# Modules that do not load torch, not even indirectly, because their processes must start fast.
 TORCH_FREE = (
     *("schema", "conversation", "data.packing", "config", "imaging.windows", "imaging.dicom", "imaging.load"),
     *("data.rows", "data.sources", "files", "train.interrupt", "eval.metrics", "engine.request", "serve.api.protocol"),
@@ -129,7 +131,7 @@ def test_folders_import_those_before_them_only() -> None:
         ("eval.metrics", ("torch", "babydoctor.model")),
     ],
 )
-def test_never(module: str, forbidden: tuple[str, ...]) -> None:
+def test_forbidden_imports(module: str, forbidden: tuple[str, ...]) -> None:
     found = [
         f"{name} imports {other}"
         for name, path in modules().items()
@@ -194,7 +196,7 @@ def test_modules_keep_no_state() -> None:
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-# 4. Errors are told apart by their code.
+# 4. Errors are distinguished by their code.
 
 
 def test_no_decision_reads_the_text_of_an_error() -> None:
@@ -252,6 +254,35 @@ def test_no_two_classes_of_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(name)
     assert {name: found for name, found in places.items() if len(found) > 1 and name not in REPEATED_CLASSES} == {}
+
+
+_OLD_NAMES = re.compile(
+    r"\b(grey|mend(s|ed|ing)?\b|KV memory|common beginning|model folder|signs? of life)"
+    r"|colour|behaviour|favour|neighbour|artefact"
+    r"|((norm|gener|speci|initi|seri|visu)al|quant|optim|token|organ|recogn|minim|maxim|util|summar)is(e|ing|ation)"
+)
+_TEXTS = ("README.md", "MODEL_CARD.md", *(f"{folder}/**/*" for folder in ("babydoctor", "tests", "scripts", "configs")))
+# Rows of the glossary.
+_MAY_NAME_THEM = (
+    "| model folder |",
+    "| common beginning |",
+    "| KV memory |",
+    "| mend |",
+    "| sign of life |",
+    "| grey,",
+)
+
+
+def test_old_names_and_british_spellings_are_not_used() -> None:
+    found = []
+    for path in {path for pattern in _TEXTS for path in PACKAGE.parent.glob(pattern)} - {Path(__file__)}:
+        if path.suffix in {".py", ".md", ".yaml", ".sh", ".js", ".css", ".html", ".sbatch"}:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if any(name in line for name in _MAY_NAME_THEM):
+                    continue
+                if match := _OLD_NAMES.search(line.replace("grey16_marker", "")):
+                    found.append(f"{path.relative_to(PACKAGE.parent)}:{number}: {match[0]}")
+    assert found == []
 
 
 # 8. Tests share helpers; the package mocks nothing.

@@ -1,4 +1,4 @@
-"""``bench serve``: real requests over HTTP and to the engine alone, and figures that add up."""
+"""``bench serve``: real requests over HTTP and to the engine directly, and consistent figures."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_the_engine_is_measured_alone(tmp_path):
     assert report.figures[0].requests_per_s == pytest.approx(report.figures[0].tokens_per_s / 3)
 
 
-def test_a_4_bit_model_is_measured_and_reads_less(tmp_path):
+def test_a_4_bit_model_reads_fewer_bytes(tmp_path):
     report = run_bench("mini", tmp_path, users=(1,), requests_per_user=1, max_new_tokens=3, rounds=1, nf4=True)
     assert report.preset == "mini NF4"
     heads, decoder = 32_000 * 512 * 2, 8 * (4 * 512 * 512 + 3 * 512 * 1376)
-    # Half a byte a weight, and the scales of its blocks of 64 (quantised to a byte, and a little more).
+    # Half a byte per weight, and one byte and a little more per block of 64 for the quantized scales.
     assert report.decode_cost.weight_bytes == pytest.approx(heads + decoder * (0.5 + 1 / 64), rel=0.01)
 
 
@@ -59,26 +59,26 @@ def test_a_ceiling_counts_weights_once_and_keys_and_values_for_each_user():
 def test_a_short_soak_finds_no_fault(tmp_path):
     report = run_soak(None, tmp_path, clients=12, seconds=4)
     assert report.outcomes["answered"] > 0 and report.num_tokens > 0
-    # Four seconds are too short to judge memory by; everything else holds.
+    # Four seconds are too short to judge memory use.
     assert [fault for fault in report.faults() if "memory grew" not in fault] == []
 
 
 @pytest.mark.parametrize(
     ("mebibytes", "is_fault"),
     [
-        ([60, 90, 95, 95, 95, 98, 98, 98], False),  # a step of the allocator
+        ([60, 90, 95, 95, 95, 98, 98, 98], False),  # one step of the allocator
         ([60, 90, 95, 100, 105, 110, 115, 120], True),
         ([90] * 8, False),
     ],
 )
-def test_memory_that_grows_to_the_end_is_a_fault(mebibytes, is_fault):
+def test_memory_that_keeps_growing_is_a_fault(mebibytes, is_fault):
     report = SoakReport(rss_bytes={"worker": [value * 2.0**20 for value in mebibytes]}, seconds=1.0)
     report.outcomes["answered"] = 1
     assert any("memory grew" in fault for fault in report.faults()) == is_fault
     assert "third quarter" in report.lines()[-1]
 
 
-def test_the_large_preset_says_what_it_needs(tmp_path):
+def test_the_large_preset_states_its_requirements(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="CUDA"):
             run_bench("7b", tmp_path)

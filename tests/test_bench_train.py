@@ -1,4 +1,4 @@
-"""``bench train`` and ``bench paths``: the figures add up, and each slow twin computes what the fast path computes."""
+"""``bench train`` and ``bench paths``: figures are consistent, and slow paths compute the same as fast ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from babydoctor.plan.hardware import this_cpu
 
 @pytest.mark.parametrize("tails", [None, (1, 9, 4)])
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_one_mask_over_everything_equals_block_by_block(tails, prefix):
+def test_one_full_mask_equals_attention_by_blocks(tails, prefix):
     torch.manual_seed(0)
     lengths = (6, 11, 4)
     num_rows = sum(lengths) + prefix if tails is None else sum(tails)
@@ -31,7 +31,7 @@ def test_one_mask_over_everything_equals_block_by_block(tails, prefix):
     torch.testing.assert_close(square_attention(q, k, v, layout), attend(q, k, v, layout))
 
 
-def test_the_slow_losses_equal_the_fast_one(tiny_run):
+def test_the_slow_loss_equals_the_fast_loss(tiny_run):
     model = load_run(tiny_run, dtype=torch.float32).model
     words = list(range(50, 70))
     examples = [with_prefix(make_example(20 + 3 * i, num_images=1, seed=i), words) for i in range(3)]
@@ -52,9 +52,9 @@ def test_a_stage_is_measured():
     assert result.plan.statistics.num_prefix == 76
 
 
-def test_paths_are_measured_on_and_off(monkeypatch):
-    """On two samples a step; that a path is faster is not asked of them."""
-    names = ("bfloat16", "cross-entropy in chunks at the targets", "last layer from the first target on")
+def test_each_path_is_measured_on_and_off(monkeypatch):
+    """With two samples per step. Whether a path is faster is not tested."""
+    names = ("bfloat16", "cross-entropy in chunks at the loss positions", "last layer from the first loss position on")
     chosen = tuple(path for path in bench_paths.PATHS if path.name in names)
     monkeypatch.setattr(bench_paths, "PATHS", chosen)
     results = list(bench_paths.bench_paths("instruct", num_steps=1, batch_size=2))
@@ -62,10 +62,10 @@ def test_paths_are_measured_on_and_off(monkeypatch):
     assert all(result.samples_per_s > 0 and result.samples_per_s_without > 0 for result in results)
     peaks = {result.path.name: result.peak_bytes_without / result.peak_bytes for result in results}
     assert peaks["bfloat16"] > 1.3
-    assert peaks["cross-entropy in chunks at the targets"] > 1.02
+    assert peaks["cross-entropy in chunks at the loss positions"] > 1.02
 
 
-def test_packing_fills_what_it_computes():
+def test_token_counts_include_the_shared_prefix():
     job = prepare("instruct", "mini", "cpu", hardware=this_cpu(), batch_size=8, num_workers=0)
     ((_, _, data),) = run_steps(job, 1)
     (batch,) = data.batches
@@ -73,6 +73,6 @@ def test_packing_fills_what_it_computes():
     assert data.num_tokens == (sum(batch.document_lengths) + 76) + 7 * 76
 
 
-def test_a_size_that_is_none_is_refused():
+def test_an_invalid_memory_size_is_refused():
     result = CliRunner().invoke(build_app(), ["bench", "train", "--memory-cap", "much"])
     assert result.exit_code == 2 and "22.5GiB" in result.output

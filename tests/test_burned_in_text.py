@@ -1,4 +1,4 @@
-"""Text in pixels: what it looks like, finding it in real pictures, hiding it."""
+"""Burned-in text: classify it, find it in real pictures, hide it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_kinds(text: str, kind: str) -> None:
     assert kind_of(text, 0.95) == kind
 
 
-def test_unsure_readings_are_noise_or_unclear() -> None:
+def test_uncertain_text_is_noise_or_unclear() -> None:
     assert kind_of("%;", 0.2) is None
     assert kind_of("J0hm5mth", 0.3) == "unclear"
 
 
-def test_boxes_of_a_line_are_joined_and_marks_stay_apart() -> None:
+def test_boxes_on_one_line_are_joined_and_marks_are_not() -> None:
     boxes = [
         TextBox(10, 10, 40, 20, "name"),
         TextBox(52, 11, 90, 21, "name"),
@@ -56,7 +56,7 @@ def test_boxes_of_a_line_are_joined_and_marks_stay_apart() -> None:
     assert mark == boxes[3]
 
 
-def test_hiding_fills_with_the_surroundings() -> None:
+def test_hidden_boxes_get_the_color_of_their_surroundings() -> None:
     pixels = np.full((40, 60, 3), 90, np.uint8)
     pixels[10:20, 10:30] = 255
     image = Image.fromarray(pixels)
@@ -109,7 +109,7 @@ def test_a_clean_picture_has_no_identifying_text(reader: TextReader) -> None:
 
 
 @needs_ocr
-def test_a_search_beyond_its_limit_is_ended_and_the_next_one_works(reader: TextReader) -> None:
+def test_a_search_over_its_limit_is_stopped_and_the_next_one_works(reader: TextReader) -> None:
     image, _ = _with_text()
     with pytest.raises(TextSearchError, match=r"longer than 0\.01 s"):
         reader.find(image, seconds=0.01)
@@ -127,7 +127,7 @@ def test_a_process_that_dies_is_replaced(reader: TextReader) -> None:
     assert reader.find(image)
 
 
-def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_extra_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TextSearchError, match=r"babydoctor\[ocr\]"):
         TextReader().find(Image.new("RGB", (8, 8)))

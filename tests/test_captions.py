@@ -1,4 +1,4 @@
-"""Caption metrics on cases that were computed by hand, and beside the libraries they come from."""
+"""Caption metrics, compared with cases computed by hand and with the original libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_bleu_by_hand() -> None:
     assert values["bleu_3"] == values["bleu_4"] == 0.0
 
 
-def test_bleu_brevity_is_of_the_corpus() -> None:
+def test_the_brevity_penalty_of_bleu_uses_the_whole_corpus() -> None:
     # 3 of 3 words right, references of 2 + 4 words: brevity exp(1 - 6/3).
     values = _values(["a b", "c"], ["a b", "c d e f"])
     assert values["bleu_1"] == pytest.approx(math.exp(1 - 6 / 3))
@@ -66,24 +66,24 @@ def test_cider_equals_pycocoevalcap() -> None:
 
 
 def test_cider_of_one_document_is_zero() -> None:
-    # With one reference every n-gram is in every document: no n-gram tells anything.
+    # With a single reference every n-gram is in every document, so all weights are 0.
     assert captions.cider_scores(["a b"], ["a b"]) == [0.0]
 
 
-def test_empty_answers_score_nothing_and_are_counted() -> None:
+def test_empty_answers_score_zero_and_are_counted() -> None:
     values = _values(["", "a b c d"], ["a b c d", "e f g h"])
     assert values["empty_rate"] == 0.5
     assert values["bleu_1"] == 0.0
 
 
 @pytest.mark.skipif(bool(os.environ.get("NLTK_DATA")), reason="WordNet may be there")
-def test_meteor_says_what_is_missing() -> None:
+def test_meteor_names_the_missing_program() -> None:
     try:
         captions.optional_figure("meteor", ["a lung"], ["a heart"])
     except UserError as error:
         assert "nltk.downloader" in str(error)
 
 
-def test_unknown_caption_metric() -> None:
+def test_an_unknown_caption_metric_is_refused() -> None:
     with pytest.raises(UserError, match="meteor, bertscore"):
         captions.optional_figure("spice", ["a"], ["b"])

@@ -32,7 +32,7 @@ WIDE_ENOUGH = 128
 
 
 def build(optimizer: str) -> tuple[Any, torch.optim.Optimizer]:
-    """Three layers whose parameters train, and their optimizer."""
+    """Three layers with trainable parameters, and their optimizer."""
     torch.manual_seed(0)
     layers = torch.nn.ModuleList(torch.nn.Linear(WIDE_ENOUGH, WIDE_ENOUGH) for _ in range(3))
     model = SimpleNamespace(layers=layers, trainable_parameters=lambda: dict(layers.named_parameters()))
@@ -147,7 +147,7 @@ def test_leftovers_are_deleted_and_old_checkpoints_pruned(tmp_path: Path) -> Non
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-3", "step-4"]
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     model, optimizer = build("adamw")
     steps(model, optimizer, 0, 1)
     with small_disk(tmp_path / "disk", "1m") as run:
@@ -159,7 +159,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path) -> None:
         assert find_newest_intact(run) == first
 
 
-def test_a_full_disk_leaves_the_old_text_file(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_text_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as folder:
         write_text(folder / "config.yaml", "old")
         with pytest.raises(OSError, match="No space left"):

@@ -1,4 +1,4 @@
-"""The command line as a whole: quick, quiet, and friendly to mistakes."""
+"""The command line: it starts fast, prints no noise and explains errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_help_is_quick_and_quiet() -> None:
+def test_help_is_fast_and_prints_no_warnings() -> None:
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
@@ -50,14 +50,14 @@ def test_importing_the_commands_loads_nothing_heavy() -> None:
         (["merge", "nothere", "--out", "x"], "nothere is not a run directory"),
     ],
 )
-def test_a_mistake_is_one_paragraph(arguments: list[str], message: str) -> None:
+def test_a_user_error_prints_one_paragraph(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_doctor_finds_this_machine_sound() -> None:
+def test_doctor_finds_no_problem_on_this_machine() -> None:
     result = run("doctor")
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("torch", "bitsandbytes", "bfloat16"):

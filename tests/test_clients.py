@@ -1,7 +1,7 @@
-"""Programs that people already use, unchanged, against a controller with a worker. Run: ``pytest -m clients``.
+"""Existing client programs, unchanged, against a controller with a worker. Run: ``pytest -m clients``.
 
-The packages are in the extra ``clients``. They may live in an environment of their own, whose interpreter
-``BABYDOCTOR_CLIENTS_PYTHON`` names. What is not installed is skipped. The serving guide's table has the verdicts.
+The packages are in the extra ``clients``. They may be in a separate environment, whose interpreter is given by
+``BABYDOCTOR_CLIENTS_PYTHON``. Tests of missing packages are skipped. The serving guide has a table of the results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def models(controller: Server) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without this checkout's path, so that a client's own environment is what it imports."""
+    """The environment without this checkout's path, so that a client imports from its own environment."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return kept | {"OPENAI_API_KEY": "none", "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
@@ -70,7 +70,7 @@ def need(*packages: str) -> None:
 
 
 def run_client(code: str, *arguments: str, cwd: Path, timeout_s: float = 300) -> str:
-    """Run a program with the clients' interpreter; returns its last line of output."""
+    """Run a program with the clients' interpreter and return its last line of output."""
     done = subprocess.run(
         [PYTHON, "-c", code, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s
     )
@@ -79,7 +79,7 @@ def run_client(code: str, *arguments: str, cwd: Path, timeout_s: float = 300) ->
 
 
 def expected(controller: Server, question: str, num_tokens: int) -> str:
-    """The answer to a question without an image, asked with ``curl``'s plain means."""
+    """The answer to a question without an image, by a plain HTTP request."""
     body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": question}],
@@ -155,7 +155,7 @@ def test_guidellm_runs_a_benchmark(controller: Server, tmp_path: Path):
     assert totals["successful"] == 3 and totals["errored"] == 0, totals
 
 
-def test_fastchats_openai_server_in_front(controller: Server, tmp_path: Path):
+def test_fastchats_openai_server_uses_our_worker(controller: Server, tmp_path: Path):
     need("fastchat", "tiktoken", "shortuuid", "aiohttp")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -201,7 +201,7 @@ def fastchat_prompt(conv: dict, messages: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.keeps_user_text])
-def test_fastchat_renders_our_templates_to_the_character(name: str):
+def test_fastchat_renders_our_templates_exactly(name: str):
     from babydoctor.serve.api.fastchat import conversation_fields
 
     template = get_template(name)
@@ -223,7 +223,7 @@ def http_bot_template(model_name: str) -> str:
     return "mpt" if "mpt" in name else "llava_v0"
 
 
-def test_llavas_http_bot_finds_the_template_by_the_aliass_name(controller: Server):
+def test_llavas_http_bot_finds_the_template_by_alias(controller: Server):
     assert ALIAS in models(controller) and http_bot_template("tiny") != "llava_llama_2"
     template = get_template(http_bot_template(ALIAS))
     conv = requests.post(f"{controller.url}/worker_get_conv_template", json={"model": ALIAS}, timeout=10).json()["conv"]

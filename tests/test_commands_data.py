@@ -21,7 +21,7 @@ from babydoctor.schema import UserError
 def run(*arguments: str | Path) -> Result:
     app = typer.Typer()
     register(app)
-    app.command("other")(lambda: None)  # with one group alone typer would drop its name
+    app.command("other")(lambda: None)  # typer drops the name of an only group
     return CliRunner().invoke(app, ["data", *map(str, arguments)])
 
 
@@ -117,14 +117,14 @@ def test_preview_shows_the_decoded_prompt(tmp_path: Path, golden: Path) -> None:
     assert "<s><image>*256Answer 0.\n" in result.output.replace("<s> <image>", "<s><image>")
 
 
-def test_preview_goes_on_after_a_bad_row_and_exits_with_1(tmp_path: Path, golden: Path) -> None:
+def test_preview_continues_after_a_bad_row_and_exits_with_1(tmp_path: Path, golden: Path) -> None:
     path = write(tmp_path / "rows.json", [row("1", None, ""), row("2", None)])
     result = run("preview", path, "--tokenizer", golden / "base", "--json")
     assert result.exit_code == 1 and "an answer without text" in result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 
-def test_sets_are_made_from_the_command_line(tmp_path: Path, shared_dir: Path) -> None:
+def test_the_commands_prepare_data_sets(tmp_path: Path, shared_dir: Path) -> None:
     data = shared_dir / "data"
     result = run("roco", "--source", data / "roco", "--split", "validation", "--out", tmp_path / "roco")
     assert result.exit_code == 0, result.output
@@ -138,7 +138,7 @@ def test_sets_are_made_from_the_command_line(tmp_path: Path, shared_dir: Path) -
     assert result.exit_code == 0 and "313 images were decoded" in result.output
 
 
-def test_phantoms_are_made_and_clean(tmp_path: Path) -> None:
+def test_the_command_writes_phantoms_without_problems(tmp_path: Path) -> None:
     result = run("phantom", "--out", tmp_path, "--num-train", "20", "--num-held-out", "20", "--size", "56")
     assert result.exit_code == 0, result.output
     sets = [
@@ -160,7 +160,7 @@ def test_phantoms_are_made_and_clean(tmp_path: Path) -> None:
         (("check", "nothing.json"), "no such file"),
     ],
 )
-def test_mistakes_are_user_errors(
+def test_wrong_arguments_are_user_errors(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -192,7 +192,9 @@ def test_check_finds_burned_in_text(tmp_path: Path, images: Path) -> None:
     assert "Doe" not in result.output + (tmp_path / "bad.jsonl").read_text()
 
 
-def test_check_says_what_burned_in_text_needs(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_names_the_extra_that_burned_in_text_needs(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("babydoctor.imaging.burned_in.reader.is_available", lambda: False)
     rows = write(tmp_path / "rows.json", [row("1", "a.png")])
     result = run("check", rows, "--images", images, "--bad", tmp_path / "bad.jsonl", "--burned-in-text")

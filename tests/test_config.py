@@ -1,4 +1,4 @@
-"""The configuration: strict, with messages that name the key, the value and the fix."""
+"""The configuration is strict, and its errors name the key, the value and the fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"data": {}}, r"'data\.rows' is missing"),
     ],
 )
-def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_config(VALUES | change)
 
@@ -61,7 +61,7 @@ def test_overrides(tmp_path: Path) -> None:
         load_config(path, ["train.max_steps"])
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothere\.yaml"):
         load_config(tmp_path / "nothere.yaml")
     with pytest.raises(UserError, match="not valid YAML"):
@@ -70,7 +70,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(write(tmp_path, "- 1"))
 
 
-def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
+def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = build_config(VALUES | {"lora": {"r": 4}, "train": {"learning_rate": 2e-5}})
     again = load_config(write(tmp_path, dump_config(config)))
     assert again == config and changed_settings(config, again) == {}
@@ -100,12 +100,12 @@ def test_a_mistyped_key_suggests_its_own_section_first(key: str, suggested: str)
         apply_override({}, f"{key}=1")
 
 
-def test_the_branches_of_a_union_are_one_mistake() -> None:
+def test_a_union_is_reported_as_one_error() -> None:
     with pytest.raises(UserError, match=r"1 mistake.*\n  train\.micro_batch_tokens: .* or .*'auto', got 'many'"):
         build_config(VALUES | {"train": {"micro_batch_tokens": "many"}})
 
 
-def test_files_that_are_no_text(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "align.yaml").touch()
     with pytest.raises(UserError, match=r"is a folder.*align\.yaml"):
         load_config(tmp_path)
@@ -123,20 +123,20 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         ("name: a\n\tx: 1\n", r"line 2, column 1"),
     ],
 )
-def test_yaml_errors_say_where(tmp_path: Path, text: str, message: str) -> None:
+def test_yaml_errors_give_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", "0.0002"])
 def test_training_and_serving_read_the_same_numbers(tmp_path: Path, text: str) -> None:
-    """Also where the schema does not say that a number is expected, as in serving's engine section."""
+    """This includes fields without a schema, such as serving's engine section."""
     assert load_settings(None, [f"engine.value={text}"]).engine == {"value": 2e-4}
     assert load_settings(write(tmp_path, f"engine:\n  value: {text}\n")).engine == {"value": 2e-4}
     assert load_config(CONFIGS / "align.yaml", [f"train.learning_rate={text}"]).train.learning_rate == 2e-4
 
 
-def test_shipped_configs_need_no_correction() -> None:
+def test_shipped_configs_are_valid() -> None:
     for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("tiny/*.yaml")]:
         (load_settings if path.name == "serve.yaml" else load_config)(path)
 

@@ -1,4 +1,4 @@
-"""The controller with real workers behind it: ours and the original's, alive, slow, dead and back again."""
+"""The controller with real workers, ours and LLaVA's: healthy, slow, dead and restarted."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def original(kind: str, folder: Path, *arguments: str) -> Server:
 # Registry over HTTP.
 
 
-def test_register_list_address_and_expiry(controller: Server):
+def test_registration_listing_address_and_expiry(controller: Server):
     url = "http://127.0.0.1:9"
     assert register(controller, url, "ghost", "ghost-too").json() is None
     assert {"ghost", "ghost-too"} <= set(models(controller))
@@ -97,7 +97,7 @@ def test_register_list_address_and_expiry(controller: Server):
 @pytest.mark.parametrize(
     "header", [{"X-Forwarded-For": "127.0.0.1"}, {"Origin": "http://evil"}, {"Host": "evil:21001"}]
 )
-def test_without_a_secret_only_programs_of_this_machine_register(controller: Server, header: dict[str, str]):
+def test_without_a_secret_only_local_programs_may_register(controller: Server, header: dict[str, str]):
     assert register(controller, "http://127.0.0.1:9", "evil", headers=header).status_code == 403
 
 
@@ -110,7 +110,7 @@ def test_without_a_status_the_controller_asks_the_worker(controller: Server):
     assert refused.status_code == 422 and refused.json()["error"]["code"] == "worker_unreachable"
 
 
-def test_a_request_for_no_worker_is_code_2_and_nothing_after(controller: Server):
+def test_a_request_without_a_worker_ends_with_code_2(controller: Server):
     chunks = list(llava_stream(controller.url, generation() | {"model": "nobody"}))
     assert [chunk["error_code"] for chunk in chunks] == [2]
     messages = [{"role": "user", "content": "x"}]
@@ -118,7 +118,7 @@ def test_a_request_for_no_worker_is_code_2_and_nothing_after(controller: Server)
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
 
 
-def test_a_worker_that_cannot_be_reached_is_code_3_and_out_at_once(controller: Server):
+def test_an_unreachable_worker_gives_code_3_and_leaves_rotation(controller: Server):
     register(controller, f"http://127.0.0.1:{free_port()}", "absent", check=False)
     chunks = list(llava_stream(controller.url, generation() | {"model": "absent"}))
     assert [chunk["error_code"] for chunk in chunks] == [3]
@@ -129,7 +129,7 @@ def test_a_worker_that_cannot_be_reached_is_code_3_and_out_at_once(controller: S
 
 def test_refreshing_does_not_empty_the_registry(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         register(controller, f"http://127.0.0.1:{silent.getsockname()[1]}", "silent", check=False)
         with ThreadPoolExecutor(4) as pool:
             rounds = [pool.submit(call, controller, "/refresh_all_workers") for _ in range(4)]
@@ -141,7 +141,7 @@ def test_refreshing_does_not_empty_the_registry(controller: Server):
     assert "silent" not in models(controller)
 
 
-def test_status_takes_all_workers_together(controller: Server):
+def test_status_sums_all_workers(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     status = call(controller, "/worker_get_status").json()
     assert "tiny" in status["model_names"] and status["speed"] >= 1 and status["queue_length"] >= 0
@@ -149,10 +149,10 @@ def test_status_takes_all_workers_together(controller: Server):
     assert "babydoctor_workers" in requests.get(controller.url + "/metrics", timeout=60).text
 
 
-# Passing requests on.
+# Forwarding requests.
 
 
-def test_an_answer_through_the_controller_is_the_workers(controller: Server):
+def test_an_answer_through_the_controller_equals_the_workers(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     body = generation(png(), max_new_tokens=40)
     assert llava_answer(controller.url, body) == llava_answer(tiny_worker().url, body)
@@ -161,7 +161,7 @@ def test_an_answer_through_the_controller_is_the_workers(controller: Server):
     assert "token_ids" not in whole
 
 
-def test_attention_and_details_pass_through(controller: Server):
+def test_attention_and_model_details_are_forwarded(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     body = generation(png()) | {"answer": "a scan"}
     reply = call(controller, "/worker_attention", body)
@@ -181,7 +181,7 @@ def test_a_workers_refusal_reaches_the_client(controller: Server):
     assert chunk["error_code"] == 0 and "Exceeds max token length" in chunk["text"]
 
 
-def test_a_client_that_leaves_the_controller_frees_the_workers_slot(controller: Server):
+def test_a_client_that_disconnects_from_the_controller_frees_the_workers_slot(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     before = num_cancelled(tiny_worker())
     for index in range(20):
@@ -206,10 +206,10 @@ def test_a_full_worker_is_429_through_the_controller(controller: Server):
         thread.join(20)
     for stream in streams:
         stream.close()
-    wait_until(lambda: queue_length(tiny_worker().url) == 0, 180, "all places' return")
+    wait_until(lambda: queue_length(tiny_worker().url) == 0, 180, "all slots to be free")
 
 
-def test_a_worker_that_hangs_stalls_nobody_else(controller: Server):
+def test_a_worker_that_hangs_does_not_delay_others(controller: Server):
     test_without_a_status_the_controller_asks_the_worker(controller)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         register(controller, f"http://127.0.0.1:{silent.getsockname()[1]}", "hangs", check=False)
@@ -220,19 +220,19 @@ def test_a_worker_that_hangs_stalls_nobody_else(controller: Server):
             assert llava_answer(controller.url, generation(max_new_tokens=5))
             assert "tiny" in models(controller)
             assert time.perf_counter() - started < 3
-            # Their headers come although the worker is silent, and so do signs of life.
+            # Headers and keep-alives arrive although the worker is silent.
             for response in stuck:
                 with response.result() as opened:
                     assert opened.status_code == 200
                     assert next(opened.iter_content(1))
 
 
-# Workers that die and come back.
+# Workers that die and return.
 
 
 @pytest.fixture(scope="module")
 def pair(controller: Server, folder: Path) -> Iterator[list[Server]]:
-    """Two workers for one model, which heartbeat."""
+    """Two workers for one model, which send heartbeats."""
     settings = (f"worker.controller={controller.url}", "worker.model_name=twin", "worker.heart_beat_s=0.5")
     servers = [start_worker(tiny_run(), folder / f"twin-{index}.log", *settings) for index in range(2)]
     try:
@@ -254,7 +254,7 @@ def busy_one(pair: list[Server]) -> Server:
 
 
 def revive(controller: Server, server: Server, folder: Path) -> Server:
-    """Start a dead worker again on its port; it has to come into rotation by itself."""
+    """Start a dead worker again on its port, and wait until it is back in rotation."""
     port = int(server.url.rpartition(":")[2])
     settings = (f"worker.controller={controller.url}", "worker.model_name=twin", "worker.heart_beat_s=0.5")
     again = wait_ready(start_worker(tiny_run(), folder / f"twin-again-{port}.log", *settings, port=port))
@@ -262,7 +262,7 @@ def revive(controller: Server, server: Server, folder: Path) -> Server:
     return again
 
 
-def test_loads_are_shared(controller: Server, pair: list[Server]):
+def test_requests_are_distributed_over_workers(controller: Server, pair: list[Server]):
     bodies = [generation(png(seed), max_new_tokens=1024) | {"model": "twin"} for seed in range(4)]
     streams = [llava_stream(controller.url, body) for body in bodies]
     for stream in streams:
@@ -272,7 +272,7 @@ def test_loads_are_shared(controller: Server, pair: list[Server]):
         stream.close()
 
 
-def test_a_worker_that_freezes_loses_its_answers_to_the_other(controller: Server, pair: list[Server]):
+def test_another_worker_continues_the_answers_of_a_frozen_one(controller: Server, pair: list[Server]):
     body = generation(png(4), max_new_tokens=500) | {"model": "twin"}
     expected = llava_answer(controller.url, body)
     texts = llava_texts(controller, body)
@@ -288,11 +288,13 @@ def test_a_worker_that_freezes_loses_its_answers_to_the_other(controller: Server
     wait_until(lambda: len(twins(controller)) == 2, 180, "the worker's return")
 
 
-@pytest.mark.parametrize("wire", ["llava", "openai"])
-def test_kill_9_in_the_middle_of_a_stream_is_not_seen(wire: str, controller: Server, pair: list[Server], folder: Path):
+@pytest.mark.parametrize("api", ["llava", "openai"])
+def test_kill_9_during_a_stream_is_invisible_to_the_client(
+    api: str, controller: Server, pair: list[Server], folder: Path
+):
     body = generation(png(3), max_new_tokens=500) | {"model": "twin"}
     expected = llava_answer(controller.url, body)
-    texts = llava_texts(controller, body) if wire == "llava" else openai_texts(controller, body)
+    texts = llava_texts(controller, body) if api == "llava" else openai_texts(controller, body)
     seen = [next(texts)]
     while len(seen[-1]) < 40:
         seen.append(next(texts))
@@ -313,7 +315,7 @@ def llava_texts(controller: Server, body: dict) -> Iterator[str]:
 
 
 def openai_texts(controller: Server, body: dict) -> Iterator[str]:
-    """The same question in OpenAI's words; the template's system prompt makes another prompt of it."""
+    """The same question over OpenAI's API. The template's system prompt makes it another prompt."""
     import openai
 
     client = openai.OpenAI(base_url=f"{controller.url}/v1", api_key="none", max_retries=0)
@@ -321,7 +323,7 @@ def openai_texts(controller: Server, body: dict) -> Iterator[str]:
         {"type": "text", "text": "Which modality is this?"},
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{body['images'][0]}"}},
     ]
-    # An empty system message leaves the system prompt out, as the prompt of the LLaVA wire does here.
+    # An empty system message leaves the system prompt out, as the prompt of the LLaVA API does here.
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": content}]
     text = ""
     stream = client.chat.completions.create(model="twin", messages=messages, max_tokens=500, temperature=0, stream=True)
@@ -330,7 +332,7 @@ def openai_texts(controller: Server, body: dict) -> Iterator[str]:
         yield text
 
 
-def test_a_worker_that_drains_hands_over_and_ends(controller: Server, pair: list[Server], folder: Path):
+def test_a_draining_worker_hands_over_its_answers_and_ends(controller: Server, pair: list[Server], folder: Path):
     body = generation(png(5), max_new_tokens=300) | {"model": "twin"}
     texts = llava_texts(controller, body)
     next(texts)
@@ -342,10 +344,10 @@ def test_a_worker_that_drains_hands_over_and_ends(controller: Server, pair: list
     assert len(last) > 250 and victim.process.wait(120) == 0
 
 
-# The original's programs on the other side.
+# LLaVA's own programs on the other side.
 
 
-def test_an_originals_worker_behind_our_controller(controller: Server, folder: Path):
+def test_llavas_own_worker_behind_our_controller(controller: Server, folder: Path):
     workers = [original("worker", folder, controller.url, "llava-v1.5", "0.02") for _ in range(2)]
     try:
         # They register before they listen.
@@ -380,7 +382,7 @@ def test_an_originals_worker_behind_our_controller(controller: Server, folder: P
         stop_all(workers)
 
 
-def test_our_worker_behind_an_originals_controller(folder: Path):
+def test_our_worker_behind_llavas_own_controller(folder: Path):
     theirs = original("controller", folder)
     ours = start_worker(
         tiny_run(), folder / "behind-original.log", f"worker.controller={theirs.url}", "worker.heart_beat_s=0.5"
@@ -391,7 +393,7 @@ def test_our_worker_behind_an_originals_controller(folder: Path):
         assert call(theirs, "/get_worker_address", {"model": "tiny"}).json() == {"address": ours.url}
         body = generation(png(), max_new_tokens=30)
         assert llava_answer(theirs.url, body) == llava_answer(ours.url, body)
-        # The controller forgets its workers; ours is there again with the next heartbeat.
+        # The controller forgets its workers. Ours returns with its next heartbeat.
         theirs.kill()
         port = theirs.url.rpartition(":")[2]
         script = Path(__file__).parent / "helpers" / "original_llava.py"
@@ -401,20 +403,20 @@ def test_our_worker_behind_an_originals_controller(folder: Path):
         stop_all([ours, theirs])
 
 
-# Who may do what.
+# Permissions.
 
 
-def test_secret_and_keys(folder: Path):
+def test_who_needs_the_secret_and_who_needs_a_key(folder: Path):
     environment = {"BABYDOCTOR_API_KEYS": "key-of-the-ward-1", "BABYDOCTOR_REGISTRATION_SECRET": SECRET}
     trusted = tiny_worker().url
     server = start_controller(folder / "locked.log", f"controller.trusted_workers=[{trusted}]", environment=environment)
-    # One position a step makes a long prompt outlast the deadline.
+    # One token per step makes a long prompt take longer than the deadline.
     slow = ("engine.step_tokens=1", "limits.request_timeout_s=3", f"worker.controller={server.url}")
     worker = start_worker(tiny_run(), folder / "locked-worker.log", *slow, environment=environment)
     key = {"Authorization": "Bearer key-of-the-ward-1"}
     try:
         wait_until(lambda: requests.get(f"{server.url}/healthz", timeout=2).ok, 180, "the controller")
-        # Nobody registers a worker without the secret, not even with a client's key; but for the trusted address.
+        # Without the secret nobody registers a worker, not even with a client's key, except from the trusted address.
         assert register(server, "http://127.0.0.1:9", "evil").status_code == 403
         assert register(server, "http://127.0.0.1:9", "evil", headers=key).status_code == 403
         beat = {"worker_name": "http://127.0.0.1:9", "queue_length": 0}
@@ -427,7 +429,7 @@ def test_secret_and_keys(folder: Path):
         # Clients need a key.
         assert call(server, "/list_models").status_code == 401
         assert "trusted" in call(server, "/list_models", headers=key).json()["models"]
-        # Controller and worker show each other the secret.
+        # Controller and worker send each other the secret.
         wait_ready(worker)
         wait_until(lambda: "tiny" in call(server, "/list_models", headers=key).json()["models"], 180, "registration")
         assert llava_answer(server.url, generation(png(), max_new_tokens=4), headers=key)
@@ -435,7 +437,7 @@ def test_secret_and_keys(folder: Path):
         late = generation() | {"prompt": "x" * 4000}
         *_, last = llava_stream(server.url, late, headers=key)
         assert last["error_code"] == 1 and "longer than this server allows" in last["text"]
-        # Another text, or the prefix that was read already would be reused.
+        # A different text, so that no prefix is reused.
         assert call(server, "/worker_generate", late | {"prompt": "y" * 4000}, headers=key).status_code == 504
         knows = {"Authorization": f"Bearer {SECRET}"}
         assert call(worker, "/worker_get_status", headers=knows).json()["queue_length"] == 0

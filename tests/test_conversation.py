@@ -1,4 +1,4 @@
-"""Templates and tokens: equal to the original code in all golden rows; exact ids and labels for a small vocabulary."""
+"""Templates and tokens equal the original code's for all golden rows, and ids and labels are exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK = Turn("user", "<image>\nWhich side?")
 ANSWER = Turn("assistant", "left")
 
 
-def test_golden_rows(golden: Path) -> None:
+def test_golden_rows_equal_the_original_code(golden: Path) -> None:
     tokenizer = load_tokenizer(golden / "base")
     lines = (golden / "expected" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 96
@@ -34,13 +34,13 @@ def test_golden_rows(golden: Path) -> None:
         assert ids.tolist() == expected["input_ids"], number
         if "reference_note" not in expected:
             assert example.labels.tolist() == expected["labels"], number
-        else:  # the original masked the whole row; every reply is to be supervised
+        else:  # the original masked the whole row, but every reply must be supervised
             learnt = tokenizer.decode(example.labels[example.labels != IGNORE_INDEX])
             for turn in sample.turns[1::2]:
                 assert " ".join(turn.text.split()) in " ".join(learnt.split()), number
 
 
-def test_golden_prompts(golden: Path) -> None:
+def test_golden_prompts_equal_the_original_code(golden: Path) -> None:
     tokenizer = load_tokenizer(golden / "base")
     for expected in json.loads((golden / "expected" / "inference_prompts.json").read_text()):
         template = get_template(expected["template"])
@@ -63,7 +63,7 @@ def test_supervised_text(template: str, learnt: str) -> None:
     assert [s.text for s in segments if s.is_image] == ["<image>"]
 
 
-def test_plain_keeps_the_image_and_drops_the_words() -> None:
+def test_the_plain_template_keeps_the_image_and_drops_the_question() -> None:
     assert prompt_text(render([ASK, ANSWER], get_template("plain"))) == "<image>left\n"
 
 
@@ -73,23 +73,23 @@ def test_system_prompt_can_be_replaced_and_left_out() -> None:
     assert "<<SYS>>\nBe brief.\n<</SYS>>" in prompt_text(render_prompt([ASK], template, system="Be brief."))
 
 
-def test_answers_with_braces_stay_as_they_are() -> None:
+def test_answers_with_braces_are_unchanged() -> None:
     segments = render([ASK, Turn("assistant", "{answer} {x}")], get_template("v1"))
     assert "".join(s.text for s in segments if s.supervised) == " {answer} {x}</s>"
 
 
 @pytest.mark.parametrize("turns", [[], [ASK], [ANSWER], [ASK, ASK, ANSWER], [ANSWER, ASK], [ASK, ANSWER, ASK]])
-def test_wrong_order_is_refused(turns: list[Turn]) -> None:
+def test_turns_in_the_wrong_order_are_refused(turns: list[Turn]) -> None:
     with pytest.raises(UserError, match="alternates"):
         render(turns, get_template("v1"))
 
 
-def test_unknown_template_names_the_known() -> None:
+def test_the_error_for_an_unknown_template_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="llava_llama_2"):
         get_template("vicuna")
 
 
-def test_exact_ids_and_labels(tiny_base: Path) -> None:
+def test_ids_and_labels_are_exact(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base / "llama")
     example = encode(render([ASK, ANSWER], get_template("v1"), system=""), tokenizer, num_patches=3)
     before = tokenizer("USER: ", add_special_tokens=False)["input_ids"]
@@ -105,7 +105,7 @@ def test_exact_ids_and_labels(tiny_base: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_truncation_keeps_images_and_a_reply(tiny_base: Path, data: st.DataObject) -> None:
+def test_truncation_keeps_the_image_and_one_reply(tiny_base: Path, data: st.DataObject) -> None:
     tokenizer = load_tokenizer(tiny_base / "llama")
     words = st.text("abc d", min_size=1, max_size=60)
     turns = [Turn("user", "<image>\n" + data.draw(words)), Turn("assistant", "x" + data.draw(words))]

@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from helpers.training import build_settings, losses
+from helpers.training import build_settings, losses, unfinish
 from PIL import Image
 
 from babydoctor.bench.data import bench_data
@@ -20,7 +20,8 @@ from babydoctor.config import build_config
 from babydoctor.data.convert import convert_rows
 from babydoctor.data.converted import DIGESTS_FILE, ConvertedRows
 from babydoctor.data.dataset_rows import EMBEDDED
-from babydoctor.data.rows import fingerprint, load_dataset_rows, read_image
+from babydoctor.data.images import read_image
+from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.schema import Sample, UserError
 from babydoctor.train.loop import train
@@ -102,7 +103,7 @@ def test_bad_rows_are_refused_or_listed(tmp_path: Path, images: Path) -> None:
         convert_rows([source], tmp_path / "out", images=images)
 
 
-def test_several_converted_sets_are_joined_and_repeated_rows_found(tmp_path: Path) -> None:
+def test_converted_sets_are_joined_and_repeated_rows_found(tmp_path: Path) -> None:
     first = write_rows(tmp_path / "1.json", [row(0), row(1)])
     second = write_rows(tmp_path / "2.json", [row(2), row(1), row(3)])
     for number, source in enumerate((first, second), start=1):
@@ -176,6 +177,25 @@ def test_json_and_its_converted_form_train_to_bit_equal_losses(tiny_settings: di
     train(build_config(converted))
     assert losses(tmp_path / "converted") == losses(tmp_path / "json")
     assert len(losses(tmp_path / "json")) == settings["train"]["max_steps"]
+
+
+def test_a_run_goes_on_from_its_converted_rows(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The run reads JSON; between a kill and the resume its rows are converted."""
+    settings = build_settings(tiny_settings, tmp_path / "run", "instruct")
+    data = settings["data"]
+    run = train(build_config(settings))
+    whole, weights = losses(run), (run / "projector.safetensors").read_bytes()
+    unfinish(run, last_step=2)
+
+    rows = [row for _, row in iter_rows(data["rows"][0] if isinstance(data["rows"], list) else data["rows"])]
+    convert_rows([write_rows(tmp_path / "fewer.json", rows[1:])], tmp_path / "fewer", images=Path(data["images"]))
+    with pytest.raises(UserError, match="restore the rows"):
+        train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "fewer")]}}), resume=True)
+
+    convert_rows(data["rows"], tmp_path / "out", images=Path(data["images"]))
+    train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "out")]}}), resume=True)
+    assert losses(run) == whole
+    assert (run / "projector.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from babydoctor.data.images import read_image
 from babydoctor.data.loader import StepSampler
 from babydoctor.data.problems import REASONS, Problem, RowError
 from babydoctor.data.rows import (
@@ -20,7 +21,6 @@ from babydoctor.data.rows import (
     load_dataset_rows,
     load_rows,
     parse_row,
-    read_image,
 )
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
@@ -63,7 +63,7 @@ def test_the_image_goes_to_the_front() -> None:
     assert image_first("<image>") == "<image>"
 
 
-def test_text_only_rows_and_other_columns_are_taken_as_they_are() -> None:
+def test_text_only_rows_and_other_columns_are_accepted() -> None:
     sample = parse_row(row(image=None, question=" Hello? ") | {"image": None, "model": "x"}, "f.json#3")
     assert sample == Sample("1", (Turn("user", " Hello? "), Turn("assistant", "CT.")), None, "f.json#3")
     assert parse_row({"id": 7, "conversations": turns("a", "b")}, "x").id == "7"
@@ -156,7 +156,7 @@ def test_duplicates_are_whole_rows_not_ids(images: Path) -> None:
     assert isinstance(results[1], Problem) and (results[1].reason, results[1].detail) == ("duplicate", "of r0")
 
 
-def test_an_image_folder_is_asked_for_when_rows_need_one(images: Path) -> None:
+def test_rows_with_images_need_an_image_folder(images: Path) -> None:
     with pytest.raises(UserError, match=r"data\.images"):
         list(check_rows([("r", row())], None))
     with pytest.raises(UserError, match="no such directory"):
@@ -210,19 +210,19 @@ def test_json_lists_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
         ('[{"id": "1"},', "cut off"),
         ('[{"id": "1"}', "cut off"),
         ("", "cut off"),
-        ('[{"id": "1"} {"id": "2"}]', "found '{' where ',' belongs"),
+        ('[{"id": "1"} {"id": "2"}]', "found '{' instead of ','"),
         ('[{"id": "1"}, {"id": nope}, {"id": "a long enough text after it"}]', "row 1 .*fix the row"),
         ("[" * 100_000, "nested too deeply|cut off"),
     ],
 )
-def test_broken_json_lists_say_where(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_json_lists_give_the_position(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         list(iter_rows(path))
 
 
-def test_jsonl_lines_that_are_no_json_are_problems_of_their_own(tmp_path: Path, images: Path) -> None:
+def test_jsonl_lines_that_are_not_json_are_separate_problems(tmp_path: Path, images: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()) + "\n\n{broken\n" + json.dumps(row("2")) + "\n")
     results = list(check_rows(load_rows(path), images))
@@ -295,7 +295,7 @@ def test_every_epoch_takes_every_sample_once_in_a_new_order() -> None:
     assert len(sampler.samples_of_step(12)) == 7
 
 
-def test_the_step_is_the_whole_cursor() -> None:
+def test_the_step_number_alone_is_the_position() -> None:
     straight = StepSampler(50, 7, seed=1)
     steps = [straight.samples_of_step(step) for step in range(24)]
     assert [StepSampler(50, 7, seed=1).samples_of_step(step) for step in (23, 0, 9, 8)] == [

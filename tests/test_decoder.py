@@ -69,7 +69,7 @@ def test_parts_pass_gradcheck():
 
 
 def transformers_loss(model: BabyDoctor, inputs: Inputs) -> torch.Tensor:
-    """The summed loss by transformers' own model and peft's layers, one document after the other."""
+    """The summed loss with transformers' own model and peft's layers, one document at a time."""
     batch, pixels = inputs
     total, start = torch.zeros(()), 0
     for index, length in enumerate(batch.document_lengths):
@@ -105,7 +105,7 @@ def test_loss_and_gradients_equal_transformers_layers(values, with_lora):
 @pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}])
 @pytest.mark.parametrize("recompute_every", [0, 1])
 def test_a_shared_prefix_changes_neither_loss_nor_gradients(values, recompute_every):
-    """Of documents that begin alike, the beginning computed once against computed in each."""
+    """Compare computing a shared prefix once with computing it in each document."""
     model, apart = build_tiny(**values), packed_inputs((149, 157, 152, 157))
     model.recompute_every = recompute_every
     add_lora(model.language_model, LoraConfig(r=4, alpha=8, dropout=0.0))
@@ -162,12 +162,12 @@ def test_the_fallback_kernel_equals_the_blocks(tails, prefix):
         torch.testing.assert_close(a, b)
 
 
-def test_tails_begin_at_the_first_target():
+def test_a_tail_begins_at_the_first_target():
     targets = np.array([-100, 1, -100, -100, 2, 3, -100, -100])
     assert tail_lengths(targets, (3, 3, 2)) == (2, 2, 1)
 
 
-def test_what_a_micro_batch_moves_to_the_device():
+def test_indices_of_a_micro_batch_on_the_device():
     batch, pixels = packed_inputs((9, 17))
     packed = HostBatch(batch, pixels).to("cpu")
     assert packed.image_index.tolist() == [1, 2, 3, 4, 10, 11, 12, 13]

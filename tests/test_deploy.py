@@ -1,4 +1,4 @@
-"""The deployment files: the image's recipe is linted, the manifests are valid, and their commands are ours."""
+"""Deployment files: the Dockerfile passes its linter, the manifests are valid, and their commands exist."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def compose() -> dict[str, Any]:
 
 
 def commands() -> dict[str, list[str]]:
-    """The arguments of every container, by a name for the test."""
+    """The arguments of every container, each with a name for the test."""
     told = {f"compose-{name}": service["command"] for name, service in compose().items()}
     for manifest in manifests():
         if manifest["kind"] == "Deployment":
@@ -55,7 +55,7 @@ def test_the_manifests_are_valid() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
-def test_the_commands_and_settings_exist(name: str) -> None:
+def test_all_commands_and_settings_exist(name: str) -> None:
     command, *arguments = commands()[name]
     program = "import sys; from babydoctor.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", program, command, "--help"], capture_output=True, text=True)
@@ -71,14 +71,14 @@ def part_host(settings: Any, command: str) -> str:
     return str(getattr(settings, {"web": "page"}.get(command, command)).host)
 
 
-def test_a_worker_is_given_the_time_to_drain() -> None:
+def test_a_worker_has_time_to_drain() -> None:
     drain = load_settings(None).worker.drain_s + GRACE_S
     assert float(compose()["worker"]["stop_grace_period"].removesuffix("s")) >= drain
     (worker,) = [m for m in manifests() if m["kind"] == "Deployment" and m["metadata"]["name"] == "worker"]
     assert worker["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= drain
 
 
-def test_the_autoscalers_metric_is_one_that_workers_give() -> None:
+def test_workers_export_the_autoscalers_metric() -> None:
     (scaler,) = [m for m in manifests() if m["kind"] == "HorizontalPodAutoscaler"]
     name = scaler["spec"]["metrics"][0]["pods"]["metric"]["name"]
     source = (ROOT / "babydoctor/serve/worker/backend.py").read_text()

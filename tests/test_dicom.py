@@ -1,4 +1,4 @@
-"""DICOM in: real files of pydicom, and made ones for what those do not have."""
+"""DICOM: real files of pydicom, and generated files for what those lack."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, SecondaryCaptureImageStorage, generate_uid
 
-from babydoctor.imaging.dicom import CT_PRESETS, IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
-from babydoctor.imaging.dicom_safety import codestream_size
+from babydoctor.imaging.dicom import IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
+from babydoctor.imaging.dicom.safety import codestream_size
 from babydoctor.imaging.load import load_image
+from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")
@@ -57,7 +58,7 @@ def build(pixels: np.ndarray, **attributes: Any) -> bytes:
     return file.getvalue()
 
 
-def grey(data: bytes, **options: Any) -> list[int]:
+def gray(data: bytes, **options: Any) -> list[int]:
     return np.asarray(render(read_dicom(data), **options))[..., 0].ravel().tolist()
 
 
@@ -73,7 +74,7 @@ def test_a_real_ct_is_shown_in_hounsfield_units() -> None:
     assert len({render(ct, preset=name).tobytes() for name in CT_PRESETS}) == 5
 
 
-def test_without_a_window_the_frame_gives_one_and_it_is_told() -> None:
+def test_without_a_window_one_is_computed_from_the_frame_and_reported() -> None:
     image = render(read_dicom(examples.get_path("ct")))
     assert (
         image.info["window"] == "center -38, width 1646 (percentiles 0.5 to 99.5 of the frame; the file has no window)"
@@ -82,10 +83,10 @@ def test_without_a_window_the_frame_gives_one_and_it_is_told() -> None:
     mostly[0, 0] = 50
     data = build(mostly)
     assert "minimum to maximum" in render(read_dicom(data)).info["window"]
-    assert sorted(set(grey(data))) == [0, 255]
-    assert set(grey(build(np.full((4, 4), 9, np.int16)))) == {128}
+    assert sorted(set(gray(data))) == [0, 255]
+    assert set(gray(build(np.full((4, 4), 9, np.int16)))) == {128}
     eight = np.arange(0, 100, dtype=np.uint8).reshape(10, 10)
-    assert grey(build(eight)) == list(range(100)) and "as stored" in render(read_dicom(build(eight))).info["window"]
+    assert gray(build(eight)) == list(range(100)) and "as stored" in render(read_dicom(build(eight))).info["window"]
 
 
 def test_a_real_mr_has_two_windows_and_shows_the_first() -> None:
@@ -97,7 +98,7 @@ def test_a_real_mr_has_two_windows_and_shows_the_first() -> None:
     assert np.asarray(second).mean() > np.asarray(first).mean() + 5
 
 
-def test_the_colours_of_real_ultrasound_agree_across_encodings() -> None:
+def test_the_colors_of_real_ultrasound_agree_across_encodings() -> None:
     plain = np.asarray(load_image(examples.get_path("rgb_color"))).astype(int)
     jpeg2000 = render(read_dicom(examples.get_path("jpeg2k"))).resize((320, 240))
     assert np.abs(plain - np.asarray(jpeg2000).astype(int)).mean() < 12  # the same picture, stored at twice the size
@@ -106,7 +107,7 @@ def test_the_colours_of_real_ultrasound_agree_across_encodings() -> None:
     assert loop.num_frames == 30 and frames[0].shape == (240, 320, 3)
     assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
     palette = np.asarray(load_image(examples.get_path("palette_color")))
-    assert palette.shape == (350, 800, 3) and palette[10, 200, 2] > palette[10, 200, 0]  # the blue bar of the maker
+    assert palette.shape == (350, 800, 3) and palette[10, 200, 2] > palette[10, 200, 0]  # the manufacturer's blue bar
     ybr = np.asarray(load_image(path_of("SC_ybr_full_422_uncompressed.dcm")))
     assert ybr[5, 5].tolist()[0] > 240 and ybr[5, 5].max() > ybr[5, 5].min() + 200  # a red stripe on top
 
@@ -125,20 +126,20 @@ def test_jpeg_ls_needs_no_other_package() -> None:
 def test_windows_follow_the_standard() -> None:
     values = np.array([[-100, 0, 1, 2, 3, 4, 100]], np.int16)
     # PS3.3 C.11.2.1.2.1: with center 2 and width 5, x <= -0.5 is black and x > 3.5 is white.
-    shown = grey(build(values, WindowCenter="2", WindowWidth="5"))
+    shown = gray(build(values, WindowCenter="2", WindowWidth="5"))
     assert shown == [0, 32, 96, 159, 223, 255, 255]
-    exact = grey(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
+    exact = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
     assert exact == [0, 0, 64, 128, 191, 255, 255]
-    sigmoid = grey(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
+    sigmoid = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
     assert sigmoid[3] == 128 and sigmoid[1] == round(255 / (1 + np.exp(2))) and sigmoid[0] == 0
-    assert grey(build(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
+    assert gray(build(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
     useless = read_dicom(build(values, WindowCenter=["2", "2"], WindowWidth=["0", "4"]))
     assert [(w.width, w.explanation) for w in useless.windows] == [(4, "window 2 of 2 in the file")]
 
 
 def test_the_modality_lut_comes_before_the_window() -> None:
     values = np.array([[0, 10, 20]], np.int16)
-    assert grey(build(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
+    assert gray(build(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
         0,
         128,
         255,
@@ -149,36 +150,36 @@ def test_the_modality_lut_comes_before_the_window() -> None:
     table = build(
         np.array([[0, 1, 2]], np.uint16), ModalityLUTSequence=Sequence([lut]), WindowCenter="500.5", WindowWidth="1001"
     )
-    assert grey(table) == [0, 255, 128]
+    assert gray(table) == [0, 255, 128]
 
 
-def test_a_voi_lut_is_used_where_there_is_no_window() -> None:
+def test_a_voi_lut_is_used_without_a_window() -> None:
     lut = Dataset()
     lut.LUTDescriptor, lut.LUTExplanation = [4, 0, 8], "CONTRAST"
     lut.add_new("LUTData", "US", [255, 0, 51, 102])
     data = build(np.array([[0, 1, 2, 3]], np.uint16), VOILUTSequence=Sequence([lut]))
-    assert grey(data) == [255, 0, 51, 102]
+    assert gray(data) == [255, 0, 51, 102]
     assert render(read_dicom(data)).info["window"] == "VOI LUT CONTRAST"
 
 
 def test_monochrome1_is_inverted_and_padding_stays_black() -> None:
     values = np.array([[-2000, 0, 100, 200]], np.int16)
     window = {"WindowCenter": "100.5", "WindowWidth": "201", "PhotometricInterpretation": "MONOCHROME1"}
-    assert grey(build(values, **window)) == [255, 255, 128, 0]
-    assert grey(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
-    # Padding also counts for nothing when the window is made from the frame.
+    assert gray(build(values, **window)) == [255, 255, 128, 0]
+    assert gray(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
+    # Padding is also ignored when the window is computed from the frame.
     spread = np.array([[-2000] * 8 + [0, 100]], np.int16)
-    assert grey(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
+    assert gray(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
 
 
 def test_float_and_signed_pixels() -> None:
-    assert grey(build(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
-    floats = grey(build(np.array([[-0.5, 0.0, 0.5]], np.float32)))
+    assert gray(build(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
+    floats = gray(build(np.array([[-0.5, 0.0, 0.5]], np.float32)))
     assert floats == [0, 128, 255]
-    assert grey(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
+    assert gray(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
 
 
-def test_frames_of_enhanced_objects_bring_their_own_windows() -> None:
+def test_frames_of_enhanced_objects_have_their_own_windows() -> None:
     def group(center: str, slope: str) -> Dataset:
         item, voi, transform, measures = Dataset(), Dataset(), Dataset(), Dataset()
         voi.WindowCenter, voi.WindowWidth = center, "3"
@@ -194,7 +195,7 @@ def test_frames_of_enhanced_objects_bring_their_own_windows() -> None:
     data = build(pixels, NumberOfFrames=2, Rows=1, PerFrameFunctionalGroupsSequence=frames)
     dicom = read_dicom(data)
     assert dicom.num_frames == 2 and dicom.pixel_spacing == (0.5, 0.5) and dicom.windows[0].center == 1.5
-    assert grey(data, frame=0) == [128, 255] and grey(data, frame=1) == [0, 128]
+    assert gray(data, frame=0) == [128, 255] and gray(data, frame=1) == [0, 128]
 
 
 def test_pixels_that_are_not_square_are_stretched() -> None:
@@ -215,12 +216,12 @@ def test_pixels_that_are_not_square_are_stretched() -> None:
         ({"frame": -1}, "frame -1 does not exist"),
     ],
 )
-def test_wrong_views_are_named(options: dict[str, Any], message: str) -> None:
+def test_an_invalid_frame_window_or_preset_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         render(read_dicom(examples.get_path("ct")), **options)
 
 
-def test_windows_are_for_grey_images_and_presets_for_ct() -> None:
+def test_windows_are_for_gray_images_and_presets_for_ct() -> None:
     with pytest.raises(UserError, match="for CT, this is MR"):
         render(read_dicom(examples.get_path("mr")), preset="lung")
     with pytest.raises(UserError, match="color image"):
@@ -239,14 +240,14 @@ def test_real_damaged_files_are_user_errors(name: str) -> None:
         load_image(path_of(name))
 
 
-def test_any_cut_of_a_real_file_is_a_user_error() -> None:
+def test_every_truncation_of_a_real_file_is_a_user_error() -> None:
     data = examples.get_path("mr").read_bytes()
-    for length in range(132, len(data) - 200, 431):  # the file ends with padding, that nobody misses
+    for length in range(132, len(data) - 200, 431):  # the file ends with padding, which may be missing
         with pytest.raises(UserError):
             load_image(data[:length])
 
 
-@pytest.mark.filterwarnings("ignore")  # pydicom names the odd tags and lengths it meets
+@pytest.mark.filterwarnings("ignore")  # pydicom warns about invalid tags and lengths
 @pytest.mark.parametrize("name", ["CT_small", "examples_palette", "examples_ybr_color", "MR_small_RLE", "rtdose"])
 def test_flipped_bytes_are_user_errors_or_pictures(name: str) -> None:
     data = path_of(f"{name}.dcm").read_bytes()
@@ -280,7 +281,7 @@ def test_a_codestream_larger_than_its_header_is_refused() -> None:
         load_image(file.getvalue())
 
 
-def test_codestream_sizes_are_read_from_every_kind() -> None:
+def test_codestream_sizes_of_all_formats_are_read() -> None:
     from pydicom.encaps import get_frame
 
     for name in (
@@ -320,7 +321,7 @@ def test_every_identifying_tag_is_a_real_keyword() -> None:
         assert keyword in IDENTIFYING_TAGS
 
 
-def test_facts_tell_the_picture_and_never_the_person() -> None:
+def test_facts_describe_the_picture_and_never_the_person() -> None:
     data = build(
         np.zeros((4, 6), np.int16),
         PatientName="Doe^Jane",
@@ -356,7 +357,7 @@ def test_facts_tell_the_picture_and_never_the_person() -> None:
             assert len(value) < 4 or value not in text, (name, keyword)
 
 
-def test_odd_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder) -> None:
+def test_invalid_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = build(

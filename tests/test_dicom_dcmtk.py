@@ -1,6 +1,6 @@
 """Every DICOM file that ships with the installed packages, against Debian's ``dcmtk`` under the same window.
 
-``scripts/test.sh`` installs dcmtk where it can. Each difference stands in a table below with its reason.
+``scripts/test.sh`` installs dcmtk if it can. The tables below list each difference with its reason.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from babydoctor.imaging.limits import ImageError
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("dcm2pnm") is None, reason="dcm2pnm is not installed (apt-get install dcmtk)"),
-    pytest.mark.filterwarnings("ignore"),  # pydicom names the odd values of its own test files
+    pytest.mark.filterwarnings("ignore"),  # pydicom warns about invalid values in its own test files
 ]
 
 PACKAGES = Path(pydicom.__file__).parents[1]
 TOOLS = ("dcm2pnm", "dcmj2pnm", "dcml2pnm")  # the last two add JPEG and JPEG-LS
 
-# File -> (largest difference in grey levels, why it may differ by more than 1).
+# File -> (largest difference in gray levels, why it may differ by more than 1).
 DIFFERENCES: dict[str, tuple[int, str]] = {
     "JPGExtended.dcm": (2, "lossy JPEG: the inverse DCT of libjpeg and dcmtk rounds differently"),
     "SC_rgb_dcmtk_+eb+cy+n1.dcm": (2, "lossy JPEG, converted from YBR after rounding"),
@@ -35,12 +35,12 @@ DIFFERENCES: dict[str, tuple[int, str]] = {
     "examples_ybr_color.dcm": (3, "lossy JPEG, converted from YBR after rounding"),
 }
 
-# File -> why dcmtk shows nothing where there is a picture. JPEG 2000 is in no free dcmtk.
+# File -> why dcmtk cannot show its picture. No free dcmtk supports JPEG 2000.
 NOT_IN_DCMTK: dict[str, str] = {
     "SC_rgb_jpeg.dcm": "written in implicit VR against its transfer syntax, which dcmtk trusts",
 }
 
-# File -> (words of the refusal, why), where the file holds pixels that are not shown here.
+# File with pixels that are refused here -> (words of the error, why).
 REFUSED: dict[str, tuple[str, str]] = {
     "JPEG-lossy.dcm": (
         "cannot be decoded",
@@ -70,7 +70,7 @@ def dicom_files() -> list[Path]:
 
 
 def dcmtk(path: Path, frame: int, window: list[str], folder: Path) -> np.ndarray | None:
-    """dcmtk's picture ``[h, w, 3]`` without overlays and scaling; None where no tool of it reads the file."""
+    """dcmtk's picture ``[h, w, 3]`` without overlays and scaling; None if none of its tools reads the file."""
     target = folder / "dcmtk.pnm"
     for tool in TOOLS:
         target.unlink(missing_ok=True)
@@ -82,8 +82,8 @@ def dcmtk(path: Path, frame: int, window: list[str], folder: Path) -> np.ndarray
 
 
 def same_window(dicom: DicomImage) -> tuple[dict[str, Any], list[str]]:
-    """How to ask both programs for the same window."""
-    if not dicom.is_grey:
+    """Arguments that give both programs the same window."""
+    if not dicom.is_gray:
         return {}, []
     if dicom.windows:
         return {}, ["+Wi", "1"]
@@ -92,7 +92,7 @@ def same_window(dicom: DicomImage) -> tuple[dict[str, Any], list[str]]:
     return {"center": 100.0, "width": 300.0}, ["+Ww", "100", "300"]
 
 
-def test_every_installed_file_looks_as_in_dcmtk(tmp_path: Path) -> None:
+def test_every_installed_file_looks_the_same_in_dcmtk(tmp_path: Path) -> None:
     unexplained: list[str] = []
     num_compared = num_without_image = 0
     for path in dicom_files():

@@ -1,4 +1,4 @@
-"""Random small DICOM files against a second reading of the standard that shares no code with the package."""
+"""Random small DICOM files, compared with a second implementation that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from babydoctor.imaging.dicom import read_dicom, render
 
 
-def reference_grey(cell: int, file: dict[str, Any]) -> float:
-    """One cell of a grey image -> level 0 to 255, in plain numbers (PS3.5 8.1.1, PS3.3 C.11)."""
+def reference_gray(cell: int, file: dict[str, Any]) -> float:
+    """One cell of a gray image -> level 0 to 255, in plain Python (PS3.5 8.1.1, PS3.3 C.11)."""
     value = (cell >> (file["high_bit"] + 1 - file["stored"])) % 2 ** file["stored"]
     if file["signed"] and value >= 2 ** (file["stored"] - 1):
         value -= 2 ** file["stored"]
@@ -47,7 +47,7 @@ decimals = st.floats(-2000, 2000).map(lambda value: float(f"{value:.6g}"))
 
 
 @st.composite
-def grey_files(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray, str]:
+def gray_files(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray, str]:
     allocated = draw(st.sampled_from([8, 16]))
     stored = draw(st.integers(1, allocated))
     file = {
@@ -74,8 +74,8 @@ def grey_files(draw: st.DrawFn) -> tuple[dict[str, Any], np.ndarray, str]:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(grey_files())
-def test_grey_frames_equal_the_reference(made: tuple[dict[str, Any], np.ndarray, str]) -> None:
+@given(gray_files())
+def test_gray_frames_equal_the_reference(made: tuple[dict[str, Any], np.ndarray, str]) -> None:
     file, cells, syntax = made
     rows = cells.shape[0] // file["frames"]
     attributes: dict[str, Any] = {
@@ -99,12 +99,12 @@ def test_grey_frames_equal_the_reference(made: tuple[dict[str, Any], np.ndarray,
     assert scan.num_frames == file["frames"]
     for frame in range(file["frames"]):
         shown = np.asarray(render(scan, frame))[..., 0]
-        expected = [[reference_grey(int(cell), file) for cell in row] for row in cells[frame * rows :][:rows]]
+        expected = [[reference_gray(int(cell), file) for cell in row] for row in cells[frame * rows :][:rows]]
         _assert_close(shown, np.array(expected), cells[frame * rows :][:rows], file)
 
 
 def _assert_close(shown: np.ndarray, expected: np.ndarray, cells: np.ndarray, file: dict[str, Any]) -> None:
-    """Equal but for rounding, and for values that stand on the step of a window of width 1."""
+    """Equal up to rounding, except for values at the step of a window of width 1."""
     wrong = np.abs(shown.astype(float) - expected) > 0.51
     assert not wrong.any(), (shown, expected, cells, file)
 

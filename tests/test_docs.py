@@ -1,4 +1,4 @@
-"""README and guides: commands parse and run, links and markers hold, tables of the plan are those of the planner.
+"""README and guides: commands parse and run, links and markers are valid, and plan tables equal the planner's.
 
 A fenced ``bash`` block has a comment on the line before it that says where its commands run::
 
@@ -158,7 +158,7 @@ def test_links_and_paths_exist(guide: Path) -> None:
 
 
 @pytest.mark.parametrize("block", BASH, ids=str)
-def test_a_block_says_where_it_runs(block: Block) -> None:
+def test_every_block_states_where_it_runs(block: Block) -> None:
     if block.guide in RUNNERS:
         assert (ROOT / RUNNERS[block.guide]).is_file()
         return
@@ -174,7 +174,7 @@ def test_a_block_says_where_it_runs(block: Block) -> None:
             assert Path(word).stem in runner, f"{block}: {value} does not run {' '.join(words)}"
 
 
-def test_no_command_hides_in_another_block() -> None:
+def test_no_command_is_in_a_block_that_is_not_run() -> None:
     for block in BLOCKS:
         if block.language != "bash":
             hidden = re.search(r"^(babydoctor [a-z]|bash |pip |python -m ).*", block.text, re.MULTILINE)
@@ -208,7 +208,7 @@ def test_inline_commands_exist(guide: Path) -> None:
 def checkout(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_rows: Path, request: pytest.FixtureRequest
 ) -> Path:
-    """A folder with what the guides' commands name: a run, rows, images, a scan, a tokenizer, the configurations."""
+    """A folder with the files that the guides' commands use: a run, rows, images, a scan, a tokenizer and settings."""
     from pydicom.data import get_testdata_file
 
     folder = tmp_path_factory.mktemp("checkout")
@@ -259,7 +259,7 @@ def test_requests_are_answered(block: Block, checkout: Path, api: str) -> None:
     assert len(done.stdout) > 20 and '"error"' not in done.stdout, done.stdout
 
 
-def test_planned_costs_are_those_of_the_planner() -> None:
+def test_planned_costs_equal_the_planners() -> None:
     guide = (PACKAGE / "train" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `babydoctor (plan \S+ --gpu a10)` \| ([\d.]+) GiB \|.*\| ([\d.]+) \|$", guide, re.MULTILINE)
     assert len(rows) == 3

@@ -1,4 +1,4 @@
-"""The engine against transformers' ``generate``, and what it promises for each request."""
+"""The engine, compared with transformers' ``generate``, and its guarantees for each request."""
 
 # Fixtures are imported by name.
 # ruff: noqa: F401, F811
@@ -47,7 +47,7 @@ def model() -> BabyDoctor:
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [8, 2])
-def test_a_batch_gives_the_tokens_of_each_alone_and_of_generate(tokenizer, num_kv_heads, pack):
+def test_a_batch_gives_the_same_tokens_as_each_request_alone_and_as_generate(tokenizer, num_kv_heads, pack):
     model = build_model(num_kv_heads)
     requests = [build_request(seed, num_images=seed % 3, length=5 + 9 * (seed % 7)) for seed in range(11)]
     expected = [reference(model, request) for request in requests]
@@ -59,7 +59,7 @@ def test_a_batch_gives_the_tokens_of_each_alone_and_of_generate(tokenizer, num_k
             assert tokens_of(alone.submit(request)) == tokens
 
 
-def test_more_steps_than_one_slot_holds_positions_for_are_refused_or_cut(model, tokenizer):
+def test_requests_longer_than_a_slot_are_refused_or_cut(model, tokenizer):
     with Engine(model, tokenizer, settings()) as engine:
         with pytest.raises(PromptTooLongError, match="room for 159"):
             engine.submit(build_request(0, length=CONTEXT))
@@ -68,7 +68,7 @@ def test_more_steps_than_one_slot_holds_positions_for_are_refused_or_cut(model, 
         assert finished.usage.total_tokens == CONTEXT
 
 
-def test_an_equal_prefix_is_reused_and_changes_nothing(model, tokenizer):
+def test_reusing_an_equal_prefix_does_not_change_the_answer(model, tokenizer):
     first = build_request(1)
     answer = reference(model, first)
     longer = np.concatenate([first.input_ids, np.asarray(answer[:-1]), [7, 8, 9]]).astype(np.int32)
@@ -90,7 +90,7 @@ def test_an_equal_prefix_is_reused_and_changes_nothing(model, tokenizer):
         follow_up = engine.submit(turn)
         assert tokens_of(follow_up) == reference(model, turn)
         assert follow_up.finished.usage.cached_tokens == len(longer) - 3
-        # Same text, another image: reuse ends where the image begins.
+        # With the same text and another image, reuse ends where the image begins.
         other = engine.submit(other_image)
         assert tokens_of(other) == reference(model, other_image)
         assert other.finished.usage.cached_tokens == 5
@@ -172,7 +172,7 @@ def test_cancel_ends_a_request_at_the_next_step_and_frees_its_slot(model, tokeni
         assert stats.finished == {"cancelled": 2, "length": 1}
 
 
-def test_a_deadline_ends_a_request_running_or_waiting(model, tokenizer):
+def test_a_deadline_ends_running_and_waiting_requests(model, tokenizer):
     with Engine(model, tokenizer, settings(max_running=1)) as engine:
         late = engine.submit(build_request(7, max_new_tokens=120, timeout_s=0.0))
         assert late.result(60).finish_reason == "deadline"
@@ -218,7 +218,7 @@ def test_an_exception_ends_only_the_request_that_caused_it(model, tokenizer, mon
         assert engine.kv_cache.num_free == 4
 
 
-def test_damaged_output_is_reported_and_its_memory_cleaned(model, tokenizer):
+def test_damaged_output_is_reported_and_its_slot_zeroed(model, tokenizer):
     request = build_request(14)
     with Engine(model, tokenizer, settings(max_running=1, cached_slots=0)) as engine:
         huge = GenerationRequest(
@@ -248,7 +248,7 @@ def test_damaged_output_is_reported_and_its_memory_cleaned(model, tokenizer):
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_requests_that_cannot_be_meant_are_refused(model, tokenizer, change, message):
+def test_invalid_requests_are_refused(model, tokenizer, change, message):
     base = build_request(15)
     fields = {name: getattr(base, name) for name in GenerationRequest.__slots__} | change
     engine = Engine(model, tokenizer, settings())
@@ -270,7 +270,7 @@ def test_a_full_queue_and_a_draining_engine_refuse(model, tokenizer):
         assert not engine.healthy
 
 
-def test_closing_cancels_what_runs(model, tokenizer):
+def test_closing_cancels_running_requests(model, tokenizer):
     engine = Engine(model, tokenizer, settings(max_running=2)).start()
     handles = [engine.submit(build_request(seed, max_new_tokens=110)) for seed in range(4)]
     engine.close()
@@ -278,7 +278,7 @@ def test_closing_cancels_what_runs(model, tokenizer):
     assert all(handle.wait(10).finish_reason in ("cancelled", "length") for handle in handles)
 
 
-def test_broken_listeners_do_no_harm(model, tokenizer):
+def test_an_error_in_a_listener_does_not_stop_the_engine(model, tokenizer):
     request = build_request(16)
     expected = reference(model, request)
 
@@ -313,7 +313,7 @@ def test_adapters_and_4_bit_layers_run_without_merging(tokenizer):
 
 
 @torch.no_grad()
-def test_settings_name_what_is_wrong(model, tokenizer):
+def test_wrong_settings_are_named(model, tokenizer):
     with pytest.raises(UserError, match="max_running=0"):
         EngineSettings(max_running=0)
     with pytest.raises(UserError, match="max_context=9999"):
@@ -341,7 +341,7 @@ def test_graphs_need_a_gpu(model, tokenizer):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_the_models_storage_stays_as_it_was_unless_the_engine_owns_it(tokenizer, own):
+def test_the_models_storage_is_unchanged_unless_the_engine_owns_it(tokenizer, own):
     model, request = build_model(), build_request(1)
     expected = reference(model, request)
     places = [parameter.data_ptr() for parameter in model.parameters()]

@@ -1,6 +1,6 @@
 """The GPU's engine step on the CPU, by Triton's interpreter: the same logits and keys as PyTorch's operations.
 
-Triton decides at import whether it interprets, so the comparison runs in a process of its own.
+Triton decides at import whether it interprets, so the comparison runs in a separate process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_the_gpus_step_gives_the_same_numbers(tmp_path: Path) -> None:
+def test_the_gpu_step_gives_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])

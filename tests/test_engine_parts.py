@@ -29,7 +29,7 @@ def feed(filter: StopFilter, pieces: list[str]) -> list[str]:
     return shown
 
 
-def test_an_end_that_may_begin_a_stop_string_is_held_back():
+def test_an_ending_that_may_start_a_stop_string_is_held_back():
     filter = StopFilter(["</s>", "\nUSER"])
     assert feed(filter, ["fine", "\n", "US", "A is", " <", "/", "s"]) == ["fine", "", "", "\nUSA is", " ", "", ""]
     assert filter.found is None
@@ -63,7 +63,7 @@ def test_no_delta_ever_splits_a_character(byte_tokenizer):
     assert detokenizer.flush() == ""
 
 
-def test_bytes_that_are_no_character_come_out_as_the_tokenizer_writes_them(byte_tokenizer):
+def test_bytes_that_form_no_character_are_written_as_the_tokenizer_does(byte_tokenizer):
     tokens = byte_tokenizer.encode("a肺")[:-1]
     detokenizer = Detokenizer(byte_tokenizer)
     assert [detokenizer.add(token) for token in tokens] == ["a", "", ""]
@@ -92,7 +92,7 @@ def test_a_common_prefix_ends_at_another_image():
     assert both.common_prefix(build_content(ids, mask, ("a", "c"))) == 4
     assert both.common_prefix(build_content(ids, mask, ("x", "b"))) == 2
     assert both.common_prefix(both.head(3)) == 3
-    # A text token never equals an image position, whatever id the slot holds in input_ids.
+    # A text token never equals an image position, whatever id input_ids has there.
     assert both.common_prefix(content([5, 6, 0, 0])) == 2
 
 
@@ -111,7 +111,7 @@ def held(kv_cache: KVCache, slot) -> list[int]:
     return kv_cache.keys[0][slot.index, 0, : len(slot.content), 0].int().tolist()
 
 
-def test_slots_pass_prefixes_on_in_place_or_by_a_copy():
+def test_prefixes_are_reused_in_place_or_copied():
     kv_cache = build_slots(3, 2)
     first = kv_cache.allocate(content([1, 2, 3, 4]))
     assert first.num_reused == 0
@@ -122,7 +122,7 @@ def test_slots_pass_prefixes_on_in_place_or_by_a_copy():
     assert held(kv_cache, second.slot) == [1, 2]
     assert kv_cache.allocate(content([1])) is None
     kv_cache.free(first.slot)
-    # A finished one's slot is taken over, and the last position of a prompt is always computed.
+    # A finished request's slot is reused, and the last position of a prompt is always computed.
     third = kv_cache.allocate(content([1, 2, 3, 4]))
     assert (third.num_reused, third.slot) == (3, first.slot)
     with pytest.raises(AssertionError, match="twice"):
@@ -130,7 +130,7 @@ def test_slots_pass_prefixes_on_in_place_or_by_a_copy():
         kv_cache.free(third.slot)
 
 
-def test_what_a_finished_request_left_moves_aside_and_the_oldest_goes():
+def test_contents_of_finished_requests_are_archived_and_the_oldest_is_dropped():
     kv_cache = build_slots(2, 1)
     for tokens in ([1, 1, 1, 1], [2, 2, 2, 2]):
         allocation = kv_cache.allocate(content(tokens))
@@ -153,11 +153,11 @@ def test_what_a_finished_request_left_moves_aside_and_the_oldest_goes():
         ([0, 1, 2], [100, 4000, 100], [[0], [1], [2]]),
     ],
 )
-def test_neighboring_slots_are_attended_to_together_where_that_is_cheaper(slots, lengths, runs):
+def test_neighboring_slots_attend_together_if_that_is_cheaper(slots, lengths, runs):
     assert group_rows(slots, lengths, call_positions=512) == runs
 
 
-def test_features_are_kept_up_to_the_budget_and_the_least_used_go():
+def test_features_are_kept_within_the_budget_and_the_least_recently_used_dropped():
     cache = FeatureCache(budget_bytes=2 * 4 * 10)
     for key in ("a", "b"):
         cache.put(key, torch.zeros(10))

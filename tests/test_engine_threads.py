@@ -1,4 +1,4 @@
-"""OpenMP helpers of threads that do not compute any more."""
+"""OpenMP helper threads of threads that have stopped computing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from babydoctor.runtime import release_team
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_a_thread_gives_its_helpers_back_and_computes_again():
+def test_a_thread_releases_its_helpers_and_can_compute_again():
     outcome: list[tuple[bool, int, int, torch.Tensor]] = []
 
     def compute() -> None:

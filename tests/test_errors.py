@@ -1,4 +1,4 @@
-"""Errors are told apart by their code, never by their message."""
+"""Errors are distinguished by their code, never by their message."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_code_has_a_kind_and_a_wrong_code_is_refused():
         ("image_unreadable", 422, "damaged_image"),
     ],
 )
-def test_status_and_sentence_follow_from_the_code_alone(message: str, code: str, status: int, page_code: str):
+def test_status_and_sentence_depend_on_the_code_alone(message: str, code: str, status: int, page_code: str):
     error = UserError(message, code=code)  # type: ignore[arg-type]
     assert ApiError(code_of_user_error(error), str(error)).status == status
     assert picture_error(error, looks_like_image=True).code == page_code
@@ -55,7 +55,7 @@ def test_status_and_sentence_follow_from_the_code_alone(message: str, code: str,
         ("dicom_unreadable", "bad_dicom"),
     ],
 )
-def test_dicom_sentences_follow_from_the_code(code: str, page_code: str):
+def test_dicom_sentences_depend_on_the_code(code: str, page_code: str):
     assert dicom_error(UserError("the limit is too large", code=code)).code == page_code  # type: ignore[arg-type]
 
 
@@ -99,7 +99,7 @@ def test_exit_statuses():
     assert UserError("x").exit_status == 2
 
 
-def test_the_serving_guide_lists_every_code_as_it_is():
+def test_the_serving_guide_lists_every_code_correctly():
     guide = (PACKAGE / "serve" / "README.md").read_text(encoding="utf-8")
     table = guide.partition("<!-- error codes -->\n")[2].partition("<!-- end of error codes -->")[0]
     rows = [f"| `{code}` | {kind.status} | {kind.error_code} | {kind.meaning} |" for code, kind in ERROR_KINDS.items()]

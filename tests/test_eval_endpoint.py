@@ -1,4 +1,4 @@
-"""An evaluation of a server over OpenAI's API: our own worker gives what the run itself gives."""
+"""Evaluate a server over OpenAI's API: our own worker gives the same answers as the run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_our_own_server_answers_as_the_run_does(rows: TaskConfig, tmp_path: Path
 
 @contextmanager
 def serving(respond: Callable[[int, dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[str]:
-    """A server whose chat requests ``respond`` answers by their number; yields its URL."""
+    """A server whose chat requests are answered by ``respond`` with their number. Yields its URL."""
     counted = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -101,9 +101,7 @@ def chat(text: str) -> dict[str, Any]:
 ONE = EvalConfig(("right",), GenerationConfig(batch_size=1), num_resamples=100)
 
 
-def test_a_busy_server_is_asked_again_and_one_without_log_probabilities_plainly(
-    rows: TaskConfig, tmp_path: Path
-) -> None:
+def test_a_busy_server_is_retried_and_log_probabilities_are_optional(rows: TaskConfig, tmp_path: Path) -> None:
     def respond(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if body.get("logprobs"):
             return 400, {"error": {"message": "no log probabilities here"}}
@@ -116,7 +114,9 @@ def test_a_busy_server_is_asked_again_and_one_without_log_probabilities_plainly(
     assert set(answers(tmp_path, "right").values()) == {"Yes."} and result["num_failed"]["right"] == 0
 
 
-def test_a_refused_question_is_recorded_and_a_lost_server_loses_no_answer(rows: TaskConfig, tmp_path: Path) -> None:
+def test_a_refused_question_is_recorded_and_a_lost_server_keeps_earlier_answers(
+    rows: TaskConfig, tmp_path: Path
+) -> None:
     def refuse(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         text = body["messages"][0]["content"][-1]["text"]
         return (422, {"error": {"message": "too strange"}}) if text.startswith("Question 2") else (200, chat("no"))
@@ -138,7 +138,23 @@ def test_a_refused_question_is_recorded_and_a_lost_server_loses_no_answer(rows: 
     assert len(answers(tmp_path / "lost", "right")) == 6
 
 
-def test_a_server_that_is_not_there(rows: TaskConfig, tmp_path: Path) -> None:
+def test_a_question_without_an_image_is_plain_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Is CT ionizing?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    asked: list[Any] = []
+
+    def record(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        asked.append(body["messages"])
+        return 200, chat("yes")
+
+    task = TaskConfig(task="rows", data=str(tmp_path / "rows.json"))
+    with serving(record) as url:
+        result = evaluate(tmp_path / "out", task, ONE, endpoint=Endpoint(url, "m"))
+    assert asked == [[{"role": "user", "content": "Is CT ionizing?"}]]
+    assert result["conditions"]["right"]["figures"]["closed_accuracy"]["value"] == 1
+
+
+def test_an_unreachable_server_is_named(rows: TaskConfig, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     program = "import sys; from babydoctor.cli.main import main; main()"
     command = [sys.executable, "-c", program, "eval", "--task", "rows", "--data", rows.data, "--out", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""The whole way through: a run is asked, answers are written as they come, scored, reported, compared."""
+"""A whole evaluation: answers of a run are written as they arrive, scored, reported and compared."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _write_answers(path: Path, answers: list[str]) -> Path:
     return path
 
 
-def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, tmp_path: Path) -> None:
     config = TaskConfig(task="rows", data=str(rows))
     counted: list[tuple[str, int, int]] = []
     result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
@@ -55,7 +55,7 @@ def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Pat
     assert result["baselines"]["always yes"]["yes_no_balanced_accuracy"] == 0.5
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["run"]["manifest"]["name"] == result["run"]["manifest"]["name"]
-    # Cut the answers in the middle of a line, as a power failure does: only what is lost is asked again.
+    # Cut the answers in the middle of a line, like a power failure: only lost answers are asked for again.
     file = tmp_path / "predictions-right.jsonl"
     whole = file.read_text()
     lines = whole.splitlines(keepends=True)
@@ -69,7 +69,7 @@ def test_a_run_is_asked_scored_and_goes_on_where_it_stopped(run: Path, rows: Pat
         evaluate(tmp_path, config, other, run=run)
 
 
-def test_the_report_is_one_file(run: Path, rows: Path, tmp_path: Path) -> None:
+def test_the_report_is_a_single_file(run: Path, rows: Path, tmp_path: Path) -> None:
     evaluate(tmp_path, TaskConfig(task="rows", data=str(rows)), SETTINGS, run=run)
     page = (tmp_path / "report.html").read_text()
     assert "Does it look?" in page
@@ -80,7 +80,7 @@ def test_the_report_is_one_file(run: Path, rows: Path, tmp_path: Path) -> None:
     assert len(page) < 10_000_000
 
 
-def test_training_can_call_a_task(run: Path, rows: Path) -> None:
+def test_a_task_runs_on_a_model_in_training(run: Path, rows: Path) -> None:
     from babydoctor.model.run_dir import load_run
 
     loaded = load_run(run)
@@ -93,7 +93,7 @@ def test_training_can_call_a_task(run: Path, rows: Path) -> None:
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
 
 
-def test_somebody_elses_answers(rows: Path, tmp_path: Path) -> None:
+def test_answers_from_elsewhere_are_scored(rows: Path, tmp_path: Path) -> None:
     answers = ["yes", "no", "yes", "no", "no", "yes", "left lung", "The right lung."]
     predictions = _write_answers(tmp_path / "answers.jsonl", answers)
     result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
@@ -103,7 +103,7 @@ def test_somebody_elses_answers(rows: Path, tmp_path: Path) -> None:
     assert result["gaps"] == {}
 
 
-def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
+def test_two_evaluations_are_compared(rows: Path, tmp_path: Path) -> None:
     config = TaskConfig(task="rows", data=str(rows))
     for name, answers in (("a", ["no"] * 8), ("b", ["yes", "no", "yes", "no", "yes", "no", "left lung", "left lung"])):
         predictions = _write_answers(tmp_path / f"{name}.jsonl", answers)
@@ -121,7 +121,7 @@ def test_compare_two_evaluations(rows: Path, tmp_path: Path) -> None:
         compare(tmp_path / "a", tmp_path / "c")
 
 
-def test_model_card_rows_are_replaced_and_others_stay(rows: Path, tmp_path: Path) -> None:
+def test_rows_of_the_model_card_are_replaced_and_others_kept(rows: Path, tmp_path: Path) -> None:
     predictions = _write_answers(tmp_path / "mine.jsonl", ["yes"] * 8)
     result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
     card = tmp_path / "MODEL_CARD.md"
@@ -158,22 +158,22 @@ def test_bad_prediction_files_are_named(tmp_path: Path, rows: Path, text: str, m
         match_predictions(path, questions)
 
 
-def test_foreign_keys_of_predictions(tmp_path: Path) -> None:
+def test_predictions_with_llavas_keys_are_read(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps([{"question_id": 7, "text": "no"}]))
     assert [(p.id, p.answer) for p in read_predictions(path)] == [("7", "no")]
 
 
-def test_confidence_from_logprobs() -> None:
+def test_confidence_is_computed_from_logprobs() -> None:
     def token(text: str, probability: float, *top: tuple[str, float]) -> TokenLogprob:
         return TokenLogprob(0, text, math.log(probability), tuple((0, t, math.log(p)) for t, p in top))
 
     whole = [token("Yes", 0.6, ("Yes", 0.6), ("No", 0.2))]
     assert answer_confidence("Yes", whole) == pytest.approx(0.75)
-    # The tokeniser splits one of the words: its first piece is compared with the other.
+    # The tokenizer splits one of the words, so its first piece is compared with the other word.
     split = [token("Y", 0.6, ("Y", 0.6), ("No", 0.2)), token("es", 0.9, ("es", 0.9))]
     assert answer_confidence("Yes", split) == pytest.approx(0.75)
-    # The first token begins neither: the probability of all tokens.
+    # The first token begins neither word, so the probability of all tokens counts.
     assert answer_confidence("Yes", [token("(", 0.8, ("(", 0.8)), token("Yes", 0.5)]) == pytest.approx(0.4)
     assert answer_confidence("left", whole) is None
 

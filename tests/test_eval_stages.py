@@ -1,4 +1,4 @@
-"""The ablation of the stages: what is trained for each variant, and the table and picture that come out."""
+"""The ablation of the stages: what is trained for each variant, and the resulting table and picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_stage_is_left_out_once() -> None:
     }
 
 
-def test_a_first_stage_begins_at_the_base_and_a_later_one_at_its_run(tmp_path: Path) -> None:
+def test_the_first_stage_starts_from_the_base_and_later_ones_from_a_run(tmp_path: Path) -> None:
     settings = StagesConfig(
         tmp_path,
         data=tmp_path / "ph",
@@ -46,7 +46,7 @@ def test_a_first_stage_begins_at_the_base_and_a_later_one_at_its_run(tmp_path: P
     assert later.init_from == str(tmp_path / "before")
 
 
-def test_missing_base_says_how_to_make_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_base_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="demo --check"):
         run_stages(StagesConfig(tmp_path / "out", data=tmp_path, base=tmp_path))
     with pytest.raises(UserError, match="LABEL=DIRECTORY"):
@@ -63,7 +63,7 @@ def _row(right: float, shuffled: float) -> dict[str, Any]:
     }
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
+def test_the_ablation_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     table = {
         "task": "phantom",
         "num_seeds": 2,

@@ -1,4 +1,4 @@
-"""The real VQA-RAD rows, a tenth held out by image: constant answers and traps, scored exactly and as published."""
+"""The real VQA-RAD rows, a tenth held out by image: constant answers and traps, by exact and published metrics."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def task(prepared: Path) -> Task:
     return load_task(TaskConfig(task="vqa-rad", data=str(prepared / "held_out.json")))
 
 
-def test_the_official_file_is_read_whole(shared_dir: Path) -> None:
+def test_the_official_file_is_read_completely(shared_dir: Path) -> None:
     whole = load_task(TaskConfig(task="vqa-rad", data=str(shared_dir / "data" / "vqa-rad"), split="train"))
     assert len(whole.questions) == 1797
     assert sum(question.kind == "closed" for question in whole.questions) == 1027
 
 
-def test_no_image_is_on_both_sides(prepared: Path, task: Task) -> None:
+def test_no_image_is_in_both_splits(prepared: Path, task: Task) -> None:
     train = {row["image"] for row in json.loads((prepared / "train.json").read_text())}
     held_out = {question.image_key for question in task.questions}
     assert len(held_out) == 31

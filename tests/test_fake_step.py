@@ -1,4 +1,4 @@
-"""A training step reads no value back from the device, so a GPU is never waited for inside a step.
+"""A training step reads no value from the device, so it never waits for the GPU.
 
 Under ``FakeTensorMode`` tensors have shapes and devices but no values: reading one raises, and so does an operation on
 tensors of different devices. It needs no GPU, but ``device="cuda"`` needs a torch that is linked with CUDA; there the
@@ -33,7 +33,7 @@ CUDA = pytest.param(
 
 
 def step_data(stage: str) -> StepData:
-    """One step of a stage with the lengths of real rows: two micro-batches, images, and a prefix but in align."""
+    """One step of a stage with the lengths of real rows: two micro-batches, images, and a prefix except in align."""
     config = stage_config(stage, "mini", batch_size=6, num_workers=0)
     before, after = (1, 0) if stage == "align" else (76, 5)
     image = ImageSettings(224, "pad", (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -60,7 +60,7 @@ def fake_quantize(weight: torch.Tensor, quantization: object) -> nn.Module:
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Modules are built on the device at once: ``nn.Module.to`` does not work on fake tensors."""
+    """Build modules directly on the device, because ``nn.Module.to`` does not work on fake tensors."""
     for name in ("to", "float"):
         monkeypatch.setattr(nn.Module, name, lambda self, *args, **kwargs: self)
     monkeypatch.setattr(language_model, "quantize_linear", fake_quantize)
@@ -69,9 +69,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_a_step_waits_for_nothing(stage: str, device: str, on_device: None) -> None:
+def test_a_training_step_does_not_wait_for_the_device(stage: str, device: str, on_device: None) -> None:
     """Forward, backward, clipping and optimizer of each stage."""
-    # Dropout masks on the CPU are drawn by NumPy from a seed that is read; kernels are no fake tensors' business.
+    # NumPy draws dropout masks on the CPU from a seed value, which fake tensors do not have. Nor can they run kernels.
     overrides = ["train.fuse=false"] + (["lora.dropout=0"] if device == "cpu" and stage != "align" else [])
     config = stage_config(stage, "mini", batch_size=6, num_workers=0, overrides=overrides)
     data = step_data(stage)
@@ -94,7 +94,7 @@ def test_a_step_waits_for_nothing(stage: str, device: str, on_device: None) -> N
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_an_engine_step_waits_for_nothing(device: str, on_device: None) -> None:
+def test_an_engine_step_does_not_wait_for_the_device(device: str, on_device: None) -> None:
     """Decoding rows and prompt chunks in one step, up to the logits."""
     stage = stage_config("align", "mini", batch_size=1, num_workers=0, overrides=["train.fuse=false"])
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,4 +1,4 @@
-"""Files on disk: what is written obeys the umask, and what cannot be read is named."""
+"""Files on disk: written files obey the umask, and unreadable files are named in errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _modes(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_everything_written_obeys_the_umask(umask: int, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_all_written_files_obey_the_umask(umask: int, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     arguments = [str(tmp_path / "out"), json.dumps(tiny_settings), oct(umask)]
     (tmp_path / "out").mkdir()
     done = subprocess.run([sys.executable, "-c", _WRITE_EVERYTHING, *arguments], capture_output=True, text=True)
@@ -58,8 +58,8 @@ def test_everything_written_obeys_the_umask(umask: int, tiny_settings: dict[str,
     assert not wrong
 
 
-def test_what_is_private_stays_private(tmp_path: Path) -> None:
-    """Patients' data: kept requests and feedback are readable by the operator's account only, under any umask."""
+def test_private_files_stay_private(tmp_path: Path) -> None:
+    """Patients' data: under any umask, only the operator's account can read retained requests and feedback."""
     before = os.umask(0o000)
     try:
         Retention(tmp_path / "kept").keep("id", "prompt", [b"image"], "answer")
@@ -125,7 +125,7 @@ print(json.dumps(result))
 """
 
 
-def test_what_cannot_be_read_is_named(tiny_rows: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tiny_rows: Path, tmp_path: Path) -> None:
     run = build_tiny_run(tmp_path)
     own = [run / "manifest.json", run / "projector.safetensors"]
     models = [tmp_path / "base" / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
@@ -142,8 +142,8 @@ def test_what_cannot_be_read_is_named(tiny_rows: Path, tmp_path: Path) -> None:
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_the_command_line_names_what_it_cannot_open(tmp_path: Path) -> None:
-    """Whatever opens it: here a directory in a file's place, which no account can read."""
+def test_the_command_line_names_a_file_that_it_cannot_open(tmp_path: Path) -> None:
+    """For any kind of file. A directory instead of a file is unreadable for every account."""
     (tmp_path / "config.yaml").mkdir()
     (tmp_path / "file").touch()
     code = "import sys; from babydoctor.cli.main import main; sys.argv[1:] = {}; main()"
@@ -156,7 +156,7 @@ def test_the_command_line_names_what_it_cannot_open(tmp_path: Path) -> None:
         assert str(tmp_path) in done.stderr
 
 
-def test_a_file_may_be_written_over_itself(tmp_path: Path) -> None:
+def test_a_file_may_replace_itself(tmp_path: Path) -> None:
     """Its tensors are mapped from the file that is replaced."""
     file = tmp_path / "adapter.safetensors"
     save_tensors({"a": torch.arange(100_000.0), "b": torch.ones(3, dtype=torch.bfloat16)}, file)

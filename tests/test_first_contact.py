@@ -1,6 +1,6 @@
-"""A new user's first questions to the trained tiny preset, as the web UI asks them and over both APIs.
+"""A new user's first questions to the trained tiny preset, from the web UI and over both APIs.
 
-It takes minutes to train, so these tests use what ``scripts/demo.sh`` has left; ``.ci/run`` runs them after it.
+Training takes minutes, so these tests use the output of ``scripts/demo.sh``. ``.ci/run`` runs them after it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_the_examples_are_cases_of_the_held_out_split() -> None:
     assert len(examples) == 4 and all(case in held_out for case in examples)
 
 
-def test_only_the_whole_right_answer_is_correct() -> None:
+def test_only_a_complete_right_answer_is_correct() -> None:
     case = next(c for c in build_cases("held_out", 40, DEMO_SEED) if c.finding == "cyst" and c.modality == "mr")
     report = f"Coronal chest MRI. Thin-walled cyst, {case.side} {case.level}"
     report = report.replace("middle", "mid") + " zone."

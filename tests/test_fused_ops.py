@@ -1,4 +1,4 @@
-"""The elementwise operations give the same numbers as plain PyTorch, compiled by torch, and in Liger's kernels."""
+"""The fused operations give the same numbers in plain PyTorch, compiled by torch, and with Liger's kernels."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_values_and_gradients(dtype: torch.dtype, compiled: ElementwiseOps) -> N
         torch.testing.assert_close(fused, plain, atol=tolerance, rtol=tolerance)
 
 
-def test_kernels_do_not_depend_on_what_came_first() -> None:
-    """To the last bit: a resumed run begins with another batch than the run that it continues."""
+def test_kernels_do_not_depend_on_the_first_batch() -> None:
+    """Bitwise, because a resumed run begins with another batch than the run that it continues."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(333, 32, generator=generator).bfloat16() for _ in range(2))
     norm = build_tiny().language_model.model.norm
@@ -61,19 +61,19 @@ def test_a_step_with_lora_and_dropout(compiled: ElementwiseOps) -> None:
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
-def test_auto_leaves_small_models_alone() -> None:
+def test_auto_does_not_compile_small_models() -> None:
     assert select_ops("auto", CPU, 32) is PLAIN_OPS and select_ops(False, CPU, 4096) is PLAIN_OPS
     assert select_ops(True, CPU, 32).compiled and select_ops("auto", CPU, 512).compiled
 
 
-def test_two_models_train_with_operations_of_their_own() -> None:
+def test_two_models_in_one_process_use_different_operations() -> None:
     """The choice belongs to a model, not to the process."""
     first, second = build_tiny(), build_tiny()
     first.ops = select_ops(True, CPU, 32)
     assert second.ops is PLAIN_OPS
 
 
-def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_an_error_with_a_fix(tmp_path: Path) -> None:
     program = (
         "import torch; from babydoctor.model.packed.select_ops import select_ops\n"
         "select_ops(True, torch.device('cpu'), 512)"
@@ -85,7 +85,7 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
     assert "install a C++ compiler" in last
 
 
-def test_without_liger_a_gpu_run_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_liger_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", None)
     with pytest.raises(UserError, match="pip install liger-kernel"):
         select_ops(True, torch.device("cuda"), 4096)
@@ -115,8 +115,8 @@ print("equal")
 
 
 def test_ligers_kernels_give_the_same_numbers(tmp_path: Path) -> None:
-    """On the CPU, by Triton's interpreter, which knows no bfloat16; in a process of its own, because Triton decides at
-    import."""
+    """On the CPU with Triton's interpreter, which does not support bfloat16. In a separate process, because Triton
+    decides at import whether it interprets."""
     pytest.importorskip("triton", reason="Triton is not installed")
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}

@@ -112,7 +112,7 @@ def test_nf4_weights_are_the_same(gpu: str, double: bool) -> None:
     weight = torch.randn(256, 128).bfloat16()
     layers = [quantize_linear(weight.to(device), Quantization(double)) for device in ("cpu", gpu)]
     expected, ours = (dequantized_weight(layer).cpu().float() for layer in layers)
-    # Scales that are quantized themselves round differently on the two devices, by one step in 256 at most.
+    # Quantized scales round differently on the two devices, by at most one step of 256.
     torch.testing.assert_close(ours, expected, atol=2e-2 if double else 0, rtol=0)
 
 
@@ -173,7 +173,7 @@ def gradients_of(model: BabyDoctor, device: str) -> tuple[torch.Tensor, dict[str
 
 @pytest.mark.parametrize("recompute_every", [0, 1])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_steps_loss_and_gradients(gpu: str, stage: str, recompute_every: int) -> None:
+def test_loss_and_gradients_of_a_step(gpu: str, stage: str, recompute_every: int) -> None:
     """In float32, so that the devices agree closely; 4-bit for radiology."""
     if stage == "radiology":
         pytest.importorskip("bitsandbytes")
@@ -191,7 +191,7 @@ def test_a_steps_loss_and_gradients(gpu: str, stage: str, recompute_every: int) 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_same_steps_twice_are_bit_equal(gpu: str, stage: str) -> None:
-    """What resuming needs: training from the same state gives the same bits on the same device."""
+    """Needed for resuming: training from the same state gives the same bits on the same device."""
     if stage == "radiology":
         pytest.importorskip("bitsandbytes")
     results = []
@@ -208,7 +208,7 @@ def test_the_same_steps_twice_are_bit_equal(gpu: str, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_real_step_of_the_mini_preset(gpu: str, stage: str) -> None:
-    """Loader, packing, bfloat16, dropout, fused operations, the stage's own optimizer: finite, and it learns."""
+    """Loader, packing, bfloat16, dropout, fused operations and the stage's optimizer: the loss is finite and falls."""
     if stage == "radiology":
         pytest.importorskip("bitsandbytes")
     job = prepare(stage, "mini", gpu, hardware=this_device(gpu), batch_size=2, num_workers=0)
@@ -220,7 +220,7 @@ def test_a_real_step_of_the_mini_preset(gpu: str, stage: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"step_tokens": 16}, {"cuda_graphs": False}])
-@pytest.mark.parametrize("num_heads", [4, 8])  # heads of 16, which have kernels, and of 8, which have none
+@pytest.mark.parametrize("num_heads", [4, 8])  # heads of size 16, which have kernels, and of size 8, which have none
 def test_the_engine_gives_the_cpus_tokens(gpu: str, tokenizer: Any, num_heads: int, options: Any) -> None:  # noqa: F811
     requests = [build_request(number, length=5 + 9 * (number % 7)) for number in range(9)]
     expected = [reference(build_engine_model(num_heads=num_heads), request) for request in requests]
@@ -254,7 +254,7 @@ def test_memory_stays_under_a_cap(gpu: str) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_running_out_of_memory_says_what_to_change(gpu: str) -> None:
+def test_out_of_memory_names_the_settings_to_change(gpu: str) -> None:
     config = stage_config("align", "mini", batch_size=2, num_workers=0)
     with (
         pytest.raises(UserError, match=r"out of memory.*train\.micro_batch_tokens=8192"),

@@ -1,4 +1,4 @@
-"""The GPU check's report: written after each section, cut off at its time, rendered, put into documents."""
+"""The GPU check's report: it is written after each section, ends at its time limit, and goes into documents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- gpu report: begin -->", "<!-- gpu report: end -->"
 
 
-def test_a_section_that_fails_or_hangs_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_fails_or_hangs_does_not_affect_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps({"kind": "serve", "num_users": 1})
     program = "import sys, time; print('begun'); {}"
 
@@ -58,8 +58,8 @@ def test_every_section_is_a_command_that_exists(tmp_path: Path) -> None:
                 assert result.exit_code == 0, (section.name, result.output)
 
 
-def test_one_stage_through_the_script(tmp_path: Path) -> None:
-    """The real script, cut off early: a report with what was measured until then."""
+def test_the_script_measures_one_stage(tmp_path: Path) -> None:
+    """The real script, stopped early, reports what it measured until then."""
     command = ["bash", "scripts/gpu_check.sh", "--device", "cpu", "--preset", "mini", "--minutes", "0.3"]
     environment = os.environ | {"PYTHON": sys.executable}
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Downloads from a local hub with the real clients: what is fetched, what is resumed, and what the errors say."""
+"""Downloads from a local hub with the real clients: what is fetched and resumed, and the error messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     return " ".join(done.stderr.split())
 
 
-def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+def test_a_killed_download_continues_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
     archive = add_lcs(hub, tmp_path)
     half = len(archive) // 2
     hub.hold_after["images.zip"] = half
@@ -96,7 +96,7 @@ def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) ->
     hub.release.set()
     hub.hold_after.clear()
     done = run(hub, tmp_path / "home", "data", "lcs", "--download", "--out", str(out))
-    # The set is not the published one, which is told after the rows were written.
+    # The set is not the published one, which is reported after the rows are written.
     assert "2 rows were in the source where 558,128 are published" in one_sentence(done)
     assert hub.downloads("images.zip") == [None, f"bytes={half}-"]
     assert (out / "download" / "images.zip").read_bytes() == archive
@@ -107,7 +107,7 @@ def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) ->
     assert json.loads((out / "sources.json").read_text()) == {f"datasets/{LCS}": hub.repos[0].commit}
 
 
-def test_a_cut_connection_is_taken_up_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_continues_after_a_broken_connection(hub: Hub, tmp_path: Path) -> None:
     archive = add_lcs(hub, tmp_path)
     hub.cut_after["images.zip"] = len(archive) // 3
     done = run(hub, tmp_path / "home", "data", "lcs", "--download", "--out", str(tmp_path / "out"))
@@ -117,7 +117,7 @@ def test_a_cut_connection_is_taken_up_again(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "download" / "images.zip").read_bytes() == archive
 
 
-def test_a_file_that_changed_on_the_hub_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_changed_on_the_hub_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     archive = add_lcs(hub, tmp_path)
     folder = tmp_path / "out" / "download"
     folder.mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_a_file_that_changed_on_the_hub_is_fetched_anew(hub: Hub, tmp_path: Path
     assert (folder / "images.zip").read_bytes() == archive
 
 
-def test_failures_are_one_sentence_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
+def test_failures_are_one_sentence_with_a_fix(hub: Hub, tmp_path: Path) -> None:
     home = tmp_path / "home"
 
     def fetch(out: str) -> str:
@@ -158,7 +158,7 @@ def test_failures_are_one_sentence_with_the_way_out(hub: Hub, tmp_path: Path) ->
 
     hub.spoiled.add("images.zip")
     message = fetch("spoiled")
-    assert "what arrived is damaged" in message and "run this again" in message
+    assert "the download is damaged" in message and "run this again" in message
     assert not (tmp_path / "spoiled" / "download" / "images.zip").exists()
     hub.spoiled.clear()
 
@@ -221,7 +221,7 @@ def test_models_come_as_safetensors_without_their_duplicates(hub: Hub, tmp_path:
     assert "pytorch_model-00001-of-00001.bin" in bin_only
 
 
-def test_models_that_cannot_be_had_are_named(hub: Hub, tmp_path: Path) -> None:
+def test_unavailable_models_are_named(hub: Hub, tmp_path: Path) -> None:
     home = tmp_path / "home"
     message = run_python(hub, home, MODEL_CODE % "True").stdout.strip()
     assert (
@@ -263,21 +263,21 @@ for part in (
 """
 
 
-def test_every_part_that_reads_a_model_gives_the_reason(hub: Hub, tmp_path: Path) -> None:
+def test_every_reader_of_a_model_gives_the_reason(hub: Hub, tmp_path: Path) -> None:
     hub.add("models", "owner/model", {"config.json": b"{}"}, gated=True)
     done = run_python(hub, tmp_path / "home", PARTS_CODE)
     reason = f"owner/model: this model is gated; ask for access at {hub.url}/owner/model, then log in with "
     assert done.stdout.splitlines() == [f"{reason}`hf auth login`"] * 6, done.stdout + done.stderr
 
 
-def test_a_model_whose_download_breaks_off_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_model_whose_download_breaks_is_named(hub: Hub, tmp_path: Path) -> None:
     hub.add("models", "owner/model", {"config.json": b"{}", "model.safetensors": bytes(5000)})
     hub.cut_after["model.safetensors"] = 0
     message = run_python(hub, tmp_path / "home", MODEL_CODE % "True").stdout.strip()
     assert message.startswith("owner/model: the download failed (") and message.endswith("run this again")
 
 
-def test_rows_on_the_hub_that_cannot_be_had_are_named(hub: Hub, tmp_path: Path) -> None:
+def test_unavailable_data_sets_are_named(hub: Hub, tmp_path: Path) -> None:
     home = tmp_path / "home"
     arguments = ("data", "check", "owner/set", "--bad", str(tmp_path / "bad.jsonl"))
     assert "owner/set: the hub has no data set of this name" in one_sentence(run(hub, home, *arguments))

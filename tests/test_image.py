@@ -1,4 +1,4 @@
-"""Pictures in: equal to the original's pixels, checked before decoding, and sensible for odd files."""
+"""Pictures: pixels equal the original's, files are checked before decoding, and unusual files work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_pixels_equal_the_original_code(golden: Path, name: str, mode: ImageMode
 
 def test_square_equals_the_processor_of_transformers_for_odd_shapes() -> None:
     transformers = pytest.importorskip("transformers")
-    # The PIL backend: the torchvision one resizes a little differently.
+    # The PIL backend, because the torchvision backend resizes a little differently.
     processor_class = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor = processor_class(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     rng = np.random.default_rng(0)
@@ -53,16 +53,16 @@ def test_square_equals_the_processor_of_transformers_for_odd_shapes() -> None:
         np.testing.assert_allclose(to_pixels(image, settings("square")), expected, atol=1e-5)
 
 
-def test_pad_keeps_what_square_cuts_off() -> None:
+def test_pad_keeps_what_square_crops() -> None:
     image = Image.new("RGB", (90, 30), "black")
     image.paste((255, 255, 255), (0, 0, 6, 30))  # a bright strip at the left edge
     cut, kept = to_pixels(image, settings("square")), to_pixels(image, settings("pad"))
     assert cut.max() < 0 < kept.max()
-    # The bars are the mean colour, so they are nearly 0 after normalising.
+    # The bars have the mean color, so they are nearly 0 after normalization.
     assert np.abs(kept[:, :4]).max() < 0.02
 
 
-def test_huge_thin_pictures_do_not_blow_up() -> None:
+def test_very_thin_pictures_stay_within_memory() -> None:
     image = Image.new("RGB", (40_000, 700), (9, 9, 9))
     for mode in ("square", "pad"):
         assert to_pixels(image, settings(mode)).shape == (3, 16, 16)  # type: ignore[arg-type]
@@ -110,9 +110,9 @@ def test_wrong_modes_and_missing_settings_are_named(tmp_path: Path) -> None:
         ImageSettings.from_processor_dir(tmp_path / "nowhere", "pad")
 
 
-def test_sixteen_bit_greyscale_is_stretched_not_clipped(tmp_path: Path) -> None:
-    values = np.linspace(1000, 3000, 64, dtype=np.uint16).reshape(8, 8)  # ten bits or so, as scanners give
-    for name in ("grey.png", "grey.tiff"):
+def test_sixteen_bit_grayscale_is_stretched_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(1000, 3000, 64, dtype=np.uint16).reshape(8, 8)  # about ten bits, like scanners
+    for name in ("gray.png", "gray.tiff"):
         Image.fromarray(values).save(tmp_path / name)
         shown = np.asarray(load_image(tmp_path / name))
         assert shown[0, 0].tolist() == [0, 0, 0] and shown[-1, -1].tolist() == [255, 255, 255]
@@ -124,7 +124,7 @@ def test_sixteen_bit_greyscale_is_stretched_not_clipped(tmp_path: Path) -> None:
     assert np.asarray(load_image(tmp_path / "float.tiff"))[..., 0].tolist() == [[255, 0], [255, 0]]
 
 
-def test_grey_palette_bilevel_and_cmyk_become_rgb() -> None:
+def test_gray_palette_bilevel_and_cmyk_become_rgb() -> None:
     red = Image.new("RGB", (6, 6), (255, 0, 0))
     assert load_image(encoded(Image.new("L", (6, 6), 77))).getpixel((0, 0)) == (77, 77, 77)
     assert load_image(encoded(Image.new("1", (6, 6), 1))).getpixel((0, 0)) == (255, 255, 255)
@@ -134,8 +134,8 @@ def test_grey_palette_bilevel_and_cmyk_become_rgb() -> None:
         assert load_image(encoded(red, format)).getpixel((3, 3))[0] > 240  # type: ignore[index]
 
 
-def test_transparency_is_laid_over_black() -> None:
-    image = Image.new("RGBA", (6, 6), (255, 255, 255, 0))  # white that nobody sees
+def test_transparency_becomes_black() -> None:
+    image = Image.new("RGBA", (6, 6), (255, 255, 255, 0))  # invisible white
     image.putpixel((1, 1), (200, 100, 0, 255))
     shown = load_image(encoded(image))
     assert shown.getpixel((0, 0)) == (0, 0, 0) and shown.getpixel((1, 1)) == (200, 100, 0)
@@ -148,7 +148,7 @@ def test_exif_orientation_is_applied() -> None:
     image = Image.new("RGB", (20, 10), "black")
     image.paste((255, 255, 255), (0, 0, 10, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # upright after a turn by 90 degrees clockwise
     upright = load_image(encoded(image, "JPEG", exif=exif, quality=95))
     assert upright.size == (10, 20)
     assert upright.getpixel((5, 2))[0] > 200 > 50 > upright.getpixel((5, 17))[0]  # type: ignore[index]
@@ -183,7 +183,7 @@ def test_every_truncation_and_damage_is_a_user_error(format: str) -> None:
             load_image(bytes(damaged))
 
 
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     with pytest.raises(UserError, match=r"page\.jpg: not a PNG"):
         load_image(tmp_path / "page.jpg")

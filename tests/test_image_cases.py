@@ -1,6 +1,6 @@
-"""Files from the real world, reduced to a few pixels: the right picture, a warning, or a refusal that names the cause.
+"""Real-world files, reduced to a few pixels: each gives the right picture, a warning, or an error with the cause.
 
-Each test stands for a kind of fault, and varies what may vary in it. Grey levels are the first row.
+Each test covers one kind of fault with its variants. Expected gray levels are those of the first row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS_SHOWN = [0, 85, 170, 255]
 
 
 def first_row(data: bytes, **options: Any) -> Row:
-    """The first row of the picture: levels where it is grey, else colors."""
+    """The first row of the picture: levels where it is gray, else colors."""
     image = render(read_dicom(data), **options) if options else load_image(data)
     row = np.asarray(image)[0]  # [w, 3]
     return row[:, 0].tolist() if (row == row[:, :1]).all() else row.tolist()
@@ -97,13 +97,13 @@ def test_a_whole_frame_without_its_sequence_delimiter_is_shown() -> None:
     data = encapsulated([jpeg_frame()], BASELINE, has_delimiter=False, **JPEG)
     expected = encapsulated([jpeg_frame()], BASELINE, **JPEG)
     assert load_image(data).tobytes() == load_image(expected).tobytes()
-    assert "end mark of the pixel data is missing" in warnings_of(data) and warnings_of(expected) == ""
+    assert "delimiter after the pixel data is missing" in warnings_of(data) and warnings_of(expected) == ""
     for length in (1, 5, 100):
         with pytest.raises(ImageError, match="cut off"):
             load_image(data[:-length])
 
 
-def test_compressed_pixels_say_how_where_the_header_does_not() -> None:
+def test_the_codestream_gives_the_compression_if_the_header_does_not() -> None:
     data = encapsulated([jpeg_frame()], BASELINE, **JPEG)
     expected = load_image(data).tobytes()
     start = data.index(b"\x08\x00\x16\x00UI")
@@ -137,7 +137,7 @@ def test_bits_end_at_the_high_bit(syntax: str) -> None:
     window = {"WindowCenter": "2048", "WindowWidth": "4096"}
     left = np.array([[0, 0x1000, 0x8000, 0xFFF0]], np.uint16)
     assert first_row(dicom(left, syntax, BitsStored=12, HighBit=15, **window)) == [0, 16, 128, 255]
-    middle = np.array([[0, 0x0400 | 3, 0x2000, 0x3FFC | 0xC000]], np.uint16)  # others' bits above and below
+    middle = np.array([[0, 0x0400 | 3, 0x2000, 0x3FFC | 0xC000]], np.uint16)  # bits of other data above and below
     assert first_row(dicom(middle, syntax, BitsStored=12, HighBit=13, **window)) == [0, 16, 128, 255]
     signed = np.array([[0x800, 0xFFF, 0, 0x7FF]], np.uint16)
     shown = first_row(
@@ -146,7 +146,7 @@ def test_bits_end_at_the_high_bit(syntax: str) -> None:
     assert shown == [0, 127, 128, 255]
 
 
-def test_bits_above_the_high_bit_are_left_out_and_told() -> None:
+def test_bits_above_the_high_bit_are_ignored_with_a_warning() -> None:
     values = np.array([[0, 85, 170, 255]], np.uint16)
     clean = dicom(values, BitsStored=8, HighBit=7)
     marked = dicom(values | 0x3000, BitsStored=8, HighBit=7)
@@ -155,7 +155,7 @@ def test_bits_above_the_high_bit_are_left_out_and_told() -> None:
 
 
 @pytest.mark.parametrize("stated", ["HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420", "XYB", "nonsense"])
-def test_other_color_spaces_are_refused_by_name(stated: str) -> None:
+def test_unsupported_color_spaces_are_named(stated: str) -> None:
     with pytest.raises(ImageError, match=stated) as caught:
         load_image(dicom(np.zeros((1, 2, 3), np.uint8), PhotometricInterpretation=stated))
     assert caught.value.code == "dicom_unsupported"
@@ -180,7 +180,7 @@ EIGHT = np.array([[0, 80, 160, 240]], np.uint8)
         ({"NumberOfFrames": "0"}, "NumberOfFrames is 0"),
     ],
 )
-def test_a_missing_element_with_one_meaning_is_filled_in_and_told(change: dict[str, Any], message: str) -> None:
+def test_a_missing_element_with_one_meaning_is_filled_in_with_a_warning(change: dict[str, Any], message: str) -> None:
     data = dicom(EIGHT, **change)
     assert first_row(data) == [0, 80, 160, 240] and message in warnings_of(data)
 
@@ -207,7 +207,7 @@ def test_missing_color_layout_and_full_resolution_ybr() -> None:
     assert first_row(ybr) == first_row(told) and "full resolution" in warnings_of(told)
 
 
-def test_absurd_pixel_spacing_is_ignored_and_told() -> None:
+def test_implausible_pixel_spacing_is_ignored_with_a_warning() -> None:
     pixels = np.zeros((64, 64), np.uint8)
     for spacing in (["0.1", "10"], ["1e-9", "1"], ["1", "1e9"]):
         data = dicom(pixels, PixelSpacing=spacing)
@@ -221,11 +221,11 @@ def test_absurd_pixel_spacing_is_ignored_and_told() -> None:
 
 
 @pytest.mark.parametrize("syntax", [IMPLICIT, LITTLE_ENDIAN, BIG_ENDIAN])
-def test_padding_is_read_as_the_pixels_are(syntax: str) -> None:
+def test_padding_is_read_with_the_type_of_the_pixels(syntax: str) -> None:
     values = np.array([[-2000] * 12 + [0, 100, 200, 300]], np.int16)
     for kind, padding in (("US", 63536), ("SS", -2000)):
         if syntax == IMPLICIT and kind == "US":
-            continue  # there the file does not say it
+            continue  # the file does not say so
         assert first_row(dicom(values, syntax, PixelPaddingValue=(kind, padding)))[12:] == STEPS_SHOWN
     unsigned = np.array([[65535] * 12 + [0, 100, 200, 300]], np.uint16)
     assert first_row(dicom(unsigned, LITTLE_ENDIAN, PixelPaddingValue=("SS", -1)))[12:] == STEPS_SHOWN
@@ -304,9 +304,9 @@ def test_palettes_follow_their_descriptors(syntax: str) -> None:
     assert first_row(dicom(index + 12, syntax, **shifted)) == [COLORS[2], COLORS[3], COLORS[3], COLORS[3]]
 
 
-def test_palettes_that_are_not_there_are_named() -> None:
+def test_missing_palettes_are_named() -> None:
     index = np.array([[0, 1, 2, 3]], np.uint8)
-    with pytest.raises(ImageError, match="brings no red palette"):
+    with pytest.raises(ImageError, match="has no red palette"):
         load_image(dicom(index, PhotometricInterpretation="PALETTE COLOR"))
     short = palette(8, lambda entries: bytes(entries[:2]))
     with pytest.raises(ImageError, match="holds 2 of 4 entries"):
@@ -321,8 +321,8 @@ def test_a_supplemental_palette_colors_its_values() -> None:
     attributes |= {"BitsStored": 9, "HighBit": 8, "WindowCenter": "128", "WindowWidth": "256"}
     colored = dicom(values, PixelPresentation="COLOR", **attributes)
     assert first_row(colored) == [[0, 0, 0], [128, 128, 128], [255, 0, 0], [0, 255, 0]]
-    grey = dicom(values, **attributes)
-    assert first_row(grey) == [0, 128, 255, 255] and "shown in grey" in warnings_of(grey)
+    gray = dicom(values, **attributes)
+    assert first_row(gray) == [0, 128, 255, 255] and "shown in gray" in warnings_of(gray)
 
 
 def groups(**shared: Any) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def test_an_empty_element_counts_as_absent() -> None:
     assert load_image(dicom(EIGHT, NumberOfFrames=("IS", ""), PixelSpacing=("DS", ""))).size == (4, 1)
 
 
-def test_the_frame_wins_over_shared_and_shared_over_the_top() -> None:
+def test_the_frames_attribute_has_priority_over_shared_and_top_level() -> None:
     def transform(slope: str) -> Any:
         return [item(RescaleSlope=slope, RescaleIntercept="0")]
 
@@ -358,7 +358,7 @@ def test_the_frame_wins_over_shared_and_shared_over_the_top() -> None:
 
 
 @pytest.mark.parametrize("bad", ["NaN", "inf", "-inf", "abc", "1e999"])
-def test_a_number_that_is_none_is_ignored_and_told(bad: str) -> None:
+def test_an_invalid_number_is_ignored_with_a_warning(bad: str) -> None:
     values = np.array([[0, 20, 40, 60]], np.int16)
     for attributes in (
         {"WindowCenter": bad, "WindowWidth": "400"},
@@ -371,7 +371,7 @@ def test_a_number_that_is_none_is_ignored_and_told(bad: str) -> None:
         assert first_row(data) == STEPS_SHOWN and "is ignored" in warnings_of(data), attributes
 
 
-def test_useless_slopes_and_windows_are_ignored_and_told() -> None:
+def test_unusable_slopes_and_windows_are_ignored_with_a_warning() -> None:
     values = np.array([[0, 20, 40, 60]], np.int16)
     for attributes in (
         {"RescaleSlope": "0", "RescaleIntercept": "0"},
@@ -425,7 +425,7 @@ def rotated_jpeg(*entries: tuple[int, int, int, bytes]) -> bytes:
         (0x8769, 4, 1, b"\x08\0\0\0"),  # a directory inside itself
     ],
 )
-def test_odd_exif_elsewhere_does_not_matter(entry: tuple[int, int, int, bytes]) -> None:
+def test_invalid_exif_elsewhere_does_not_matter(entry: tuple[int, int, int, bytes]) -> None:
     image = load_image(rotated_jpeg(entry))
     assert image.size == (6, 8) and image.tobytes() == load_image(rotated_jpeg()).tobytes()
 
@@ -463,7 +463,7 @@ def test_ancillary_chunks_never_make_a_png_unreadable(chunk: bytes) -> None:
     assert load_image(png(RED, 2, 8, chunk)).tobytes() == RED.tobytes()
 
 
-def test_a_png_turned_by_exif_is_upright() -> None:
+def test_a_png_rotated_by_exif_is_upright() -> None:
     exif = b"II*\0\x08\0\0\0" + struct.pack("<HHHIHH", 1, 0x0112, 3, 1, 6, 0) + b"\0\0\0\0"
     raw = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n 32\n" + (b"Exif\0\0" + exif).hex().encode())
     for chunk in (png_chunk(b"eXIf", exif), png_chunk(b"zTXt", raw)):
@@ -477,8 +477,8 @@ def test_transparent_colors_are_black_in_every_mode() -> None:
     assert first_row(png(green, 2, 8, key8)) == expected
     key_bad_crc = png_chunk(b"tRNS", struct.pack(">3H", 0, 255, 0), crc=3)
     assert first_row(png(green, 2, 8, key_bad_crc)) == expected
-    grey = np.array([[0, 90, 255, 90]])
-    assert first_row(png(grey, 0, 8, png_chunk(b"tRNS", struct.pack(">H", 90)))) == [0, 0, 255, 0]
+    gray = np.array([[0, 90, 255, 90]])
+    assert first_row(png(gray, 0, 8, png_chunk(b"tRNS", struct.pack(">H", 90)))) == [0, 0, 255, 0]
     wide = np.array([[0, 1000, 2000, 4095, 60000]])
     assert first_row(png(wide, 0, 16, png_chunk(b"tRNS", struct.pack(">H", 60000)))) == [0, 62, 125, 255, 0]
     wide_color = np.stack([wide] * 3, axis=-1)
@@ -489,7 +489,7 @@ def test_transparent_colors_are_black_in_every_mode() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_transparent_grey_of_few_bits(depth: int) -> None:
+def test_transparent_gray_of_few_bits(depth: int) -> None:
     levels = list(range(1 << depth))
     packed = int("".join(f"{level:0{depth}b}" for level in levels).ljust(-(-len(levels) * depth // 8) * 8, "0"), 2)
     raw = b"\0" + packed.to_bytes(-(-len(levels) * depth // 8), "big")
@@ -507,12 +507,12 @@ TWELVE_SHOWN = [0, 62, 125, 255]
 def test_twelve_of_sixteen_bits_look_the_same_in_every_container() -> None:
     color, alpha = np.stack([TWELVE] * 3, axis=-1), np.full((1, 4, 1), 65535, np.uint16)
     pictures = {
-        "grey PNG": png(TWELVE, 0, 16),
-        "grey and alpha PNG": png(np.concatenate([TWELVE[..., None], alpha], axis=-1), 4, 16),
+        "gray PNG": png(TWELVE, 0, 16),
+        "gray and alpha PNG": png(np.concatenate([TWELVE[..., None], alpha], axis=-1), 4, 16),
         "RGB PNG": png(color, 2, 16),
         "RGBA PNG": png(np.concatenate([color, alpha], axis=-1), 6, 16),
-        "grey TIFF": tiff(TWELVE, 1),
-        "big-endian grey TIFF": tiff(TWELVE, 1, order=">"),
+        "gray TIFF": tiff(TWELVE, 1),
+        "big-endian gray TIFF": tiff(TWELVE, 1, order=">"),
         "signed TIFF": tiff(TWELVE.astype(np.int16), 1),
         "32-bit TIFF": tiff(TWELVE.astype(np.uint32), 1),
         "float TIFF": tiff(TWELVE.astype(np.float32), 1),
@@ -546,12 +546,12 @@ def test_a_few_markers_do_not_darken_the_rest() -> None:
         assert shown[1].max() >= 250 and len(np.unique(shown[1])) > 50
 
 
-def test_partly_transparent_wide_samples_are_laid_over_black() -> None:
+def test_partly_transparent_wide_samples_are_blended_over_black() -> None:
     pair = np.array([[[0, 65535], [4095, 65535], [4095, 32768], [4095, 0]]], np.uint16)
     assert first_row(png(pair, 4, 16)) == [0, 255, 128, 0]
 
 
-def test_what_pillow_decodes_wrongly_is_refused() -> None:
+def test_files_that_pillow_decodes_wrongly_are_refused() -> None:
     header = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 4, 2, 8, 0, 0, 2, 2)
     rle4 = b"BM" + struct.pack("<IHHI", 100, 0, 0, 62) + header + b"\0\0\0\0\xff\xff\xff\0" + b"\x04\x01\0\0\0\1\0\0"
     with pytest.raises(ImageError, match="RLE4"):
@@ -561,13 +561,13 @@ def test_what_pillow_decodes_wrongly_is_refused() -> None:
         load_image(planar)
 
 
-def test_odd_tags_of_a_tiff_do_not_matter() -> None:
+def test_invalid_tags_of_a_tiff_do_not_matter() -> None:
     for extra in ((305, 2, 0xFFFFFFF0), (34675, 7, 0x7FFFFFFF), (34665, 4, 8), (700, 1, 5), (65000, 99, 1)):
         assert first_row(tiff(EIGHT, 1, extra)) == [0, 80, 160, 240]
     assert load_image(tiff(RED, 2, (274, 3, 6))).size == (6, 8)
 
 
-def test_reasons_are_the_decoders_own(tmp_path: Path) -> None:
+def test_errors_quote_the_decoders_reason(tmp_path: Path) -> None:
     good = png(RED, 2, 8)
     with pytest.raises(ImageError, match=r"the PNG (header|image) cannot be") as caught:
         load_image(good[: len(good) - 30])
@@ -588,7 +588,7 @@ def _can_read(path: Path) -> bool:
     return True
 
 
-# The files that these kinds were reduced from, where they lie beside the checkout
+# The original files of these cases, if they are next to the checkout
 
 SHARED_CASES: dict[str, Row | str] = {
     **dict.fromkeys(("nometa_imp.dcm", "nometa_exp.dcm", "meta_without_ts.dcm", "nopreamble_exp.dcm"), STEPS_SHOWN),

@@ -1,7 +1,7 @@
-"""Damaged files of every container and codec: a picture or an ``ImageError`` with a code, in bounded time and memory.
+"""Damaged files of every container and codec give a picture or an ``ImageError``, in bounded time and memory.
 
-Seeded. ``BABYDOCTOR_FUZZ=20000`` runs that many files instead of the few hundred of the ordinary test; about 3 ms
-each, and up to the limit for those that keep a decoder busy.
+Seeded. ``BABYDOCTOR_FUZZ=20000`` tests that many files instead of a few hundred. Each takes about 3 ms, or up to the
+limit if it keeps a decoder busy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_FILES = int(os.environ.get("BABYDOCTOR_FUZZ", "400"))
 
 LIMITS = DecodeLimits(max_pixels=4_000_000, seconds=0.5)
 
-# One file for each transfer syntax, color space and odd header that pydicom brings.
+# One file of pydicom for each transfer syntax, color space and unusual header.
 DICOM_FILES = (
     *("CT_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless", "image_dfl"),
     *(
@@ -76,7 +76,7 @@ def seeds() -> dict[str, bytes]:
     return found
 
 
-def test_damaged_files_cost_an_error_and_nothing_else() -> None:
+def test_damaged_files_only_cause_an_error() -> None:
     files, rng = seeds(), np.random.default_rng(int(os.environ.get("BABYDOCTOR_FUZZ_SEED", "0")))
     names = sorted(files)
     assert len(names) > 30
@@ -107,7 +107,7 @@ def test_damaged_files_cost_an_error_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 8, 11, 12, 16, 33, 64, 131, 132, 133, 140])
-def test_beginnings_of_files_are_refused(length: int) -> None:
+def test_truncated_files_are_refused(length: int) -> None:
     for name, data in seeds().items():
         with pytest.raises(ImageError):
             isolation.load_image(data[:length], name=name)

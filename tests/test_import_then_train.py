@@ -1,4 +1,4 @@
-"""From a published LLaVA checkpoint straight to stage 3: every layout, with its lineage, wherever folders move to."""
+"""Stage 3 directly from a published LLaVA checkpoint: every layout, the lineage, and folders that move."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_import_then_stage_3(golden: Path, tiny_settings: dict[str, Any], tmp_pa
     shutil.copytree(golden, tmp_path / "published", ignore=shutil.ignore_patterns("expected", "images"))
     source = tmp_path / "published" / layout
     import_llava(source, tmp_path / "first" / "imported")
-    # The import's folder moves before the stage ...
+    # The import's folder moves before the stage,
     start = tmp_path / "imported"
     (tmp_path / "first" / "imported").rename(start)
     imported = read_manifest(start)
@@ -57,7 +57,7 @@ def test_import_then_stage_3(golden: Path, tiny_settings: dict[str, Any], tmp_pa
     assert manifest.base_adapters == (("./base_adapters/0-llava-golden-lora",) if layout.endswith("lora") else ())
     expected = answers(run)
 
-    # ... and is gone after it, with a merged checkpoint's own folder; then the run moves.
+    # and is deleted after it, together with a merged checkpoint's folder. Then the run moves.
     shutil.rmtree(start)
     if "merged" in layout:
         shutil.rmtree(source)
@@ -68,7 +68,7 @@ def test_import_then_stage_3(golden: Path, tiny_settings: dict[str, Any], tmp_pa
     assert str(start) not in json.loads(manifest_text)["language_model"]
 
 
-def test_a_base_that_cannot_be_linked_stays_where_it_is(
+def test_a_base_that_cannot_be_linked_is_referenced(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from babydoctor.model.run_dir import adopt_base

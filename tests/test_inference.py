@@ -1,4 +1,4 @@
-"""Asking a model in this process: batches, refusals, conversations, and a model that is being trained."""
+"""Inference in this process: batches, refusals, conversations, and a model in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pixels(run: Run) -> np.ndarray:
 
 
 def greedy_by_transformers(run: Run, query: Query) -> str:
-    """The same answer by ``transformers.generate``."""
+    """The same answer from ``transformers.generate``."""
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query]) as inference:
         prompt, stop = inference.encode(query.turns, query.system), inference.template.stop
     ids, mask = torch.from_numpy(prompt.input_ids)[None].long(), torch.from_numpy(prompt.image_mask)[None]
@@ -81,7 +81,7 @@ def test_the_training_mode_is_restored(run: Run) -> None:
         run.model.eval()
 
 
-def test_a_conversation_shows_the_image_once_and_remembers_its_turns(run: Run, pixels: np.ndarray) -> None:
+def test_a_conversation_sends_the_image_once_and_remembers_its_turns(run: Run, pixels: np.ndarray) -> None:
     conversation = open_conversation(run, pixels, max_new_tokens=4, engine={"max_context": 512})
     with conversation.inference as inference:
         first = "".join(conversation.ask("Which side?")).strip()
@@ -108,7 +108,8 @@ def test_sample_answers_during_training_come_from_the_current_weights(
     (record,) = (record for record in read_metrics(path) if record["kind"] == "eval")
     finished, samples = load_run(path), record["answers"]
     assert [sample["id"] for sample in samples] == ["0", "1"]
-    from babydoctor.data.rows import load_dataset_rows, read_image
+    from babydoctor.data.images import read_image
+    from babydoctor.data.rows import load_dataset_rows
     from babydoctor.imaging.preprocess import to_pixels
 
     rows = load_dataset_rows(settings["data"]["rows"], settings["data"]["images"], "refuse")

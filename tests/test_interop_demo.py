@@ -1,6 +1,6 @@
-"""The tiny preset's trained runs say the same in transformers and in llama.cpp, picture by picture.
+"""The tiny preset's trained runs give the same answers in transformers and in llama.cpp.
 
-They take minutes to train, so these tests use what ``scripts/demo.sh`` has left; ``.ci/run`` runs them after it.
+Training takes minutes, so these tests use the output of ``scripts/demo.sh``. ``.ci/run`` runs them after it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load(case: Question) -> Image.Image:
 
 
 @pytest.mark.parametrize("stage", ["instruct", "radiology"])
-def test_transformers(stage: str, cases: list[Question], tmp_path: Path) -> None:
+def test_transformers_gives_the_same_answers(stage: str, cases: list[Question], tmp_path: Path) -> None:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     export_run(DEMO / stage, tmp_path / "hf", format="hf", dtype="float32")
@@ -77,7 +77,7 @@ def test_transformers(stage: str, cases: list[Question], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("stage", ["instruct", "radiology"])
-def test_llama_cpp(
+def test_llama_cpp_gives_the_same_answers(
     stage: str, dtype: str, cases: list[Question], tmp_path: Path, ask_old_llama_cpp: Callable[..., Any]
 ) -> None:
     export_run(DEMO / stage, tmp_path / "gguf", format="gguf", dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is exported for llama.cpp answers there as the run does here."""
+"""Exports for llama.cpp give the same answers there as the run does here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def square(golden: Path, name: str) -> Image.Image:
-    """A picture of the tower's size, so that nobody resizes it."""
+    """A picture of the tower's size, so that no program resizes it."""
     return load_image(golden / "images" / f"{name}.jpg").resize((56, 56))
 
 
@@ -117,7 +117,7 @@ def test_llama_cpp_gives_our_answer(
 ) -> None:
     """Prompt, picture, tower, projector and language model: the same greedy text, logits within rounding.
 
-    Ours is computed with the class token where llama.cpp has it, or as it is once that is mended there.
+    Ours is computed with the class token where llama.cpp puts it, or in its place once llama.cpp is fixed.
     """
     export_run(run, tmp_path / "gguf", format="gguf", dtype=dtype)
     picture = square(golden, image)
@@ -136,7 +136,7 @@ def test_llama_cpp_gives_our_answer(
         difference, loaded = min(results, key=lambda result: result[0])
         print(f"{mmproj} {dtype}: logits differ by {difference:.2g}")
         assert difference < 0.01
-        # Untrained, the model is undecided: each token it wrote is our best one or as good.
+        # The untrained model is undecided, so each of its tokens must be our best one or equally likely.
         added = written[len(logits) :]
         assert loaded.tokenizer.decode(added, skip_special_tokens=True).strip().startswith(text.strip()[:8])
         regrets = regret(loaded, pixels, added)
@@ -144,10 +144,10 @@ def test_llama_cpp_gives_our_answer(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_llama_cpp_of_before_gives_our_answer(
+def test_llama_cpp_of_march_2025_gives_our_answer(
     run: Path, golden: Path, tmp_path: Path, dtype: str, ask_old_llama_cpp: Callable[..., Any]
 ) -> None:
-    """Where llama.cpp has the class token in its place, ``mmproj.gguf`` is this run, from picture to text."""
+    """In versions of llama.cpp with the class token in its place, ``mmproj.gguf`` gives this run's answers."""
     export_run(run, tmp_path / "gguf", format="gguf", dtype=dtype)
     for image in IMAGES:
         square(golden, image).save(tmp_path / f"{image}.png")
@@ -167,7 +167,7 @@ REPLIES = {"ROCO_00278": "No sign of a mass.", "ROCO_01747": "There is fluid in 
 
 @pytest.fixture(scope="module")
 def trained(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model after it has learned one answer for each picture, so that it is sure of what it says."""
+    """The golden model, trained on one answer for each picture, so that its answers are certain."""
     from transformers import LlamaForCausalLM
 
     out = tmp_path_factory.mktemp("runs") / "trained"
@@ -198,7 +198,7 @@ def trained(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0"])
-def test_a_trained_model_says_the_same_in_llama_cpp(
+def test_a_trained_model_answers_the_same_in_llama_cpp(
     trained: Path, golden: Path, tmp_path: Path, dtype: str, llama_cpp_chat: Callable[..., Any]
 ) -> None:
     export_run(trained, tmp_path / "gguf", format="gguf", dtype=dtype)
@@ -213,14 +213,14 @@ def test_a_trained_model_says_the_same_in_llama_cpp(
         assert ask(model, picture, WORDS, 32).strip() == ours
 
 
-def test_files_are_what_was_asked_for(trained: Path, tmp_path: Path) -> None:
-    """Block formats where a row is whole blocks, 8 bits for embeddings and head, the chat template inside."""
+def test_files_have_the_requested_format(trained: Path, tmp_path: Path) -> None:
+    """Block formats if a row consists of whole blocks, 8 bits for embeddings and head, and the chat template."""
     export_run(trained, tmp_path / "gguf", format="gguf", dtype="q4_0")
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.0.attn_q.weight"] == "Q4_0"
     assert types["token_embd.weight"] == types["output.weight"] == "Q8_0"
-    assert types["blk.0.ffn_down.weight"] == "F16"  # 176 is no multiple of 32
+    assert types["blk.0.ffn_down.weight"] == "F16"  # 176 is not a multiple of 32
     assert types["output_norm.weight"] == "F32"
     assert "[INST]" in reader.fields["tokenizer.chat_template"].contents()
     with pytest.raises(UserError, match="'q4_k' is not one of"):

@@ -1,4 +1,4 @@
-"""What is exported for transformers answers as the run does, in stock transformers, without our code."""
+"""Exports for transformers give the run's answers in stock transformers, without our code."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_stock_transformers_gives_our_logits_and_answers(exports: Path, golden: 
     assert processor.decode(generated, skip_special_tokens=True) == text
 
 
-def test_bfloat16_within_rounding(exports: Path, golden: Path) -> None:
-    """The pair of GELUs costs no more than rounding the model to bfloat16 does."""
+def test_bfloat16_differs_by_rounding_only(exports: Path, golden: Path) -> None:
+    """The pair of GELUs adds no more error than rounding the model to bfloat16."""
     run = load_run(exports / "run-pad")
     model, processor = load_exported(exports / "hf-pad", torch.bfloat16)
     path = golden / "images" / f"{IMAGES[0]}.jpg"
@@ -87,7 +87,7 @@ def test_bfloat16_within_rounding(exports: Path, golden: Path) -> None:
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_chat_template_gives_our_ids(exports: Path, tmp_path: Path, name: str) -> None:
-    """Image before or after the text, system prompts, several turns: the ids are those that training saw."""
+    """Image before or after the text, system prompts, several turns: the ids equal those of training."""
     from transformers import AutoProcessor
 
     manifest = read_manifest(exports / "run-square").model_copy(update={"template": name})
@@ -153,7 +153,7 @@ def test_published_names_and_files(exports: Path) -> None:
     assert (config["image_seq_length"], config["vision_feature_layer"]) == (16, -2)
 
 
-def test_width_that_has_no_room_for_the_pair_is_named(exports: Path, tmp_path: Path) -> None:
+def test_a_hidden_size_that_is_too_small_is_named(exports: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Checkpoints of the original LLaVA code become runs that give its features, logits and answers."""
+"""Imported checkpoints of the original LLaVA code give its features, logits and answers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def change_config(folder: Path, **values: object) -> None:
         ({"_name_or_path": "../nowhere"}, "--base"),
     ],
 )
-def test_other_models_are_refused_by_name(damaged: Path, values: dict[str, object], named: str) -> None:
+def test_unsupported_models_are_named(damaged: Path, values: dict[str, object], named: str) -> None:
     change_config(damaged / "llava-pretrain", **values)
     with pytest.raises(UserError, match=named):
         import_llava(damaged / "llava-pretrain", damaged / "out")
@@ -93,7 +93,7 @@ class Payload:
         return exec, ("raise SystemExit('the pickle was run')",)
 
 
-def test_a_pickle_that_wants_more_than_tensors_is_refused(damaged: Path) -> None:
+def test_a_pickle_with_more_than_tensors_is_refused(damaged: Path) -> None:
     (damaged / "llava-pretrain" / "mm_projector.bin").write_bytes(pickle.dumps({"a": Payload()}))
     with pytest.raises(UserError, match="could run code"):
         import_llava(damaged / "llava-pretrain", damaged / "out")
@@ -105,7 +105,7 @@ def test_a_bin_file_of_the_old_format_is_read(damaged: Path) -> None:
     import_llava(damaged / "llava-pretrain", damaged / "out")
 
 
-def test_weights_without_a_place_and_shapes_that_do_not_fit_are_named(damaged: Path) -> None:
+def test_unknown_weights_and_wrong_shapes_are_named(damaged: Path) -> None:
     merged = damaged / "llava-golden-merged" / "model.safetensors"
     weights = load_file(merged)
     save_file({**weights, "model.image_newline": torch.zeros(64)}, merged)

@@ -1,4 +1,4 @@
-"""What is exported for the original code has its layout, and comes back as the same model."""
+"""Exports for the original code have its layout, and import as the same model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_layout_is_the_original_s(run: Path, golden: Path, tmp_path: Path) -> None:
+def test_the_layout_equals_the_originals(run: Path, golden: Path, tmp_path: Path) -> None:
     """Same keys, dtypes and shapes as the original's own merge, and the same weights; the same configuration."""
     export_run(run, tmp_path / "llava", format="llava")
     ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "llava", golden / "llava-golden-merged"))
@@ -43,7 +43,7 @@ def test_layout_is_the_original_s(run: Path, golden: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("saved_by", [4, 5])
 def test_the_original_finds_the_towers_weights(run: Path, tmp_path: Path, saved_by: int) -> None:
-    """By transformers 4's names, whichever release saved the tower; under other names it starts from random weights."""
+    """The names must be those of transformers 4. With other names the original silently starts from random weights."""
     shutil.copytree(run, tmp_path / "run")
     tower = PlainRun(run, read_manifest(run)).tower_directory
     shutil.copytree(tower, tmp_path / "run/tower")
@@ -65,7 +65,7 @@ def test_the_original_finds_the_towers_weights(run: Path, tmp_path: Path, saved_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_comes_back_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> None:
+def test_an_export_imports_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> None:
     export_run(run, tmp_path / "llava", format="llava", dtype=dtype)
     import_llava(tmp_path / "llava", tmp_path / "back")
     before, after = (probe_logits(load_run(path, dtype=torch.float32).model) for path in (run, tmp_path / "back"))
@@ -74,8 +74,8 @@ def test_comes_back_as_the_same_model(run: Path, tmp_path: Path, dtype: str) -> 
     assert (after - before).abs().max() < tolerance * before.abs().max()
 
 
-def test_four_bit_run_is_exported_as_it_answers(run: Path, tmp_path: Path) -> None:
-    """A LoRA trained on NF4 is added to the dequantised base, earlier LoRAs having been merged before quantising."""
+def test_an_exported_4_bit_run_answers_the_same(run: Path, tmp_path: Path) -> None:
+    """A LoRA trained on NF4 is added to the dequantized base. Earlier LoRAs were merged before quantization."""
     pytest.importorskip("bitsandbytes")
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(run / "adapter", tmp_path / "run" / "base_adapters" / "1-lora")
@@ -90,7 +90,7 @@ def test_four_bit_run_is_exported_as_it_answers(run: Path, tmp_path: Path) -> No
     assert (before - probe_logits(load_run(run).model)).abs().max() > 0.05  # NF4 does change it
 
 
-def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'onnx' is not one of hf, llava, gguf"):
         export_run(run, tmp_path / "out", format="onnx")
     with pytest.raises(UserError, match="int8"):

@@ -1,4 +1,4 @@
-"""LoRAs travel both ways between peft and us."""
+"""LoRAs are exchanged with peft in both directions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_logits(run: Path) -> torch.Tensor:
     return model.language_model.lm_head(hidden)
 
 
-def test_ours_loads_in_plain_peft(golden: Path, tmp_path: Path) -> None:
+def test_our_lora_loads_in_plain_peft(golden: Path, tmp_path: Path) -> None:
     import peft
 
     import_llava(golden / "llava-pretrain", tmp_path / "run")
@@ -49,7 +49,7 @@ def test_ours_loads_in_plain_peft(golden: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_one_made_elsewhere_is_served_and_exported(golden: Path, tmp_path: Path, rank_stabilised: bool) -> None:
+def test_a_lora_from_elsewhere_is_served_and_exported(golden: Path, tmp_path: Path, rank_stabilised: bool) -> None:
     """Another rank, fewer layers, per-layer alpha, rank-stabilised or not: the same logits, merged or not."""
     import peft
 

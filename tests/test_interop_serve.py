@@ -1,4 +1,4 @@
-"""``transformers serve`` answers from an export, and our worker, controller and wires stand before it."""
+"""``transformers serve`` answers from an export, behind our worker, controller and APIs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def transformers_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def exported(server: Server) -> Path:
-    """What the server serves; it goes by its path."""
+    """The model that the server serves, named by its path."""
     return server.log.parent / "tiny"
 
 
@@ -100,7 +100,7 @@ def chat(url: str, model: str, image: bytes, **fields: object) -> requests.Respo
 
 
 def test_same_answer_from_transformers_serve_as_from_our_worker(transformers_serve: Server, worker: Server) -> None:
-    """Another program, our weights, the chat template of the export: the same text over every road."""
+    """Another program with our weights and the export's chat template gives the same text over every API."""
     model = str(exported(transformers_serve))
     prompt = prompt_text(render_prompt([Turn("user", f"<image>\n{QUESTION}")], get_template("llava_llama_2")))
     for seed in (1, 2):
@@ -143,7 +143,7 @@ def test_streams_and_stands_behind_a_controller(transformers_serve: Server, tmp_
         stop_all(servers)
 
 
-def test_a_client_that_leaves_frees_its_place(worker: Server) -> None:
+def test_a_client_that_disconnects_frees_its_slot(worker: Server) -> None:
     before = num_cancelled(worker)
     prompt = prompt_text(render_prompt([Turn("user", QUESTION)], get_template("llava_llama_2")))
     stream = llava_stream(worker.url, generation(prompt=prompt, max_new_tokens=1024))
@@ -152,13 +152,13 @@ def test_a_client_that_leaves_frees_its_place(worker: Server) -> None:
             break
     assert queue_length(worker.url) == 1
     stream.close()
-    wait_until(lambda: queue_length(worker.url) == 0, 180, "the place is free")
+    wait_until(lambda: queue_length(worker.url) == 0, 180, "the slot is free")
     assert num_cancelled(worker) == before + 1
     assert chat(worker.url, "tiny", png(1)).status_code == 200
 
 
 class Faulty(BaseHTTPRequestHandler):
-    """A server that lists a model and then fails in the way that the request's text asks for."""
+    """A server that lists a model and then fails as the request's text asks."""
 
     left = threading.Event()
 
@@ -199,8 +199,8 @@ class Faulty(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def test_errors_of_the_server_behind(tmp_path: Path) -> None:
-    """Busy, refused, broken, broken off, too slow, gone: each is told as what it is, and nothing inner leaks."""
+def test_errors_of_the_upstream_server_are_reported(tmp_path: Path) -> None:
+    """Busy, refused, broken, interrupted, too slow, gone: each error is reported as such, and no internals leak."""
     faulty = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=faulty.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{faulty.server_address[1]}"
@@ -238,7 +238,7 @@ def test_errors_of_the_server_behind(tmp_path: Path) -> None:
         stop_all([server])
 
 
-def test_mistakes_at_the_start_are_named() -> None:
+def test_wrong_arguments_are_named() -> None:
     from babydoctor.serve.settings import ServeSettings
     from babydoctor.serve.worker.upstream import load_upstream
 
@@ -247,7 +247,7 @@ def test_mistakes_at_the_start_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "plain"])
-def test_prompts_are_read_back_into_turns(name: str) -> None:
+def test_prompts_are_parsed_into_turns(name: str) -> None:
     template = get_template(name)
     turns = [Turn("user", "<image>\nWhat is this?"), Turn("assistant", "A CT."), Turn("user", "Why {so}?")]
     for system in (None, "Be brief.", ""):

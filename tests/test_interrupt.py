@@ -22,7 +22,7 @@ def test_before_training_a_signal_ends_the_block(capfd: pytest.CaptureFixture[st
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_while_steps_run_a_signal_is_noted_and_a_second_sigint_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+def test_during_a_step_a_signal_is_recorded_and_a_second_sigint_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         stop.wait_for_steps()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
@@ -37,7 +37,7 @@ def test_the_message_is_printed_before_a_second_signal_can_end_the_process(
 ) -> None:
     with pytest.raises(TrainingStopped) as caught, StopSignals() as stop:
         stop.wait_for_steps()
-        stop.received = signal.SIGTERM  # another rank's signal; this rank's own is still to come
+        stop.received = signal.SIGTERM  # another rank's signal; this rank's own arrives later
         restored = signal.signal
         messages: list[str] = []
 
@@ -51,7 +51,7 @@ def test_the_message_is_printed_before_a_second_signal_can_end_the_process(
     assert "stopped by SIGTERM after step 7 of 9; a checkpoint is saved" in messages[0]
 
 
-def test_an_evaluation_is_cut_short_once_and_then_skipped() -> None:
+def test_a_signal_ends_an_evaluation_and_skips_later_ones() -> None:
     done: list[str] = []
 
     def evaluate() -> None:

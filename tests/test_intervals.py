@@ -18,7 +18,7 @@ def test_cluster_sums_by_hand() -> None:
 
 
 def test_interval_is_wider_by_image_than_by_question() -> None:
-    # Ten images with ten equal answers each: there are ten independent facts and not a hundred.
+    # Ten images with ten equal answers each are ten independent facts, not a hundred.
     scores = [float(image < 5) for image in range(10) for _ in range(10)]
     by_image = bootstrap(mean_figure("score", scores), [place // 10 for place in range(100)])
     by_question = bootstrap(mean_figure("score", scores), list(range(100)))
@@ -77,7 +77,7 @@ def test_calibration_error_by_hand() -> None:
 
 
 def test_abstention_by_hand() -> None:
-    # 20 answers, the 5 least sure are wrong: all that is left after 25% abstain is right.
+    # Of 20 answers, the 5 least certain are wrong, so all remaining ones are right after abstaining on 25%.
     confidences = [1 - place / 40 for place in range(20)]
     curve = metrics.abstention_curve(confidences, [1.0] * 15 + [0.0] * 5)
     by_share = {entry["abstain"]: entry for entry in curve}

@@ -1,4 +1,4 @@
-"""Decoding in processes of their own: same pictures, and nothing that a file does reaches beyond its request."""
+"""Decoding in separate processes: the same pictures, and a bad file only affects its own request."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_pictures_equal_those_of_this_process(tmp_path: Path) -> None:
         (dicom(np.zeros((2, 2, 3), np.uint8), PhotometricInterpretation="HSV"), "dicom_unsupported"),
     ],
 )
-def test_refusals_keep_their_code_and_words(data: bytes, code: str) -> None:
+def test_refusals_keep_their_code_and_message(data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as there:
         isolation.load_image(data, name="scan")
     with pytest.raises(ImageError) as here:
@@ -89,12 +89,12 @@ def test_refusals_keep_their_code_and_words(data: bytes, code: str) -> None:
     assert (there.value.code, str(there.value)) == (here.value.code, str(here.value)) == (code, str(here.value))
 
 
-def test_a_frame_or_window_that_is_not_there_is_named() -> None:
+def test_a_missing_frame_or_window_is_named() -> None:
     with pytest.raises(ImageError, match="frame 7 does not exist"):
         isolation.render(read_dicom(dicom(np.zeros((4, 4), np.uint8))), frame=7)
 
 
-def test_a_frame_that_never_ends_costs_its_own_request_an_error(shared_dir: Path) -> None:
+def test_a_frame_that_never_ends_fails_only_its_own_request(shared_dir: Path) -> None:
     _hangs(_case(shared_dir, "hang_jls.dcm"))
 
 
@@ -110,7 +110,7 @@ def _case(shared_dir: Path, name: str) -> bytes:
     return path.read_bytes()
 
 
-def test_a_picture_that_takes_too_long_costs_its_own_request_an_error() -> None:
+def test_a_picture_that_takes_too_long_fails_only_its_own_request() -> None:
     _hangs(bomb(2000, 16), DecodeLimits(seconds=0.02))
 
 
@@ -123,7 +123,7 @@ def _hangs(data: bytes, limits: DecodeLimits = SHORT) -> None:
         with pytest.raises(ImageError, match="hostile: decoding took longer than the limit of") as caught:
             pool.decode(data, "hostile", {}, limits)
         assert caught.value.code == "image_decode_timeout"
-        pool.decode(picture, "good", {}, SHORT)  # a new process took its place
+        pool.decode(picture, "good", {}, SHORT)  # in a new process
         assert pool._idle[0].pid != before
         with pytest.raises(ProcessLookupError):
             os.kill(before, 0)
@@ -182,7 +182,7 @@ def test_large_images_wait_for_memory_and_all_are_decoded() -> None:
         pool.close()
 
 
-def test_a_forked_process_gets_a_pool_of_its_own() -> None:
+def test_a_forked_process_gets_its_own_pool() -> None:
     isolation.load_image(jpeg(64))
     code = (
         "import os, sys, numpy as np\n"
@@ -204,7 +204,7 @@ def test_no_process_outlives_its_owner() -> None:
         "from babydoctor.imaging import isolation\n"
         "isolation.load_image(sys.stdin.buffer.read())\n"
         "print(isolation.shared_pool()._idle[0].pid, flush=True)\n"
-        "os._exit(0)\n"  # as a crash: nothing is cleaned up
+        "os._exit(0)\n"  # like a crash, without cleanup
     )
     done = subprocess.run([sys.executable, "-c", code], input=jpeg(64), capture_output=True, check=True, timeout=120)
     deadline = time.monotonic() + 60
@@ -228,7 +228,7 @@ def test_secrets_do_not_reach_the_decoding_process(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_jpeg_is_decoded_with_little_overhead() -> None:
-    """CPU time of both sides, which other load does not change much; the target is 3 ms for 512 x 512.
+    """Measures CPU time of both sides, which other load hardly changes. The target is 3 ms for 512 x 512.
 
     Measured in wall time beside other load: 0.5 to 0.9 ms (medians of 1,500 pairs; see the guide of ``imaging``).
     """

@@ -1,4 +1,4 @@
-"""``babydoctor merge``: the same model, one layer at a time; what a failure leaves, and how it goes on."""
+"""``babydoctor merge``: the same model, merged one layer at a time, and how it continues after a failure."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def runs(tiny_base: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("shard_bytes", [TINY_SHARD, 2**30], ids=["many shards", "one shard"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "nf4"])
-def test_merged_run_answers_as_the_run(runs: dict[str, Path], tmp_path: Path, name: str, shard_bytes: int) -> None:
+def test_a_merged_run_answers_like_the_run(runs: dict[str, Path], tmp_path: Path, name: str, shard_bytes: int) -> None:
     report = merge_run(runs[name], tmp_path / "merged", dtype=torch.float32, shard_bytes=shard_bytes)
     assert report.difference < 1e-4 * report.scale
     shards = sorted(file.name for file in (tmp_path / "merged" / "language_model").glob("*.safetensors"))
@@ -87,7 +87,7 @@ def test_merged_run_answers_as_the_run(runs: dict[str, Path], tmp_path: Path, na
     assert stock.config.num_hidden_layers == NUM_LAYERS
 
 
-def test_each_weight_is_written_once_and_by_its_plain_name(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_each_weight_is_written_once_under_its_plain_name(runs: dict[str, Path], tmp_path: Path) -> None:
     merge_run(runs["bfloat16"], tmp_path / "merged", shard_bytes=TINY_SHARD)
     names = []
     for file in (tmp_path / "merged" / "language_model").glob("*.safetensors"):
@@ -119,7 +119,7 @@ class Interrupted(Exception):
 def test_an_interrupted_merge_continues(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Stop while each part is written, again and again: the result is byte for byte that of a merge in one go."""
+    """Interrupt while each part is written. The result is byte for byte that of an uninterrupted merge."""
     merge_run(runs[name], tmp_path / "whole", shard_bytes=TINY_SHARD)
     write = ShardWriter.write
     written: list[str] = []
@@ -150,7 +150,7 @@ def test_an_interrupted_merge_continues(
         assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(tmp_path / "whole")).read_bytes(), file
 
 
-def test_killed_merge_continues(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_merge_continues(runs: dict[str, Path], tmp_path: Path) -> None:
     """kill -9 after the third part was recorded."""
     program = (
         "import os, signal, sys, pathlib\n"
@@ -196,8 +196,8 @@ def test_another_runs_leftovers_are_not_continued(
     assert (tmp_path / "other.partial" / "thesis.txt").exists()
 
 
-def test_a_write_error_is_a_sentence_and_the_next_try_continues(runs: dict[str, Path], tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the third shard does not fit below it."""
+def test_a_write_error_is_explained_and_the_next_try_continues(runs: dict[str, Path], tmp_path: Path) -> None:
+    """A limit on file sizes simulates a full disk: the third shard exceeds it."""
     program = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -213,7 +213,7 @@ def test_a_write_error_is_a_sentence_and_the_next_try_continues(runs: dict[str, 
     assert result.returncode == 2, result.stderr
     assert "the file exceeds the size limit" in result.stderr and "run the same command again" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "merged.partial" / "language_model").glob(".shard-*"))  # no torso fills the disk
+    assert not list((tmp_path / "merged.partial" / "language_model").glob(".shard-*"))  # no partial file is left
     assert not (tmp_path / "merged").exists()
 
 
@@ -229,7 +229,7 @@ def test_missing_space_is_named_before_anything_is_written(
 def test_wrong_weights_are_refused_and_deleted(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight that changes on its way to the disk shows in the logits."""
+    """A weight that changes on its way to the disk changes the logits."""
     write = ShardWriter.write
 
     def damage(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
@@ -241,7 +241,7 @@ def test_wrong_weights_are_refused_and_deleted(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
+def test_the_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
     base = Path(read_manifest(runs["float32"]).language_model)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     probe = LayerProbe(model.config)
@@ -260,10 +260,10 @@ def test_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["float32", "nf4"])
-def test_exports_and_imports_in_many_shards(
+def test_a_model_in_many_shards_is_exported_and_imported(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Out to the original's layout and back in, each shard a weight or two."""
+    """Export to the original's layout and import again, with one or two weights per shard."""
     monkeypatch.setattr(weights, "SHARD_BYTES", TINY_SHARD)
     export_run(runs[name], tmp_path / "llava", format="llava", dtype="float32")
     assert len(list((tmp_path / "llava").glob("model-*.safetensors"))) > 20
@@ -275,7 +275,7 @@ def test_exports_and_imports_in_many_shards(
     assert (after - before).abs().max() < (0.02 if name == "nf4" else 1e-4) * before.abs().max()
 
 
-def test_reader_names_damage(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_reader_names_damaged_files(runs: dict[str, Path], tmp_path: Path) -> None:
     base = Path(read_manifest(runs["float32"]).language_model)
     shutil.copytree(base, tmp_path / "cut")
     shard = sorted((tmp_path / "cut").glob("*.safetensors"))[2]

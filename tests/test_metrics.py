@@ -30,9 +30,9 @@ from babydoctor.eval.metrics import (
         ("two nodules", "2 nodules"),
         ("None", "0"),
         ("T1-weighted", "t1 weighted"),  # a mark between words becomes a space
-        ("left, right", "left right"),  # a mark at a word's edge goes
-        ("1,000 mm", "1000 mm"),  # a comma inside a number goes, and all other marks with it
-        ("3.5 cm.", "3.5 cm"),  # a point inside a number stays
+        ("left, right", "left right"),  # a mark at a word's edge is removed
+        ("1,000 mm", "1000 mm"),  # a comma inside a number is removed, like all other marks
+        ("3.5 cm.", "3.5 cm"),  # a point inside a number is kept
         ("dont know", "don't know"),
         ("isnt", "isn't"),
         ("an axial\nCT", "axial ct"),
@@ -60,12 +60,12 @@ def test_parse_yes_no(answer: str, expected: str | None) -> None:
     assert parse_yes_no(answer) == expected
 
 
-def test_exact_match_takes_any_alternative() -> None:
+def test_exact_match_accepts_any_alternative() -> None:
     assert exact_match("the left lung", ["right lung", "Left lung."]) == 1.0
     assert exact_match("left", ["left lung"]) == 0.0
 
 
-def test_token_overlap_counts_each_word_as_often_as_it_stands_in_both() -> None:
+def test_token_overlap_counts_repeated_words() -> None:
     # answer: left left lung (3 words), reference: left upper lung (3): shared are left once and lung once.
     assert token_overlap("left left lung", "left upper lung") == (2 / 3, 2 / 3, pytest.approx(2 / 3))
     # answer of 1 word, reference of 4: precision 1, recall 1/4, F1 = 2 * 1/4 / (5/4) = 0.4
@@ -96,7 +96,7 @@ def test_balanced_accuracy_of_a_constant_is_a_half(constant: str) -> None:
     assert figure.value == 0.5
 
 
-def test_mean_figure_leaves_none_out() -> None:
+def test_a_mean_ignores_none() -> None:
     assert mean_figure("score", [1.0, None, 0.0, 1.0]).value == pytest.approx(2 / 3)
     assert math.isnan(mean_figure("score", [None, None]).value)
 
@@ -111,7 +111,7 @@ def test_most_frequent_and_repetition() -> None:
     assert told["most_repeated"][0] == {"answer": "no", "count": 2, "share": pytest.approx(0.4)}  # type: ignore[index]
 
 
-# The published definitions, with their faults.
+# The published definitions, including their faults.
 
 
 def test_llava_med_closed_is_a_substring_test() -> None:
@@ -136,14 +136,14 @@ def test_llava_med_open_recall_counts_hits_in_the_answer() -> None:
 
 
 def test_vqa_med_bleu_by_hand() -> None:
-    assert published.vqa_med_bleu("Meningioma", ["meningioma"]) == 1.0  # one word: higher orders are left out
+    assert published.vqa_med_bleu("Meningioma", ["meningioma"]) == 1.0  # one word, so higher orders are left out
     assert published.vqa_med_bleu("The masses", ["mass"]) == 1.0  # stop word gone, stem equal
     assert published.vqa_med_bleu("heart", ["lung", "heart failure"]) == pytest.approx(math.exp(1 - 2 / 1))
     # left upper lung nodule | left lung nodule: unigrams 3/4, bigrams 1/3 (lung nodule), no trigram; longer: no penalty
     assert published.vqa_med_bleu("left upper lung nodule", ["left lung nodule"]) == pytest.approx(
         math.exp(0.25 * math.log(3 / 4) + 0.25 * math.log(1 / 3))
     )
-    assert published.vqa_med_bleu("the", ["of"]) == 1.0  # nothing is left of either
+    assert published.vqa_med_bleu("the", ["of"]) == 1.0  # both are empty after preprocessing
     assert published.vqa_med_bleu("heart", ["lung"]) == 0.0
 
 

@@ -1,4 +1,4 @@
-"""NF4: our CPU quantization equals that of bitsandbytes bit for bit; dequantizations in a training step."""
+"""NF4: our CPU quantization equals bitsandbytes' bit for bit. Also counts dequantizations in a training step."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def assert_same_state(weight: torch.Tensor, *, double: bool) -> None:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 64), (1376, 512), (7, 64), (3, 22)], ids=str)
-def test_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double: bool) -> None:
-    """Also blocks of zeros and tiny values, and sizes that are not whole blocks, which are left to bitsandbytes."""
+def test_quantization_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double: bool) -> None:
+    """Includes blocks of zeros, tiny values, and partial blocks, which bitsandbytes quantizes."""
     torch.manual_seed(0)
     weight = torch.randn(shape).mul_(0.02)
     weight[0] = 0
@@ -49,14 +49,14 @@ def test_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double:
     assert_same_state(weight.to(dtype), double=double)
 
 
-def test_ties_fall_as_in_bitsandbytes() -> None:
+def test_ties_are_rounded_as_in_bitsandbytes() -> None:
     """Values exactly on, just below and just above each midpoint between two levels."""
     levels = bnb.functional.get_4bit_type("nf4", device="cpu")
     midpoints = (levels[:-1] + levels[1:]) / 2
     infinity = torch.tensor(float("inf"))
     values = torch.cat([midpoints, midpoints.nextafter(infinity), midpoints.nextafter(-infinity), levels])
     block = torch.cat([values, torch.ones(64 - len(values))]) if len(values) < 64 else values[:64]
-    block[-1] = 1.0  # the scale is 1, so that values are compared as they stand
+    block[-1] = 1.0  # the scale is 1, so that values are compared unscaled
     assert_same_state(block[None].repeat(3, 1), double=False)
 
 
@@ -78,8 +78,8 @@ def test_chunks_and_threads_make_no_difference(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(whole, chunked)
 
 
-def test_layer_is_bitsandbytes_own() -> None:
-    """The layer computes and saves what one made by bitsandbytes does."""
+def test_the_layer_computes_and_saves_like_bitsandbytes() -> None:
+    """The layer computes and saves the same as one made by bitsandbytes."""
     torch.manual_seed(0)
     weight = torch.randn(96, 64).mul_(0.02)
     ours = quantize_linear(weight, Quantization())
@@ -94,7 +94,7 @@ def test_layer_is_bitsandbytes_own() -> None:
 
 
 @pytest.mark.parametrize("recompute_every", [0, 1])
-def test_a_training_step_dequantizes_each_weight_once_a_pass(
+def test_a_training_step_dequantizes_each_weight_once_per_pass(
     tiny_base: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, recompute_every: int
 ) -> None:
     """Once in the forward pass, once in the backward pass, and once more where the forward pass is recomputed."""

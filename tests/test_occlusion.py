@@ -1,4 +1,4 @@
-"""Occlusion maps: right by definition on a small model, found by the search on a larger grid, and run by the engine."""
+"""Occlusion maps: the definition on a small model, the search on a larger grid, and computation in the engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_task(seed: int = 0, fill: Any = "mean") -> OcclusionTask:
     return OcclusionTask(torch.tensor([*PREFIX, 0, 0, 0, 0, 40, 41]), 3, pixels, torch.tensor(ANSWER), 14, fill)
 
 
-def test_a_drop_is_what_transformers_says() -> None:
+def test_drops_equal_those_by_transformers() -> None:
     """The log-probability of each answer token with and without the window, by the plain forward pass."""
     model, task = build_model(), build_task()
     occlusion = OcclusionMap(model, task)
@@ -61,7 +61,7 @@ def test_a_drop_is_what_transformers_says() -> None:
 
 
 class OneSpot:
-    """A stand-in for scoring: the answer depends on the cells around one spot, and a little on all others."""
+    """Simulated scores: the answer depends on the cells around one spot, and a little on all others."""
 
     def __init__(self, row: float, column: float, num_cells: int) -> None:
         rows, columns = np.mgrid[:num_cells, :num_cells] + 0.5
@@ -87,7 +87,7 @@ def test_the_coarse_search_finds_a_spot(spot: tuple[float, float], monkeypatch: 
     assert np.hypot(row + 0.5 - spot[0], column + 0.5 - spot[1]) <= 1.5
 
 
-def test_fills_hide_what_was_there() -> None:
+def test_fills_hide_the_image() -> None:
     pixels = torch.full((3, 84, 84), 0.2)
     pixels[:, 40:44, 40:44] = 5.0
     blurred = fill_image(pixels, "blur", 14)
@@ -95,7 +95,7 @@ def test_fills_hide_what_was_there() -> None:
     assert float(fill_image(pixels, "mean", 14).std()) < 1e-6
 
 
-def test_the_engine_runs_it_beside_answers_and_gives_it_up(tokenizer: Any) -> None:  # noqa: F811
+def test_the_engine_computes_a_map_beside_answers_and_can_cancel_it(tokenizer: Any) -> None:  # noqa: F811
     model = build_model()
     alone = OcclusionMap(model, build_task())
     list(alone.run())
@@ -130,7 +130,7 @@ def test_the_engine_runs_it_beside_answers_and_gives_it_up(tokenizer: Any) -> No
         assert tokens_of(engine.submit(request)) == expected
 
 
-def test_figures_of_localization() -> None:
+def test_localization_metrics_by_hand() -> None:
     mask = np.zeros((28, 28), bool)
     mask[0:7, 14:21] = True  # cell (0, 2)
     drops = np.zeros((4, 4))
@@ -141,7 +141,7 @@ def test_figures_of_localization() -> None:
     assert peak_distance(np.roll(drops, 2, axis=0), mask, 14) == pytest.approx(0.5)
 
 
-def test_the_truth_is_where_the_finding_was_drawn() -> None:
+def test_the_true_location_is_where_the_finding_was_drawn() -> None:
     for case in build_cases("held_out", 40, 3):
         mask = finding_mask(case, 84)
         assert mask.any() == (case.finding != "none")
@@ -151,7 +151,7 @@ def test_the_truth_is_where_the_finding_was_drawn() -> None:
 
 
 def test_a_runs_localization_is_measured_and_recorded(tmp_path: Path) -> None:
-    """On random weights: every case has a map of the answer that the run gives, and the manifest carries the figure."""
+    """With random weights: every case gets a map of the run's answer, and the manifest records the result."""
     shutil.copytree(tiny_run(), tmp_path / "run")
     write_phantoms(tmp_path / "phantoms", num_train=2, num_held_out=6, seed=0, size=84)
     told: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Commands that ask a few questions: a KV cache of that size, and the engine's settings from the command line."""
+"""Commands that ask a few questions: a KV cache of the needed size, and engine settings on the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache_of_7b(**values: Any):  # type: ignore[no-untyped-def]
     return build_kv_cache(EngineSettings(**values), LLAMA_7B, torch.bfloat16, torch.device("cpu"))
 
 
-def test_precision_follows_the_need() -> None:
+def test_the_precision_depends_on_the_memory_needed() -> None:
     one_question = {"max_running": 1, "cached_slots": 0, "max_context": 600}
     roomy = cache_of_7b(**one_question, kv_budget_bytes=2 * 600 * FLOAT32_TOKEN)
     assert (roomy.dtype, roomy.num_slots, roomy.num_bytes) == (torch.float32, 1, 2 * 600 * FLOAT32_TOKEN)
@@ -45,7 +45,7 @@ def test_precision_follows_the_need() -> None:
     assert (tight.dtype, tight.num_bytes) == (torch.bfloat16, 600 * FLOAT32_TOKEN)
     chosen = cache_of_7b(**one_question, kv_budget_bytes=2**40, kv_dtype="bfloat16")
     assert chosen.dtype == torch.bfloat16
-    # Sixteen short requests at a time, the default of eval: half the memory rather than half the requests.
+    # Sixteen short requests at a time, the default of eval: halve the precision, not the number of requests.
     several = cache_of_7b(max_running=16, max_context=400, kv_budget_bytes=5 * 2**30)
     assert (several.dtype, several.max_running) == (torch.bfloat16, 16)
 
@@ -67,7 +67,7 @@ def test_too_little_free_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         cache_of_7b(max_running=1, cached_slots=0)
 
 
-def test_chat_holds_one_request(run: Run) -> None:
+def test_chat_allocates_one_request(run: Run) -> None:
     chat = open_conversation(run, None, question="Is this a lung?", max_new_tokens=7)
     with chat.inference as inference:
         memory, used = (
@@ -100,7 +100,7 @@ def test_a_bfloat16_cache_gives_nearly_the_same_probabilities(run: Run) -> None:
     assert len(exact) > 0 and abs(exact[0] - rounded[0]) < 0.02
 
 
-def test_eval_holds_the_longest_question(run: Run) -> None:
+def test_eval_allocates_for_the_longest_question(run: Run) -> None:
     questions = [Question(f"{number}", None, "", "What is it? " * number, ("a lung",), "open") for number in (1, 9, 4)]
     config = GenerationConfig(5, batch_size=2)
     with build_inference(run.model, run.tokenizer, run.manifest, questions, config) as inference:
@@ -132,7 +132,7 @@ def test_eval_holds_the_longest_question(run: Run) -> None:
         (["engine.max_running=0"], r"engine\.max_running=0 must be at least 1"),
     ],
 )
-def test_mistakes_in_settings_are_named(words: list[str], message: str) -> None:
+def test_wrong_settings_are_named(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_settings(parse_overrides(words))
 
@@ -144,7 +144,7 @@ def test_overrides_replace_a_commands_defaults() -> None:
 
 @pytest.mark.parametrize("words", [["What is it?", "engine.max_context=240"], ["engine.max_context=240"]], ids=str)
 def test_chat_command_takes_engine_settings(tiny_run: Path, words: list[str]) -> None:
-    """With a question, and in a conversation, where the setting stands in the question's place."""
+    """With a question, and in a conversation, where the setting takes the question's position."""
     from typer.testing import CliRunner
 
     result = CliRunner().invoke(build_app(), ["chat", str(tiny_run), *words, "--max-new-tokens", "3"], input="Why?\n\n")

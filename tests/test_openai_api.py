@@ -39,7 +39,7 @@ def convert(messages: list[dict], **fields) -> GenerateRequest:
 # Messages become the prompt that the stages trained on.
 
 
-def test_messages_are_rendered_by_the_template_with_the_image_in_front():
+def test_messages_are_rendered_by_the_template_with_the_image_first():
     request = convert([user("What is it?", png())])
     assert request.prompt == f"[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\n<image>\nWhat is it? [/INST]"
     assert request.images == [base64.b64encode(png()).decode()] and request.stops == ("</s>",)
@@ -56,7 +56,7 @@ def test_a_conversation_keeps_its_turns_and_its_one_image():
     assert convert(messages).prompt.endswith("<image>\na [/INST] b </s><s>[INST] c\nd [/INST]")
 
 
-def test_what_is_not_said_is_the_wires_default():
+def test_missing_fields_get_the_protocols_defaults():
     request = convert(
         [user("x")], temperature=None, max_completion_tokens=9, seed=-1, stop=["a"], logprobs=True, top_logprobs=2
     )
@@ -81,13 +81,13 @@ def test_what_is_not_said_is_the_wires_default():
         ([user("x")], {"top_logprobs": 2}, "logprobs: true"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(messages: list[dict], fields: dict, says: str):
+def test_unsupported_fields_are_refused_by_name(messages: list[dict], fields: dict, says: str):
     with pytest.raises(ApiError, match=says) as caught:
         convert(messages, **fields)
     assert caught.value.status == 422
 
 
-def test_events_hold_only_what_is_new():
+def test_events_contain_only_new_text():
     request = ChatRequest.model_validate({"model": "m", "messages": [user("x")], "stream": True})
     writer = ChatWriter(request, "id")
     first, second = writer.event(AnswerDelta("ab")), writer.event(AnswerDelta("c", "stop"))
@@ -106,7 +106,7 @@ def client() -> openai.OpenAI:
 MESSAGES = [{"role": "system", "content": ""}, user("Which modality is this?", png())]
 
 
-def test_the_client_gets_the_same_answer_as_on_llavas_wire(client: openai.OpenAI):
+def test_the_client_gets_the_same_answer_as_over_the_llava_api(client: openai.OpenAI):
     expected = llava_answer(tiny_worker().url, generation(png(), max_new_tokens=40))
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=40, temperature=0)
     assert whole.choices[0].message.content == expected and whole.choices[0].finish_reason == "length"
@@ -151,7 +151,7 @@ def test_models(client: openai.OpenAI):
         client.models.retrieve("other")
 
 
-def test_errors_are_the_clients_own_kinds(client: openai.OpenAI):
+def test_errors_raise_the_clients_own_exceptions(client: openai.OpenAI):
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="other", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError, match="2 images"):
@@ -163,7 +163,7 @@ def test_errors_are_the_clients_own_kinds(client: openai.OpenAI):
         client.chat.completions.create(model="tiny", messages=[user("x", b"no image")], stream=True)
 
 
-def test_our_own_client_speaks_both_wires():
+def test_our_client_uses_both_apis():
     with Client(tiny_worker().url) as client:
         assert client.models() == ["tiny"]
         question = PROMPT.partition("\n")[2].removesuffix(" [/INST]")
@@ -180,7 +180,7 @@ fc00::1 ::ffff:127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: ff02::1"""
 
 
 @pytest.mark.parametrize("address", PRIVATE.split())
-def test_private_addresses_are_known_as_such(address: str):
+def test_private_addresses_are_not_public(address: str):
     assert not is_public(address)
 
 
@@ -190,7 +190,7 @@ def test_public_addresses_are_public():
 
 @pytest.fixture(scope="module")
 def image_host() -> Iterator[str]:
-    """A host on this machine that serves an image, redirects, and more than anybody wants."""
+    """A host on this machine that serves an image, redirects, and an endless response."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -223,7 +223,7 @@ def fetch(url: str, *hosts: str, allow: bool = True) -> bytes:
     return asyncio.run(fetch_image(url, settings, (lambda address: True) if allow else is_public))
 
 
-def test_an_image_comes_from_a_named_host_through_redirects(image_host: str):
+def test_an_image_is_fetched_from_an_allowed_host_through_redirects(image_host: str):
     assert fetch(f"http://{image_host}/image.png", image_host) == png()
     assert fetch(f"http://{image_host}/elsewhere", image_host) == png()
 

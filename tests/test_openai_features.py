@@ -1,4 +1,4 @@
-"""What people expect of an OpenAI-compatible server, with the ``openai`` client: n, penalties, JSON, other APIs."""
+"""Features of an OpenAI-compatible server, with the ``openai`` client: n, penalties, JSON, other APIs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def token_id(text: str) -> int:
     return vocabulary[text]
 
 
-def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI):
+def test_several_answers_have_different_seeds(client: openai.OpenAI):
     options = OPTIONS | {"temperature": 1.0, "seed": 7, "n": 3}
     whole = client.chat.completions.create(**options)
     texts = [choice.message.content for choice in whole.choices]
@@ -47,7 +47,7 @@ def test_several_answers_have_seeds_of_their_own(client: openai.OpenAI):
     assert answer(client, temperature=1.0, seed=8) == texts[1]
 
 
-def test_sampling_fields_change_the_answer_as_they_say(client: openai.OpenAI):
+def test_sampling_fields_have_their_effect(client: openai.OpenAI):
     plain = answer(client)
     assert answer(client, temperature=1.5, top_k=1, seed=1) == plain
     assert answer(client, temperature=1.5, min_p=1.0, seed=1) == plain
@@ -63,7 +63,7 @@ def test_sampling_fields_change_the_answer_as_they_say(client: openai.OpenAI):
     assert forced.choices[0].message.content == "QQQQ"
 
 
-def test_llavas_protocol_takes_the_same_fields():
+def test_the_llava_api_accepts_the_same_fields():
     body = generation(png(), max_new_tokens=4, logit_bias={str(token_id("Q")): 100})
     assert llava_answer(tiny_worker().url, body) == "QQQQ"
 
@@ -85,7 +85,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_json_schemas_are_kept_to(client: openai.OpenAI, temperature: float):
+def test_answers_follow_the_json_schema(client: openai.OpenAI, temperature: float):
     form = {"type": "json_schema", "json_schema": {"name": "scan", "schema": SCHEMA, "strict": True}}
     whole = client.chat.completions.create(
         **OPTIONS | {"max_tokens": 200, "temperature": temperature, "seed": 3}, response_format=form
@@ -95,7 +95,7 @@ def test_json_schemas_are_kept_to(client: openai.OpenAI, temperature: float):
     assert whole.choices[0].finish_reason == "stop"
 
 
-def test_json_object_begins_an_object_and_parse_gives_a_model(client: openai.OpenAI):
+def test_json_object_gives_an_object_and_parse_a_model(client: openai.OpenAI):
     whole = client.chat.completions.create(**OPTIONS, response_format={"type": "json_object"})
     assert whole.choices[0].message.content.startswith("{")
     # A bias towards the closing quote ends the string, which a random model would write forever.
@@ -128,7 +128,7 @@ def test_completions_continue_a_text(client: openai.OpenAI):
     assert echoed.choices[0].text.startswith(echoed.choices[0].text[:12] + again.choices[0].text[:1])
 
 
-def test_the_assistants_turn_is_continued(client: openai.OpenAI):
+def test_a_last_assistant_message_is_continued(client: openai.OpenAI):
     whole = answer(client)
     begun = {"role": "assistant", "content": whole[:6]}
     rest = client.chat.completions.create(**OPTIONS | {"messages": [*MESSAGES, begun]})
@@ -138,7 +138,7 @@ def test_the_assistants_turn_is_continued(client: openai.OpenAI):
     assert rest.choices[0].message.content == llava_answer(tiny_worker().url, told | {"continues": True})
 
 
-def test_responses_are_answered_without_state(client: openai.OpenAI):
+def test_the_responses_api_works_without_state(client: openai.OpenAI):
     parts = [
         {"type": "input_text", "text": "Which modality is this?"},
         {"type": "input_image", "detail": "auto", "image_url": MESSAGES[1]["content"][1]["image_url"]["url"]},
@@ -168,7 +168,7 @@ def test_responses_are_answered_without_state(client: openai.OpenAI):
         {"reasoning": {"effort": "high"}},
     ],
 )
-def test_what_responses_cannot_do_is_refused_by_name(client: openai.OpenAI, fields: dict):
+def test_unsupported_fields_of_responses_are_named(client: openai.OpenAI, fields: dict):
     with pytest.raises(openai.BadRequestError, match=next(iter(fields))) as caught:
         client.responses.create(model="tiny", input="x", **fields)
     assert caught.value.body["code"] == "unsupported"
@@ -197,7 +197,7 @@ def test_health_and_bad_json():
         assert "line 3, column 3" in error["message"], error
 
 
-def test_the_documents_own_examples_are_answered():
+def test_the_examples_in_the_openapi_document_work():
     url = tiny_worker().url
     document = requests.get(f"{url}/openapi.json", timeout=60).json()
     assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"

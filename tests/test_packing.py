@@ -1,4 +1,4 @@
-"""Packing: nothing lost, documents apart, and the same loss and gradients as without."""
+"""Packing loses nothing, keeps documents apart, and gives the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from babydoctor.schema import IGNORE_INDEX, Example, UserError
     max_tokens=st.integers(50, 120),
     num_ranks=st.integers(1, 4),
 )
-def test_no_document_is_lost_and_bins_hold(lengths: list[int], max_tokens: int, num_ranks: int) -> None:
+def test_no_document_is_lost_and_no_bin_overflows(lengths: list[int], max_tokens: int, num_ranks: int) -> None:
     bins = plan_bins(lengths, max_tokens, num_ranks)
     assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
     assert len(bins) % num_ranks == 0
     assert all(sum(lengths[index] for index in members) <= max_tokens for members in bins)
 
 
-def test_few_and_even_bins() -> None:
+def test_bins_are_few_and_evenly_filled() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(262, 330, 128).tolist()
     filled = [sum(lengths[i] for i in members) for members in plan_bins(lengths, 4096)]
@@ -51,7 +51,7 @@ def test_labels_shift_inside_each_document() -> None:
     assert batch.document_lengths == (6, 5)
 
 
-def test_what_all_begin_with_stands_once() -> None:
+def test_a_shared_prefix_is_stored_once() -> None:
     words = list(range(50, 50 + MIN_PREFIX + 4))
     examples = [with_prefix(make_example(6 + i, seed=i), words) for i in range(3)]
     assert common_prefix(examples) == len(words)
@@ -67,7 +67,7 @@ def test_what_all_begin_with_stands_once() -> None:
 
 
 @pytest.mark.parametrize("kept", [MIN_PREFIX - 1, MIN_PREFIX, MIN_PREFIX + 3])
-def test_images_targets_and_other_words_end_a_prefix(kept: int) -> None:
+def test_images_targets_and_different_tokens_end_a_prefix(kept: int) -> None:
     words = list(range(50, 90))
     a, b = (with_prefix(make_example(9, seed=i), words) for i in range(2))
     expected = kept if kept >= MIN_PREFIX else 0
@@ -122,7 +122,7 @@ def test_loss_equals_transformers(model: BabyDoctor) -> None:
 
 
 def test_documents_do_not_see_each_other(model: BabyDoctor) -> None:
-    """Other tokens in one document leave the hidden states of the others as they were."""
+    """Changing tokens in one document does not change the hidden states of the others."""
     examples = [make_example(17 + i, seed=i) for i in range(3)]
     other = [examples[0], make_example(18, seed=99), examples[2]]
 
@@ -140,7 +140,7 @@ def test_documents_do_not_see_each_other(model: BabyDoctor) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_recomputing_activations_changes_nothing(model: BabyDoctor, every: int) -> None:
+def test_recomputing_activations_does_not_change_the_result(model: BabyDoctor, every: int) -> None:
     add_lora_if_absent(model)
     batch = build_batch([make_example(30, num_images=1, seed=5)])
     gradients = []

@@ -1,4 +1,4 @@
-"""Search, fetch and store against a real PACS: Orthanc on loopback."""
+"""Search, fetch and store with a real PACS: Orthanc on loopback."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_no_other_study_is_found(orthanc: Orthanc) -> None:
 
 
 @needs_orthanc
-def test_what_the_server_refuses(orthanc: Orthanc) -> None:
+def test_refusals_of_the_server_are_reported(orthanc: Orthanc) -> None:
     query = StudyQuery(patient_id="P-4711")
     assert code(lambda: client(orthanc.dicomweb_url, None).search(query)) == "pacs_credentials"
     assert code(lambda: client(orthanc.dicomweb_url, "wrong:password").search(query)) == "pacs_credentials"
@@ -109,7 +109,7 @@ def test_what_the_server_refuses(orthanc: Orthanc) -> None:
     assert code(lambda: client(orthanc.dicomweb_url).fetch(missing)) == "pacs_refused"
 
 
-def test_no_server_and_a_silent_one() -> None:
+def test_missing_and_silent_servers_are_reported() -> None:
     query = StudyQuery(patient_id="P")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -119,7 +119,7 @@ def test_no_server_and_a_silent_one() -> None:
         assert code(lambda: client(url, timeout_s=0.2).search(query)) == "pacs_unreachable"
 
 
-def test_a_file_beyond_the_limit_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_over_the_limit_is_not_read_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("babydoctor.serve.page.pacs.client.MAX_UPLOAD_BYTES", 10_000)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -152,7 +152,7 @@ def test_a_file_beyond_the_limit_is_not_read_to_its_end(monkeypatch: pytest.Monk
         (StudyQuery(date="2024-01-01 to 2024-01-02 to 2024-01-03"), "pacs_date"),
     ],
 )
-def test_queries_that_are_not_sent(query: StudyQuery, expected: str) -> None:
+def test_invalid_queries_are_not_sent(query: StudyQuery, expected: str) -> None:
     assert code(query.filters) == expected
 
 

@@ -1,4 +1,4 @@
-"""Generated phantoms: deterministic, balanced, correct, and written in the formats of the real training sets."""
+"""Phantoms are deterministic, balanced, correct, and written in the formats of the real training sets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_case(**changes: object) -> Case:
     return Case(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(folder: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_bytes(folder: Path, tmp_path: Path) -> None:
     write_phantoms(tmp_path / "again", num_train=48, num_held_out=24, seed=3, size=84)
     write_phantoms(tmp_path / "other", num_train=48, num_held_out=24, seed=4, size=84)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -83,7 +83,7 @@ def test_the_patients_left_is_on_the_viewers_right(modality: str) -> None:
     assert np.nonzero(changed_pixels(modality=modality, side="right"))[1].mean() < 42 - 8
 
 
-def test_a_finding_changes_nothing_far_from_it() -> None:
+def test_a_finding_changes_only_pixels_near_it() -> None:
     ill, well = make_case(), make_case(finding="none")
     difference = np.abs(draw(ill, 84).astype(float) - draw(well, 84).astype(float))
     assert difference.max() > 60 and not difference[:, :40].any()
@@ -110,7 +110,7 @@ def test_rows_are_llava_json_with_the_image_once_in_the_first_turn(folder: Path)
                     assert row["image"] in names and row["image"].startswith(split)
 
 
-def test_the_images_are_grey_pngs_of_the_asked_size(folder: Path) -> None:
+def test_the_images_are_gray_pngs_of_the_asked_size(folder: Path) -> None:
     for path in (folder / "images").iterdir():
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "L", (84, 84))
@@ -151,7 +151,7 @@ def test_no_answer_is_correct_for_two_values() -> None:
             assert drawn <= possible_answers(kind, value)
 
 
-def test_reports_speak_in_terms_and_conversations_do_not(folder: Path) -> None:
+def test_reports_use_radiology_terms_and_conversations_do_not(folder: Path) -> None:
     def answers(name: str) -> str:
         told = [row for row in json.loads((folder / f"{name}_train.json").read_text()) if "image" in row]
         return " ".join(t["value"] for row in told for t in row["conversations"] if t["from"] == "gpt").lower()
@@ -193,7 +193,7 @@ def test_each_kind_of_request_has_many_wordings_and_held_out_ones_are_never_trai
         assert not held_out & (trained | asked), kind
 
 
-def test_typing_errors_change_one_word_and_plain_questions_come_often() -> None:
+def test_typos_change_one_word_and_many_questions_have_none() -> None:
     rng = np.random.default_rng(0)
     sentence = "Which modality is this?"
     for _ in range(50):
@@ -204,7 +204,7 @@ def test_typing_errors_change_one_word_and_plain_questions_come_often() -> None:
     assert any("lease" in question for question in drawn) and sentence.lower().rstrip("?") in drawn
 
 
-def test_replies_to_each_kind_of_request() -> None:
+def test_each_kind_of_request_gets_the_right_reply() -> None:
     ill, well = make_case(modality="mr", finding="cyst", level="middle"), make_case(finding="none")
     replies = {kind: text.term_replies(kind, ill) for kind in rows.REQUESTS}
     assert replies["location"] == ("Left mid zone",) and replies["level"] == ("Mid zone",)
@@ -217,7 +217,7 @@ def test_replies_to_each_kind_of_request() -> None:
         assert text.term_replies(kind, well) == ("No abnormality",)
 
 
-def test_no_text_tells_a_size(folder: Path) -> None:
+def test_no_text_mentions_a_size(folder: Path) -> None:
     for path in folder.glob("*_train.json"):
         answers = [
             t["value"] for row in json.loads(path.read_text()) for t in row["conversations"] if t["from"] == "gpt"

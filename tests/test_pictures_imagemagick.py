@@ -1,6 +1,6 @@
-"""Pictures against ImageMagick: those that ship with the installed packages, and every kind that it writes.
+"""Compare pictures with ImageMagick: those in the installed packages, and every format that it writes.
 
-``scripts/test.sh`` installs ImageMagick where it can. Each difference stands in a table with its reason.
+``scripts/test.sh`` installs ImageMagick if it can. A table lists each difference with its reason.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "PNG, interlaced": (["-interlace", "PNG"], "png"),
     "PNG, palette": (["-colors", "16"], "png8"),
     "PNG, two levels": (["-monochrome"], "png"),
-    "PNG, 4-bit grey": (["-colorspace", "Gray", "-depth", "4"], "png"),
-    "PNG, grey and alpha": (["-colorspace", "Gray", "-alpha", "on", "-channel", "A", "-evaluate", "set", "60%"], "png"),
+    "PNG, 4-bit gray": (["-colorspace", "Gray", "-depth", "4"], "png"),
+    "PNG, gray and alpha": (["-colorspace", "Gray", "-alpha", "on", "-channel", "A", "-evaluate", "set", "60%"], "png"),
     "PNG, alpha": (["-alpha", "on", "-channel", "A", "-evaluate", "set", "60%"], "png"),
     "PNG, 16-bit color": (["-depth", "16"], "png48"),
     "PNG, 16-bit color, interlaced": (["-depth", "16", "-interlace", "PNG"], "png48"),
     "PNG, 16-bit color and alpha": (["-depth", "16", "-alpha", "on"], "png64"),
-    "PNG, 16-bit grey": (["-colorspace", "Gray", "-depth", "16"], "png"),
-    "PNG, 16-bit grey and alpha": (["-colorspace", "Gray", "-depth", "16", "-alpha", "on"], "png"),
+    "PNG, 16-bit gray": (["-colorspace", "Gray", "-depth", "16"], "png"),
+    "PNG, 16-bit gray and alpha": (["-colorspace", "Gray", "-depth", "16", "-alpha", "on"], "png"),
     "GIF": ([], "gif"),
     "GIF, interlaced": (["-interlace", "GIF"], "gif"),
     "BMP": ([], "bmp"),
@@ -64,10 +64,10 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "TIFF, fax": (["-monochrome", "-compress", "Group4"], "tiff"),
     "TIFF, white is zero": (["-colorspace", "Gray", "-define", "quantum:polarity=min-is-white"], "tiff"),
     "TIFF, two levels, white is zero": (["-monochrome", "-define", "quantum:polarity=min-is-white"], "tiff"),
-    "TIFF, 4-bit grey": (["-colorspace", "Gray", "-depth", "4"], "tiff"),
+    "TIFF, 4-bit gray": (["-colorspace", "Gray", "-depth", "4"], "tiff"),
     "TIFF, alpha": (["-alpha", "on", "-channel", "A", "-evaluate", "set", "60%"], "tiff"),
-    "TIFF, 16-bit grey": (["-colorspace", "Gray", "-depth", "16"], "tiff"),
-    "TIFF, 16-bit grey, white is zero": (
+    "TIFF, 16-bit gray": (["-colorspace", "Gray", "-depth", "16"], "tiff"),
+    "TIFF, 16-bit gray, white is zero": (
         ["-colorspace", "Gray", "-depth", "16", "-define", "quantum:polarity=min-is-white"],
         "tiff",
     ),
@@ -76,11 +76,11 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "TIFF, 16-bit color, planes": (["-depth", "16", "-interlace", "plane"], "tiff"),
     "TIFF, 16-bit color and alpha": (["-depth", "16", "-alpha", "on"], "tiff"),
     "TIFF, floats": (["-colorspace", "Gray", "-depth", "32", "-define", "quantum:format=floating-point"], "tiff"),
-    "TIFF, 32-bit grey": (["-colorspace", "Gray", "-depth", "32"], "tiff"),
+    "TIFF, 32-bit gray": (["-colorspace", "Gray", "-depth", "32"], "tiff"),
     "WebP, lossless": (["-define", "webp:lossless=true"], "webp"),
     "JPEG": (["-quality", "90"], "jpg"),
     "JPEG, progressive": (["-quality", "90", "-interlace", "JPEG"], "jpg"),
-    "JPEG, grey": (["-quality", "90", "-colorspace", "Gray"], "jpg"),
+    "JPEG, gray": (["-quality", "90", "-colorspace", "Gray"], "jpg"),
 }
 
 # Kind -> (largest difference, why).
@@ -101,7 +101,7 @@ def run(*arguments: str, data: bytes = b"") -> bytes:
 
 
 def expected(data: bytes) -> np.ndarray | None:
-    """ImageMagick's upright picture over black, uint16 ``[h, w, 3]``; None where it cannot read the file."""
+    """ImageMagick's upright picture over black, uint16 ``[h, w, 3]``; None if it cannot read the file."""
     over_black = ("-auto-orient", "+set", "comment", "-background", "black", "-alpha", "remove", "-colorspace", "sRGB")
     shown = run("-[0]", *over_black, "-depth", "16", "-type", "truecolor", "ppm:-", data=data)
     fields = shown.split(maxsplit=4)[:4]
@@ -111,7 +111,7 @@ def expected(data: bytes) -> np.ndarray | None:
     return np.frombuffer(shown[-6 * width * height :], ">u2").reshape(height, width, 3).astype(np.float64)
 
 
-def test_every_installed_picture_looks_as_in_imagemagick() -> None:
+def test_every_installed_picture_looks_the_same_in_imagemagick() -> None:
     unexplained, seen = [], set[bytes]()
     for path in sorted(PACKAGES.rglob("*")):
         if path.suffix in (".py", ".pyc", ".so") or not path.is_file():
@@ -131,7 +131,7 @@ def test_every_installed_picture_looks_as_in_imagemagick() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_looks_as_in_imagemagick(kind: str, tmp_path: Path) -> None:
+def test_every_format_looks_the_same_in_imagemagick(kind: str, tmp_path: Path) -> None:
     arguments, suffix = KINDS[kind]
     source = tmp_path / "source.png"
     run("-size", "40x31", "gradient:red-blue", "-swirl", "200", "-modulate", "90", "-depth", "8", str(source))

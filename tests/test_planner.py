@@ -1,4 +1,4 @@
-"""Plans: the 7B stages fit an A10, refusals say the fix, and predicted memory is what training takes."""
+"""Plans: the 7B stages fit an A10, refusals name a fix, and predicted memory equals that of training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_7b_stages_fit_an_a10(name):
     assert 0 < plan.mfu <= plan.utilization
 
 
-def test_auto_recomputes_less_where_there_is_room():
+def test_auto_recomputes_less_if_memory_allows():
     settings = ("train.gradient_checkpointing=auto", "train.micro_batch_tokens=auto")
     _, small = plan_of("radiology", *settings, memory_gib=14)
     _, large = plan_of("radiology", *settings, memory_gib=80)
@@ -54,7 +54,7 @@ def test_auto_recomputes_less_where_there_is_room():
     assert small.gradient_checkpointing != "none"
 
 
-def test_refusal_names_a_setting_that_fits():
+def test_a_refusal_names_a_setting_that_fits():
     config, plan = plan_of("instruct", memory_gib=12)
     with pytest.raises(UserError, match=r"model\.quantization=nf4"):
         check_fits(config, plan)
@@ -93,7 +93,7 @@ def test_gradients_replace_activations_in_a_step_of_one_micro_batch():
     assert sum(alone.values()) < sum(several.values())
 
 
-def test_unknown_gpu_is_named():
+def test_an_unknown_gpu_is_named():
     with pytest.raises(UserError, match="a10"):
         find_hardware("a11")
 
@@ -187,7 +187,7 @@ def test_sharding_trades_memory_for_traffic() -> None:
         assert plan.memory["decoder layers (NF4)"] == plan.model.weights["decoder layers (NF4)"] // share
 
 
-def test_what_ranks_cannot_share_is_refused() -> None:
+def test_unsupported_sharding_is_refused() -> None:
     with pytest.raises(UserError, match="256 GPUs share the 128 samples"):
         ranks_of("ddp", 256)
     with pytest.raises(UserError, match="--strategy 'tp'"):

@@ -1,4 +1,4 @@
-"""LCS-558K and LLaVA-Instruct-80K from what lies in a folder, and downloads that go on."""
+"""LCS-558K and LLaVA-Instruct-80K from files in a folder, and downloads that continue."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_instruct_from_coco(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     text_only = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    # LLaVA-Instruct names rows by the picture, so one id comes with several conversations.
+    # LLaVA-Instruct names rows by picture, so several conversations share an id.
     rows = [row("1", "000000000001.jpg"), row("1", "000000000001.jpg", "a cat"), text_only]
     (source / "llava_instruct_80k.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"neither train2017\.zip nor train2017/"):
@@ -90,7 +90,7 @@ def test_instruct_from_coco(tmp_path: Path) -> None:
     assert [path.name for path in made.images.iterdir()] == ["000000000001.jpg"]
 
 
-def test_archives_go_on_where_unpacking_stopped_and_cannot_escape(tmp_path: Path) -> None:
+def test_unpacking_continues_where_it_stopped_and_stays_in_its_folder(tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", {"d/one.txt": b"one", "d/two.txt": b"two!"})
     (tmp_path / "out" / "d").mkdir(parents=True)
     (tmp_path / "out" / "d" / "one.txt").write_bytes(b"ONE")  # same size: taken as done
@@ -99,14 +99,14 @@ def test_archives_go_on_where_unpacking_stopped_and_cannot_escape(tmp_path: Path
     assert (tmp_path / "out" / "d" / "one.txt").read_bytes() == b"ONE"
     assert (tmp_path / "out" / "d" / "two.txt").read_bytes() == b"two!"
     write_zip(tmp_path / "evil.zip", {"../evil.txt": b"x"})
-    with pytest.raises(UserError, match="would land outside"):
+    with pytest.raises(UserError, match="would be unpacked outside"):
         unpack_zip(tmp_path / "evil.zip", tmp_path / "out")
     (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:40])
     with pytest.raises(UserError, match="damaged"):
         unpack_zip(tmp_path / "cut.zip", tmp_path / "out")
 
 
-def test_offline_downloads_say_what_to_do_by_hand(tmp_path: Path) -> None:
+def test_offline_downloads_explain_the_manual_steps(tmp_path: Path) -> None:
     for download, repo in ((download_lcs, "LLaVA-Pretrain"), (download_instruct, "LLaVA-Instruct-150K")):
         with pytest.raises(UserError) as caught:
             download(tmp_path)
@@ -114,14 +114,14 @@ def test_offline_downloads_say_what_to_do_by_hand(tmp_path: Path) -> None:
         assert f"huggingface.co/datasets/liuhaotian/{repo}" in message and str(tmp_path) in message
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (tmp_path / "images.zip").touch()
-    assert download_lcs(tmp_path) == tmp_path  # what was put there by hand is not asked for
+    assert download_lcs(tmp_path) == tmp_path  # files that were copied by hand are not asked for
 
 
 CONTENT = bytes(range(256)) * 5000
 
 
 class FileServer(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, with ranges; /cut stops half-way, /norange knows no ranges."""
+    """Serves CONTENT with ranges. /cut stops half-way, and /norange does not support ranges."""
 
     ranges: list[str | None] = []  # noqa: RUF012
 
@@ -151,7 +151,7 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_a_cut_download_goes_on(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_continues(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("babydoctor.data.sets.hub._RETRY_WAIT_S", 0)
     target, partial = tmp_path / "sub" / "file.bin", tmp_path / "sub" / "file.bin.partial"
     with pytest.raises(UserError, match="By hand"):

@@ -1,4 +1,4 @@
-"""roco-instruct from ROCO's files: which captions become rows, and what is said of the others."""
+"""roco-instruct from ROCO's files: which captions become rows, and what is reported about the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(path: Path) -> list[dict]:
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_row_is_kept_when_its_jpeg_is_there(tmp_path: Path) -> None:
+def test_a_row_is_kept_if_its_jpeg_exists(tmp_path: Path) -> None:
     captions = {"00002": " Ein é „scan“. ", "00007": "Gone.", "00011": "CT."}
     write_split(tmp_path / "roco" / "data" / "test" / "radiology", captions, ["00002", "00011", "00099"], {})
     made = prepare_roco(tmp_path / "roco", "test", tmp_path / "out")
@@ -58,7 +58,7 @@ def test_a_row_is_kept_when_its_jpeg_is_there(tmp_path: Path) -> None:
 def test_splits_share_one_folder_of_images(tmp_path: Path, copy: bool) -> None:
     for split, name in (("train", "1"), ("test", "2")):
         write_split(tmp_path / "roco" / split / "radiology", {name: "CT.", "3": "MR."}, [name, "4"], {})
-    for split in ("train", "test", "train"):  # a second time is fine
+    for split in ("train", "test", "train"):  # may be repeated
         made = prepare_roco(tmp_path / "roco", split, tmp_path / "out", copy=copy)
     assert sorted(path.name for path in made.images.iterdir()) == ["ROCO_1.jpg", "ROCO_2.jpg"]
     original = tmp_path / "roco" / "train" / "radiology" / "images" / "ROCO_1.jpg"
@@ -78,7 +78,7 @@ def test_rows_that_share_an_article_are_dropped(tmp_path: Path) -> None:
     assert both.left_out == {"article_shared": 2, "article_unknown": 1}
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no captions\.txt"):
         prepare_roco(tmp_path, "train", tmp_path / "out")
     with pytest.raises(UserError, match="'dev': must be one of train, validation, test"):
@@ -113,7 +113,7 @@ def test_the_real_validation_split(shared_dir: Path, tmp_path: Path) -> None:
     assert itself.num_rows == 0 and itself.left_out["article_shared"] == 2
 
 
-def test_the_hub_set_when_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_set_is_read_from_downloaded_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = write_split(tmp_path / "roco" / "validation" / "radiology", {"1": "A.", "2": "B."}, ["1"], {})
@@ -130,7 +130,7 @@ def test_the_hub_set_when_its_files_are_there(tmp_path: Path, monkeypatch: pytes
     assert read(made.rows) == rows[:1] and made.left_out == {"image_missing": 1}
 
 
-def test_the_hub_set_offline_says_what_to_do(tmp_path: Path) -> None:
+def test_the_offline_error_of_the_hub_set_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         prepare_roco_from_hub(None, "train", tmp_path)
     assert "huggingface.co/datasets/photonmz/roco-instruct-65k" in str(caught.value)

@@ -38,7 +38,7 @@ def write_set(folder: Path, questions: list[dict[str, Any]], images: list[str]) 
     return folder
 
 
-def test_official_objects_become_rows_that_keep_their_types(tmp_path: Path) -> None:
+def test_official_rows_keep_their_question_types(tmp_path: Path) -> None:
     questions = [
         question(0, "a.jpg"),
         question("1", "a.jpg", "test_freeform", answer=4),
@@ -65,7 +65,7 @@ def test_official_objects_become_rows_that_keep_their_types(tmp_path: Path) -> N
     assert all(isinstance(result, Sample) for result in check_rows(load_rows(train.rows), train.images))
 
 
-def test_held_out_images_are_on_one_side_only(tmp_path: Path) -> None:
+def test_held_out_images_are_in_one_split_only(tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(10)]
     source = write_set(tmp_path / "in", [question(i, names[i % 10]) for i in range(40)], names)
     train, held_out = prepare_vqa_rad(source, tmp_path / "out", hold_out_images=0.3, seed=1)
@@ -80,7 +80,7 @@ def test_held_out_images_are_on_one_side_only(tmp_path: Path) -> None:
         prepare_vqa_rad(source, tmp_path / "out", hold_out_images=1.5)
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     tmp_path.joinpath("empty").mkdir()
     with pytest.raises(UserError, match="no JSON file with VQA-RAD's questions"):
         prepare_vqa_rad(tmp_path / "empty", tmp_path / "out")

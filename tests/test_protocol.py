@@ -45,7 +45,7 @@ def test_an_error_follows_the_text_that_came_before_it():
     assert last.error is not None and (last.error.code, last.error.message) == ("worker_lost", "Lost.")
 
 
-def test_too_long_a_prompt_is_the_originals_notice_and_an_error_for_our_readers():
+def test_a_prompt_that_is_too_long_is_llavas_notice_and_our_error():
     data = LlavaWriter("x").encode(AnswerDelta(error=overflow_error()))
     message = json.loads(data[:-1])
     assert message["text"] == f"x{OVERFLOW_NOTICE}" and message["error_code"] == 0
@@ -54,7 +54,7 @@ def test_too_long_a_prompt_is_the_originals_notice_and_an_error_for_our_readers(
 
 
 @pytest.mark.parametrize("portion", [1, 2, 3, 7, 1000])
-def test_messages_come_out_whole_whatever_the_portions(portion: int):
+def test_messages_are_read_whole_from_any_chunks(portion: int):
     deltas = [AnswerDelta("répoñse" * n) for n in range(5)]
     writer = LlavaWriter("")
     data = b"".join(map(writer.encode, deltas)) + b'{"text": "cut'
@@ -64,19 +64,19 @@ def test_messages_come_out_whole_whatever_the_portions(portion: int):
     assert reader.pending == len(b'{"text": "cut')
 
 
-def test_what_a_lost_worker_has_sent_is_not_repeated():
+def test_text_from_a_lost_worker_is_not_repeated():
     writer = LlavaWriter("Q")
     data = b"".join(writer.encode(AnswerDelta(text)) for text in ("one", " two", " three"))
     assert "".join(delta.text for delta in read_all(data, front="Q", so_far="one tw")) == "o three"
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{}", b'{"text": 1}', b"no json", b"\xff"])
-def test_what_is_no_message_is_refused(data: bytes):
+def test_invalid_messages_are_refused(data: bytes):
     with pytest.raises(ValueError):
         read_all(data + b"\0")
 
 
-def test_the_originals_and_fastchats_messages_are_read():
+def test_messages_of_llava_and_fastchat_are_read():
     assert read_all(b'{"text": "a", "error_code": 0}\0') == [AnswerDelta("a")]
     fastchat = b'{"text": "a", "error_code": 0, "usage": {}, "finish_reason": null, "logprobs": {"tokens": []}}\0'
     assert read_all(fastchat) == [AnswerDelta("a")]
@@ -84,7 +84,7 @@ def test_the_originals_and_fastchats_messages_are_read():
     assert lost.error is not None and lost.error.code == "worker_lost"
 
 
-def test_defaults_are_the_originals():
+def test_defaults_equal_llavas():
     request = GenerateRequest.model_validate({"prompt": "x", "images": None, "stop": None, "top_k": 50, "unknown": 1})
     assert (request.temperature, request.top_p, request.max_new_tokens, request.echo) == (1.0, 1.0, 256, True)
     assert not request.greedy and GenerateRequest(prompt="x", temperature=0.001).greedy
@@ -123,17 +123,17 @@ def test_bad_values_name_their_field(field: str, value: object):
 
 
 @pytest.mark.parametrize("status", [{"model_names": []}, {"model_names": ["a"], "speed": 0}, {"model_names": [""]}])
-def test_a_workers_status_must_make_sense(status: dict):
+def test_an_invalid_worker_status_is_refused(status: dict):
     with pytest.raises(ValidationError):
         WorkerStatus.model_validate(status)
 
 
-def test_the_originals_registration_is_read():
+def test_llavas_registration_is_read():
     body = {"worker_name": "http://localhost:21002", "check_heart_beat": True, "worker_status": None}
     assert RegisterRequest.model_validate(body).worker_status is None
 
 
-def test_one_error_body_serves_all_clients():
+def test_one_error_body_fits_all_clients():
     body = ApiError("queue_full", "Busy.", retry_after_s=3).body()
     assert body["error"]["type"] == "rate_limit_error" and body["error"]["code"] == "queue_full"
     assert body["text"] == "Busy." and body["error_code"] == 1

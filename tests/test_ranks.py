@@ -1,4 +1,4 @@
-"""Several ranks in real processes: DDP, FSDP2, ZeRO-2 and ZeRO-3 train as one process does."""
+"""Several ranks in real processes: DDP, FSDP2, ZeRO-2 and ZeRO-3 give the result of one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,19 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
+from helpers.launch import ENVIRONMENT, ROOT, launch
 from helpers.serving import free_port
 from helpers.training import DEADLINE_S, losses, unfinish, wait_until
 from safetensors.torch import load_file
 
 from babydoctor.config import TrainConfig, build_config, dump_config, load_config
+from babydoctor.data.convert import convert_rows
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import find_damage, list_checkpoints
 from babydoctor.train.loop import train
 from babydoctor.train.strategy import deepspeed_problems, fsdp_problems, start_accelerator
 from babydoctor.train.tracking import read_metrics
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-}
 NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
 STRATEGIES = (
     pytest.param("multi_gpu", "ddp", id="ddp"),
@@ -41,20 +36,13 @@ STRATEGIES = (
 )
 
 
-def launch(config: str, *program: str, num_processes: int = 2) -> list[str]:
-    """The command of ``accelerate launch`` with one of the shipped configurations, on CPU ranks."""
-    options = ["--config_file", f"configs/accelerate/{config}.yaml", f"--num_processes={num_processes}"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
-    return [*command, "-m", *program]
-
-
 def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S * 2)
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
-    """Four steps whose micro-batches are unevenly shared out, some without an image, with a LoRA and held-out rows."""
+    """Four steps with unevenly distributed micro-batches, some without an image, with a LoRA and held-out rows."""
     trained = {"max_steps": 4, "batch_size": 5, "micro_batch_tokens": 256, "eval_every": 2}
     eval_rows = {"eval_rows": tiny_settings["data"]["rows"], "eval_limit": 3}
     return tiny_settings | {
@@ -91,7 +79,12 @@ def test_two_ranks_train_and_resume_as_one(
     config: Path, alone: Path, tmp_path: Path, accelerate_config: str, strategy: str
 ) -> None:
     run = tmp_path / "run"
-    done = run_program(launch(accelerate_config, "helpers.rank_program", str(config), str(run)))
+    overrides = []
+    if strategy == "ddp":  # the ranks read the converted rows; one process goes on with the JSON rows
+        data = load_config(config, []).data
+        convert_rows(data.rows, tmp_path / "converted", images=Path(str(data.images)))
+        overrides = [f"{rank}:data.rows={tmp_path / 'converted'}" for rank in range(2)]
+    done = run_program(launch(accelerate_config, "helpers.rank_program", str(config), str(run), *overrides))
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"run-rank-{rank}.json").read_text()) for rank in range(2)]
     assert [report["world_size"] for report in reports] == [2, 2]
@@ -138,7 +131,7 @@ def test_two_machines_without_a_shared_disk(config: Path, alone: Path, tmp_path:
     assert not (tmp_path / "machine1" / "run" / "checkpoints").exists()
 
 
-def test_ranks_with_other_settings_are_refused_by_one_sentence(config: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_settings_stop_with_one_message(config: Path, tmp_path: Path) -> None:
     override = "1:train.learning_rate=0.5"
     done = run_program(launch("multi_gpu", "helpers.rank_program", str(config), str(tmp_path / "run"), override))
     assert done.returncode != 0
@@ -147,7 +140,7 @@ def test_ranks_with_other_settings_are_refused_by_one_sentence(config: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_kill_9_of_a_rank_ends_all_and_leaves_whole_checkpoints(config: Path, tmp_path: Path) -> None:
+def test_kill_9_of_a_rank_ends_all_and_leaves_complete_checkpoints(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     program = ["babydoctor.train", str(config), f"output_dir={run}", "train.max_steps=100000", "train.save_every=1"]
     command = launch("multi_gpu", *program, "train.eval_every=0")
@@ -186,7 +179,7 @@ def test_two_ranks_stop_after_the_same_step_and_resume(config: Path, tmp_path: P
         out, err = process.communicate(timeout=DEADLINE_S)
         assert process.returncode != 0
         step = read_metrics(run)[-1]["step"]
-        # The launcher signals one rank after the other; the second may get its signal when it has already stopped.
+        # The launcher signals the ranks one by one, so the second may have stopped before its signal arrives.
         assert f"stopped by SIGTERM after step {step} of 100000; a checkpoint is saved" in err, err[-3000:]
         assert list_checkpoints(run)[-1].name == f"step-{step}"
         assert ("resumed after step" in out) == bool(arguments)
@@ -209,7 +202,7 @@ def fresh_accelerate() -> Iterator[None]:
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_config is set"),
     ],
 )
-def test_what_accelerate_is_asked_for_in_vain_is_refused(
+def test_unsupported_accelerate_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None, environment: dict[str, str], message: str
 ) -> None:
     for key, value in environment.items():
@@ -218,7 +211,7 @@ def test_what_accelerate_is_asked_for_in_vain_is_refused(
         start_accelerator(TrainConfig())
 
 
-def test_what_fsdp_cannot_do_is_refused() -> None:
+def test_unsupported_fsdp_settings_are_refused() -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_offload=True, activation_checkpointing=True, transformer_cls_names_to_wrap=["CLIPEncoder"]
     )
@@ -232,7 +225,7 @@ def test_what_fsdp_cannot_do_is_refused() -> None:
 
 
 @NEEDS_DEEPSPEED
-def test_what_deepspeed_cannot_do_is_refused() -> None:
+def test_unsupported_deepspeed_settings_are_refused() -> None:
     settings = {
         "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         "bf16": {"enabled": True},

@@ -1,4 +1,4 @@
-"""Frames before the window: what the canvas of the web UI computes from them is what ``dicom.render`` shows."""
+"""Frames without a window: the canvas of the web UI shows the same as ``dicom.render``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.image_files import dicom
 from PIL import Image
 from pydicom.examples import get_path
 
-from babydoctor.imaging import raw_frame as module
+from babydoctor.imaging.dicom import raw_frame as module
 from babydoctor.imaging.dicom import read_dicom, render
+from babydoctor.imaging.dicom.raw_frame import color_block, raw_frame
 from babydoctor.imaging.isolation import raw_frame as isolated_frame
-from babydoctor.imaging.raw_frame import color_block, raw_frame
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import open_scan
 from babydoctor.serve.page.texts import PageError
@@ -114,13 +114,13 @@ def test_orientation_letters(attributes: dict[str, Any], marks: list[str] | None
     assert header(raw_frame(read_dicom(dicom(VALUES, **attributes)), 0))["marks"] == marks
 
 
-def test_a_large_frame_is_thinned_out(monkeypatch: pytest.MonkeyPatch):
+def test_a_large_frame_is_subsampled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "MAX_BYTES", 3 * 100)
     size = header(color_block(np.zeros((40, 30, 3), np.uint8)))
     assert (size["step"], size["rows"], size["columns"]) == (4, 10, 8)
 
 
-def test_a_region_is_cut_from_what_is_shown_and_turned_with_it():
+def test_a_region_is_cropped_from_the_shown_frame_and_rotates_with_it():
     picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert("RGB")
     part = Arrangement(is_inverted=True, is_mirrored=True, quarter_turns=1, region=(1, 0, 4, 2)).apply(picture, 4, 3)
     # [[1 2 3] [5 6 7]] mirrored is [[3 2 1] [7 6 5]]; turned clockwise, its columns read from below are the rows.
@@ -144,7 +144,7 @@ def test_a_region_is_cut_from_what_is_shown_and_turned_with_it():
     ],
     ids=str,
 )
-def test_a_state_that_the_image_does_not_have_changes_nothing(wrong: dict[str, Any]):
+def test_an_invalid_state_changes_nothing(wrong: dict[str, Any]):
     scan = open_scan(Path(get_path("ct")).read_bytes())
     view = scan.view()
     before = viewer_state(scan, view)

@@ -1,4 +1,4 @@
-"""The same program on real radiology data: sets made, checked, trained on, and a real DICOM file answered."""
+"""The program on real radiology data: prepare sets, check them, train, and answer about a real DICOM file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
-def test_real_radiology_data_from_files_to_an_answer(shared_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_real_radiology_data_from_files_to_answers(shared_dir: Path, golden: Path, tmp_path: Path) -> None:
     examples = pytest.importorskip("pydicom.examples")
     data = shared_dir / "data"
     run("data", "vqa-rad", "--source", data / "vqa-rad", "--out", tmp_path / "vqa-rad", "--copy")
@@ -92,10 +92,10 @@ def multi_turn_rows(data: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("rows", "padded"), [(roco_rows, 0.745), (multi_turn_rows, 0.707)])
-def test_no_position_of_a_micro_batch_is_padding(
+def test_micro_batches_contain_no_padding(
     shared_dir: Path, golden: Path, rows: Callable[[Path], list[dict[str, Any]]], padded: float
 ) -> None:
-    """Real captions and conversations, 256 slots an image, steps of 128 samples: what padding would leave unused."""
+    """Real captions and conversations with 256 slots per image, in steps of 128 samples."""
     tokenizer, template = load_tokenizer(golden / "base"), get_template("llava_llama_2")
     examples = []
     for row in rows(shared_dir / "data"):

@@ -1,4 +1,4 @@
-"""Which worker gets the next request."""
+"""The choice of a worker for the next request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_lottery_follows_speed():
     assert counts["http://a"] / 4000 == pytest.approx(0.75, abs=0.03)
 
 
-def test_the_shortest_queue_counts_speed_and_what_was_sent_since():
+def test_the_shortest_queue_counts_speed_and_requests_sent_since_the_report():
     workers = registry()
     fast = workers.register("http://fast", status("m", speed=2, queue=3), True, 0)
     slow = workers.register("http://slow", status("m", speed=1, queue=2), True, 0)
@@ -45,7 +45,7 @@ def test_loads_do_not_drift():
     workers = registry()
     record = workers.register("http://a", status("m"), True, 0)
     workers.begin(record)
-    workers.report("http://a", 1, 1)  # the worker counts that request itself by now
+    workers.report("http://a", 1, 1)  # the worker's report includes that request
     assert record.load == 1
     workers.end(record)
     assert record.load == 0
@@ -56,7 +56,7 @@ def test_loads_do_not_drift():
     assert record.load == 0 and record.inflight == 0
 
 
-def test_silent_workers_expire_unless_told_not_to():
+def test_silent_workers_expire_unless_heartbeats_are_off():
     workers = registry()
     workers.register("http://a", status("m"), True, 0)
     workers.register("http://b", status("n"), False, 0)
@@ -66,7 +66,7 @@ def test_silent_workers_expire_unless_told_not_to():
     assert workers.report("http://a", 0, 52) is None
 
 
-def test_a_failed_worker_is_out_until_it_is_reached_or_registers_again():
+def test_a_failed_worker_returns_when_it_is_reached_or_registers_again():
     workers = registry()
     record = workers.register("http://a", status("m"), True, 0)
     record.failed = True
@@ -80,7 +80,7 @@ def test_a_failed_worker_is_out_until_it_is_reached_or_registers_again():
     assert again.load == 0 and not workers.is_current(record)
 
 
-def test_draining_and_excluded_workers_are_passed_over():
+def test_draining_and_excluded_workers_are_skipped():
     workers = registry()
     a = workers.register("http://a", status("m"), True, 0)
     b = workers.register("http://b", status("m"), True, 0)
@@ -109,10 +109,10 @@ def test_logs_can_name_a_worker_without_its_address():
         "http://0.0.0.0:21002",
     ],
 )
-def test_addresses_that_cannot_be_called_are_refused(url: str):
+def test_invalid_addresses_are_refused(url: str):
     with pytest.raises(UserError):
         check_worker_url(url)
 
 
-def test_addresses_lose_their_last_slash():
+def test_trailing_slashes_are_removed_from_addresses():
     assert check_worker_url("http://a:1/") == "http://a:1"

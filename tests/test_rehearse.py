@@ -1,4 +1,4 @@
-"""The rehearsal itself: the published layouts, what it notices, and the golden size from end to end."""
+"""The rehearsal: published layouts, detection of faults, and the golden size from end to end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_context(folder: Path) -> Context:
 
 
 @pytest.mark.slow
-def test_golden_size(tmp_path: Path) -> None:
+def test_every_command_runs_at_the_golden_size(tmp_path: Path) -> None:
     """Every command, from random checkpoints to answers over HTTP; the table says what is wrong."""
     command = ["bench", "rehearse", "--size", "golden", "--keep", str(tmp_path)]
     done = subprocess.run([*PYTHON, "from babydoctor.cli.main import main; main()", *command], stdout=subprocess.PIPE)
@@ -111,7 +111,7 @@ def test_differences_of_answers_are_found() -> None:
     tokens[1] = reference.logits[1].argmin()
     told, faults = differences(reference, build_answer(tokens=tokens), 0.02)
     assert told.startswith("1 of 3") and "token 2" in faults[0]
-    # The second-best token may win by rounding where it is as good.
+    # Rounding may favor the second-best token if it is equally likely.
     close = reference.logits.copy()
     close[1, tokens[1]] = close[1].max() - 1e-4
     assert differences(build_answer(logits=close), build_answer(logits=close, tokens=tokens), 0.02)[1] == []
@@ -127,7 +127,7 @@ def write_run(folder: Path, losses: list[float], projector: bytes) -> Path:
     return folder
 
 
-def test_runs_are_compared_to_the_bit(tmp_path: Path) -> None:
+def test_runs_are_compared_bit_by_bit(tmp_path: Path) -> None:
     whole = write_run(tmp_path / "whole", [2.0, 1.5], b"abcd")
     assert same_run(whole, write_run(tmp_path / "same", [2.0, 1.5], b"abcd"), 2)[1] == []
     faults = same_run(whole, write_run(tmp_path / "other", [2.0, 1.5000001], b"abce"), 2)[1]
@@ -136,7 +136,7 @@ def test_runs_are_compared_to_the_bit(tmp_path: Path) -> None:
     assert same_run(whole, tmp_path / "same", 2)[1] == ["checkpoints/step-2/optimizer.safetensors is missing"]
 
 
-def test_time_and_peak_of_a_process(tmp_path: Path) -> None:
+def test_time_and_peak_memory_of_a_process_are_measured(tmp_path: Path) -> None:
     code = "import time; data = bytearray(300 * 2**20); time.sleep(0.3); print('done')"
     finished = run_process([*PYTHON, code], tmp_path / "log", console=Console(quiet=True), limit_s=60)
     assert (finished.status, finished.stdout.strip()) == (0, "done")
@@ -161,7 +161,7 @@ def test_a_process_is_killed_on_a_condition_and_at_its_limit(tmp_path: Path) -> 
         os.kill(pid, 0)
 
 
-def test_a_failed_command_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_failed_command_is_reported_and_the_others_continue(tmp_path: Path) -> None:
     context = build_context(tmp_path)
     ran = []
 
@@ -185,7 +185,7 @@ def test_a_failed_command_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert again.rows == context.rows
 
 
-def test_steps_need_steps_that_come_before() -> None:
+def test_steps_depend_on_earlier_steps() -> None:
     for number, step in enumerate(program.STEPS):
         assert set(step.needs) <= {earlier.name for earlier in program.STEPS[:number]}
 

@@ -1,6 +1,6 @@
-"""Damaged requests to a controller, a worker and the web UI: a refusal that names field and reason, and nothing else.
+"""Damaged requests to a controller, a worker and the web UI are refused with field and reason, without side effects.
 
-Seeded. ``BABYDOCTOR_REQUEST_FUZZ=10000`` sends that many instead of the few hundred of the ordinary test.
+Seeded. ``BABYDOCTOR_REQUEST_FUZZ=10000`` sends that many requests instead of a few hundred.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VALUES: dict[str, Any] = {"slider": 1, "number": 1, "checkbox": True, "checkboxg
 JARGON = re.compile(r"Input should|Field required|\[type=|pydantic|Traceback|type_error|function-after|list\[|literal")
 
 UNAVAILABLE = ("no_worker", "worker_lost", "not_ready")
-"""503s that a damaged request may earn honestly: the fuzzer registers workers that do not exist."""
+"""Valid 503 responses to damaged requests: the fuzzer registers workers that do not exist."""
 
 WITHOUT_FIELD = ("not_found", "method_not_allowed", "bad_json", "json_too_deep", "json_too_large", "queue_full")
 
@@ -142,7 +142,7 @@ def with_damaged_image(sent: Sent, rng: np.random.Generator) -> Sent:
     return replace(sent, body=json.loads(text))
 
 
-def test_damaged_requests_cost_a_refusal_and_nothing_else(parts: Parts) -> None:
+def test_damaged_requests_are_refused_without_side_effects(parts: Parts) -> None:
     rng = np.random.default_rng(SEED)
     apis, page = api_seeds(), page_seeds(parts.page)
     fuzzer = Fuzzer(parts)

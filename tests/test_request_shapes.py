@@ -1,4 +1,4 @@
-"""Request bodies of the wrong shape: one plain sentence that names the field, what was sent and what to send."""
+"""Request bodies of the wrong shape: one sentence names the field, what was sent and what to send."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASES: list[tuple[type[BaseModel], Any, str]] = [
         'messages[0].content[0].type must be "text" or "image_url", not the string "audio".',
     ),
     (ChatRequest, with_content([{}]), "messages[0].content[0].type is missing; add it to the request."),
-    (ChatRequest, with_content("a\0"), "messages[0].content must not hold the NUL character."),
+    (ChatRequest, with_content("a\0"), "messages[0].content must not contain the NUL character."),
     (
         ChatRequest,
         text_and_image(image_url="data:image/png;base64,AAAA"),
@@ -135,7 +135,7 @@ def test_a_missing_content_type_is_json_for_llava() -> None:
         (rb'{"\ud800": 1, "prompt": "a"}', "bad_request", "The body must be valid Unicode"),
     ],
 )
-def test_a_body_that_is_no_json_text_is_refused(body: bytes, code: str, part: str) -> None:
+def test_a_body_that_is_not_json_text_is_refused(body: bytes, code: str, part: str) -> None:
     for path in ("/worker_generate", "/v1/completions"):
         response = post(path, body, {"Content-Type": "application/json"})
         error = response.json()["error"]
@@ -174,7 +174,7 @@ def test_turns_that_do_not_alternate_are_refused(roles: str, continues: bool) ->
     assert response.status_code == 422 and (error["code"], error["param"]) == ("bad_messages", "turns"), error
 
 
-def test_an_unknown_field_is_named_shortly() -> None:
+def test_a_long_unknown_field_name_is_cut() -> None:
     for name, shown in (
         ("tools_x", "tools_x"),
         ("x" * 3000, "x" * 40),

@@ -17,7 +17,7 @@ from babydoctor.train.loop import train
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_rest_equals_an_uninterrupted_run(tiny_settings: dict[str, Any], tmp_path: Path, stage: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_settings: dict[str, Any], tmp_path: Path, stage: str) -> None:
     if stage == "radiology":
         pytest.importorskip("bitsandbytes")
     run = tmp_path / "run"
@@ -35,8 +35,8 @@ def test_the_rest_equals_an_uninterrupted_run(tiny_settings: dict[str, Any], tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True])
-def test_kill_9_in_the_middle(tiny_settings: dict[str, Any], tmp_path: Path, fuse: bool) -> None:
-    """Also with kernels that each process compiles for itself."""
+def test_a_run_resumes_after_kill_9(tiny_settings: dict[str, Any], tmp_path: Path, fuse: bool) -> None:
+    """Includes kernels that each process compiles itself."""
     results = []
     for name in ("whole", "killed"):
         settings = build_settings(tiny_settings, tmp_path / name, "instruct")

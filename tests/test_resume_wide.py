@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_stage_config(runs: Path, stage: str, base: Path, rows: Path) -> Path:
-    """The shipped configuration with other paths and counts. Optimizer, precision and LoRA are its own."""
+    """The shipped configuration with its optimizer, precision and LoRA, but other paths and counts."""
     before = {"instruct": "align", "radiology": "instruct"}.get(stage)
     overrides = [
         f"output_dir={runs / stage}",
@@ -74,7 +74,7 @@ def read_files(checkpoint: Path) -> dict[str, bytes]:
 def test_kill_9_and_resume_are_bit_equal(
     wide_base: Path, tiny_rows: Path, runs: Path, stage: str, tmp_path: Path
 ) -> None:
-    """Killed in the third step and put back to the first checkpoint: the second checkpoint comes out the same."""
+    """Killed in the third step and resumed from the first checkpoint, a run writes the same second checkpoint."""
     if stage != "align":
         pytest.importorskip("bitsandbytes")
         if not (runs / {"instruct": "align", "radiology": "instruct"}[stage] / "manifest.json").is_file():

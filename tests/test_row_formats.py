@@ -1,4 +1,4 @@
-"""Rows of other trainers: what is plain is read, and what would be dropped makes the row bad with the key named."""
+"""Rows of other trainers: supported content is read. Content that would be dropped makes the row bad, and is named."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from babydoctor.conversation import get_template, prompt_text, render
+from babydoctor.data.images import read_image
 from babydoctor.data.problems import RowError
-from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row, read_image
+from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
 
@@ -76,7 +77,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", PLAIN)
-def test_layouts_that_are_plain_become_the_same_sample(layout: str) -> None:
+def test_supported_layouts_become_the_same_sample(layout: str) -> None:
     sample = parse_row({"id": "1", **PLAIN[layout]}, "f.json#0")
     assert sample == Sample("1", TURNS, "a.png", "f.json#0")
 
@@ -108,7 +109,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("unknown_key", "chosen", {"chosen": GPT, "rejected": GPT, "conversations": [HUMAN, GPT]}),
     ("unknown_key", "conversations[1].weight", {"image": "a.png", "conversations": [HUMAN, GPT | {"weight": 0}]}),
     ("unknown_key", "messages[1].tool_calls", {"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}),
-    ("unknown_key", "'messages' beside 'conversations'", {"messages": [USER], "conversations": [HUMAN]}),
+    ("unknown_key", "both 'conversations' and 'messages'", {"messages": [USER], "conversations": [HUMAN]}),
     ("several_images", "2 images", {"images": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}),
     ("several_images", "image and images", {"image": "a.png", "images": ["b.png"], "conversations": [HUMAN, GPT]}),
     ("image_token_missing", "What?", {"images": ["a.png"], "conversations": [HUMAN | {"value": "What?"}, GPT]}),
@@ -124,7 +125,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("reason", "named", "row"), BAD)
-def test_what_would_be_dropped_makes_the_row_bad(reason: str, named: str, row: dict[str, Any]) -> None:
+def test_content_that_would_be_dropped_makes_the_row_bad(reason: str, named: str, row: dict[str, Any]) -> None:
     with pytest.raises(RowError) as caught:
         parse_row({"id": "1", **row}, "rows.json#4")
     assert caught.value.problem.reason == reason
@@ -137,7 +138,7 @@ def test_images_in_data_urls_are_read() -> None:
     assert sample.image == png() and read_image(sample.image, None).getpixel((0, 0)) == (7, 0, 0)
 
 
-def test_a_key_that_is_repeated_is_named(tmp_path: Path) -> None:
+def test_a_repeated_key_is_named(tmp_path: Path) -> None:
     turns = json.dumps([HUMAN, GPT])
     text = f'{{"id": "1", "image": "a.png", "image": "b.png", "conversations": {turns}}}'
     nested = '{"conversations": [{"from": "human", "value": "a", "value": "b"}, {"from": "gpt", "value": "x"}]}'
@@ -192,7 +193,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_cases_from_public_reports(shared_dir: Path, tmp_path: Path, name: str) -> None:
+def test_cases_from_public_bug_reports(shared_dir: Path, tmp_path: Path, name: str) -> None:
     path = shared_dir / "cases" / name
     if not path.is_file():
         pytest.skip(f"{path} is not there")

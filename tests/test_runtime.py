@@ -1,4 +1,4 @@
-"""Process-wide switches: library calls leave them alone, the command line sets them."""
+"""Process-wide switches: library calls do not change them, the command line sets them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.runtime import use_own_gpu
 from babydoctor.schema import UserError
 
 LIBRARY_CALLS = """
@@ -91,7 +92,7 @@ CLIPVisionModel(CLIPVisionConfig(hidden_size=24, intermediate_size=24, num_hidde
 """
 
 
-def test_commands_show_no_messages_of_libraries(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_commands_print_no_messages_of_libraries(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """A stage with everything from bitsandbytes, then the commands that use the run. stderr stays empty."""
     pytest.importorskip("bitsandbytes")
     run, rows = tmp_path / "run", tiny_settings["data"]["rows"][0]
@@ -134,7 +135,7 @@ print(json.dumps([flushed, os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ
     assert run_python(program, PYTORCH_ALLOC_CONF="backend:native") == [True, None, "backend:native"]
 
 
-def test_the_engines_thread_has_the_number_of_threads_that_the_operator_set() -> None:
+def test_the_engine_uses_the_configured_number_of_threads() -> None:
     program = """
 import json, threading, torch
 from babydoctor.runtime import prepare_engine
@@ -156,3 +157,15 @@ def test_a_thread_count_without_a_hook_is_refused() -> None:
     assert EngineSettings(num_threads=2, on_start=lambda device, num_threads: None).num_threads == 2
     with pytest.raises(UserError, match=r"engine\.num_threads=2 needs on_start.*torch\.set_num_threads"):
         EngineSettings(num_threads=2)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("4,6", "6"), ("4", "")])
+def test_a_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    use_own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

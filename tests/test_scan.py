@@ -1,4 +1,4 @@
-"""What the web UI does with odd files: reasons in words, warnings under the image, windows of any width."""
+"""Unusual files in the web UI: reasons in words, warnings under the image, windows of any width."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RAMP = np.array([[0, 100, 200, 300]], np.uint16)
         (dicom(np.zeros((2, 2, 3), np.uint8), PhotometricInterpretation="HSV"), "'HSV' is not supported"),
     ],
 )
-def test_what_cannot_be_read_is_named(data: bytes, words: str) -> None:
+def test_unreadable_files_are_named(data: bytes, words: str) -> None:
     with pytest.raises(PageError) as caught:
         open_scan(data)
     assert caught.value.code == "dicom_unsupported" and words in caught.value.sentence
 
 
-def test_what_was_assumed_stands_under_the_image() -> None:
+def test_assumptions_are_shown_under_the_image() -> None:
     scan = open_scan(dicom(RAMP, SamplesPerPixel=None))
     assert "Note: SamplesPerPixel is missing; read as 1" in scan.view().caption
     assert "Note:" not in open_scan(dicom(RAMP)).view().caption
@@ -43,7 +43,7 @@ def test_values_far_below_one_can_be_windowed(slope: str) -> None:
     at, before = scan.window_range(), scan.view().png
     top = 300 * float(slope)
     assert at.low <= 0 < top <= at.high and at.narrowest <= at.step < at.width < top * 1.01
-    scan.center, scan.width = at.center, at.width  # the sliders are touched, and left where they were
+    scan.center, scan.width = at.center, at.width  # the sliders are touched but not moved
     assert scan.view().png == before
     scan.width = at.narrowest
     assert scan.view().png != before

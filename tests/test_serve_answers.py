@@ -1,4 +1,4 @@
-"""An answer between its maker and its reader."""
+"""The stream of an answer between its writer and its reader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def nothing() -> None:
     pass
 
 
-def test_what_a_slow_reader_has_not_fetched_is_one_delta():
+def test_deltas_that_a_slow_reader_has_not_read_are_merged():
     async def run() -> None:
         answer = AnswerStream(nothing)
         answer.put(AnswerDelta("a", token_ids=(1,), logprobs=(TokenLogprob(1, "a", -1.0),)))
@@ -34,7 +34,7 @@ def test_what_a_slow_reader_has_not_fetched_is_one_delta():
     asyncio.run(run())
 
 
-def test_silence_is_none_and_errors_are_deltas():
+def test_a_timeout_gives_none_and_an_error_gives_a_delta():
     async def run() -> None:
         answer = AnswerStream(nothing)
         assert await answer.next(0.01) is None
@@ -46,8 +46,8 @@ def test_silence_is_none_and_errors_are_deltas():
     asyncio.run(run())
 
 
-def test_a_reader_cancelled_just_as_a_delta_comes_is_cancelled():
-    """asyncio.wait_for would return the delta and forget the cancellation (Python 3.10 and 3.11)."""
+def test_cancellation_of_a_reader_is_not_lost_when_a_delta_arrives():
+    """asyncio.wait_for would return the delta and lose the cancellation (Python 3.10 and 3.11)."""
 
     async def run() -> None:
         answer = AnswerStream(nothing)
@@ -121,7 +121,7 @@ def test_several_answers_are_read_as_one_stream_with_their_index():
     asyncio.run(run())
 
 
-def test_if_one_of_several_answers_is_refused_the_others_are_closed():
+def test_a_refusal_of_one_answer_closes_the_others():
     async def run() -> None:
         closed: list[int] = []
 
@@ -150,8 +150,8 @@ def test_if_one_of_several_answers_is_refused_the_others_are_closed():
     ],
 )
 @pytest.mark.parametrize("ending", ["stop", "length", "error", None])
-def test_an_answer_never_ends_with_a_blank(texts: list[str], shown: str, ending: str | None):
-    """Whatever a reader has seen so far does not end with one either, so a stream may break off anywhere."""
+def test_an_answer_never_ends_with_whitespace(texts: list[str], shown: str, ending: str | None):
+    """The text so far never ends with whitespace either, so a stream may break off anywhere."""
 
     async def run() -> None:
         answer, seen, token_ids = AnswerStream(nothing), "", ()
@@ -174,11 +174,11 @@ def test_an_answer_never_ends_with_a_blank(texts: list[str], shown: str, ending:
     asyncio.run(run())
 
 
-def test_no_api_ends_an_answer_with_a_blank():
-    """Streamed and whole, at the length limit and at a stop string; the tokens of the blanks are still reported."""
+def test_no_api_ends_an_answer_with_whitespace():
+    """Streamed and collected, at the length limit and at a stop string. Tokens of dropped whitespace are reported."""
     url, num_blank = tiny_worker().url, 0
     for seed in range(12):
-        # Token 3 is the space; the bias makes answers of many blanks.
+        # Token 3 is the space, and the bias makes answers with many of them.
         sampling = {"temperature": 1, "seed": seed, "logit_bias": {"3": 6}}
         body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "logprobs": 0} | sampling
         whole = requests.post(f"{url}/v1/completions", json=body, timeout=60).json()

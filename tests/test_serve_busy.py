@@ -1,4 +1,4 @@
-"""Load is never a 5xx, refused workers say what to set, and browsers of named origins may call."""
+"""Load never causes a 5xx, refused workers name the fix, and browsers of allowed origins may call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from babydoctor.serve.settings import Limits
 
 
 async def refuse_late(code: ApiCode) -> AnswerStream:
-    """A refusal that comes after a stream's headers were due."""
+    """A refusal after the time at which a stream's headers are sent."""
     await asyncio.sleep(0.05)
     raise ApiError(code, "Not now.")
 
@@ -83,7 +83,7 @@ def test_a_late_refusal_of_a_stream_is_an_error_event_with_its_code(loop):
 SECRET = "a-registration-secret-for-tests"
 
 
-def test_a_refused_worker_says_what_to_set_and_browsers_may_call(tmp_path: Path):
+def test_a_refused_worker_names_the_fix_and_allowed_origins_may_call(tmp_path: Path):
     controller = start_controller(
         tmp_path / "controller.log",
         "cors_origins=[https://app.example.org]",

@@ -1,4 +1,4 @@
-"""``babydoctor serve``: everything starts, answers, and is gone afterwards, however it ends."""
+"""``babydoctor serve``: all parts start, answer, and end with the launcher, however it ends."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def serve(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     ]
     settings = ["controller.port=0", "worker.port=0", "engine.max_running=2", "worker.drain_s=5"]
     with log.open("wb") as file:
-        # A shell's background job ignores SIGINT, and its children inherit that: Ctrl-C is to work here all the same.
+        # Background jobs of a shell ignore SIGINT, and children inherit that, but Ctrl-C must work here.
         return subprocess.Popen(
             [*command, *settings, *arguments],
             stdout=file,
@@ -77,7 +77,7 @@ def ready_url(process: subprocess.Popen[bytes], log: Path) -> str:
     return wait_until(address, 90, "readiness")
 
 
-def test_serve_answers_revives_and_leaves_nothing(tmp_path: Path):
+def test_serve_answers_restarts_parts_and_leaves_no_process(tmp_path: Path):
     log = tmp_path / "log"
     process = serve(log, "--workers", "2")
     try:
@@ -88,7 +88,7 @@ def test_serve_answers_revives_and_leaves_nothing(tmp_path: Path):
             assert client.models() == ["tiny"]
             answer = client.ask_llava("tiny", "Which modality is this?", png())
             assert answer and client.ask_openai("tiny", "Which modality is this?", png()) == answer
-        # A stranger on this machine cannot register a worker: the launcher has made a secret.
+        # Other users of this machine cannot register a worker, because the launcher generates a secret.
         body = {
             "worker_name": "http://127.0.0.1:9",
             "check_heart_beat": True,
@@ -101,17 +101,17 @@ def test_serve_answers_revives_and_leaves_nothing(tmp_path: Path):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert not any(map(is_alive, parts))
-        # Each part ended by itself, at its leisure: nothing was cut off.
+        # Each part ended by itself; none was killed.
         assert "Traceback" not in log.read_text() and '"error"' not in log.read_text()
     finally:
         process.kill()
 
 
-def test_kill_9_of_the_launcher_takes_its_parts_along(tmp_path: Path):
+def test_kill_9_of_the_launcher_ends_its_parts(tmp_path: Path):
     process = serve(tmp_path / "log")
     try:
         parts = wait_until(lambda: len(found := children(process.pid)) == 2 and found, 180, "the parts")
-        # In the middle of starting is the hardest moment.
+        # Kill it while parts are starting, which is the hardest moment.
         wait_until(lambda: len(open_modules(parts[1])) > 50, 180, "the worker's start")
     finally:
         process.kill()
@@ -120,12 +120,12 @@ def test_kill_9_of_the_launcher_takes_its_parts_along(tmp_path: Path):
 
 
 def open_modules(pid: int) -> set[str]:
-    """Shared libraries that a process has loaded: a sign of how far it has come."""
+    """Shared libraries that a process has loaded, which show how far its start is."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     return {line.split()[-1] for line in maps.splitlines() if ".so" in line}
 
 
-def test_a_part_that_cannot_start_ends_all_and_says_why(tmp_path: Path):
+def test_a_part_that_cannot_start_ends_all_with_a_reason(tmp_path: Path):
     log = tmp_path / "log"
     process = serve(log, "engine.max_context=999999")
     assert process.wait(90) == 2
@@ -142,7 +142,7 @@ def test_a_taken_port_is_named(tmp_path: Path):
     assert f"127.0.0.1:{port}" in log.read_text() and "controller.port=" in log.read_text()
 
 
-def test_beyond_this_machine_only_with_keys(tmp_path: Path):
+def test_serving_other_machines_needs_keys(tmp_path: Path):
     log = tmp_path / "log"
     process = serve(log, "controller.host=0.0.0.0")
     assert process.wait(60) == 2
@@ -162,5 +162,5 @@ def test_the_registered_address_is_one_that_the_controller_reaches():
         bind("worker", "203.0.113.7", free_port())
 
 
-def test_stopping_servers_that_are_gone_already_is_fine():
+def test_stopping_servers_that_have_ended_works():
     stop_all([])

@@ -1,4 +1,4 @@
-"""The OpenAPI documents: valid, with examples, and kept to by the servers whatever is sent (schemathesis)."""
+"""The OpenAPI documents are valid, have examples, and describe the servers' replies to any input (schemathesis)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(url: str) -> schemathesis.schemas.BaseSchema:
 
 @pytest.fixture(scope="module")
 def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A controller in front of the shared worker, which drops what is registered by chance soon."""
+    """A controller in front of the shared worker. Workers that are registered by chance expire soon."""
     log = tmp_path_factory.mktemp("schema") / "controller.log"
     server = start_controller(log, "controller.heart_beat_expiry_s=1", "controller.connect_timeout_s=0.3")
     try:
@@ -81,11 +81,11 @@ def check_all(schema: schemathesis.schemas.BaseSchema) -> int:
     return num_requests
 
 
-def test_the_worker_keeps_to_its_document(worker_schema: schemathesis.schemas.BaseSchema):
+def test_the_worker_follows_its_openapi_document(worker_schema: schemathesis.schemas.BaseSchema):
     assert check_all(worker_schema) > 100
 
 
-def test_the_controller_keeps_to_its_document(controller_schema: schemathesis.schemas.BaseSchema):
+def test_the_controller_follows_its_openapi_document(controller_schema: schemathesis.schemas.BaseSchema):
     assert check_all(controller_schema) > 100
 
 

@@ -1,4 +1,4 @@
-"""Text of given tokens, with a SentencePiece tokenizer as real models have."""
+"""Text of given tokens, with a SentencePiece tokenizer like those of real models."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_pieces_join_to_the_answer_and_keep_their_rows(tokenizer, answer: str):
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_a_resumed_answer_reads_the_same_wherever_it_broke(tokenizer, answer: str):
+def test_a_resumed_answer_reads_the_same_wherever_it_was_interrupted(tokenizer, answer: str):
     ids = answer_ids(tokenizer, answer)
     for given in range(len(ids) + 1):
         text = ResumedText(tokenizer, ids[:given], ("</s>",), frozenset({tokenizer.eos_token_id}))
         assert (text.add(ids[given:]) + text.flush()).strip() == answer and not text.ended
 
 
-def test_a_resumed_answer_that_had_ended_has_ended(tokenizer):
+def test_resuming_a_complete_answer_adds_nothing(tokenizer):
     eos = frozenset({tokenizer.eos_token_id})
     assert ResumedText(tokenizer, [*answer_ids(tokenizer, "No."), tokenizer.eos_token_id], (), eos).ended
     stopped = ResumedText(tokenizer, answer_ids(tokenizer, "No acute finding."), ("acute",), eos)

@@ -1,4 +1,4 @@
-"""The Slurm batch script, with stand-ins for Slurm's own commands: two ranks resume, and requeue on SIGUSR1."""
+"""The Slurm batch script, with substitutes for Slurm's commands: two ranks requeue on SIGUSR1 and resume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUES"; fi
 """
 
 
-def test_bash_can_read_it() -> None:
+def test_the_script_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", SCRIPT], check=True)
 
 

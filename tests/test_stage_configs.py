@@ -1,4 +1,4 @@
-"""The real 7B stages build on meta weights; the tiny ones hold the same keys."""
+"""The real 7B stages build on meta weights, and the tiny stages have the same keys."""
 
 from __future__ import annotations
 

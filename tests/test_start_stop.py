@@ -39,7 +39,7 @@ def content(folder: Path) -> list[str]:
 
 
 def test_a_failed_start_leaves_nothing_behind(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """Neither the directory nor its parents; and the fixed configuration starts without --resume."""
+    """It leaves neither the directory nor its parents, and the fixed configuration starts without --resume."""
     settings = build_settings(tiny_settings, tmp_path / "runs" / "first", "instruct")
     good = settings["data"]
     for wrong in ({"images": str(tmp_path / "nowhere")}, {"rows": [str(tmp_path / "missing.json")]}):
@@ -66,7 +66,7 @@ def test_a_failure_in_the_first_step_leaves_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_failed_resume_leaves_the_run_as_it_was(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_failed_resume_does_not_change_the_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = build_settings(tiny_settings, run, "align")
     train(build_config(settings))
@@ -77,9 +77,7 @@ def test_a_failed_resume_leaves_the_run_as_it_was(tiny_settings: dict[str, Any],
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_directory_with_something_else_is_refused_and_left_alone(
-    tiny_settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_directory_with_other_files_is_refused_and_unchanged(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds no run.*thesis\.tex"):
@@ -87,9 +85,7 @@ def test_a_directory_with_something_else_is_refused_and_left_alone(
     assert content(tmp_path / "run") == ["thesis.tex"]
 
 
-def test_a_start_that_was_killed_while_loading_does_not_occupy_the_directory(
-    tiny_settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_start_killed_while_loading_can_be_repeated(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "base_adapters" / "0-align").mkdir(parents=True)
     (run / ".config.yaml.tmp-1").write_text("half")
@@ -102,7 +98,7 @@ def test_a_start_that_was_killed_while_loading_does_not_occupy_the_directory(
 # One process per output directory
 
 
-def test_a_second_process_is_refused_by_the_pid_of_the_first(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_the_pid_of_the_first(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = with_train(build_settings(tiny_settings, tmp_path / "run", "align"), max_steps=100_000, save_every=1)
     settings["data"] = settings["data"] | {"num_workers": 1}
     process = start(settings)
@@ -113,7 +109,7 @@ def test_a_second_process_is_refused_by_the_pid_of_the_first(tiny_settings: dict
     finally:
         process.kill()
         process.communicate()
-    # The lock dies with its owner, though the owner's data loader process may live for some seconds.
+    # The lock ends with its owner, although the owner's data loader process may live for some seconds.
     with pytest.raises(UserError, match="nowhere"):
         train(build_config(settings | {"data": settings["data"] | {"images": str(tmp_path / "nowhere")}}), resume=True)
 
@@ -126,7 +122,7 @@ def test_a_second_process_is_refused_by_the_pid_of_the_first(tiny_settings: dict
 def test_a_signal_saves_a_checkpoint_at_the_end_of_the_step(
     tiny_settings: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """All processes of the group are signalled, as a terminal and Slurm do, the data loader's too."""
+    """All processes of the group are signaled, the data loader's included, like by a terminal and Slurm."""
     run = tmp_path / "run"
     settings = with_train(build_settings(tiny_settings, run, "instruct"), max_steps=100_000, save_every=0)
     settings["data"] = settings["data"] | {"num_workers": 2}
@@ -144,7 +140,7 @@ def test_a_signal_saves_a_checkpoint_at_the_end_of_the_step(
 
 @pytest.fixture
 def long_step(tiny_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run that is slow to start and whose steps take many seconds: 6,000 rows of text each."""
+    """Settings of a run that starts slowly and whose steps take many seconds: 6,000 rows of text each."""
     rows = [
         {
             "id": str(n),
@@ -183,7 +179,7 @@ def test_a_signal_during_loading_ends_at_once_and_leaves_nothing(long_step: dict
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_during_held_out_answers_ends_them_and_a_resume_makes_up_for_them(
+def test_a_signal_ends_held_out_answers_and_a_resume_repeats_them(
     tiny_settings: dict[str, Any], tiny_rows: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -205,7 +201,7 @@ def test_a_signal_during_held_out_answers_ends_them_and_a_resume_makes_up_for_th
 # Checkpoints and evaluation, full disks
 
 
-def test_the_checkpoint_comes_before_the_evaluation_which_a_resume_makes_up_for(
+def test_the_checkpoint_precedes_the_evaluation_which_a_resume_repeats(
     tiny_settings: dict[str, Any], tiny_rows: Path, tmp_path: Path
 ) -> None:
     run, images = tmp_path / "run", tmp_path / "images"
@@ -238,10 +234,10 @@ def test_a_run_whose_disk_was_full_continues_bit_equal(tiny_settings: dict[str, 
 # What a resumed run may change
 
 
-def test_what_keeps_the_mathematics_may_change_and_is_recorded(
+def test_settings_that_do_not_change_training_may_change_and_are_recorded(
     tiny_settings: dict[str, Any], tiny_rows: Path, tmp_path: Path
 ) -> None:
-    """Micro-batches, recomputation, length, and where run, rows and images lie."""
+    """Micro-batches, recomputation, length, and the paths of run, rows and images."""
     no_dropout = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
     steps = {"schedule": "constant", "warmup_ratio": 0.0}
     settings = with_train(tiny_settings | no_dropout | {"output_dir": str(tmp_path / "run")}, **steps)
@@ -296,7 +292,7 @@ def test_a_finished_run_can_be_made_longer(tiny_settings: dict[str, Any], tmp_pa
         ("model", {"dtype": "bfloat16"}, "model.dtype: 'float32' in the run, 'bfloat16' now"),
     ],
 )
-def test_what_changes_the_mathematics_is_refused(
+def test_settings_that_change_training_are_refused(
     stopped_run: dict[str, Any], section: str, change: dict[str, Any], told: str
 ) -> None:
     changed = stopped_run | {section: stopped_run[section] | change}

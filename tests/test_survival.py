@@ -1,4 +1,4 @@
-"""Attacks on real servers: stuck engines, requests that kill, decoders that are gone, files that cost too much."""
+"""Attacks on real servers: stuck engines, requests that kill a worker, dead decoders, and very costly files."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def ask(url: str, text: str) -> dict:
     return last
 
 
-# Files. Before decoding had processes of its own: the first two never ended or took 7 GB, the third 2.7 GB, the fourth
+# Files. Before decoding ran in separate processes, the first two never ended or took 7 GB, the third 2.7 GB, the fourth
 # 125 s.
 
 
 @pytest.mark.parametrize("name", ["jp2 box of length 0", "decoy SIZ marker", "deflated zeros", "progressive scans"])
-def test_a_hostile_file_costs_its_own_request_an_error(name: str) -> None:
+def test_a_hostile_file_fails_only_its_own_request(name: str) -> None:
     data, pool = hostile_files()[name], DecodePool(size=1)
     try:
         pool.decode(png_bomb(8), "good", {}, DecodeLimits())
@@ -88,14 +88,14 @@ def _watch_peak(pid: int, peaks: list[int], done: threading.Event) -> None:
 
 
 def test_a_jp2_box_without_a_length_is_refused_at_once() -> None:
-    """The loop itself is gone; isolation is the second line."""
+    """The endless loop itself is fixed. Isolation is the second line of defense."""
     from babydoctor.imaging.load import load_image
 
     with pytest.raises(ImageError, match="no length"):
         load_image(hostile_files()["jp2 box of length 0"])
 
 
-def test_a_decoder_that_does_not_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_does_not_start_is_a_server_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = DecodePool(size=1)
     try:
         with monkeypatch.context() as broken:
@@ -115,7 +115,7 @@ def test_a_decoder_that_does_not_start_is_the_servers_fault(monkeypatch: pytest.
 # the stuck thread forever.
 
 
-def test_a_stuck_engine_is_not_ready_gives_up_its_answers_and_ends(tmp_path: Path) -> None:
+def test_a_stuck_engine_is_not_ready_fails_its_answers_and_ends(tmp_path: Path) -> None:
     worker = faulty_worker(
         tmp_path / "log", "worker.controller=null", "limits.stuck_s=2", "worker.drain_s=60", "limits.keep_alive_s=0.5"
     )
@@ -134,15 +134,15 @@ def test_a_stuck_engine_is_not_ready_gives_up_its_answers_and_ends(tmp_path: Pat
         started = time.monotonic()
         worker.process.wait(90)
         assert time.monotonic() - started < 60
-        assert "Timeout" in worker.log.read_text()  # the stacks, so that one sees where it was stuck
+        assert "Timeout" in worker.log.read_text()  # the stacks, which show where it was stuck
     finally:
         stop_all([worker])
 
 
-# A request that kills. Before: it went to the next worker, and after that to the one that had been restarted.
+# A request that kills its worker. Before: it was sent to the next worker, and then to the restarted one.
 
 
-def test_a_request_that_killed_a_worker_is_not_offered_to_the_next(tmp_path: Path) -> None:
+def test_a_request_that_killed_a_worker_is_not_sent_to_another(tmp_path: Path) -> None:
     controller = start_controller(tmp_path / "controller.log")
     settings = (f"worker.controller={controller.url}", "worker.heart_beat_s=0.5")
     workers = [faulty_worker(tmp_path / f"worker-{index}.log", *settings) for index in range(2)]
@@ -176,7 +176,7 @@ def test_bare_base64_of_a_hostile_file_is_a_422(tmp_path: Path) -> None:
     assert requests.get(f"{worker.url}/readyz", timeout=10).status_code == 200
 
 
-def test_a_short_chaos_finds_no_fault(tmp_path: Path) -> None:
+def test_a_short_chaos_run_finds_no_fault(tmp_path: Path) -> None:
     from babydoctor.bench.endurance.chaos import run_chaos
 
     report = run_chaos(

@@ -1,4 +1,4 @@
-"""Evaluation files with odd line breaks, and rows that lead out of the image folder."""
+"""Evaluation files with unusual line breaks, and rows whose images are outside the image folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_predictions_survive_unicode_line_breaks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "a/../../secret.png", "..\\secret.png"])
-def test_a_row_of_an_evaluation_stays_in_the_image_folder(tmp_path: Path, name: str) -> None:
+def test_a_row_of_an_evaluation_cannot_leave_the_image_folder(tmp_path: Path, name: str) -> None:
     """Before: the file was read, wherever it was, and shown to the model."""
     (tmp_path / "images").mkdir()
     (tmp_path / "secret.png").write_bytes(b"x")

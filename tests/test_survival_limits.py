@@ -1,4 +1,4 @@
-"""Attacks on memory, connections and logs of real servers, each with the figure from before it had a limit."""
+"""Attacks on memory, connections and logs of real servers, each with the figure from before the limit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_idle_and_half_sent_connections_are_closed_and_counted(controller: Serve
 
 
 def test_a_slow_header_has_one_deadline(controller: Server) -> None:
-    """A byte now and then does not start it again."""
+    """A byte now and then does not restart the deadline."""
     sock = connect(controller, b"GET /healthz HTTP/1.1\r\n")
     started = time.monotonic()
     with pytest.raises(ConnectionError):
@@ -90,7 +90,7 @@ def test_a_slow_header_has_one_deadline(controller: Server) -> None:
             time.sleep(0.1)
 
 
-def test_a_flood_of_idle_connections_keeps_nobody_out(controller: Server) -> None:
+def test_a_flood_of_idle_connections_does_not_block_others(controller: Server) -> None:
     """Before: 1,024 of them used up all file handles of the process."""
     socks = [connect(controller) for _ in range(120)]
     try:
@@ -121,15 +121,15 @@ def test_bodies_count_while_they_arrive(controller: Server) -> None:
     wait_until(lambda: gauge(controller, "held_bytes") == 0, 30, "the release of all")
 
 
-def test_what_needs_no_key_takes_small_bodies_only(controller: Server) -> None:
-    """Before: 32 MB each, from anybody."""
+def test_paths_without_a_key_accept_small_bodies_only(controller: Server) -> None:
+    """Before: 32 MB each, from anyone."""
     body = json.dumps({"worker_name": "http://127.0.0.1:9", "queue_length": 0, "x": "y" * 200_000})
     headers = {"Content-Type": "application/json"}
     assert requests.post(f"{controller.url}/register_worker", body, headers=headers, timeout=10).status_code == 413
 
 
 def test_a_hundred_thousand_bad_requests_do_not_fill_the_log() -> None:
-    """Before: one line each. The number of those left out is kept."""
+    """Before: one line each. Now the number of omitted lines is logged."""
     limit = RateLimit(per_s=10, burst=100)
     passed = []
     for index in range(100_000):
@@ -159,7 +159,7 @@ def test_sessions_of_the_web_ui_share_a_limit_of_bytes(monkeypatch: pytest.Monke
 
 
 class _Request:
-    """The stream of an upload that stops half-way."""
+    """An upload that stops half-way."""
 
     def __init__(self, size: int, more: asyncio.Event) -> None:
         self._size, self._more = size, more

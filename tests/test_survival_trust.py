@@ -43,7 +43,7 @@ STATUS = {"model_names": ["m"], "speed": 1, "queue_length": 0}
 
 @pytest.fixture(scope="module")
 def stranger() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A server that answers as a worker of the original and notes all headers."""
+    """A server that answers like one of LLaVA's own workers and records all headers."""
     seen: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -84,7 +84,7 @@ def post(server: Server, path: str, body: dict | None = None, *, secret: bool = 
     return requests.post(server.url + path, json=body or {}, headers=headers, timeout=30)
 
 
-def test_after_a_start_a_model_is_missing_and_not_unknown(controller: Server) -> None:
+def test_after_a_start_a_model_is_unavailable_and_not_unknown(controller: Server) -> None:
     """Before: 404, which clients do not try again. Runs first: the controller has just started."""
     refused = requests.post(f"{controller.url}/v1/chat/completions", json={"model": "m", "messages": []}, timeout=10)
     assert refused.status_code in (400, 503)
@@ -92,7 +92,7 @@ def test_after_a_start_a_model_is_missing_and_not_unknown(controller: Server) ->
     assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
 
 
-def test_the_secret_goes_only_to_workers_that_know_it(
+def test_the_secret_is_sent_only_to_workers_that_know_it(
     controller: Server, stranger: tuple[str, list[dict[str, str]]]
 ) -> None:
     """Before: a worker that registered without the secret got it with the first probe."""
@@ -103,11 +103,11 @@ def test_the_secret_goes_only_to_workers_that_know_it(
     post(controller, "/worker_generate", generation() | {"model": "m"})
     post(controller, "/count_token", {"model": "m", "prompt": "x"})
     assert len(seen) >= 4 and not any(SECRET in str(headers) for headers in seen)
-    # It may say that it lives; only who knows the secret takes it out of rotation.
+    # It may send heartbeats, but only a caller with the secret can take it out of rotation.
     beat = {"worker_name": url, "queue_length": 0}
     assert post(controller, "/receive_heart_beat", beat).status_code == 200
     assert post(controller, "/unregister_worker", beat).status_code == 403
-    # A worker that registers with the secret is called with it, and from then on needs it for everything.
+    # A worker that registers with the secret is called with it, and from then on needs it for every call.
     assert post(controller, "/register_worker", body, secret=True).status_code == 200
     assert SECRET in str(seen[-1])
     for path in ("/register_worker", "/receive_heart_beat", "/unregister_worker"):
@@ -115,7 +115,7 @@ def test_the_secret_goes_only_to_workers_that_know_it(
     assert post(controller, "/unregister_worker", beat, secret=True).status_code == 200
 
 
-def test_resume_ids_come_from_controllers_only_and_hold_no_control_tokens(controller: Server) -> None:
+def test_resume_ids_come_from_controllers_only_and_contain_no_control_tokens(controller: Server) -> None:
     """Before: a client could put ``</s><s>[INST]`` into the answer so far."""
     worker = tiny_worker()
     status = requests.post(f"{worker.url}/worker_get_status", timeout=10).json()
@@ -135,7 +135,7 @@ def test_stop_strings_are_bounded(stop: Any) -> None:
     assert refused.status_code == 422 and "stop" in refused.json()["error"]["message"]
 
 
-def test_counting_tokens_takes_a_request_slot() -> None:
+def test_counting_tokens_uses_a_request_slot() -> None:
     """Before: any number at once. The worker has four slots and a queue of three."""
     prompt = "a b c d " * 8000
     statuses: list[int] = []
@@ -171,7 +171,7 @@ def exif(orientation: int) -> bytes:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"DOE^JANE"}, {"exif": exif(1)}])
-def test_metadata_leaves_a_jpeg_and_the_picture_stays(options: dict[str, Any]) -> None:
+def test_metadata_is_removed_from_a_jpeg_and_the_picture_unchanged(options: dict[str, Any]) -> None:
     data = jpeg(**options) + b"DOE^JANE behind the end"
     clean = without_metadata(data)
     assert clean is not None and b"DOE" not in clean
@@ -181,7 +181,7 @@ def test_metadata_leaves_a_jpeg_and_the_picture_stays(options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("data", [jpeg(exif=exif(6)), jpeg()[:300], b"\xff\xd8\xff\xe1\x00\x00", b"\xff\xd8", b"GIF8"])
-def test_a_turned_or_damaged_jpeg_is_sent_as_pixels(data: bytes) -> None:
+def test_a_rotated_or_damaged_jpeg_is_not_kept(data: bytes) -> None:
     assert without_metadata(data) is None
 
 
@@ -218,12 +218,12 @@ def _with_text_everywhere(**attributes: Any) -> bytes:
         {"PixelPaddingValue": ("LO", "DOE^JANE")},
     ],
 )
-def test_no_free_text_of_a_header_leaves_it(attributes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_free_text_of_a_header_is_shown(attributes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     from babydoctor.imaging import isolation
     from babydoctor.imaging.load import load_image
 
     data = _with_text_everywhere(**attributes)
-    caplog.clear()  # of what pydicom said when the file was made
+    caplog.clear()  # warnings of pydicom from when the file was written
     said: list[str] = []
     with caplog.at_level(logging.DEBUG):
         for load in (load_image, isolation.load_image):
@@ -250,10 +250,10 @@ def test_no_free_text_of_a_header_leaves_it(attributes: dict[str, Any], caplog: 
         assert "DOE" not in text and "JANE" not in text, text[:2000]
 
 
-# Parts that keep dying.
+# Parts that die repeatedly.
 
 
-def test_a_part_that_dies_is_restarted_ever_more_slowly_and_without_an_end() -> None:
+def test_a_part_that_dies_is_restarted_with_growing_delays_without_limit() -> None:
     """Before: the fifth end of a worker, and the first of the controller, stopped everything."""
     child = Child("x", ["no-such-command"], "", {"PATH": "/usr/bin"})
     child.process.wait(60)
@@ -280,7 +280,7 @@ def test_a_part_that_dies_is_restarted_ever_more_slowly_and_without_an_end() -> 
         ({"Origin": "http://127.0.0.1:1"}, 403),
     ],
 )
-def test_other_sites_do_not_reach_a_service_of_this_machine(
+def test_web_pages_of_other_sites_cannot_call_a_local_service(
     controller: Server, headers: dict[str, str], status: int
 ) -> None:
     answer = requests.post(f"{controller.url}/list_models", headers=headers, timeout=10)
@@ -289,7 +289,7 @@ def test_other_sites_do_not_reach_a_service_of_this_machine(
         assert answer.json()["error"]["code"] == "bad_origin"
 
 
-def test_own_pages_and_named_hosts_may_call() -> None:
+def test_own_pages_and_allowed_hosts_may_call() -> None:
     from babydoctor.serve.api.errors import ApiError
     from babydoctor.serve.api.origins import OriginCheck
 
@@ -332,7 +332,7 @@ def test_the_web_ui_checks_them_too() -> None:
 # Feedback.
 
 
-def test_feedback_is_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feedback_is_bounded_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from babydoctor.serve.page import feedback
 
     file = tmp_path / "new" / "feedback.jsonl"
@@ -353,7 +353,7 @@ def test_feedback_is_bounded_and_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused.value.code == "feedback_full" and file.stat().st_size == size
 
 
-def test_a_full_disk_leaves_no_half_row(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_row(tmp_path: Path) -> None:
     from helpers.training import small_disk
 
     from babydoctor.serve.page import feedback

@@ -1,4 +1,4 @@
-"""Test sets in the formats of their authors, each as a small folder written out by hand."""
+"""Test sets in their authors' formats, each as a small handwritten folder."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
         load_task(TaskConfig(task="vqa-rad", data=str(tmp_path)))
 
 
-def test_slake_takes_one_language(tmp_path: Path) -> None:
+def test_slake_uses_one_language(tmp_path: Path) -> None:
     _image(tmp_path / "imgs" / "xmlab1" / "source.jpg")
     row = {
         "img_name": "xmlab1/source.jpg",
@@ -174,12 +174,12 @@ def test_roco_whole_and_article_disjoint(tmp_path: Path) -> None:
 def test_real_roco_captions(shared_dir: Path) -> None:
     folder = shared_dir / "data" / "roco" / "validation" / "radiology"
     task = load_task(TaskConfig(task="roco", data=str(folder)))
-    # Three images lie there; one of them has no caption.
+    # Of the three images, one has no caption.
     assert len(task.questions) == 2
     assert all(question.cluster.startswith("PMC") for question in task.questions)
 
 
-def test_llava_rows_ask_every_turn(tmp_path: Path) -> None:
+def test_every_turn_of_a_llava_row_is_asked(tmp_path: Path) -> None:
     _image(tmp_path / "images" / "a.jpg")
     turns = [("human", "<image>\nIs it CT?"), ("gpt", "No"), ("human", "What then?"), ("gpt", "MRI")]
     row = {"id": "x", "image": "a.jpg", "conversations": [{"from": who, "value": text} for who, text in turns]}
@@ -210,7 +210,7 @@ def test_rows_of_other_trainers_are_asked_or_refused_by_name(tmp_path: Path) -> 
             load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json")))
 
 
-def test_phantoms_count_in_terms_and_in_lay_words(tmp_path: Path) -> None:
+def test_phantom_answers_count_in_radiology_and_everyday_words(tmp_path: Path) -> None:
     from babydoctor.phantom.write import write_phantoms
 
     write_phantoms(tmp_path, num_train=1, num_held_out=4, seed=0, size=56)
@@ -254,12 +254,12 @@ def test_chance_is_the_best_constant_answer_to_each_type() -> None:
         (TaskConfig(task="rows", data="x", prompt="hello"), r"\{question\}"),
     ],
 )
-def test_mistakes_are_named(config: TaskConfig, message: str) -> None:
+def test_wrong_arguments_are_named(config: TaskConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_task(config)
 
 
-def test_hub_offline_says_so() -> None:
+def test_an_offline_hub_is_named() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="hf download"):
         load_task(TaskConfig(task="path-vqa", data="hub"))
@@ -280,10 +280,10 @@ def test_baselines_are_the_strongest_constants() -> None:
     assert majority_per_type(questions) == ["yes", "yes", "yes", "axial", "no"]
     answers = baseline_answers(questions)
     assert set(CONSTANT_ANSWERS) < set(answers)
-    assert answers["most frequent answer"] == ["no"] * 5  # two of each: the first in the alphabet
+    assert answers["most frequent answer"] == ["no"] * 5  # two of each, so the first in the alphabet
 
 
-def test_shuffled_images_are_never_their_own() -> None:
+def test_a_shuffled_image_is_never_the_questions_own() -> None:
     keys = [f"image{number}" for number in range(50)]
     mapping = shuffle_images(keys, seed=0)
     assert sorted(mapping.values()) == sorted(keys)
@@ -355,13 +355,13 @@ def test_leakage_by_name_and_by_bytes(tmp_path: Path) -> None:
     assert find_leakage(questions, [])["checked"] is False
 
 
-def test_a_question_id_stands_once(tmp_path: Path) -> None:
+def test_question_ids_are_unique(tmp_path: Path) -> None:
     row = {"id": "x", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     _json(tmp_path / "rows.json", [row, row])
     with pytest.raises(UserError, match="twice"):
         load_task(TaskConfig(task="rows", data=str(tmp_path / "rows.json")))
 
 
-def test_fingerprint_is_of_the_questions() -> None:
+def test_the_fingerprint_depends_on_the_questions() -> None:
     one, two = Task("t", (_question("1", "yes"),)), Task("t", (_question("1", "no"),))
     assert one.fingerprint == Task("u", (_question("1", "yes"),)).fingerprint != two.fingerprint

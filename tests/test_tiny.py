@@ -1,4 +1,4 @@
-"""The tiny base: ordinary transformers directories, seeded, and a language model that never saw an answer."""
+"""The tiny base models: seeded, ordinary transformers directories, and a language model not trained on any answer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_same_seed_gives_the_same_weights_and_what_is_there_is_kept(
+def test_the_same_seed_gives_the_same_weights_and_existing_files_are_kept(
     phantoms: Path, base: Path, tmp_path: Path
 ) -> None:
     make_tiny_base(phantoms, tmp_path, SMALL)
@@ -68,7 +68,7 @@ def test_the_tower_loads_like_any_clip(base: Path) -> None:
     assert patch_features(tower, torch.zeros(1, 3, 84, 84)).shape == (1, 36, 32)
 
 
-def test_the_tokenizer_is_laid_out_like_llamas(base: Path) -> None:
+def test_the_tokenizer_has_the_layout_of_llamas(base: Path) -> None:
     tokenizer = load_tokenizer(base / "llama")
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]) == [0, 1, 2, 3, 258]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
@@ -89,7 +89,7 @@ def test_every_answer_of_a_conversation_is_supervised_to_its_end(base: Path) -> 
     assert tokenizer.convert_ids_to_tokens(learnt) == ["▁CT", "▁", "</s>", "▁Nodule", "▁", "</s>"]
 
 
-def test_the_corpus_holds_no_image_and_no_radiology_answer() -> None:
+def test_the_corpus_contains_no_image_and_no_radiology_answer() -> None:
     corpus = build_corpus(build_cases("train", 240, 0), 400, seed=0)
     terse = {f"[/INST] {term} </s>" for terms in text.TERMS.values() for term in terms.values()}
     assert all("<image>" not in piece for piece in corpus)
@@ -109,7 +109,7 @@ def test_the_base_reads_every_term_as_the_stages_write_it(base: Path) -> None:
             assert set(tokenizer(term)["input_ids"]) <= read, term
 
 
-def test_caption_pieces_add_up_to_the_caption(phantoms: Path) -> None:
+def test_caption_pieces_join_to_the_caption(phantoms: Path) -> None:
     for case in load_cases(phantoms, "train"):
         whole, scan, what, side, level = caption_pieces(case)
         if case.finding == "none":

@@ -1,4 +1,4 @@
-"""wandb: a missing package is reported before anything is loaded, files lie in the run, a resume keeps the id."""
+"""wandb: a missing package is reported before anything is loaded, files are in the run, and a resume keeps the id."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_missing_tensorboard_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
         check_tracking(TrackingConfig(tensorboard=True))
 
 
-def test_wandb_files_lie_in_the_run_and_a_resume_keeps_the_id(
+def test_wandb_files_are_in_the_run_and_a_resume_keeps_the_id(
     tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed (pip install 'babydoctor[wandb]')")

@@ -1,4 +1,4 @@
-"""The training program: what it writes, what it changes and what it leaves alone."""
+"""The training program: what it writes, what it changes and what it does not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def test_a_run_directory_is_whole(tiny_run: Path) -> None:
+def test_a_run_directory_is_complete(tiny_run: Path) -> None:
     names = {path.name for path in tiny_run.iterdir()}
     assert {"manifest.json", "config.yaml", "projector.safetensors", "adapter", "metrics.jsonl", "loss.png"} <= names
     assert [path.name for path in sorted((tiny_run / "checkpoints").iterdir())] == ["step-4", "step-6"]
@@ -31,7 +31,7 @@ def test_a_run_directory_is_whole(tiny_run: Path) -> None:
     assert [record["step"] for record in read_metrics(tiny_run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_loss_falls_and_the_base_stays_as_it_was(
+def test_the_loss_falls_and_the_base_is_unchanged(
     tiny_settings: dict[str, Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     before = digest(tiny_base)
@@ -47,7 +47,7 @@ def test_loss_falls_and_the_base_stays_as_it_was(
 def test_micro_batches_do_not_change_the_losses(
     tiny_settings: dict[str, Any], tiny_run: Path, tmp_path: Path, tokens: int
 ) -> None:
-    """Without dropout, since its random numbers depend on where a token stands in its micro-batch."""
+    """Without dropout, whose random numbers depend on a token's position in its micro-batch."""
     losses = []
     for size in (512, tokens):
         run = tmp_path / str(size)
@@ -101,7 +101,7 @@ def test_a_task_at_intervals_is_reported_and_changes_nothing(
     assert losses[0] == losses[1]
 
 
-def test_a_task_that_cannot_be_asked_stops_before_the_first_step(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_task_stops_the_run_before_the_first_step(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     task = {"task": "vqa-rad", "data": str(tmp_path / "missing.json")}
     settings = tiny_settings | {"output_dir": str(tmp_path / "run"), "eval": task}
     with pytest.raises(UserError, match=r"missing\.json"):
@@ -109,7 +109,7 @@ def test_a_task_that_cannot_be_asked_stops_before_the_first_step(tiny_settings: 
     assert read_metrics(tmp_path / "run") == []
 
 
-def test_schedule_equals_transformers() -> None:
+def test_the_schedule_equals_transformers() -> None:
     import torch
     from transformers import get_cosine_schedule_with_warmup
 

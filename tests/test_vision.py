@@ -1,4 +1,4 @@
-"""The vision tower is read from every layout that CLIP comes in, in silence, and what is missing has a name."""
+"""The vision tower is read from every published layout of CLIP without messages, and missing weights are named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def whole_clip(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("layout", ["tower", "whole", "bin", "shards"])
-def test_equals_transformers_and_prints_nothing(
+def test_the_tower_equals_transformers_and_prints_nothing(
     tiny_base: Path, whole_clip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: str
 ) -> None:
     folder = tiny_base / "clip" if layout == "tower" else whole_clip

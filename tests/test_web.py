@@ -1,4 +1,4 @@
-"""The web UI without a browser: files in, sentences out, overlays, feedback, export, guard."""
+"""The web UI without a browser: files, error sentences, overlays, feedback, export and access."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def answered(answer: str = "A chest radiograph.", question: str = "What is it?")
     return session
 
 
-def test_the_page_process_never_loads_torch():
+def test_the_web_ui_process_does_not_load_torch():
     code = (
         "import sys; from babydoctor.serve.page.app import build_page_app; build_page_app('http://127.0.0.1:1');"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
@@ -113,7 +113,7 @@ def test_every_code_has_a_sentence_and_none_is_technical():
     assert "could not answer" in PageError("something_new").sentence
 
 
-def test_what_is_shown_is_what_is_sent_and_the_window_changes_it():
+def test_the_shown_image_is_sent_and_depends_on_the_window():
     scan = open_scan(dicom_bytes())
     assert "lung" in scan.presets
     first = scan.view()
@@ -129,7 +129,7 @@ def test_what_is_shown_is_what_is_sent_and_the_window_changes_it():
     assert (at.center, at.width) == (-600, 1500) and at.low <= -1024 and at.high >= 3071
 
 
-def test_monochrome1_is_inverted_and_said():
+def test_monochrome1_is_inverted_and_mentioned():
     normal = open_scan(dicom_bytes())
     inverse = open_scan(dicom_bytes(PhotometricInterpretation="MONOCHROME1"))
     total = pixels(normal.view().png) + pixels(inverse.view().png)
@@ -138,7 +138,7 @@ def test_monochrome1_is_inverted_and_said():
     assert any("MONOCHROME1" in value for _, value in describe(inverse))
 
 
-def test_frames_and_spacing_are_told():
+def test_frames_and_spacing_are_shown():
     scan = open_scan(Path(get_path("ybr_color")).read_bytes())
     assert scan.num_frames == 30 and not scan.has_window and ("Frames", "30") in describe(scan)
     first = scan.view()
@@ -147,7 +147,7 @@ def test_frames_and_spacing_are_told():
     assert ("Pixel spacing", "0.661 × 0.661 mm") in describe(open_scan(dicom_bytes()))
 
 
-def test_nothing_identifying_leaves_the_scan():
+def test_identifying_data_do_not_leave_the_scan():
     scan = open_scan(dicom_bytes(PatientName="Zzyzx^Quentin", PatientID="Q-77123", StudyDescription="Zzyzx study"))
     session = answered()
     session.scan, session.view = scan, scan.view()
@@ -175,12 +175,12 @@ def test_a_pictures_own_text_fields_are_dropped():
     assert b"Zzyzx" not in open_scan(buffer.getvalue()).view().png
 
 
-def test_large_pictures_are_shown_and_sent_shrunk():
+def test_large_pictures_are_scaled_down():
     view = open_scan(png(size=(3200, 1600))).view()
     assert (view.width, view.height) == (1536, 768)
 
 
-def test_words_of_pieces_and_their_mean():
+def test_pieces_are_joined_to_words_with_their_mean():
     pieces = [(" Left", 0), (" pleu", 1), ("ral", 2), (" effusion", 3), (".", 3)]
     tokens = [{"text": text, "weights": np.eye(4)[index].tolist()} for text, index in pieces]
     words = group_words(tokens, 2, 2)
@@ -191,17 +191,17 @@ def test_words_of_pieces_and_their_mean():
 
 
 @pytest.mark.parametrize("size", [(400, 200), (201, 400), (97, 96)])
-def test_overlays_lie_where_the_model_saw(size: tuple[int, int]):
+def test_overlays_are_where_the_model_saw_the_image(size: tuple[int, int]):
     width, height = size
     grid = np.zeros((8, 8))
-    # The middle of the square is the middle of the picture, however it was made square.
+    # The center of the square is the center of the picture in both image modes.
     grid[3:5, 3:5] = 1
     for mode in ("pad", "square"):
         placed = place_on_image(grid, width, height, mode)
         assert abs(placed.shape[1] / placed.shape[0] - width / height) < 0.02
         rows, columns = np.nonzero(placed > 0.5)
         assert abs(rows.mean() / placed.shape[0] - 0.5) < 0.02 and abs(columns.mean() / placed.shape[1] - 0.5) < 0.02
-    # With CLIP's crop, what lies outside the middle square is never coloured.
+    # With CLIP's crop, the picture outside the central square is never colored.
     if width == 400:
         placed = place_on_image(np.ones((8, 8)), width, height, "square")
         assert placed[:, :100].max() == 0 and placed[:, 200].min() > 0.9
@@ -226,7 +226,7 @@ def test_feedback_is_a_line_without_the_image_unless_chosen(tmp_path: Path):
         save_row(blocked / "x.jsonl", first)
 
 
-def test_the_export_is_one_document_that_a_program_reads_too():
+def test_the_export_is_one_document_that_programs_can_read():
     hostile = "</script><img src=x onerror=alert(1)>"
     page = export_session(answered(hostile, hostile))
     assert hostile not in page and "Research use only" in page and "data:image/png;base64," in page
@@ -238,7 +238,7 @@ def test_the_export_is_one_document_that_a_program_reads_too():
         export_session(Session())
 
 
-def test_the_image_stands_in_the_first_turn_and_failed_turns_are_left_out():
+def test_the_image_is_in_the_first_turn_and_failed_turns_are_omitted():
     session = answered()
     assert session.view is not None
     session.exchanges.append(Exchange("lost", "tiny", AnswerSettings(0, 1, 64), session.view, ended="error"))
@@ -250,7 +250,7 @@ def test_the_image_stands_in_the_first_turn_and_failed_turns_are_left_out():
 TAB = "0123456789abcdef" * 2
 
 
-def test_a_session_outlives_a_reload_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+def test_a_session_survives_a_reload_only(monkeypatch: pytest.MonkeyPatch):
     now_s = 1000.0
     monkeypatch.setattr("babydoctor.serve.page.session.time.monotonic", lambda: now_s)
     sessions = Sessions()
@@ -258,13 +258,13 @@ def test_a_session_outlives_a_reload_and_nothing_else(monkeypatch: pytest.Monkey
     with pytest.raises(PageError, match="session_lost"):
         sessions.accepted("first load")  # the notice has not been accepted
     session.has_accepted = True
-    # A reload: the old page leaves before or after the new one attaches.
+    # On a reload, the old page disconnects before or after the new one connects.
     assert sessions.attach("second load", TAB) is session
     sessions.leave("first load")
     assert session.left_at_s is None
     sessions.leave("second load")
     assert session.left_at_s == now_s
-    # Back from a lost connection: the same page goes on.
+    # After a lost connection, the same page continues.
     assert sessions.accepted("second load") is session and session.left_at_s is None
     sessions.leave("second load")
     now_s += KEEP_MIN * 60 - 1
@@ -274,14 +274,14 @@ def test_a_session_outlives_a_reload_and_nothing_else(monkeypatch: pytest.Monkey
     sessions.delete_old()
     with pytest.raises(PageError, match="session_lost"):
         sessions.accepted("second load")
-    # What another tab sends as a token opens no other session.
+    # A token from another tab does not open this session.
     assert sessions.attach("third load", "x") is not sessions.attach("fourth load", "x")
     for index in range(300):
         sessions.attach(str(index), f"{index:032x}")
     assert len(sessions) == 256
 
 
-def test_an_answer_is_stopped_when_its_tab_stays_away(monkeypatch: pytest.MonkeyPatch):
+def test_an_answer_stops_if_its_tab_does_not_return(monkeypatch: pytest.MonkeyPatch):
     now_s = 1000.0
     monkeypatch.setattr("babydoctor.serve.page.session.time.monotonic", lambda: now_s)
     sessions = Sessions()
@@ -341,7 +341,7 @@ def test_a_ct_without_a_stored_window_opens_in_the_soft_tissue_window():
 
 
 @pytest.mark.parametrize("values", [(0, -1), (2e6, 400), (40, 2e6), (float("nan"), 400), (40, float("inf"))])
-def test_a_window_that_cannot_be_leaves_the_image_as_it_is(values: tuple[float, float]):
+def test_an_invalid_window_does_not_change_the_image(values: tuple[float, float]):
     scan = open_scan(dicom_bytes())
     before = scan.view().caption
     with pytest.raises(PageError, match="bad_window"):
@@ -349,7 +349,7 @@ def test_a_window_that_cannot_be_leaves_the_image_as_it_is(values: tuple[float, 
     assert scan.view().caption == before
 
 
-def test_a_window_beyond_the_sliders_is_taken():
+def test_a_window_beyond_the_sliders_is_accepted():
     scan = open_scan(dicom_bytes())
     scan.set_window(5000, 9000)
     assert (scan.window_range().high, scan.window_range().widest) == (5000, 9000)
@@ -359,7 +359,7 @@ def test_a_window_beyond_the_sliders_is_taken():
     assert 0 < scan.window_range().width < 1e-9
 
 
-def test_an_upload_is_taken_once_and_few_wait():
+def test_an_upload_can_be_used_once_and_few_are_kept():
     uploads = Uploads()
     tokens = [uploads.put(bytes([index])) for index in range(20)]
     assert uploads.take(tokens[-1]) == bytes([19])
@@ -373,7 +373,7 @@ def test_an_upload_is_taken_once_and_few_wait():
     assert len(uploads.take(second)) == 20
 
 
-def test_examples_are_made_here_and_can_all_be_opened():
+def test_examples_are_drawn_locally_and_can_all_be_opened():
     examples = build_examples()
     assert len(examples) == 8 and sum(bool(example.truth) for example in examples) == 4
     for example in examples:
@@ -381,15 +381,15 @@ def test_examples_are_made_here_and_can_all_be_opened():
     assert show.gallery(examples).count("<button") == 8
 
 
-def test_nothing_waits_in_gradios_queue():
-    # Gradio's stream to the browser breaks with the connection, and would take running answers with it.
+def test_no_request_uses_gradios_queue():
+    # Gradio's stream to the browser ends with the connection, and running answers would end with it.
     from babydoctor.serve.page.controller_client import ControllerClient
     from babydoctor.serve.page.events import WebUI
 
     demo = WebUI(ControllerClient("http://127.0.0.1:1"), Uploads(), None).build()
     events = [each for each in demo.config["dependencies"] if each["backend_fn"]]
     queued = {each["api_name"] for each in events if each["queue"] is not False}
-    assert queued <= {"on_unload"}  # a tab that closes listens to nothing
+    assert queued <= {"on_unload"}  # a closing tab receives no reply
     assert len(events) > 15
 
 

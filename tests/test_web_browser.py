@@ -1,4 +1,4 @@
-"""Chromium through the whole web UI, over a real controller, worker and web UI process."""
+"""Chromium uses the whole web UI, with a real controller, worker and web UI process."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from babydoctor.serve.page.texts import SENTENCES
 pytestmark = [needs_chromium, pytest.mark.slow]
 
 
-def test_the_whole_way(tab, parts: Parts):
-    # The gate: nothing can be used before it.
+def test_a_complete_session(tab, parts: Parts):
+    # The notice must be accepted before anything can be used.
     expect(tab.get_by_role("button", name="Continue")).to_be_disabled()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_have_count(0)
     expect(tab.get_by_text("Research use only")).to_be_visible()
@@ -76,7 +76,7 @@ def test_the_whole_way(tab, parts: Parts):
     assert wait_for_answer(tab)
     expect(tab.locator("#bd-chat .user")).to_have_count(2)
 
-    # Where it looked: the whole answer, then one word.
+    # "Where it looked" for the whole answer, then for one word.
     tab.get_by_role("button", name="Where it looked").click()
     tab.get_by_role("button", name="Show for the last answer").click()
     over = tab.locator("#bd-overlay img").nth(1)
@@ -136,7 +136,7 @@ def test_errors_are_sentences(tab, parts: Parts):
     expect(status).to_be_hidden()
     expect(beside_image).to_be_hidden()
 
-    # The worker is killed: the question comes back, to be asked again.
+    # After the worker is killed, the question is back in the box, to be asked again.
     tab.get_by_role("button", name="Clear chat").click()
     parts.worker.kill()
     ask(tab, "Are you there?")
@@ -170,7 +170,7 @@ def test_stop_regenerate_clear_and_busy(tab, parts: Parts):
     tab.get_by_role("button", name="Clear chat").click()
     expect(tab.locator("#bd-chat .user")).to_have_count(0)
 
-    # Both slots taken by others, whose greedy answers are long.
+    # Other clients with long greedy answers take both slots.
     wait_until(lambda: parts.queue_length() == 0, 60, "the worker's rest")
     body = {"model": "tiny", "prompt": "x", "max_new_tokens": 1024, "temperature": 0}
     others = [
@@ -191,7 +191,7 @@ def test_phone_and_keyboard(browser, parts: Parts):
 
 
 def _use_a_phone(tab) -> None:
-    # By keyboard alone: gate, example, question.
+    # Notice, example and question with the keyboard only.
     tab.get_by_label("I have read this").focus()
     tab.keyboard.press("Space")
     expect(tab.get_by_role("button", name="Continue")).to_be_enabled()
@@ -209,7 +209,7 @@ def _use_a_phone(tab) -> None:
         item.offsetParent && !item.ariaLabel && !item.labels?.length && !item.textContent.trim() && !item.title
         && !item.getAttribute('aria-labelledby')).map((item) => item.outerHTML.slice(0, 200))"""
     assert tab.evaluate(unnamed) == []
-    # The gate is not asked for again by the same browser.
+    # The same browser does not show the notice again.
     tab.reload()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
 

@@ -1,4 +1,4 @@
-"""Chromium and what goes wrong in a first session: typed windows, dead models, failed uploads, lost connections."""
+"""Chromium and the problems of a first session: typed windows, dead models, failed uploads, lost connections."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_a_typed_window_beyond_the_sliders_is_shown(tab: Any):
     expect(viewer).to_contain_text("5000")
     number(tab, "center").press("Tab")
     number(tab, "width").fill("9000")
-    expect(viewer).to_contain_text(window(5000, 9000))  # before that, Gradio cuts the value to the slider's end
+    expect(viewer).to_contain_text(window(5000, 9000))  # before that, Gradio limits the value to the slider's range
     number(tab, "width").press("Tab")
     expect(number(tab, "center")).to_have_value("5000")
     expect(number(tab, "width")).to_have_value("9000")
-    # What cannot be is said, and the boxes show what the image shows.
+    # An invalid value is reported, and the boxes show the image's window again.
     number(tab, "width").fill("-5")
     number(tab, "width").press("Tab")
     expect(beside_image).to_contain_text(SENTENCES["bad_window"])
@@ -134,7 +134,7 @@ def test_settings_typed_beyond_their_sliders_do_not_stop_an_answer(tab: Any, scr
     assert wait_for_answer(tab) == "Fine."
 
 
-def test_a_model_that_dies_is_not_replaced_in_silence(tab: Any, parts: Parts, scripted: ScriptedServer):
+def test_a_model_that_dies_is_not_silently_replaced(tab: Any, parts: Parts, scripted: ScriptedServer):
     enter(tab)
     choose_model(tab, "tiny")
     load_example(tab)
@@ -151,7 +151,7 @@ def test_a_model_that_dies_is_not_replaced_in_silence(tab: Any, parts: Parts, sc
     expect(tab.get_by_label("Model")).to_have_value("tiny")
 
 
-def test_where_it_looked_is_hidden_where_the_worker_cannot_tell(tab: Any, scripted: ScriptedServer):
+def test_where_it_looked_is_hidden_if_the_worker_cannot_compute_it(tab: Any, scripted: ScriptedServer):
     enter(tab)
     choose_model(tab, "tiny")
     expect(tab.locator("#bd-look-panel")).to_be_visible()
@@ -178,7 +178,7 @@ def test_answers_are_markdown_and_never_html(tab: Any, scripted: ScriptedServer)
     expect(tab.locator("#bd-chat .user p")).to_have_text("<b>Where</b> {{is}} ${it}?")
 
 
-def test_an_answer_names_what_it_belongs_to(tab: Any, scripted: ScriptedServer):
+def test_an_answer_names_its_image_and_settings(tab: Any, scripted: ScriptedServer):
     scripted.say("First.")
     enter(tab)
     choose_model(tab, "scripted")
@@ -203,7 +203,7 @@ def test_an_answer_names_what_it_belongs_to(tab: Any, scripted: ScriptedServer):
     assert first.locator("img").get_attribute("src") != second.locator("img").get_attribute("src")
 
 
-def test_scrolling_up_while_an_answer_streams_stays_there(tab: Any, scripted: ScriptedServer):
+def test_the_scroll_position_stays_while_an_answer_streams(tab: Any, scripted: ScriptedServer):
     lines = [f"line {index}\n\n" for index in range(90)]
     scripted.say(*lines, allow=40)
     enter(tab)
@@ -262,7 +262,7 @@ def test_a_failed_upload_says_so_beside_the_image(browser: Any, parts: Parts, tm
         os.truncate(large, 129 * 2**20)
         tab.locator("#bd-file").set_input_files(large)
         expect(beside_image).to_contain_text("larger than the limit of 128 MB")
-        # The sentence stands between the drop zone and the image, and the image before stays.
+        # The message is between the drop zone and the image, and the earlier image stays.
         boxes = [tab.locator(f"#bd-{name}").bounding_box() for name in ("drop", "image-status", "viewer")]
         assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"] and boxes[1]["x"] < boxes[2]["x"] + boxes[2]["width"]
         assert shown(tab) == before
@@ -314,7 +314,7 @@ def test_a_reload_loses_nothing(tab: Any, scripted: ScriptedServer):
     tab.reload()
     expect(tab.locator("#bd-viewer img")).to_be_visible()
     _check(tab, image)
-    # The answer that was being written goes on, and can be stopped.
+    # The running answer continues and can be stopped.
     expect(tab.get_by_role("button", name="Stop", exact=True)).to_be_visible()
     scripted.num_allowed = 2
     expect(answers(tab).last).to_have_text("The second answer.")
@@ -338,7 +338,7 @@ def test_15_seconds_without_a_network_lose_nothing(browser: Any, parts: Parts, s
         expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
-def test_a_restart_of_the_server_is_said(browser: Any, parts: Parts, scripted: ScriptedServer):
+def test_a_restart_of_the_server_is_reported(browser: Any, parts: Parts, scripted: ScriptedServer):
     scripted.say("Fine.")
     with visitor(browser, parts) as tab:
         enter(tab)

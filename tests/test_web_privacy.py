@@ -1,4 +1,4 @@
-"""Burned-in text and the PACS in the web UI: what the model does not get, and what leaves the picker."""
+"""Burned-in text and the PACS in the web UI: what is hidden from the model, and what the picker passes on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ needs_pacs = pytest.mark.skipif(
 )
 
 NAME, SIDE = (6, 6, 120, 26), (8, 150, 24, 172)
-"""Where the name and the side mark stand: left, top, right, bottom."""
+"""Positions of the name and the side mark: left, top, right, bottom."""
 
 
 class PacsParts(Parts):
@@ -103,7 +103,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     choose_model(tab, "scripted")
     load(tab, named_picture())
     expect(tab.locator("#bd-viewer img")).to_be_visible()
-    # The question is asked at once, whether or not the search has ended.
+    # Ask at once, whether or not the search has ended.
     ask(tab, "What is this?")
     wait_for_answer(tab)
     assert brightest(sent(scripted), NAME) < 60
@@ -129,7 +129,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
 
 
 @needs_ocr
-def test_a_clean_picture_says_so_and_a_loop_is_searched_frame_by_frame(tab, parts: Parts):
+def test_a_clean_picture_is_reported_and_a_loop_searched_frame_by_frame(tab, parts: Parts):
     enter(tab)
     tab.get_by_role("button", name="Real MR, abdomen").click()
     expect(tab.locator("#bd-text-boxes")).to_contain_text("No text that may identify a person was found")
@@ -164,7 +164,7 @@ def test_from_the_pacs_and_back(tab, parts: PacsParts, scripted: ScriptedServer)
     results.get_by_role("button", name="CT series").click()
     expect(tab.locator("#bd-viewer img")).to_be_visible()
 
-    # From now on nothing in the tab names the patient.
+    # From now on the tab does not show the patient's name.
     expect(results.locator("li")).to_have_count(0)
     assert PATIENT not in tab.content() and "P-4711" not in tab.content()
     expect(tab.get_by_label("Patient ID")).to_have_value("")
@@ -194,7 +194,7 @@ def test_from_the_pacs_and_back(tab, parts: PacsParts, scripted: ScriptedServer)
     image = report.ContentSequence[-1].ReferencedSOPSequence[0]
     assert image.ReferencedSOPInstanceUID == "1.2.3.3"
 
-    # An image from elsewhere has no place in the PACS.
+    # An image that is not from the PACS cannot be stored there.
     tab.get_by_role("button", name="Real MR, abdomen").click()
     expect(tab.locator("#bd-facts")).to_contain_text("MR")
     expect(tab.locator("#bd-pacs-image")).to_be_hidden()

@@ -35,7 +35,7 @@ READ_CANVAS = """(region) => {
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The web UI alone; its controller is not there, and the viewer needs none."""
+    """The web UI without a controller, which the viewer does not need."""
     folder, port = tmp_path_factory.mktemp("viewer"), free_port()
     url = f"http://127.0.0.1:{port}"
     web = start(
@@ -154,7 +154,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     tab.get_by_role("button", name="Whole image").click()
     settle(tab)
     assert sent(tab).shape[:2] == (128, 128)
-    # A double click brings everything back.
+    # A double click resets everything.
     tab.mouse.dblclick(*middle(tab))
     settle(tab)
     assert shown_window(tab) == (100, 700) and "inverted" not in caption(tab) and "turned" not in caption(tab)
@@ -217,7 +217,9 @@ def test_zoom_move_values_and_ruler(tab):
     key(tab, "m")
     drag(tab, 40, 0, start=(-20, 0))
     expect(tab.locator("#bd-canvas .bd-ruler text")).to_have_text(re.compile(r"26\.[45] mm"))
-    expect(tab.locator("#bd-canvas .bd-screen")).to_have_attribute("data-sync", "done")  # nothing for the model
+    expect(tab.locator("#bd-canvas .bd-screen")).to_have_attribute(
+        "data-sync", "done"
+    )  # this does not concern the model
 
 
 def test_orientation_letters_follow_turns(tab):
@@ -264,7 +266,7 @@ def test_frames_by_wheel_keys_and_cine(tab):
     assert number is not None and f"frame {number[1]} of 30" in caption(tab)
 
 
-def test_a_drag_keeps_60_frames_a_second_without_the_server(tab):
+def test_dragging_keeps_60_frames_per_second_without_the_server(tab):
     import pydicom
 
     dataset = pydicom.dcmread(get_path("ct"))
@@ -308,7 +310,7 @@ def test_a_drag_keeps_60_frames_a_second_without_the_server(tab):
           return times.sort((a, b) => a - b)[5];
         }"""
     )
-    assert cost_ms < 16  # of 16.7; the fastest fifth, because other work may run beside
+    assert cost_ms < 16  # of 16.7; the fastest fifth, because of other load
 
 
 def test_touch(browser: Any, parts: Any):
@@ -345,6 +347,6 @@ def test_frames_are_for_their_own_tab_only(tab, parts: Any):
     assert "Zzyzx" not in requests.get(url, timeout=30).content.decode("latin-1")
     assert requests.get(url.removesuffix("0") + "1", timeout=30).status_code == 404
     assert requests.get(f"{parts.page.url}/page/frame/{'x' * 22}/0", timeout=30).status_code == 404
-    load(tab, png())  # another image takes its place
+    load(tab, png())  # another image replaces it
     expect(tab.locator("#bd-facts")).to_contain_text("picture")
     assert requests.get(url, timeout=30).status_code == 404

@@ -1,4 +1,4 @@
-"""The wheel holds every file that the package needs at run time, and works away from the repository."""
+"""The wheel contains all files that the package needs at run time, and works outside the repository."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ asyncio.run(main())
 @pytest.mark.slow
 def test_a_wheel_installed_elsewhere_serves_the_web_ui(tmp_path: Path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
-    # A copy, because setuptools leaves a build folder beside what it builds.
+    # A copy, because setuptools leaves a build folder in the source directory.
     copy = tmp_path / "source"
     copy.mkdir()
     files = subprocess.run(

@@ -1,4 +1,4 @@
-"""One worker, as its clients and its enemies see it: a real process over a real engine."""
+"""One worker as a real process with a real engine, for normal and for hostile clients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def worker() -> Server:
 
 @pytest.fixture(autouse=True)
 def _no_slot_is_leaked(worker: Server):
-    """Whatever a test does, all places are free again soon after."""
+    """After every test, all request slots must be free again."""
     yield
     wait_until(lambda: queue_length(worker.url) == 0, 15, "an empty queue")
 
@@ -54,15 +54,15 @@ def post(worker: Server, body: object, path: str = "/worker_generate_stream", **
     return requests.post(worker.url + path, json=body, timeout=60, **kwargs)
 
 
-# What the wire promises.
+# The LLaVA API.
 
 
-def test_status_has_the_wires_three_fields(worker: Server):
+def test_the_status_has_the_protocols_three_fields(worker: Server):
     status = post(worker, {}, "/worker_get_status").json()
     assert status["model_names"] == ["tiny"] and status["speed"] > 0 and status["queue_length"] == 0
 
 
-def test_text_is_the_prompt_and_all_that_came_so_far(worker: Server):
+def test_text_is_the_prompt_and_the_answer_so_far(worker: Server):
     body = generation(png())
     chunks = list(llava_stream(worker.url, body))
     texts = [chunk["text"] for chunk in chunks]
@@ -80,7 +80,7 @@ def test_each_chunk_ends_with_one_nul_byte(worker: Server):
     assert [json.loads(piece)["error_code"] for piece in response.content[:-1].split(b"\0")]
 
 
-def test_answers_depend_on_the_image_and_not_on_the_company(worker: Server):
+def test_answers_depend_on_the_image_and_not_on_other_requests(worker: Server):
     bodies = [generation(png(seed), max_new_tokens=48) for seed in range(4)]
     alone = [llava_answer(worker.url, body) for body in bodies]
     with ThreadPoolExecutor(4) as pool:
@@ -107,12 +107,12 @@ def test_sampling_follows_the_seed(worker: Server):
     assert llava_answer(worker.url, body | {"top_p": 0}) == llava_answer(worker.url, body | {"temperature": 0})
 
 
-def test_more_tokens_than_the_wire_allows_are_cut(worker: Server):
+def test_more_tokens_than_the_protocol_allows_are_cut(worker: Server):
     whole = post(worker, generation(max_new_tokens=5000), "/worker_generate").json()
     assert whole["usage"]["completion_tokens"] == 1024
 
 
-def test_a_prompt_without_room_gets_the_originals_notice(worker: Server):
+def test_a_prompt_that_is_too_long_gets_llavas_notice(worker: Server):
     body = generation() | {"prompt": "x" * 5000}
     (chunk,) = llava_stream(worker.url, body)
     assert chunk["error_code"] == 0 and chunk["text"].startswith(body["prompt"] + "Exceeds max token length")
@@ -122,7 +122,7 @@ def test_a_prompt_without_room_gets_the_originals_notice(worker: Server):
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_another_models_name_is_answered_with_code_2(worker: Server):
+def test_an_unknown_model_gives_code_2(worker: Server):
     (chunk,) = llava_stream(worker.url, generation() | {"model": "other"})
     assert chunk["error_code"] == 2
     assert llava_answer(worker.url, generation() | {"model": ""})
@@ -135,26 +135,26 @@ def test_fastchats_endpoints(worker: Server):
     assert requests.post(worker.url + "/model_details", timeout=60).json()["context_length"] == 4096
 
 
-def test_an_answer_goes_on_from_another_workers_tokens(worker: Server):
+def test_an_answer_continues_from_another_workers_tokens(worker: Server):
     body = generation(png(), max_new_tokens=60, token_ids=True)
     ids = [i for chunk in llava_stream(worker.url, body) for i in chunk.get("token_ids", [])]
     answer = llava_answer(worker.url, body)
     assert len(ids) == 60
     for given in (1, 17, 59, 60):
         assert llava_answer(worker.url, body | {"resume_ids": ids[:given]}) == answer
-    # A stop string that lies across the seam.
+    # A stop string that spans both parts.
     stop = answer[15:19]
     assert llava_answer(worker.url, body | {"stop": stop, "resume_ids": ids[:17]}) == answer[: answer.index(stop)]
 
 
-def test_where_it_looked(worker: Server):
+def test_an_attention_map_is_returned(worker: Server):
     answer = llava_answer(worker.url, generation(png()))
     body = {"model": "tiny", "prompt": PROMPT, "answer": answer, "images": [bare_base64(png())]}
     reply = post(worker, body, "/worker_attention").json()
     assert reply["grid"] == [8, 8] and "".join(token["text"] for token in reply["tokens"]) == answer
     assert reply["method"] == "occlusion" and reply["localization"] is None
     assert all(len(token["weights"]) == 64 and any(token["weights"]) for token in reply["tokens"])
-    assert post(worker, body, "/worker_attention").json() == reply  # kept
+    assert post(worker, body, "/worker_attention").json() == reply  # cached
     other = post(worker, body | {"images": [bare_base64(png(1))]}, "/worker_attention").json()
     assert other != reply
     assert post(worker, body | {"prompt": "no image", "images": []}, "/worker_attention").status_code == 422
@@ -176,10 +176,10 @@ def test_docs_and_metrics(worker: Server):
         assert f"babydoctor_{name}" in text
 
 
-# Clients that leave, wait and stall.
+# Clients that disconnect, wait and stall.
 
 
-def test_a_client_that_leaves_frees_its_slot(worker: Server):
+def test_a_client_that_disconnects_frees_its_slot(worker: Server):
     stream = llava_stream(worker.url, generation(png(), max_new_tokens=LONG))
     next(stream)
     assert queue_length(worker.url) == 1
@@ -187,8 +187,8 @@ def test_a_client_that_leaves_frees_its_slot(worker: Server):
     wait_until(lambda: queue_length(worker.url) == 0, 1.5, "the slot's return")
 
 
-def test_every_client_that_leaves_stops_its_answer(worker: Server):
-    """At whatever moment they leave: between two chunks, with one, before the first."""
+def test_every_client_that_disconnects_stops_its_answer(worker: Server):
+    """Whenever they disconnect: before the first chunk, during one, or between two."""
     before = num_cancelled(worker)
     for index in range(20):
         stream = llava_stream(worker.url, generation(png(), max_new_tokens=LONG))
@@ -199,7 +199,7 @@ def test_every_client_that_leaves_stops_its_answer(worker: Server):
     assert num_cancelled(worker) - before == 20
 
 
-def test_a_client_that_leaves_while_it_waits_frees_its_place(worker: Server):
+def test_a_waiting_client_that_disconnects_frees_its_slot(worker: Server):
     streams = [llava_stream(worker.url, generation(png(i), max_new_tokens=LONG)) for i in range(6)]
     for stream in streams[:4]:
         next(stream)
@@ -212,10 +212,10 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(worker: Server):
             assert first.result(10)["error_code"] == 0
     for stream in streams[4:]:
         stream.close()
-    wait_until(lambda: queue_length(worker.url) == 0, 2, "all places' return")
+    wait_until(lambda: queue_length(worker.url) == 0, 2, "all slots to be free")
 
 
-def test_a_full_queue_says_so_before_it_looks_at_the_image(worker: Server):
+def test_a_full_queue_refuses_before_decoding_the_image(worker: Server):
     streams = [llava_stream(worker.url, generation(max_new_tokens=LONG)) for _ in range(7)]
     threads = [in_background(next, stream) for stream in streams]
     wait_until(lambda: queue_length(worker.url) == 7, 180, "a full queue")
@@ -230,7 +230,7 @@ def test_a_full_queue_says_so_before_it_looks_at_the_image(worker: Server):
         stream.close()
 
 
-def test_headers_come_before_a_slot_is_free_and_silence_is_filled(worker: Server):
+def test_headers_are_sent_before_a_slot_is_free_and_keep_alives_follow(worker: Server):
     streams = [llava_stream(worker.url, generation(png(i), max_new_tokens=1024)) for i in range(4)]
     for stream in streams:
         next(stream)
@@ -252,7 +252,7 @@ def test_a_client_that_does_not_read_holds_no_slot(worker: Server):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         wait_until(lambda: queue_length(worker.url) == 1, 180, "the request")
-        # It reads nothing, and the answer is finished all the same.
+        # It reads nothing, but the answer is completed.
         wait_until(lambda: queue_length(worker.url) == 0, 180, "the end of its generation")
 
 
@@ -260,7 +260,7 @@ def test_a_client_that_does_not_read_holds_no_slot(worker: Server):
 
 
 def bomb() -> bytes:
-    """A PNG of some 100 kB that unfolds to 60,000 x 60,000 pixels."""
+    """A PNG of about 100 kB that decodes to 60,000 x 60,000 pixels."""
     header = b"\x89PNG\r\n\x1a\n"
     fields = (60_000).to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
     parts = [(b"IHDR", fields), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]
@@ -319,24 +319,24 @@ def test_bad_bodies_are_refused(worker: Server, body: bytes, status: int):
     assert set(response.json()) == {"error", "text", "error_code"}
 
 
-def test_a_huge_body_is_refused_and_the_client_hears_it(worker: Server):
+def test_a_huge_body_is_refused_with_an_error_that_the_client_receives(worker: Server):
     response = post(worker, generation() | {"images": ["A" * 40 * 2**20]})
     assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
 
 
-def test_errors_do_not_repeat_what_was_sent(worker: Server):
+def test_errors_do_not_repeat_the_input(worker: Server):
     response = post(worker, {"prompt": "a", "images": "JOHN DOE"})
     assert response.status_code == 422 and "JOHN" not in response.text and "images" in response.json()["text"]
 
 
-def test_a_template_inside_a_prompt_harms_nothing(worker: Server):
+def test_a_template_inside_a_prompt_does_no_harm(worker: Server):
     assert llava_answer(worker.url, generation() | {"prompt": "</s><s>[INST] <unk> <<SYS>> {system} %s \x1b[31m"})
 
 
-# What must not stay behind.
+# What must not be kept.
 
 
-def test_logs_hold_neither_prompts_nor_answers_nor_addresses(worker: Server):
+def test_logs_contain_no_prompts_answers_or_addresses(worker: Server):
     answer = llava_answer(worker.url, generation(prompt="[INST] Mrs Miller, born 1950 [/INST]"))
     post(worker, generation() | {"prompt": "Mrs Miller <image>", "images": ["%"]})
     requests.get(worker.url + "/Miller", timeout=60)
@@ -348,14 +348,14 @@ def test_logs_hold_neither_prompts_nor_answers_nor_addresses(worker: Server):
     assert all("request_id" in line for line in lines if line["event"] == "request")
 
 
-def test_a_request_id_is_taken_over_if_it_is_plain(worker: Server):
+def test_a_plain_request_id_is_kept(worker: Server):
     response = post(worker, generation(max_new_tokens=1), headers={"X-Request-Id": "ward-7.a"})
     assert response.headers["X-Request-Id"] == "ward-7.a"
     response = post(worker, generation(max_new_tokens=1), headers={"X-Request-Id": "Mrs Miller"})
     assert len(response.headers["X-Request-Id"]) == 32
 
 
-def test_keys_retention_and_a_graceful_end(tmp_path: Path):
+def test_keys_retention_and_graceful_shutdown(tmp_path: Path):
     """One process for three settings, because starting one takes seconds."""
     keys = {"BABYDOCTOR_API_KEYS": "key-of-the-ward-1,key-of-the-ward-2"}
     kept = tmp_path / "kept"

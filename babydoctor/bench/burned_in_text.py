@@ -1,4 +1,4 @@
-"""How well burned-in text is found: overlays on pydicom's images and on phantoms, and pydicom's clean images."""
+"""Measure how well burned-in text is found: on pydicom's images and phantoms with overlays, and on clean images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BASES = ("J2K_pixelrep_mismatch", "examples_overlay", "JPGExtended", "693_J2KI",
 """Images of pydicom without text of their own: CT, MR, a bone scan. Small ones are enlarged to 512 pixels."""
 
 WITH_TEXT = ("GDCMJ2K_TextGBR", "examples_rgb_color", "examples_palette", "examples_jpeg2k", "examples_ybr_color")
-"""Images of pydicom that show text, so that they are not clean."""
+"""Images of pydicom that contain text, so they are not clean."""
 
 SIZES = (10, 12, 16, 24, 36)
 CONTRASTS = (60, 120, 200)
 EDGE = 512
 HIDDEN_SHARE = 0.9
-"""A string counts as hidden when so much of its letters' area lies in boxes that are hidden by default."""
+"""A text counts as hidden if this share of its letters' area is in boxes that are hidden by default."""
 
 IDENTIFYING_TEXTS = {
     "name": (
@@ -89,7 +89,7 @@ def measure(num_processes: int | None = None) -> list[str]:
 
 
 def clean_images() -> list[Image.Image]:
-    """Every file of pydicom's that can be decoded and shows no text."""
+    """All files of pydicom that can be decoded and contain no text."""
     from pydicom.data import get_testdata_file
 
     folder = Path(str(get_testdata_file("CT_small.dcm", download=False))).parent
@@ -164,7 +164,7 @@ def _overlay(
 def _place(
     pixels: np.ndarray, taken: np.ndarray, shape: tuple[int, ...], contrast: int, generator: random.Random
 ) -> tuple[int, int] | None:
-    """(y, x) of a free place on which text of this contrast can be read; None where there is none."""
+    """(y, x) of a free area on which text of this contrast is readable; None if there is none."""
     height, width = taken.shape
     for _ in range(200):
         y, x = generator.randint(2, height - shape[0] - 2), generator.randint(2, max(3, width - shape[1] - 2))

@@ -1,4 +1,4 @@
-"""What forms of data cost: the time from the start to the first step's samples, and memory of each process."""
+"""Cost of the forms of data: the time from the start to the first step's samples, and memory per process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class StartCost:
-    """The cost of one form. Memory is what a process holds for itself; pages that processes share do not count."""
+    """The cost of one form. Memory is that of a single process; pages that processes share do not count."""
 
     start_s: float
     rank_bytes: int
@@ -24,7 +24,7 @@ class StartCost:
 
 
 def generate_rows(path: Path, num_rows: int) -> Path:
-    """Write rows of caption length as JSON, with one shared image beside them. Returns the image folder."""
+    """Write rows of caption length as JSON, and one image for all of them. Returns the image folder."""
     from PIL import Image
 
     images = path.parent / "images"
@@ -41,8 +41,8 @@ def generate_rows(path: Path, num_rows: int) -> Path:
 
 
 def measure_start(rows: str, images: str) -> StartCost:
-    """Load rows as training does and read the samples of the first step. To be called in a fresh process."""
-    import datasets  # noqa: F401 (imports are no cost of the rows)
+    """Load rows as training does and read the samples of the first step. Call it in a fresh process."""
+    import datasets  # noqa: F401 (so that the import is not measured)
 
     from babydoctor.data.loader import StepSampler
     from babydoctor.data.rows import fingerprint, load_dataset_rows
@@ -56,7 +56,7 @@ def measure_start(rows: str, images: str) -> StartCost:
     start_s, rank_bytes = time.perf_counter() - started, _private_bytes() - before
 
     def read_in_worker(result: multiprocessing.Queue[int]) -> None:
-        """What a forked worker adds when it has read the samples of 100 steps."""
+        """Memory that a forked worker adds by reading the samples of 100 steps."""
         begin = _private_bytes()
         for step in range(100):
             for index in sampler.samples_of_step(step):
@@ -73,7 +73,7 @@ def measure_start(rows: str, images: str) -> StartCost:
 
 
 def bench_data(folder: Path, num_rows: int) -> str:
-    """Measure JSON and its converted form in a folder that is empty. Returns a Markdown table."""
+    """Measure JSON and its converted form in an empty folder. Returns a Markdown table."""
     from babydoctor.data.convert import convert_rows
 
     source, out = folder / "rows.json", folder / "converted"
@@ -83,7 +83,7 @@ def bench_data(folder: Path, num_rows: int) -> str:
     convert_s = time.perf_counter() - started
     lines = []
     for name, path in (("JSON", source), ("converted", out)):
-        # A fresh process, so that nothing that was allocated before is used again.
+        # A fresh process, so that no memory from earlier measurements is reused.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             cost = pool.submit(measure_start, str(path), str(images)).result()
         memory = (f"{size / 1e6:,.0f} MB" for size in (cost.rank_bytes, cost.worker_bytes))
@@ -94,6 +94,6 @@ def bench_data(folder: Path, num_rows: int) -> str:
 
 
 def _private_bytes() -> int:
-    """Memory of this process that no other process shares (Linux)."""
+    """Memory of this process that it does not share with other processes (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))

@@ -130,12 +130,12 @@ def _plain_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Opti
 
 PATHS = (
     FastPath(
-        "attention document by document",
+        "attention per document",
         "one mask over the whole micro-batch",
         lambda: swapped(decoder_layer, "attend", square_attention),
     ),
     FastPath(
-        "common beginning computed once",
+        "shared prefix computed once",
         "system prompt in every document",
         overrides=("train.share_prefix=false",),
     ),
@@ -145,20 +145,22 @@ PATHS = (
         lambda: swapped(loader, "pack", pad_to_longest),
     ),
     FastPath(
-        "cross-entropy in chunks at the targets",
-        "float32 logits of all positions",
+        "cross-entropy in chunks at the loss positions",
+        "float32 logits of all tokens",
         lambda: swapped(BabyDoctor, "forward", loss_of_all_logits),
     ),
-    FastPath("last layer from the first target on", "the whole last layer", _whole_last_layer),
-    FastPath("elementwise chains as one kernel each", "one operation after the other", overrides=("train.fuse=false",)),
-    FastPath("tower's attention as two products", "torch's kernel", change=_use_torch_attention),
+    FastPath("last layer from the first loss position on", "the whole last layer", _whole_last_layer),
+    FastPath("fused elementwise ops", "one op at a time", overrides=("train.fuse=false",)),
+    FastPath("vision tower's attention as two matrix products", "torch's kernel", change=_use_torch_attention),
     FastPath(
         "fused optimizer",
-        "one parameter after the other",
+        "one parameter at a time",
         lambda: swapped(bench_train, "build_optimizer", _plain_optimizer),
     ),
     FastPath("bfloat16", "float32", overrides=("model.dtype=float32",)),
-    FastPath("images read ahead by a process", "read by the training process", overrides=("data.num_workers=0",)),
+    FastPath(
+        "images read ahead by a worker process", "read by the training process", overrides=("data.num_workers=0",)
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Questions whose greedy answers are known, and how a request for one ends."""
+"""Questions with known greedy answers, and how requests for them end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from babydoctor.serve.client import Client, open_llava_stream
 NUM_QUESTIONS = 8
 
 NUM_TOKENS = 48
-"""New tokens of an answer, so that some are under way whenever a part is killed."""
+"""New tokens of an answer: enough that some answers are in progress whenever a part is killed."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Bodies of requests, and the answers that a server gave to them while nothing disturbed it."""
+    """Questions, and the answers that an undisturbed server gave to them."""
 
     model: str
     template: str
@@ -32,7 +32,7 @@ class Questions:
 
     @classmethod
     def learn(cls, url: str) -> Questions:
-        """Ask a server twice, once alone and once all at a time; keep the questions with one answer.
+        """Ask a server every question twice, first one by one, then all at once. Keep those with equal answers.
 
         Raises:
             UserError: no question has the same answer both times.

@@ -1,8 +1,8 @@
-"""Every strategy on two CPU ranks: losses, memory and time of the same steps. ``babydoctor bench ranks``.
+"""``babydoctor bench ranks``: losses, memory and time of the same steps with every strategy on two CPU ranks.
 
-The command starts this module once for each strategy with ``accelerate launch`` and the shipped configuration. Two
-rows are no strategies of training: ``alone`` is one process, and ``one by one`` sums one gradient after the other, each
-with a blocking all-reduce. What two ranks take longer than the same work without any communication is communication.
+The command starts this module once per strategy with ``accelerate launch`` and the shipped configuration. Two rows are
+for comparison: ``alone`` is one process, and ``one by one`` sums each gradient with its own blocking all-reduce. The
+share of communication is the additional time compared with the same two ranks without any communication.
 """
 
 from __future__ import annotations

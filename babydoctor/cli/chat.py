@@ -72,7 +72,7 @@ def open_image(path: Path, frame: int = 0, preset: str | None = None) -> Image.I
     if frame == 0 and preset is None:
         return load_image(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such image file")
+        raise UserError(f"{path}: no such image file; check --image")
     data = path.read_bytes()
     if not is_dicom(data):
         raise UserError(f"{path} is not a DICOM file; leave out --frame and --preset")

@@ -87,15 +87,17 @@ def run(
 ) -> None:
     """Ask a run, or any server, the questions of a task and score the answers.
 
-    The same command continues an interrupted evaluation.
+    The same command continues an interrupted evaluation. Under ``accelerate launch -m babydoctor eval``, the ranks
+    share the questions.
     """
     from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.endpoint import Endpoint
     from babydoctor.eval.reporting.model_card import update_model_card as update_card
-    from babydoctor.eval.run import EvalConfig, evaluate
+    from babydoctor.eval.run import EvalConfig, answer_share, evaluate
     from babydoctor.progress import named_progress
+    from babydoctor.ranks import check_alone, join_ranks
 
     if (endpoint is None) != (model is None):
         raise UserError("--endpoint URL and --model NAME belong together")
@@ -104,6 +106,7 @@ def run(
     if localization:
         if task != "phantom" or run_directory is None:
             raise UserError("--localization needs a run directory and --task phantom")
+        check_alone("--localization")
         _measure_localization(run_directory, Path(data), out, max_questions)
         return
     task_config = TaskConfig(
@@ -123,10 +126,15 @@ def run(
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    with named_progress() as update:
+    settings = {**parse_overrides(overrides or []), "on_start": prepare_engine}
+    with join_ranks() as ranks, named_progress() as update:
+        if ranks.rank > 0 and run_directory is not None:
+            answer_share(out, task_config, config, run=run_directory, device=device, engine=settings, ranks=ranks)
+            return
 
         def advance(condition: str, done: int, total: int) -> None:
-            update(f"{condition} image", done, total)
+            share = "" if ranks.size == 1 else f" (this rank's share, 1 of {ranks.size})"
+            update(f"{condition} image{share}", done, total)
 
         result = evaluate(
             out,
@@ -137,7 +145,8 @@ def run(
             endpoint=None if endpoint is None or model is None else Endpoint(endpoint, model),
             device=device,
             progress=advance,
-            engine={**parse_overrides(overrides or []), "on_start": prepare_engine},
+            engine=settings,
+            ranks=ranks,
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")

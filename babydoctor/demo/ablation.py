@@ -233,7 +233,7 @@ def write_picture(path: Path, table: dict[str, Any]) -> None:
     seeds = next(iter(table["variants"].values()))
     figures = [name for name in SHOWN if name in seeds[0]["right"]][:2]
     series = [(name, "right") for name in figures] + [(figures[0], "shuffled")]
-    colors = (plots.BLUE, plots.GREEN, plots.GREY) if len(series) == 3 else (plots.BLUE, plots.GREY)
+    colors = (plots.BLUE, plots.GREEN, plots.GRAY) if len(series) == 3 else (plots.BLUE, plots.GRAY)
     canvas, axes = plots.new_canvas(8.0, 3.6)
     width = 0.8 / len(series)
     for index, rows in enumerate(table["variants"].values()):

@@ -1,4 +1,4 @@
-"""What a new user tries first: every example of the web UI with every ready-made question and the README's question.
+"""Ask what a new user tries first: each example of the web UI with each ready-made question and the README's question.
 
 The questions go through a running controller and worker in three ways: as the web UI asks, over LLaVA's protocol, and
 over OpenAI's API.

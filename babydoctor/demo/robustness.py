@@ -1,4 +1,4 @@
-"""How the last stage bears other wordings, other image sizes and sampling at temperature 1.
+"""Score the last stage with other wordings, other image sizes and sampling at temperature 1.
 
 The score table asks each kind of question in one wording, about images of 84 px, with greedy decoding. People ask in
 their own words, load larger images, and use OpenAI's API with its default temperature of 1. All answers must be exact.

@@ -1,4 +1,4 @@
-"""The demo's score table, from the evaluations of its stages, and what the last stage must reach."""
+"""The demo's score table, from the evaluations of its stages, and the thresholds of the last stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of the engine that runs on its own thread: admission, steps and the ends of requests."""
+"""The part of the engine that runs on its own thread: admit requests, compute steps, end requests."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Job(Protocol):
     """Other work with the model, done in pieces between the steps of running answers."""
 
     def run(self) -> Iterator[float]:
-        """Do the work; yields the share that is done after each piece."""
+        """Do the work. Yield the finished share, 0 to 1, after each piece."""
         ...
 
 
 @dataclass(eq=False)
 class RunningJob:
-    """A job, and where its caller sees how far it is."""
+    """A job and its progress. ``share`` is the finished part, 0 to 1; ``ended`` resolves when the job ends."""
 
     job: Job
     ended: Future[None]
@@ -52,7 +52,7 @@ class RunningJob:
 
 
 class EngineCore:
-    """Requests of one engine and the steps that answer them.
+    """The requests of one engine, and the steps that compute their answers.
 
     ``changed`` guards what other threads read and write: ``waiting``, ``jobs``, ``num_running``,
     ``num_ending``, ``accepting``, ``stopping`` and ``stats.finished``. Everything else belongs to the engine's thread.
@@ -117,7 +117,7 @@ class EngineCore:
             return not self.stopping
 
     def _step(self) -> None:
-        """End cancelled and late requests, admit waiting ones, compute one step and give out its tokens."""
+        """End cancelled and late requests, admit waiting ones, compute one step and publish its tokens."""
         self._end_cancelled_and_late()
         if self.jobs:
             self._advance_job()
@@ -125,7 +125,7 @@ class EngineCore:
         batch = plan_batch(self._running, self._rows_per_step)
         if batch.sequences:
             self._compute(batch)
-        # On a GPU the events wait until the next step is launched, so that their readers run while it is computed.
+        # On a GPU, publish after launching the next step, so that readers of the events run while the GPU computes.
         if not self._is_asynchronous or not self._running:
             self._publish()
 
@@ -140,7 +140,7 @@ class EngineCore:
         self._take_logits(batch, logits)
 
     def _publish(self) -> None:
-        """Hand out the events of the last step."""
+        """Publish the events of the last step."""
         events, self._unpublished = self._unpublished, []
         for handle, event in events:
             handle.publish(event)
@@ -179,9 +179,9 @@ class EngineCore:
                 self._end(sequence, "deadline")
 
     def _admit(self) -> None:
-        """Give slots to waiting requests, but only to as many as this step can start to read.
+        """Give slots to waiting requests, but only to as many as this step has rows for.
 
-        Encoding an image takes as long as a step, so a request is admitted when its turn comes and not earlier.
+        Encoding an image takes as long as a step, so admitting a request early would delay running answers for nothing.
         """
         while has_room(self._running, self._rows_per_step):
             with self.changed:
@@ -232,9 +232,9 @@ class EngineCore:
             self._end(sequence, reason)
 
     def _step_one_by_one(self, sequences: Iterable[Sequence]) -> None:
-        """Compute a failed step again for each sequence alone, so that only the one that causes the error ends.
+        """Repeat a failed step for each sequence alone, so that only the sequence that causes the error ends.
 
-        This is safe: a step writes only to positions that no finished computation has read.
+        Repeating is safe, because a step only writes to positions that no finished computation has read.
         """
         for sequence in sequences:
             try:
@@ -247,7 +247,7 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, error: Exception, *, scrub: bool = False) -> None:
         if not isinstance(error, EngineError):
-            # The message of an unknown error may quote the prompt, so it goes to the caller and not to the log.
+            # The message of an unexpected error may quote the prompt, so only the caller gets it, not the log.
             logger.error("request %s failed: %s", sequence.request.request_id or "-", type(error).__name__)
             wrapped = RequestFailedError(f"{type(error).__name__}: {error}")
             wrapped.__cause__ = error
@@ -257,7 +257,7 @@ class EngineCore:
     def _end(
         self, sequence: Sequence, reason: FinishReason, error: EngineError | None = None, *, scrub: bool = False
     ) -> None:
-        """Free the slot. The last event is published later, so the slot is free for whoever reads that event."""
+        """End a request and free its slot. The last event is published after that, when the slot is free."""
         if sequence.allocation is not None:
             sequence.allocation.slot.content = sequence.computed_content()
             self.kv_cache.free(sequence.allocation.slot, scrub=scrub)

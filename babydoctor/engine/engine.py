@@ -1,7 +1,7 @@
 """The engine: one thread that owns the model and answers many requests at once.
 
-Requests arrive in a queue and join the running batch between steps. A step computes one token for every decoding
-request, and pieces of prompts in order of arrival in the remaining rows, so long prompts do not stall running answers.
+Requests wait in a queue and join the running batch between steps. A step computes one token for every decoding request
+and fills its remaining rows with pieces of prompts in order of arrival, so long prompts do not stall running answers.
 An error in one request ends that request only.
 """
 
@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import torch
 
-from babydoctor.engine.backend import build_decoder, build_embedder
+from babydoctor.engine.backend import build_decoder, build_embedder, uses_cpu_operator
 from babydoctor.engine.core import EngineCore, Job, RunningJob
 from babydoctor.engine.kv_cache import FeatureCache
 from babydoctor.engine.prompt import VisionLanguageModel
@@ -46,7 +47,8 @@ class Engine:
         self.tokenizer = tokenizer
         language_model = model.language_model
         norm = language_model.model.norm.weight
-        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device)
+        kv_dtype = torch.bfloat16 if uses_cpu_operator(language_model, self.settings) else None
+        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
         self.decoder = build_decoder(language_model, self.kv_cache, self.settings)
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer)
@@ -61,12 +63,12 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Positions of prompt and answer together."""
+        """Most tokens of prompt and answer together, image slots included."""
         return self.kv_cache.capacity
 
     @property
     def vocab_size(self) -> int:
-        """Width of the logits."""
+        """Size of the logits' last dimension."""
         return self._vocab_size
 
     @property
@@ -94,10 +96,13 @@ class Engine:
         self.close()
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
-        """Queue a request. ``max_new_tokens`` is limited by the rest of the context.
+        """Queue a request. ``max_new_tokens`` is reduced to what the context has left after the prompt.
 
         Raises:
-            InvalidRequestError, PromptTooLongError, QueueFullError, EngineClosedError: it was not queued.
+            InvalidRequestError: a value of the request is out of range.
+            PromptTooLongError: the prompt leaves no room for an answer.
+            QueueFullError: as many requests wait as the settings allow.
+            EngineClosedError: the engine is draining or closed.
         """
         self._check(request)
         image_mask = None if request.image_mask is None else np.asarray(request.image_mask, bool)
@@ -134,7 +139,7 @@ class Engine:
             )
 
     def start_job(self, job: Job) -> RunningJob:
-        """Do other work with the model between the steps of running answers. Its ``ended`` can be cancelled.
+        """Run other work with the model between the steps of running answers. Cancel it through its ``ended``.
 
         Raises:
             EngineClosedError: the engine is closed.

@@ -1,4 +1,4 @@
-"""KV cache: allocated once, one slot per request, with prefixes reused from earlier requests.
+"""The KV cache: allocated once, with one slot per request and prefixes reused from earlier requests.
 
 Shapes: ``S`` slots, ``K`` key/value heads, ``C`` capacity of a slot in positions, ``D`` head size.
 
@@ -114,8 +114,8 @@ class KVCache:
     def allocate(self, content: Content) -> Allocation | None:
         """Give a slot to a request whose prompt is ``content``; None if no slot is free.
 
-        The longest prefix that any slot holds is reused: in place if that slot is free and would lose little, else by
-        one copy. At least the last position of the prompt is left to compute, because its logits are needed.
+        The longest prefix that any slot holds is reused: in place if that slot is free and loses less than half of its
+        content, else by copying it. The last position of the prompt is always computed, because its logits are needed.
         """
         free = [slot for slot in self.slots[: self.max_running] if not slot.in_use]
         if not free:
@@ -136,7 +136,7 @@ class KVCache:
         return Allocation(target, reused)
 
     def free(self, slot: Slot, *, scrub: bool = False) -> None:
-        """Free a slot. Its content stays for later prompts; with ``scrub`` it is damaged and zeroed."""
+        """Free a slot. Its content stays for later prompts; ``scrub`` zeroes it instead, because it may be damaged."""
         assert slot.in_use, f"slot {slot.index} was freed twice"
         slot.in_use = False
         self._touch(slot)
@@ -174,9 +174,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory on the CPU only where something is written, because the system adds pages on first use.
+    """Zeros whose memory the CPU's operating system provides page by page, when a page is first written.
 
-    ``torch.zeros`` writes the zeros itself. numpy requests huge pages, and one of them spans several heads.
+    ``torch.zeros`` would write all of it now. numpy would request huge pages, each of which spans several heads.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

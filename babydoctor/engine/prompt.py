@@ -26,9 +26,9 @@ class VisionLanguageModel(Protocol):
 
 
 class PromptEmbedder:
-    """Embeds prompts. Features of recent images are cached.
+    """Embeds prompts. Caches the features of recent images.
 
-    ``encode_images``: the model's own, or a faster one of a single image with the same result.
+    ``encode_images`` replaces the model's own by a faster function for a single image with the same result.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PromptEmbedder:
 
         Args:
             input_ids: int ``[T]``.
-            content: of the same positions; says where each image begins.
+            content: content of the same positions, which says where each image begins.
             images: aligned with ``content.images``.
             start: first position.
 

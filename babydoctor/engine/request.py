@@ -29,7 +29,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
 
 
 class EngineError(Exception):
-    """The engine refused or gave up a request. ``code`` is stable and for programs; the text is for people."""
+    """The engine refused or ended a request. Programs read ``code``, which is stable; people read the text."""
 
     code = "engine_error"
 
@@ -189,7 +189,7 @@ Event = Delta | Finished
 class GenerationHandle:
     """The caller's side of a request. All methods are thread-safe.
 
-    Events are kept until its one reader, a thread or a listener, takes them.
+    Events wait in a queue for the single reader, which is a thread or a listener.
     """
 
     def __init__(self, request: GenerationRequest, wake_engine: Callable[[], None] | None = None) -> None:
@@ -197,7 +197,7 @@ class GenerationHandle:
         self.submitted_at = time.monotonic()
         self._wake_engine = wake_engine
         self._condition = threading.Condition()
-        self._ended = threading.Event()  # apart from the condition, so that tokens do not wake who waits for the end
+        self._ended = threading.Event()  # not the condition, which each token would wake
         self._events: deque[Event] = deque()
         self._listener: Callable[[Event], None] | None = None
         self._cancelled = False

@@ -1,4 +1,4 @@
-"""Which sequences take part in a step, and how their state advances after it."""
+"""Choose the sequences of a step, and advance their state after it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class StepWork:
 
     Attributes:
         decoding: sequences that get one more token each, sorted by slot.
-        rows: their inputs.
-        prefilling: sequences of which a piece of the prompt is read.
+        rows: inputs of the decoding sequences.
+        prefilling: sequences that compute a piece of their prompt.
         chunks: those pieces, aligned with ``prefilling``.
     """
 
@@ -31,9 +31,9 @@ class StepWork:
 
 
 def plan_batch(running: Iterable[Sequence], max_rows: int) -> StepWork:
-    """All decoding sequences, and pieces of prompts in order of arrival for the rows that are left.
+    """Take all decoding sequences, and fill the remaining rows with pieces of prompts in order of arrival.
 
-    At least one row goes to a prompt, so long prompts make progress beside many decoding sequences.
+    At least one row goes to a prompt, so prompts make progress even beside ``max_rows`` decoding sequences.
     """
     running = list(running)
     decoding = sorted((sequence for sequence in running if sequence.decoding), key=lambda sequence: sequence.slot)
@@ -72,7 +72,7 @@ def mark_computed(batch: StepWork) -> list[Sequence]:
     """Record that a batch has been computed.
 
     Returns:
-        The sequences whose next token the step's logits give, in the order of the logits' rows.
+        The sequences that get their next token from the step's logits, in the order of the logits' rows.
     """
     for sequence in batch.decoding:
         sequence.num_computed += 1

@@ -26,8 +26,8 @@ from babydoctor.engine.tokens.stops import Detokenizer, StopFilter
 class Sequence:
     """State of one request. Only the engine's thread touches it.
 
-    The first ``num_computed`` positions have their keys and values in the slot. While that is less than the prompt, the
-    sequence is in prefill. Then it decodes, and the last token of ``generated`` is not computed yet.
+    The slot holds the keys and values of the first ``num_computed`` positions. While that is less than the prompt, the
+    sequence is in prefill. After that it decodes, and the last token of ``generated`` is not computed yet.
     """
 
     def __init__(self, handle: GenerationHandle, content: Content, max_new_tokens: int, tokenizer: Any) -> None:
@@ -92,7 +92,7 @@ class Sequence:
         """Append a token to the answer.
 
         Returns:
-            The text that is now certain, and why the answer ends, or None if it continues.
+            The text that is now final, and why the answer ends, or None if it continues.
         """
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
@@ -116,7 +116,7 @@ class Sequence:
         return Delta(shown, (token,), logprobs), reason
 
     def _flush(self) -> str:
-        """Held-back text at the end of the answer. It may still complete a stop string."""
+        """The held-back text at the end of the answer, which may still complete a stop string."""
         shown = self._stops.add(self._detokenizer.flush())
         return shown if self._stops.found is not None else shown + self._stops.flush()
 

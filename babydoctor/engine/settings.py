@@ -1,4 +1,4 @@
-"""Settings of the engine, and the KV cache that they give a model on a machine."""
+"""Settings of the engine, and the KV cache that follows from them for a model and a machine."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from babydoctor.schema import UserError
 MAX_DEFAULT_CONTEXT = 4096
 """Default context of models with a longer one, whose KV cache would be larger than most requests need."""
 
+WEIGHTS = ("int8",)
+"""What the weights can be rounded to."""
+
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 StartHook = Callable[[str, int | None], None]
@@ -29,22 +32,25 @@ class EngineSettings:
     """Settings of the engine. None means that the engine decides.
 
     Attributes:
-        max_running: requests that are answered at the same time; further requests wait.
-        max_queue: requests that may wait; further requests are refused.
-        max_context: tokens (image slots, prompt and answer) one request may take.
+        max_running: most requests that are answered at the same time; further requests wait.
+        max_queue: most requests that wait; further requests are refused.
+        max_context: most tokens of one request, prompt, image slots and answer together.
         kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the free memory on the
             CPU and nine tenths on a GPU, and never more than ``max_running + cached_slots`` slots need.
         kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_kv_cache``.
         cached_slots: slots that only keep prefixes of finished requests; by default as many as ``max_running``.
         image_cache_bytes: memory for features of images seen before.
-        step_tokens: rows of one step, decoding requests and prompt chunks together. Small: running answers stream
-            evenly. Large: prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
-        num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so it
-            takes an ``on_start`` that sets it, as the command line's does.
-        pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
+        step_tokens: rows of one step, decoding requests and prompt chunks together. With a small value running answers
+            stream evenly, with a large one prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
+        num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so an
+            ``on_start`` must set it, as the command line's does.
+        weights: ``int8`` rounds the weights to eight bits with a scale per output (CPU), and each row of a product's
+            input as well. A step then reads half of the bytes of bfloat16. By default the weights stay as they are.
+        pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
+            allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
-        own_weights: for callers from Python. The model serves the engine alone, so its weights may be joined in place,
-            which saves launches and, where they are not packed, costs no memory.
+        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place. This
+            saves kernel launches, and costs no memory unless weights are packed.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """
@@ -58,6 +64,7 @@ class EngineSettings:
     image_cache_bytes: int = 256 * 2**20
     step_tokens: int | None = None
     num_threads: int | None = None
+    weights: str | None = None
     pack_weights: bool | None = None
     cuda_graphs: bool | None = None
     own_weights: bool = field(default=False, repr=False, metadata={"hidden": True})
@@ -70,6 +77,8 @@ class EngineSettings:
                 raise UserError(f"engine.{name}={value!r} must be {_NOUNS[kinds[0]]}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UserError(f"engine.kv_dtype={self.kv_dtype} must be one of {', '.join(KV_DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise UserError(f"engine.weights={self.weights} must be {' or '.join(WEIGHTS)}; remove it to keep them")
         for name in ("max_running", "max_context", "kv_budget_bytes", "step_tokens", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -170,12 +179,17 @@ def kv_shape(config: LanguageConfig) -> tuple[int, int, int]:
 
 
 def build_kv_cache(
-    settings: EngineSettings, config: LanguageConfig, dtype: torch.dtype, device: torch.device
+    settings: EngineSettings,
+    config: LanguageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    preferred: torch.dtype | None = None,
 ) -> KVCache:
     """Allocate the KV cache that the settings allow.
 
-    The precision is ``settings.kv_dtype``. By default it is the fastest one if ``max_running`` requests then fit the
-    budget, else the model's. A 7B model's cache takes 1 MiB per token in float32 and half of that in bfloat16.
+    The precision is ``settings.kv_dtype``. By default it is ``preferred``, which the decoder asks for, or the fastest
+    one, if ``max_running`` requests then fit the budget; else the model's. A 7B model's cache takes 1 MiB per token in
+    float32 and half of that in bfloat16.
 
     Raises:
         UserError: the budget does not hold a single request; the message names what to lower.
@@ -192,7 +206,7 @@ def build_kv_cache(
     if settings.kv_dtype is not None:
         chosen = KV_DTYPES[settings.kv_dtype]
     else:
-        chosen = preferred_kv_dtype(dtype, device)
+        chosen = preferred or preferred_kv_dtype(dtype, device)
         if num_fitting(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
             chosen = dtype
     cached = settings.max_running if settings.cached_slots is None else settings.cached_slots

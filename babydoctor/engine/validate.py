@@ -1,4 +1,4 @@
-"""Checks of a request before the engine accepts it. Pure."""
+"""Check a request before the engine accepts it. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_request(request: GenerationRequest, *, vocab_size: int, num_patches: i
     """Check the values of a request.
 
     Raises:
-        InvalidRequestError: names the field and its value.
+        InvalidRequestError: a value is out of range; the message names the field and the value.
     """
     _check_prompt(request, vocab_size, num_patches)
     for name, is_valid, rule in (

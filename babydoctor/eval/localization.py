@@ -53,7 +53,9 @@ def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fil
     """
     cases = [case for case in load_cases(phantoms, "held_out") if case.finding != "none"][:num_cases]
     if not cases:
-        raise UserError(f"{phantoms} holds no held-out phantoms with a finding")
+        raise UserError(
+            f"{phantoms} holds no held-out phantoms with a finding; write some with `babydoctor data phantom`"
+        )
     query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
     options = {"pack_weights": False}  # the maps use the model's own weights
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query], engine=options) as inference:

@@ -1,7 +1,7 @@
 """Strip metadata from picture files before Pillow decodes them, and read the EXIF orientation. Pure.
 
-Metadata must not decide whether a picture can be read, so text, profiles and EXIF are removed before the decoder sees
-the file. Only the orientation is used. It is read by a parser that ignores everything else.
+Damaged metadata must not make a picture unreadable, so text, profiles and EXIF are removed before the decoder sees the
+file. Only the EXIF orientation is used, which a tolerant parser reads.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Container:
     """A picture file without metadata.
 
     ``orientation`` is EXIF's, 1 to 8. ``transparent_key`` holds the samples of PNG's tRNS chunk for gray and RGB.
-    ``bit_depth`` and ``color_type`` are those of PNG's header, ``is_white_zero`` TIFF's photometric interpretation 0,
-    ``is_planar_wide`` a TIFF whose samples of more than 8 bits lie in separate planes.
+    ``bit_depth`` and ``color_type`` are those of PNG's header. ``is_white_zero`` is True for TIFF's photometric
+    interpretation 0, ``is_planar_wide`` for a TIFF with samples of more than 8 bits in separate planes.
     """
 
     format: str
@@ -102,7 +102,7 @@ def _orientation(data: bytes, order: str, kind: int, at: int) -> int:
 
 
 def _clean_png(data: bytes) -> Container:
-    """Keep the critical chunks and the transparency of palettes. Checksums of ancillary chunks are not checked."""
+    """Keep the critical chunks and the transparency of palettes, without checking ancillary checksums."""
     kept, position, orientation, transparency = [PNG_MAGIC], len(PNG_MAGIC), 1, b""
     depth, color_type = data[24], data[25]
     while position + 8 <= len(data):

@@ -1,16 +1,16 @@
-"""JPEG files without what is not the picture: EXIF, comments, thumbnails, profiles, bytes behind the end."""
+"""Remove from JPEG files all that is not the picture: EXIF, comments, thumbnails, profiles, bytes after the end."""
 
 from __future__ import annotations
 
-_KEPT_APPS = (0xE0, 0xEE)  # JFIF, and Adobe's, which says how colors are stored
+_KEPT_APPS = (0xE0, 0xEE)  # JFIF and Adobe segments, which say how colors are stored
 _STANDALONE = (0x01, *range(0xD0, 0xD8))  # TEM, restart markers
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """The same picture, its coded data untouched, without metadata (ITU-T T.81 B.1 to B.2).
+    """Return the file without metadata, with the coded picture data unchanged (ITU-T T.81 B.1 to B.2).
 
-    None where the metadata turns the picture or the file is not as the standard says: then only the decoded pixels are
-    safe to pass on.
+    None if EXIF rotates the picture, or if the file does not follow the standard. Then only decoded pixels are safe to
+    pass on.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -34,7 +34,7 @@ def without_metadata(data: bytes) -> bytes | None:
             end = _end_of_scan(data, end)
             kept.append(data[position:end])
         elif marker in _KEPT_APPS:
-            # JFIF may end in a thumbnail: only the fixed part stays. It is 18 bytes long, Adobe's 16.
+            # A JFIF segment may end in a thumbnail, so keep only the fixed part: 18 bytes, and 16 of Adobe's.
             fixed = segment[4 : 18 if marker == 0xE0 else 16]
             if segment[4:9] == b"JFIF\0":
                 fixed = fixed[:12] + b"\0\0"
@@ -49,7 +49,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _end_of_scan(data: bytes, position: int) -> int:
-    """Where the next marker stands that is not part of a scan's coded data."""
+    """Position of the next marker that is not part of a scan's coded data."""
     while True:
         position = data.find(b"\xff", position)
         if position < 0 or position + 1 >= len(data):
@@ -61,7 +61,7 @@ def _end_of_scan(data: bytes, position: int) -> int:
 
 
 def _is_upright(exif: bytes) -> bool:
-    """Whether a segment of EXIF says nothing about turning the picture; False where it cannot be read."""
+    """True if an EXIF segment does not rotate the picture; False if it cannot be read."""
     from PIL import Image
 
     try:

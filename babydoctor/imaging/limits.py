@@ -1,4 +1,4 @@
-"""Limits of what is decoded, and the error that says why an image was refused. Pure."""
+"""Limits of decoding, and the error for an image that is refused. Pure."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ERROR_CODES: dict[UserErrorCode, str] = {
     "invalid_input": "a frame, window or preset that this image does not have",
     "image_missing": "the file does not exist or may not be read",
     "image_empty": "0 bytes",
-    "image_unreadable": "no image format that is read here, or damaged",
+    "image_unreadable": "not a supported image format, or damaged",
     "image_too_large": "more pixels than the limit",
     "image_bad_shape": "no pixels, or a very thin strip",
     "dicom_unreadable": "a damaged or contradictory DICOM file",
-    "dicom_unsupported": "a compression, color space or pixel format of DICOM that is not read",
+    "dicom_unsupported": "a compression, color space or pixel format of DICOM that is not supported",
     "dicom_without_image": "a DICOM object without pixel data",
     "dicom_without_decoder": "the package that decodes this compression is not installed",
     "image_decode_failed": "the decoding process died or needed too much memory",
     "image_decode_timeout": "decoding took longer than the limit",
     "image_decoder_down": "no decoding process can be started on this machine",
 }
-"""Every code of an ``ImageError``, and what it means."""
+"""The codes of ``ImageError`` and their meanings."""
 
 
 class ImageError(UserError):
-    """An image that cannot be shown. ``code`` is a key of ``ERROR_CODES``; programs decide by it, never by the text."""
+    """An image that cannot be shown. Programs read ``code``, a key of ``ERROR_CODES``, and never the text."""
 
     def __init__(self, message: str, code: UserErrorCode) -> None:
         assert code in ERROR_CODES, code
@@ -47,9 +47,9 @@ class ImageError(UserError):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What decoding one image may cost. Times and memory are for pictures up to ``ORDINARY_PIXELS``.
+    """Limits for decoding one image. Times and memory are for pictures of up to ``ORDINARY_PIXELS``.
 
-    Larger pictures, up to ``max_pixels``, get ``seconds_per_megapixel`` more and the memory that ``memory_for`` says.
+    Larger pictures, up to ``max_pixels``, get ``seconds_per_megapixel`` more, and memory by ``memory_for``.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -63,7 +63,7 @@ class DecodeLimits:
         return self.seconds + self.seconds_per_megapixel * extra / 1e6
 
     def memory_for(self, num_pixels: int, bytes_per_pixel: int) -> int:
-        """Address space for a picture of ``num_pixels`` whose decoding holds ``bytes_per_pixel`` at its peak."""
+        """Bytes of address space for a picture of ``num_pixels`` that needs ``bytes_per_pixel`` at the peak."""
         return self.memory_bytes + max(0, num_pixels - ORDINARY_PIXELS) * bytes_per_pixel
 
 

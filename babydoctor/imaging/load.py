@@ -1,4 +1,4 @@
-"""Image file or bytes -> checked RGB picture, in this process. ``isolation`` does the same in a separate process."""
+"""Decode an image file or bytes into an RGB picture in this process; ``isolation`` does so in a separate process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a PNG, JPEG, DICOM, WebP, GIF, BMP or TIFF into an upright RGB picture.
 
-    The format is recognized by content, never by name. A DICOM file shows its first frame under its first window (see
-    ``dicom.render`` for others), an animation its first picture. Samples of more than 8 bits are shown between
+    The format is recognized by content, never by name. Of a DICOM file, the first frame is shown under its first window
+    (see ``dicom.render`` for others); of an animation, the first picture. Samples of more than 8 bits are shown between
     percentiles 0.5 and 99.5, transparency is laid over black, and EXIF orientation is applied.
     ``image.info["warnings"]`` lists what was unclear in a DICOM file and how it was interpreted. It is also logged.
 

@@ -83,7 +83,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Pictur
         image = _open(container)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode safely ({error})", "image_too_large") from error
-    except Exception as error:  # so do its header parsers
+    except Exception as error:  # Pillow's header parsers raise many kinds of errors on damaged files
         raise ImageError(f"{name}: the {format} header cannot be read ({_short(error)})", "image_unreadable") from error
     check_size(image.width, image.height, name, max_pixels)
     return Picture(name, container, image)
@@ -103,11 +103,11 @@ def _check_variant(container: Container, name: str) -> None:
 def _open(container: Container) -> Image.Image:
     data = container.data
     if container.color_type == 4 and container.bit_depth == 16:
-        data = _grey_alpha_as_rgba(data)
+        data = _gray_alpha_as_rgba(data)
     return Image.open(io.BytesIO(data), formats=(container.format,))
 
 
-def _grey_alpha_as_rgba(data: bytes) -> bytes:
+def _gray_alpha_as_rgba(data: bytes) -> bytes:
     """A 16-bit gray and alpha PNG as an 8-bit RGBA one. Both have four bytes per pixel, so only the header changes.
 
     Pillow reads only the high bytes of 16-bit gray and alpha. As RGBA, red and green are the high and low byte of gray.
@@ -127,7 +127,7 @@ def _to_rgb(image: Image.Image, container: Container, name: str) -> Image.Image:
         return _wide_color(image, container, rawmode)
     image.load()
     if image.mode.startswith(("I", "F")):
-        return _wide_grey(np.asarray(image), container)
+        return _wide_gray(np.asarray(image), container)
     key = container.transparent_key
     if key is not None:
         return _clear_key(image, key, container.bit_depth)
@@ -147,17 +147,17 @@ def _clear_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.Im
     return Image.fromarray(shown)
 
 
-def _wide_grey(values: np.ndarray, container: Container) -> Image.Image:
+def _wide_gray(values: np.ndarray, container: Container) -> Image.Image:
     """Grayscale ``[h, w]`` of 16 bits, 32 bits or floats -> RGB."""
     visible = None
     if container.transparent_key is not None:
         visible = values != container.transparent_key[0]
-    grey = _window(values, visible)
+    gray = _window(values, visible)
     if container.is_white_zero:
-        grey = np.where(np.isnan(values), 0, 255 - grey)  # NaN stays black
+        gray = np.where(np.isnan(values), 0, 255 - gray)  # NaN stays black
     if visible is not None:
-        grey[~visible] = 0
-    return Image.fromarray(grey).convert("RGB")
+        gray[~visible] = 0
+    return Image.fromarray(gray).convert("RGB")
 
 
 def _wide_color_rawmode(image: Image.Image) -> str | None:
@@ -202,7 +202,7 @@ def _with_rawmode(image: Image.Image, rawmode: str) -> Image.Image:
 
 
 def _window_samples(values: np.ndarray, alpha: np.ndarray | None) -> Image.Image:
-    """16-bit samples ``[h, w]`` or ``[h, w, 3]`` with alpha ``[h, w]`` of 16 bits -> RGB over black."""
+    """Blend 16-bit samples ``[h, w]`` or ``[h, w, 3]`` with 16-bit alpha ``[h, w]`` over black, as RGB."""
     shown = _window(values, None if alpha is None else alpha > 0)
     if alpha is not None:
         opacity = alpha.astype(np.float32) / 65535

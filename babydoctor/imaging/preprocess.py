@@ -27,7 +27,7 @@ _MAX_PADDED_EDGE = 4096
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become pixels. The run's manifest stores it, so that serving does the same as training.
+    """How pictures become pixels. Stored in the run's manifest, so that serving does the same as training.
 
     ``size`` is the edge of the square in pixels; ``mean`` and ``std`` are per RGB channel on a scale of 0 to 1.
     """
@@ -52,11 +52,11 @@ class ImageSettings:
     def from_processor_dir(cls, path: str | Path, mode: ImageMode) -> ImageSettings:
         """Read the settings that belong to a vision tower.
 
-        ``path`` is a model folder or a hub id. Reads ``preprocessor_config.json``, or transformers' newer
+        ``path`` is a model directory or a hub id. Reads ``preprocessor_config.json``, or transformers' newer
         ``processor_config.json`` that holds the same under ``image_processor``.
 
         Raises:
-            UserError: the settings are not there or are not those of a CLIP image processor.
+            UserError: the settings are missing, or not those of a CLIP image processor.
         """
         file, config = _read_processor_config(path)
         size, crop = _edge(config.get("size")), _edge(config.get("crop_size"))
@@ -126,7 +126,7 @@ def _pad_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic to ``size`` on the shorter edge, then the middle ``size`` x ``size``."""
+    """Resize the shorter edge to ``size`` (bicubic) and crop the central ``size`` x ``size``."""
     short, long = sorted(image.size)
     resized_long = int(size * long / short)
     width, height = (size, resized_long) if image.width <= image.height else (resized_long, size)

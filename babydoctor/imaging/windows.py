@@ -44,7 +44,7 @@ _LABEL_WORDS = """
 
 
 def window_label(text: str) -> str:
-    """A file's name for a window, or nothing: it is free text, so only words that window names consist of pass."""
+    """A file's name for a window if it consists of known words, else empty, because free text may name a person."""
     known = _LABEL_WORDS.split()
     words = re.findall(r"[^\s_\-/,.:()]+", text.upper())
     is_plain = all(word in known or (word.isdecimal() and len(word) <= 2) for word in words)

@@ -41,7 +41,9 @@ class LoraUpdate:
         for key, value in load_adapter_weights(self.directory).items():
             match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", key.removeprefix(PEFT_PREFIX))
             if match is None:
-                raise UserError(f"{self.directory}: {key!r} is not a LoRA weight and cannot be merged")
+                raise UserError(
+                    f"{self.directory}: {key!r} is not a LoRA weight and cannot be merged; use a plain LoRA"
+                )
             self.weights.setdefault(match[1], {})[match[2]] = value
 
     def check_fits(self, shapes: Mapping[str, Collection[int]]) -> None:
@@ -56,14 +58,18 @@ class LoraUpdate:
         for module, sides in self.weights.items():
             shape = shapes.get(f"{module}.weight")
             if shape is None:
-                raise UserError(f"{self.directory}: the base has no module {module!r} to merge into")
+                raise UserError(
+                    f"{self.directory}: the base has no module {module!r} to merge into; use the adapter's own base"
+                )
             if missing := {"A", "B"} - set(sides):
                 raise UserError(
                     f"{self.directory}: {module!r} has no lora_{min(missing)} weight; copy the complete adapter"
                 )
             low, high = sides["A"], sides["B"]
             if (len(high), low.shape[1]) != tuple(shape) or high.shape[1] != len(low):
-                raise UserError(f"{self.directory}: the update of {module!r} does not fit {tuple(shape)}")
+                raise UserError(
+                    f"{self.directory}: the update of {module!r} does not fit {tuple(shape)}; use the adapter's base"
+                )
 
     def apply(self, module_name: str, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` plus the update in float32, or ``weight`` itself if the adapter has no update for it."""
@@ -95,7 +101,7 @@ def read_adapter_config(directory: Path) -> dict:
     """
     path = directory / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"{directory} is not a peft adapter: it has no adapter_config.json")
+        raise UserError(f"{directory} is not a peft adapter: it has no adapter_config.json; copy the complete adapter")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -114,7 +120,9 @@ def load_adapter_weights(directory: Path) -> dict[str, torch.Tensor]:
         return load_tensors(directory / "adapter_model.safetensors")
     if (directory / "adapter_model.bin").is_file():
         return dict(load_pickle(directory / "adapter_model.bin"))
-    raise UserError(f"{directory} holds neither adapter_model.safetensors nor adapter_model.bin")
+    raise UserError(
+        f"{directory} holds neither adapter_model.safetensors nor adapter_model.bin; copy the complete adapter"
+    )
 
 
 def add_lora(model: LanguageModel, lora: LoraConfig) -> None:
@@ -154,7 +162,9 @@ def load_lora(model: LanguageModel, directory: Path, *, trainable: bool = False)
     except RuntimeError as error:
         raise UserError(f"{directory} does not fit the language model: {error}") from error
     if result.unexpected_keys:
-        raise UserError(f"{directory}: the language model has no layer for {result.unexpected_keys[0]!r}")
+        raise UserError(
+            f"{directory}: the language model has no layer for {result.unexpected_keys[0]!r}; use the adapter's base"
+        )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(trainable)

@@ -93,7 +93,7 @@ class Manifest(BaseModel):
     data_versions: dict[str, str] = {}
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
-    """How often the peak of an occlusion map lies on the finding: what ``eval --localization`` measured."""
+    """How often the peak of an occlusion map is on the finding, measured by ``eval --localization``."""
 
     @property
     def image(self) -> ImageSettings:
@@ -131,7 +131,7 @@ def read_manifest(run: str | Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}; copy the run again") from error
     if manifest.format > FORMAT:
         raise UserError(f"{path} has format {manifest.format}, this version reads up to {FORMAT}; update babydoctor")
     return manifest

@@ -62,7 +62,7 @@ def weight_files(directory: Path) -> list[Path]:
             return [directory / name for name in names]
         if files := sorted(directory.glob(pattern)):
             return files
-    raise UserError(f"{directory} holds no model*.safetensors and no pytorch_model*.bin")
+    raise UserError(f"{directory} holds no model*.safetensors and no pytorch_model*.bin; copy the complete model")
 
 
 SHARD_BYTES = 2 * 2**30
@@ -172,7 +172,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"({str(error).splitlines()[0]}). Convert it to safetensors if you trust it."
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UserError(f"{path} does not hold a dictionary of tensors")
+        raise UserError(f"{path} does not hold a dictionary of tensors; get it again")
     return weights
 
 

@@ -1,7 +1,7 @@
-"""Questions about a phantom in the many ways in which people ask.
+"""Questions about a phantom in many wordings.
 
-``wordings.yaml`` holds the patterns. ``ask`` draws one, expands it, and changes it as people do: a "please", small
-letters, a missing question mark, a typing error.
+``wordings.yaml`` holds the patterns. ``ask`` draws one, expands it, and varies it as people do: with a "please", lower
+case, a missing question mark or a typo.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 PLAIN_SHARE = 0.45
-"""Share of the questions that stay as the pattern has them."""
+"""Share of the questions that are not varied."""
 
 TYPO_SHARE = 0.25
-"""Share of the other questions that get a typing error."""
+"""Share of the other questions that get a typo."""
 
 _INNERMOST = re.compile(r"\(([^()]*)\)")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -47,7 +47,7 @@ _SYLLABLES = ("ba", "dor", "fli", "gu", "kem", "lo", "mip", "nu", "pra", "qua", 
 
 @dataclass(frozen=True)
 class Wordings:
-    """Patterns by kind of request, and what the slots in them stand for."""
+    """Patterns by kind of request, and the values of their slots."""
 
     slots: dict[str, str]
     trained: dict[str, tuple[str, ...]]
@@ -69,7 +69,7 @@ def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:
     """Draw one sentence from a pattern.
 
     Args:
-        finding: of the case that is asked about, so that a question names no other one; "none" names none.
+        finding: finding of the case, so that a question names no other one; "none" names none.
     """
 
     def fill(match: re.Match[str]) -> str:
@@ -83,7 +83,7 @@ def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:
         return load_wordings().slots[name]
 
     while _SLOT.search(pattern) or _INNERMOST.search(pattern):
-        # Alternatives first: a slot in one that is not chosen is never filled.
+        # Choose alternatives before filling slots, because a slot may be in an alternative that is not chosen.
         pattern, changed = _INNERMOST.subn(lambda match: _pick(match[1].split("|"), rng), pattern)
         if not changed:
             pattern = _SLOT.sub(fill, pattern, count=1)
@@ -92,7 +92,7 @@ def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:
 
 
 def misspell(sentence: str, rng: np.random.Generator) -> str:
-    """Make one typing error in a word of four letters or more: letters swapped, dropped, doubled or replaced."""
+    """Make one typo in a word of four letters or more: letters swapped, dropped, doubled or replaced."""
     words = list(_WORD.finditer(sentence))
     if not words:
         return sentence
@@ -136,7 +136,7 @@ def ask(kind: str, finding: str, rng: np.random.Generator, *, held_out: bool = F
 
     Args:
         kind: "modality", "finding", "side", "level", "location", "report" or "outside".
-        finding: of the case that is asked about.
+        finding: finding of the case.
         held_out: draw from the wordings that no training text contains.
     """
     wordings = load_wordings()

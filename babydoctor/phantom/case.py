@@ -45,7 +45,7 @@ class Case:
 
 
 def build_cases(split: str, count: int, seed: int) -> list[Case]:
-    """Make ``count`` cases of one split, in random order. Every 240 cases hold each combination equally often."""
+    """Make ``count`` cases of one split in random order. Each combination occurs equally often in 240 cases."""
     # Each split has its own random stream, so the number of cases in one split does not change the other.
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     combinations = list(itertools.product(MODALITIES, FINDINGS, SIDES, LEVELS, SIZES_MM))

@@ -1,4 +1,4 @@
-"""Draws a radiology phantom: a case in, a small grayscale image out.
+"""Draw the grayscale image of a radiology phantom.
 
 The drawings are schematic. Each of the four modalities shows a torso from the front with a caricature of its physics:
 summed shadows for a radiograph, hard edges for CT, coil shading for MR, a speckled fan for ultrasound. A tiny vision
@@ -34,7 +34,7 @@ MM_PER_UNIT = 180.0
 """The image is 2 units = 360 mm wide."""
 
 VISIBLE_DIFFERENCE = 25
-"""Of 255 gray levels: larger than noise, smaller than any finding's contrast."""
+"""In gray levels of 255. Larger than noise, smaller than any finding's contrast."""
 
 LEVEL_Y = {"upper": -0.42, "middle": -0.02, "lower": 0.38}
 

@@ -1,4 +1,4 @@
-"""Rows of the three training sets about a phantom: who asks what, in which wording, and the reply.
+"""Rows of the three training sets about a phantom: requests in many wordings, and the replies.
 
 The texts themselves are in ``text.py``, the wordings in ``asking.py``.
 """
@@ -88,7 +88,7 @@ def draw_requests(case: Case, rng: np.random.Generator, count: int) -> list[tupl
     A kind may come twice or not at all, so a question cannot be guessed from those before it.
     """
     weights = dict(REQUESTS)
-    if case.finding == "none":  # side and level of nothing are asked, but not often
+    if case.finding == "none":  # sometimes ask for side and level although there is no finding
         weights |= {kind: 0.3 * weights[kind] for kind in ("side", "level", "location")}
     shares = np.array(list(weights.values()))
     kinds = rng.choice(list(weights), size=count, p=shares / shares.sum())
@@ -96,7 +96,7 @@ def draw_requests(case: Case, rng: np.random.Generator, count: int) -> list[tupl
 
 
 def request(kind: str, case: Case, rng: np.random.Generator) -> str:
-    """A question of one kind in a wording that may be trained on, often the one that the evaluation asks."""
+    """A question of one kind in a training wording, often the one that the evaluation uses."""
     if kind in QUESTIONS and rng.random() < 0.2:
         return QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]
     return ask(kind, case.finding, rng)

@@ -15,7 +15,7 @@ from babydoctor.schema import IMAGE_TOKEN
 KINDS = ("modality", "finding", "side", "level")
 """The kinds of closed questions. The evaluation asks about side and level only where there is a finding."""
 
-# The evaluation asks the first wording. ``wordings.yaml`` holds the others that are trained on.
+# The evaluation asks the first wording of each kind. ``wordings.yaml`` holds further wordings for training.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "modality": ("What kind of scan is this?", "How was this picture made?"),
     "finding": ("What is the main finding?", "What stands out in this picture?"),
@@ -91,7 +91,7 @@ def caption(case: Case) -> str:
 
 
 def reports(case: Case) -> tuple[str, ...]:
-    """The terse reports of a case in radiology terms; each says the same."""
+    """Equivalent terse reports of a case in radiology terms."""
     modality = _REPORT_MODALITY[case.modality]
     if case.finding == "none":
         return (f"{modality}. No abnormality.",)
@@ -107,7 +107,7 @@ def report(case: Case, rng: np.random.Generator) -> str:
 
 
 def record(case: Case, rng: np.random.Generator) -> str:
-    """A case as a form in a database has it: a field and a radiology term on each line, in any order."""
+    """A case as a structured form: a field and a radiology term on each line, in random order."""
     fields = [("Modality", "modality"), ("Finding", "finding"), ("Side", "side"), ("Level", "level")]
     lines = [f"{name}: {term_replies(kind, case)[0]}" for name, kind in [*fields, ("Location", "location")]]
     return "\n".join(lines[i] for i in rng.permutation(len(lines)))

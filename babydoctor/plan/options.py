@@ -1,7 +1,7 @@
-"""Alternatives to a stage's settings, and what each one costs in memory and hours.
+"""Alternatives to a stage's settings, with the memory and hours of each.
 
-Only settings that leave the mathematics of LLaVA's recipe alone are varied: how the frozen base is stored, which layers
-are recomputed, and how a step is split into micro-batches.
+Only settings that do not change LLaVA's recipe are varied: how the frozen base is stored, which layers are recomputed,
+and how a step is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from babydoctor.plan.model import describe_model
 from babydoctor.plan.plan import CHECKPOINTING, Plan, build_plan, with_settings
 
 MOST_MICRO_BATCH_TOKENS = 4096
-"""Options use no larger micro-batch: matrix products run at full speed below, and fewer tokens leave memory free."""
+"""Largest micro-batch of an option. Matrix products reach full speed below it, and fewer tokens need less memory."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One combination of settings. ``plan`` is None where not even one sample of data.max_length fits."""
+    """One combination of settings. ``plan`` is None if not even one sample of data.max_length fits."""
 
     quantization: str
     gradient_checkpointing: str
@@ -57,6 +57,6 @@ def list_options(
 
 
 def cheapest(options: Iterable[Option]) -> Option | None:
-    """The option with the fewest hours; None where none fits."""
+    """The option with the fewest hours; None if none fits."""
     fitting = [option for option in options if option.plan is not None]
     return min(fitting, key=lambda option: option.plan.hours if option.plan else 0.0, default=None)

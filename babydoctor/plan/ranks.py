@@ -1,6 +1,6 @@
-"""A stage on several GPUs: memory of each rank, bytes that it sends in a step, and the efficiency that is left.
+"""A stage on several GPUs: memory of each rank, bytes that it sends in a step, and the resulting efficiency.
 
-Predictions from sizes and data sheets; nothing of it was measured. ``N`` ranks, ``t`` trained parameters.
+All of this is predicted from sizes and data sheets, not measured. ``N`` ranks, ``t`` trained parameters.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUCKET_BYTES = 50_000_000 * FLOAT32
 """DeepSpeed's ``reduce_bucket_size`` in ``configs/accelerate/*.json``; there are two of them."""
 
 GATHERED_LAYERS = 2
-"""Decoder layers that are whole at once under FSDP and ZeRO-3: the one that runs and the one that is gathered."""
+"""Decoder layers that are gathered at the same time under FSDP and ZeRO-3: the running one and the next one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RankPlan:
     single_seconds: float
 
     def seconds_per_step(self, link: str) -> float:
-        """Computation and communication one after the other; engines hide a part of it behind the backward pass."""
+        """Computation plus communication. Engines hide a part of the communication behind the backward pass."""
         return self.plan.seconds_per_step + self.sent_bytes / (LINKS[link] * ASSUMED_LINK_UTILIZATION)
 
     def efficiency(self, link: str) -> float:
@@ -74,7 +74,7 @@ def plan_ranks(
     strategy: str = "ddp",
     num_ranks: int = 1,
 ) -> RankPlan:
-    """Plan a stage of which ``num_ranks`` ranks share each step's samples.
+    """Plan a stage whose steps are divided among ``num_ranks`` ranks.
 
     Raises:
         UserError: the strategy is not known or cannot shard the optimizer, or a step has fewer samples than ranks.

@@ -60,8 +60,8 @@ class LlavaStream:
     """The deltas of one answer on the LLaVA protocol.
 
     Args:
-        front: what the stream's texts begin with: the prompt, or nothing with ``echo: false``.
-        so_far: the part of this answer that another worker has sent; it is not repeated.
+        front: the beginning of the stream's texts: the prompt, or nothing with ``echo: false``.
+        so_far: the part of this answer that another worker has already sent. It is not repeated.
     """
 
     def __init__(self, response: httpx.Response, *, front: str = "", so_far: str = "") -> None:
@@ -72,7 +72,7 @@ class LlavaStream:
 
     @property
     def so_far(self) -> str:
-        """The whole answer as far as it has arrived."""
+        """The text of the answer that has arrived so far."""
         return self._reader.so_far
 
     @property
@@ -81,7 +81,7 @@ class LlavaStream:
         return self._reader.pending > 0
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
-        """The next delta; None if none came in time. A keep-alive is an empty delta.
+        """The next delta; None if none arrives in time. A keep-alive is an empty delta.
 
         Raises:
             EndOfAnswer: the stream has ended.
@@ -154,7 +154,7 @@ class Client:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Names of the models that can be asked."""
+        """Names of the models that can answer now."""
         return [card["id"] for card in _document(self._http.get("/v1/models"))["data"]]
 
     def template(self, model: str) -> str:

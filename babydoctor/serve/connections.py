@@ -1,6 +1,6 @@
-"""Connections of one server: how many there are, and an end to those that send nothing or read nothing.
+"""Limit a server's connections: their number, and how long a client may send nothing or read nothing.
 
-uvicorn ends a connection that is idle after an answer. It waits forever for the first request, for the rest of half a
+uvicorn closes a connection that is idle after an answer. But it waits forever for the first request, for the rest of a
 header, and for a client that does not read.
 """
 
@@ -18,13 +18,14 @@ EndReason = Literal["idle", "half_sent", "not_reading", "crowded", "refused"]
 
 @dataclass
 class ConnectionLimits:
-    """What a server allows its connections; the connections that are open.
+    """A server's limits for connections, and its open connections.
 
     Args:
-        max_open: one more takes the place of the connection that has been idle longest, or is refused.
-        head_s: to send the whole head of a request, from the connection's start or the last answer on.
-        stall_s: to read on, where the send buffer is full.
-        on_end: told why a connection was ended.
+        max_open: most open connections. A further one replaces the connection that has been idle longest, or is
+            refused if none is idle.
+        head_s: time to send the whole head of a request, from the start of the connection or the last answer.
+        stall_s: time that a client may read nothing while the send buffer is full.
+        on_end: called with the reason when a connection is closed.
     """
 
     max_open: int = 2048
@@ -34,7 +35,7 @@ class ConnectionLimits:
     open: dict[BoundedProtocol, None] = field(default_factory=dict, init=False)
 
     def protocol(self, **arguments: Any) -> BoundedProtocol:
-        """For uvicorn's ``http``."""
+        """Build a connection's protocol. This is the value for uvicorn's ``http``."""
         return BoundedProtocol(self, **arguments)
 
 
@@ -50,7 +51,7 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being answered."""
+        """True if no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

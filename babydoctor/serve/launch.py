@@ -1,4 +1,4 @@
-"""Run controller, workers and web UI as child processes of one command, which ends all of them."""
+"""Run controller, workers and web UI as child processes of one command, which ends them when it ends."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Launched:
     secret: str
 
     def supervise(self, on_event: Callable[[str], None], stop: threading.Event | None = None) -> None:
-        """Watch the parts, and restart each one that ends, until ``stop`` is set (None: for ever)."""
+        """Watch the parts, and restart each one that ends, until ``stop`` is set (None: forever)."""
         stop = stop or threading.Event()
         while not stop.wait(0.2):
             for child in self.children:
@@ -51,18 +51,18 @@ class Launched:
                 elif time.monotonic() >= child.restart_at_s:
                     child.start()
 
-    def stop(self, patience_s: float) -> None:
-        """Stop the web UI, then the controller, whose answers may finish, then the workers."""
+    def stop(self, timeout_s: float) -> None:
+        """Stop the web UI, then the controller, which may finish its answers, then the workers."""
         try:
             for child in reversed(self.children):
                 if not child.name.startswith("worker"):
                     child.terminate()
-                    child.wait(patience_s)
+                    child.wait(timeout_s)
             workers = [child for child in self.children if child.name.startswith("worker")]
             for child in workers:
                 child.terminate()
             for child in workers:
-                child.wait(patience_s)
+                child.wait(timeout_s)
         except KeyboardInterrupt:
             pass  # a second Ctrl-C: stop now
         finally:
@@ -87,7 +87,7 @@ def launched(
     Args:
         config: a YAML file like ``configs/serve.yaml``.
         overrides: ``key=value`` settings.
-        on_event: called with what is being waited for.
+        on_event: called with progress messages.
 
     Raises:
         UserError: a port is taken, or a part ended before it was ready.
@@ -155,7 +155,7 @@ class _ServeParts:
     def worker(self, index: int) -> tuple[Child, str]:
         own = self._settings.worker
         port = _free_port("worker", own.host, own.port + index if own.port else 0)
-        # A worker on this machine is called at the loopback address, whatever addresses it listens on.
+        # Call a worker on this machine at the loopback address, whatever address it listens on.
         url = _url(own.host, port)
         own_settings = [f"worker.port={port}", f"worker.controller={self.controller_url}", f"worker.address={url}"]
         arguments = ["worker", str(self._run), *self._common, *own_settings]
@@ -170,7 +170,7 @@ class _ServeParts:
 
 
 def _free_port(part: str, host: str, port: int) -> int:
-    """The port itself if it is free, a free one for 0."""
+    """The port itself if it is free, or any free port for 0."""
     with bind(part, host, port) as sock:
         return int(sock.getsockname()[1])
 
@@ -223,7 +223,7 @@ def _check_alive(served: Launched, deadline: float) -> None:
             message = (
                 f"{child.name} ended with status {child.exit_status} before it was ready; its messages above say why"
             )
-            # The part's own exit status tells bad input from a failure.
+            # The part's own exit status distinguishes bad input from a failure.
             is_bad_input = child.exit_status == DEFAULT_EXIT_STATUS
             raise UserError(message, code="invalid_input" if is_bad_input else "part_stopped")
     if time.monotonic() > deadline:

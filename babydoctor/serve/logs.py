@@ -30,7 +30,7 @@ def new_request_id(proposed: str | None = None) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """Records -> JSON. ``event`` is the message of BabyDoctor's records. Of others it names only the logger."""
+    """Records -> JSON. ``event`` is the message of BabyDoctor's own records, and only the logger of others."""
 
     def __init__(self, part: str) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
 
 
 class RateLimit(logging.Filter):
-    """Lets at most ``burst`` records of one event at once through and ``per_s`` a second after that.
+    """Passes at most ``burst`` records of one event at once, and ``per_s`` per second after that.
 
-    The next record that gets through carries the number of those that were left out. An attack must fill neither the
-    disk nor the time of the event loop.
+    The next record that passes carries the number of omitted ones. So an attack fills neither the disk nor the event
+    loop.
     """
 
     def __init__(self, per_s: float = 20, burst: int = 200) -> None:

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Each application has a registry of its own, so that several can live in one process."""
+"""Prometheus metrics. Each application has its own registry, so that several can run in one process."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ PARENT_VARIABLE = "BABYDOCTOR_PARENT_PID"
 LOG_LEVEL_VARIABLE = "BABYDOCTOR_LOG_LEVEL"
 
 STEADY_S = 60.0
-"""A part that has run for so long is restarted quickly again."""
+"""A part that has run for this long is restarted without a growing delay."""
 
 LONGEST_DELAY_S = 30.0
 
@@ -36,7 +36,7 @@ class Child:
     def start(self) -> None:
         self.restart_at_s = None
         self.started_s = time.monotonic()
-        # In its own session, so that Ctrl-C reaches only the launcher, which stops the parts in the right order.
+        # A separate session, so that Ctrl-C reaches only the launcher, which stops the parts in the right order.
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from babydoctor.cli.main import main; main()", *self.arguments],
             env=self.environment,
@@ -45,7 +45,7 @@ class Child:
         )
 
     def plan_restart(self, now_s: float) -> float:
-        """Plan the restart of a part that has ended; returns the delay in seconds.
+        """Plan the restart of a part that has ended. Returns the delay in seconds.
 
         The delay doubles while the part ends within ``STEADY_S`` of its start.
         """
@@ -59,14 +59,14 @@ class Child:
         return self.process.poll()
 
     def terminate(self) -> None:
-        """Send SIGTERM once. A second one would stop it at once, without finishing running answers."""
+        """Send SIGTERM, but only once: a second one would stop the part without finishing running answers."""
         if self.exit_status is None:
             self.process.terminate()
 
-    def wait(self, patience_s: float) -> None:
-        """Wait until it ends. Send SIGKILL after ``patience_s``."""
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it ends. Send SIGKILL after ``timeout_s``."""
         try:
-            self.process.wait(patience_s)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
 

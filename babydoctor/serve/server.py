@@ -22,7 +22,7 @@ from babydoctor.serve.settings import is_loopback
 WILDCARDS = ("0.0.0.0", "::", "")
 
 END_S = 25.0
-"""For closing connections and freeing the model after running answers have been drained; long, for a loaded machine."""
+"""Time to close connections and free the model after draining. Long enough for a busy machine."""
 
 _END_NOW_S = 3.0
 
@@ -121,7 +121,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def _end_within(seconds: float) -> None:
-    """End this process after so long, whatever its threads wait for, and print their stacks first.
+    """End this process after this time, whatever its threads wait for, and print their stacks first.
 
     The timer is a thread of C that needs no interpreter lock. A later call replaces an earlier one.
     """

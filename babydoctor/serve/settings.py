@@ -32,7 +32,7 @@ class Limits(Section):
     max_body_bytes: int = Field(32 * 2**20, gt=0, description="size of a request; base64 makes images a third larger")
     max_held_bytes: int = Field(2**30, gt=0, description="size of all open requests together; further ones get 429")
     body_timeout_s: float = Field(30, gt=0, description="time for a client to send the whole body")
-    max_connections: int = Field(2048, gt=0, description="connections of one part; the idlest is closed beyond it")
+    max_connections: int = Field(2048, gt=0, description="connections of one process; beyond it the idlest is closed")
     head_timeout_s: float = Field(10, gt=0, description="time for a client to send a request's head")
     stall_timeout_s: float = Field(60, gt=0, description="a client that reads nothing for this long is disconnected")
     max_pixels: int = Field(50_000_000, gt=0, description="pixels of an image, read from its header before decoding")
@@ -48,7 +48,7 @@ class Limits(Section):
     max_open: int = Field(1024, gt=0, description="open requests of a controller; further ones get 429")
     request_timeout_s: float = Field(300, gt=0, description="time from arrival to the last token")
     stuck_s: float = Field(
-        120, gt=0, description="a step of the engine, or decoding, without progress for so long: /readyz is 503"
+        120, gt=0, description="if the engine or decoding makes no progress for this long, /readyz is 503"
     )
     keep_alive_s: float = Field(
         3, gt=0, description="longest time without data in a stream; LLaVA's clients give up after 10 s"
@@ -79,9 +79,9 @@ class ControllerSettings(Section):
         60, gt=0, description="an answer without data for this time is continued on another worker"
     )
     trusted_workers: tuple[str, ...] = Field(
-        (), description="URLs that may register without the secret, for workers of the original LLaVA"
+        (), description="URLs that may register without the secret, for LLaVA's own workers"
     )
-    foreign_template: str = Field("v1", description="template of messages for workers that do not name one")
+    foreign_template: str = Field("v1", description="template of messages for workers that do not report one")
 
 
 class WorkerSettings(Section):
@@ -146,7 +146,7 @@ class ServeSettings(Section):
         description="web sites that may call the APIs from a browser, e.g. https://app.example.org; *: all",
     )
     allowed_hosts: tuple[str, ...] = Field(
-        (), description="further host names under which parts on 127.0.0.1 are reached, through a proxy on this machine"
+        (), description="further host names of servers on 127.0.0.1, through a proxy on this machine"
     )
     public_without_keys: bool = Field(False, description="true allows other machines to connect without API keys")
 
@@ -183,7 +183,7 @@ def load_secrets(environment: Mapping[str, str] | None = None) -> Secrets:
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise UserError(f"{KEYS_FILE_VARIABLE}={file}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{KEYS_FILE_VARIABLE}={file}: cannot be read ({error.strerror}); check it") from None
         keys += [line.partition("#")[0].strip() for line in lines]
     secret = environment.get(SECRET_VARIABLE) or None
     keys = [key for key in keys if key]
@@ -216,7 +216,7 @@ def check_exposure(part: str, host: str, settings: ServeSettings, secrets: Secre
         return
     if not secrets.api_keys and not settings.public_without_keys:
         raise UserError(
-            f"{part}.host={host} can be reached from other machines, and no API keys are set: anybody could use the "
+            f"{part}.host={host} can be reached from other machines, and no API keys are set: anyone could use the "
             f"model. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE}, listen on 127.0.0.1, or set "
             "public_without_keys=true if a proxy in front of it authenticates users"
         )

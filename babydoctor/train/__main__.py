@@ -1,4 +1,4 @@
-"""``python -m babydoctor.train CONFIG [key=value ...] [--resume]``, for ``accelerate launch``."""
+"""``python -m babydoctor.train CONFIG [key=value ...] [--resume]``, the form that ``accelerate launch`` can start."""
 
 import sys
 

@@ -6,9 +6,9 @@
       trainable.safetensors   the trained parameters in training precision
       optimizer.safetensors   the optimizer's tensors; a tensor that several parameters share is stored once
       state.json              the optimizer's numbers, step, samples, data fingerprint
-      checksums.sha256        one line per file above; `sha256sum -c checksums.sha256` reads it
+      checksums.sha256        one line per file above, for `sha256sum -c checksums.sha256`
 
-The step number is the position in the data and the seed of the random generators, so neither needs a file. Nothing
+The step number determines the position in the data and seeds the random generators, so neither needs a file. Nothing
 is pickled.
 """
 
@@ -40,7 +40,7 @@ _DAMAGED_SUFFIX = ".damaged"
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run is: optimizer steps and samples done, over all ranks, and the rows it trains on."""
+    """The position of a run: optimizer steps and samples so far, over all ranks, and the fingerprint of its rows."""
 
     step: int
     samples: int
@@ -56,7 +56,7 @@ class Checkpoint:
     optimizer_numbers: dict[str, Any]
 
     def optimizer_state(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict`` gave it."""
+        """The state in the form of ``torch.optim.Optimizer.state_dict``."""
         return _join_optimizer_state(self.optimizer_tensors, self.optimizer_numbers)
 
 
@@ -72,10 +72,11 @@ def save_checkpoint(
 
     Args:
         parameters: the trained parameters by name.
-        optimizer_state: from ``torch.optim.Optimizer.state_dict``.
+        optimizer_state: in the form of ``torch.optim.Optimizer.state_dict``.
+        keep: number of newest checkpoints to keep, this one included.
 
     Raises:
-        UserError: the disk is full. Earlier checkpoints are still there.
+        UserError: the disk is full. Earlier checkpoints are intact.
     """
     path = run / "checkpoints" / f"step-{state.step}"
     tensors, numbers = _split_optimizer_state(optimizer_state)
@@ -106,7 +107,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, compared with its checksums; None if they are intact."""
+    """Compare a checkpoint's files with its checksums. Return the first mismatch as text, or None if all match."""
     try:
         lines = (checkpoint / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -124,13 +125,13 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_newest_intact(run: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold; None if the run has no checkpoint.
+    """Find the newest checkpoint whose checksums match; None if the run has no checkpoint.
 
-    Damaged newer ones are renamed to ``step-N.damaged`` and named in a warning, so that the next checkpoints are
-    written and counted without them. Leftovers of half-written checkpoints are deleted.
+    Newer checkpoints that are damaged are renamed to ``step-N.damaged`` with a warning, so that they are neither
+    counted nor in the way of new ones. Leftovers of half-written checkpoints are deleted.
 
     Raises:
-        UserError: there are checkpoints and all of them are damaged.
+        UserError: every checkpoint is damaged.
     """
     remove_leftovers(run / "checkpoints")
     checkpoints = list_checkpoints(run)
@@ -159,7 +160,7 @@ def _set_aside(checkpoint: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint into the CPU's memory."""
+    """Read a checkpoint into CPU memory."""
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     parameters, tensors = (load_tensors(path / f"{name}.safetensors") for name in ("trainable", "optimizer"))
     return Checkpoint(parameters, tensors, values["optimizer"])
@@ -173,24 +174,27 @@ def load_parameters(checkpoint: Checkpoint, model: BabyDoctor) -> None:
         UserError: the checkpoint was written by a model with other trainable parameters.
     """
     parameters = model.trainable_parameters()
-    if odd := sorted(checkpoint.parameters.keys() ^ parameters.keys()):
-        raise UserError(f"the checkpoint does not fit the model: {odd[0]!r} is in one and not in the other")
+    if unmatched := sorted(checkpoint.parameters.keys() ^ parameters.keys()):
+        raise UserError(
+            f"the checkpoint does not fit the model: {unmatched[0]!r} is in one and not in the other; resume with the "
+            "run's own settings"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(checkpoint.parameters[name])
 
 
 def read_state(path: Path) -> TrainState:
-    """How far the run was when a checkpoint was written."""
+    """Read the position of the run at a checkpoint."""
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     del values["optimizer"]
     return TrainState(**values)
 
 
 def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by their path (``0/exp_avg``) on the CPU, and everything else as JSON.
+    """Split an optimizer's state into CPU tensors by path (``0/exp_avg``) and everything else, which fits JSON.
 
-    bitsandbytes nests its quantized moments one level deeper than torch does, and all parameters share two
-    quantization maps. A tensor that was met before is not stored again: ``shared`` maps its path to the first one.
+    bitsandbytes nests its quantized moments one level deeper than torch does, and all its parameters share two
+    quantization maps. Each tensor is stored once; ``shared`` maps the paths of its other uses to the first one.
     """
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -205,7 +209,7 @@ def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tenso
             shared[path] = first_path[identity]
             return
         first_path[identity] = path
-        # safetensors takes no two tensors in one storage, not even disjoint views.
+        # safetensors refuses two tensors in one storage, even if they are disjoint views.
         copy = value.numel() > 0 and storage in storages
         storages.add(storage)
         tensors[path] = value.detach().to("cpu", copy=copy).contiguous()
@@ -219,13 +223,13 @@ def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tenso
         else:
             scalars[path] = value
 
-    for index in sorted(state["state"]):  # a loaded state has another order than a new one
+    for index in sorted(state["state"]):  # the order of a loaded state differs from that of a new one
         visit(str(index), state["state"][index])
     return tensors, {"param_groups": state["param_groups"], "scalars": scalars, "shared": shared}
 
 
 def _join_optimizer_state(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``_split_optimizer_state``; shared tensors are one object again."""
+    """The inverse of ``_split_optimizer_state``. Shared tensors become one object again."""
     shared = {path: tensors[first] for path, first in numbers["shared"].items()}
     state: dict[Any, Any] = {}
     for path, value in (*tensors.items(), *shared.items(), *numbers["scalars"].items()):

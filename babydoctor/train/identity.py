@@ -1,4 +1,4 @@
-"""What a run starts from, by content, and the settings that all of its ranks must share."""
+"""Identify what a run starts from by content, and select the settings that all of its ranks must share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from babydoctor.model.weights import local_directory, weight_files
 
 
 def shared_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that all ranks must share: all but those that say where things lie or what rank 0 reports.
+    """The settings that all ranks must share.
 
-    What lies there is compared by content.
+    Left out are paths, whose content is compared instead, and what only rank 0 uses.
     """
-    own = (
+    excluded = (
         "output_dir",
         "tracking",
         "data.rows",
@@ -25,13 +25,15 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
         "data.num_workers",
         "data.eval_rows",
         "data.eval_images",
+        "init_from",
+        "model.language_model",
+        "model.vision_tower",
     )
-    places = (*own, "init_from", "model.language_model", "model.vision_tower")
-    return {key: value for key, value in flat_settings(config).items() if not is_below(key, places)}
+    return {key: value for key, value in flat_settings(config).items() if not is_below(key, excluded)}
 
 
 def identify_start(config: RunConfig, manifest: Manifest) -> dict[str, str]:
-    """What a run starts from, by content: base models, and the earlier run that ``init_from`` names."""
+    """Digests of what a run starts from: the base models, and the earlier run in ``init_from``."""
     identity = {
         "language_model": _identify_files(_model_files(local_directory(manifest.language_model))),
         "vision_tower": _identify_files(_model_files(local_directory(manifest.vision_tower))),
@@ -49,7 +51,7 @@ def _model_files(directory: Path) -> list[Path]:
 
 
 def _identify_files(files: list[Path], text: str = "") -> str:
-    """A digest of names, sizes and the first MiB of each file; hashing 13 GB at each start would take a minute."""
+    """A digest of the name, the size and the first MiB of each file. Hashing all 13 GB would take a minute."""
     digest = hashlib.sha256(text.encode())
     for path in files:
         with path.open("rb") as file:
@@ -58,5 +60,5 @@ def _identify_files(files: list[Path], text: str = "") -> str:
 
 
 def is_below(key: str, sections: tuple[str, ...]) -> bool:
-    """Whether a setting is one of ``sections`` or lies in one."""
+    """True if a setting is one of ``sections`` or belongs to one."""
     return any(key == section or key.startswith(section + ".") for section in sections)

@@ -1,4 +1,4 @@
-"""Evaluation during training: held-out loss with sample answers, and one evaluation task, each at its own interval."""
+"""Evaluate during training: held-out loss with sample answers, and one evaluation task, each at its own interval."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from babydoctor.config import InTrainingTaskConfig, RunConfig
+from babydoctor.data.images import read_image
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import Encoder
 from babydoctor.data.packing import pack
-from babydoctor.data.rows import load_dataset_rows, read_image
+from babydoctor.data.rows import load_dataset_rows
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
 from babydoctor.eval.load import load_task
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_TASK_RESAMPLES = 200
-"""Bootstrap resamples of a task during training. Few are enough for a rough interval."""
+"""Bootstrap resamples for a task during training. A rough confidence interval needs few."""
 
 MAX_ANSWER_TOKENS = 48
-"""Longest sample answer."""
+"""Longest sample answer, in tokens."""
 
 
 class EvalSchedule:
-    """After which steps a run is evaluated. Every rank knows it; rank 0 alone evaluates."""
+    """The steps after which a run is evaluated. All ranks need it, because they wait while rank 0 evaluates."""
 
     def __init__(self, config: RunConfig, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -44,7 +45,7 @@ class EvalSchedule:
         self.task_every = config.eval.every_steps if config.eval else None
 
     def is_due(self, step: int) -> bool:
-        """True if there is something to evaluate after ``step`` steps."""
+        """True if an evaluation is due after ``step`` steps."""
         return step > 0 and (self.held_out_is_due(step) or self.task_is_due(step))
 
     def held_out_is_due(self, step: int) -> bool:
@@ -55,7 +56,7 @@ class EvalSchedule:
 
 
 class InTrainingEval:
-    """Held-out rows and the task of the ``eval`` section. Rows and questions are read and checked on construction."""
+    """Evaluates held-out rows and the task of the ``eval`` section. The constructor reads and checks both."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class InTrainingEval:
         self.task = TaskAtIntervals(config.eval, manifest, encoder.tokenizer) if config.eval else None
 
     def report(self, model: BabyDoctor, state: TrainState, reporter: Reporter) -> None:
-        """Run the evaluations that are due and not yet recorded for this step, and report them."""
+        """Run and report the evaluations that are due and not recorded yet for this step."""
         if self.held_out and self.schedule.held_out_is_due(state.step) and not reporter.has("eval", state.step):
             reporter.held_out(state, self.held_out.loss(model), self.held_out.answers(model))
         if self.task and self.schedule.task_is_due(state.step) and not reporter.has("task/right", state.step):
@@ -79,7 +80,7 @@ class InTrainingEval:
 
 
 class HeldOut:
-    """Held-out rows: their loss, and the model's answers to the first questions of a few of them."""
+    """Held-out rows: computes their loss, and answers the first question of a few of them."""
 
     def __init__(self, config: RunConfig, manifest: Manifest, encoder: Encoder, max_tokens: int) -> None:
         data = config.data
@@ -103,7 +104,7 @@ class HeldOut:
         return total / sum(batch.num_supervised for batch in self.batches)
 
     def answers(self, model: BabyDoctor) -> list[dict[str, str]]:
-        """Question, reference and the model's greedy answer for each sample in ``shown``."""
+        """Question, reference and greedy answer for each sample in ``shown``."""
         if not self.shown:
             return []
         queries = [self._query(sample) for sample in self.shown]

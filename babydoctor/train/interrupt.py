@@ -1,7 +1,7 @@
-"""Stopping a run by signal: SIGINT (Ctrl-C), SIGTERM and SIGUSR1, Slurm's usual warning before a time limit.
+"""Stop a run by signal: SIGINT (Ctrl-C), SIGTERM, or SIGUSR1, which Slurm usually sends before a time limit.
 
-While steps run, a signal asks the loop to save a checkpoint at the end of the step. Before the first step, and while
-held-out answers are made, there is nothing to wait for and the signal takes effect at once.
+During a step, a signal asks the loop to save a checkpoint at the end of the step. Before the first step and during
+evaluation nothing is lost by stopping, so the signal takes effect at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingStopped(Exception):
-    """A signal ended training before its last step. The message is already on stderr.
+    """A signal ended training before its last step. The message has already been printed to stderr.
 
     Attributes:
         exit_status: 128 + the signal's number, as shells report it: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1.
@@ -31,16 +31,16 @@ class TrainingStopped(Exception):
 
 
 class _StopNow(BaseException):
-    """Raised by the signal handler where a signal takes effect at once. No ``except Exception`` may swallow it."""
+    """Raised by the signal handler where a signal takes effect at once. ``except Exception`` must not catch it."""
 
 
 class StopSignals:
     """Handles the stop signals inside a ``with`` block and restores the previous handlers after it.
 
-    Python runs signal handlers in the main thread only; in another thread this does nothing.
+    In any thread but the main one it does nothing, because Python runs signal handlers in the main thread only.
 
     Attributes:
-        received: the number of the first stop signal, None while there was none.
+        received: number of the first stop signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # The message comes first: once the handlers are restored, a second signal may end the process in silence. A
-        # launcher signals its ranks one after the other, so a rank may have stopped before its own signal arrives.
+        # Print before restoring the handlers: after that, a second signal may end the process without a message. It
+        # often follows, because a launcher signals its ranks one by one and a rank stops on another rank's signal too.
         stopped = error if isinstance(error, TrainingStopped) else None
         if kind is _StopNow:
             assert self.received is not None
@@ -71,11 +71,11 @@ class StopSignals:
             raise stopped from None
 
     def wait_for_steps(self) -> None:
-        """From now on a signal waits for the end of the step, and a second SIGINT raises ``KeyboardInterrupt``."""
+        """From now on a signal takes effect at the end of a step, and a second SIGINT raises ``KeyboardInterrupt``."""
         self._is_training, self._takes_effect_at_once = True, False
 
     def run_unless_stopped(self, action: Callable[[], None]) -> None:
-        """Run ``action`` between two steps. A signal ends it at once and is then in ``received``."""
+        """Run ``action`` between two steps. A signal ends it at once and is stored in ``received``."""
         try:
             try:
                 self._takes_effect_at_once = True
@@ -83,11 +83,11 @@ class StopSignals:
                     action()
             finally:
                 self._takes_effect_at_once = False
-        except _StopNow:  # only the first signal raises it, possibly inside ``finally`` before the assignment
+        except _StopNow:  # raised once, by the first signal, which may arrive in ``finally`` before the assignment
             self._takes_effect_at_once = False
 
     def stopped_after(self, step: int, total: int, run: Path) -> TrainingStopped:
-        """The error that ends a run whose state after ``step`` is saved."""
+        """The exception that ends a run whose checkpoint after ``step`` is saved."""
         assert self.received is not None
         name = signal.Signals(self.received).name
         return TrainingStopped(
@@ -96,7 +96,7 @@ class StopSignals:
         )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked data loader process; it ends with this one
+        if os.getpid() != self._owner:  # a forked data loader process, which ends with its parent
             return
         if self.received is not None:
             if number == signal.SIGINT:

@@ -1,6 +1,6 @@
-"""The training program: one stage from a configuration to a finished run directory.
+"""The training program: one stage, from a configuration to a finished run directory.
 
-Read ``train`` from top to bottom. All stages run through it; they differ in their configuration only.
+Read ``train`` from top to bottom. All stages use it; they differ only in their configuration.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ from babydoctor.train.tracking import check_tracking
 logger = logging.getLogger(__name__)
 
 STEPS_TO_FULL_SIZE = 2
-"""Memory use is stable after this many steps: weights, optimizer state and a step's activations are allocated."""
+"""Memory use is stable after this many steps: weights, optimizer state and the activations of a step are allocated."""
 
 
 def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable[[], None] | None = None) -> Path:
     """Train one stage and return its run directory.
 
     Args:
-        on_memory_stable: called once on the CPU after ``STEPS_TO_FULL_SIZE`` steps.
+        resume: continue from the newest checkpoint in ``config.output_dir``.
+        on_memory_stable: called once, after ``STEPS_TO_FULL_SIZE`` steps, and only on the CPU.
 
     Raises:
-        UserError: the configuration, the data or the state of the output directory does not allow it.
-        TrainingStopped: a signal ended the run; the checkpoint of its last step is saved.
+        UserError: the configuration or the data is invalid, or the output directory cannot take this run.
+        TrainingStopped: a signal ended the run. If a step was done, its checkpoint is saved.
     """
     check_tracking(config.tracking)
     run = Path(config.output_dir)
@@ -67,7 +68,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
     strategy, is_main = strategy_of(accelerator), ranks.is_main
     ranks.check_same({**shared_settings(config), "--resume": resume, "accelerate strategy": strategy})
     if ranks.from_main(lambda: resume and is_finished(config)):
-        logger.warning("%s is finished already", run)
+        logger.warning("%s is already finished; to train longer, raise train.max_steps or train.epochs", run)
         return run
     full_disk = explain_full_disk("the run", run, "free some space and run the command again with --resume")
     output = OutputDirectory(config, ranks, resume=resume)
@@ -75,23 +76,23 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         output.find_checkpoint()
         manifest, projector_file = ranks.in_turn(lambda: prepare_manifest(config))
 
-        # The data: rows are checked now; images are read ahead, step by step.
+        # Data: check all rows now. Images are read later, a few steps ahead.
         tokenizer = load_tokenizer(manifest.language_model)
         bad_rows = run / "bad.jsonl" if is_main else None
         samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, bad_rows)
         num_image_tokens = num_patches(load_vision_config(manifest.vision_tower))
         encoder = Encoder(config.data, tokenizer, manifest.image, num_image_tokens)
 
-        # The plan: refuse what cannot fit before anything large is loaded, and choose the `auto` settings.
+        # Plan: choose the `auto` settings, and refuse what cannot fit before anything large is loaded.
         lengths, hardware = measure_statistics(samples, encoder.encode), this_device(str(device))
-        plan = plan_ranks(config, hardware, statistics=lengths, strategy=strategy, num_ranks=ranks.number).plan
+        plan = plan_ranks(config, hardware, statistics=lengths, strategy=strategy, num_ranks=ranks.num_ranks).plan
         check_fits(config, plan)
         tokens = plan.micro_batch_tokens
-        number = {"rank": ranks.rank, "num_ranks": ranks.number}
-        dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=tokens, **number)
+        share = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
+        dataset = StepDataset(samples, config.data, config.train, encoder, max_tokens=tokens, **share)
         total_steps = num_steps(config, len(dataset))
 
-        # Where to begin: at the first step, or after the newest checkpoint.
+        # Start: the first step, or the step after the newest checkpoint.
         state = TrainState(step=0, samples=0, data_fingerprint=fingerprint(samples))
         found = {**identify_start(config, manifest), "data.rows": state.data_fingerprint, "micro-batch size": tokens}
         ranks.check_same(found)
@@ -100,7 +101,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         if is_main:
             evaluation = InTrainingEval(config, manifest, encoder, max_tokens=tokens, total_steps=total_steps)
 
-        # The model: frozen parts in model.dtype, the trainable ones in float32.
+        # Model: frozen parts in model.dtype, trainable parts in float32.
         model = build_trainable_model(config, manifest, projector_file, device)
         model.recompute_every = recompute_every(plan.gradient_checkpointing)
         trainee = prepare(model, config.train, accelerator, share_checkpoint(output.checkpoint, ranks))
@@ -111,7 +112,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
         with reporter:
             stop.wait_for_steps()
             reporter.begin(plan.model.trainable, len(samples), format_short(plan))
-            # Make up for an evaluation during which the run was stopped; what is recorded is not done again.
+            # Repeat an evaluation that a stop interrupted. Parts that are already recorded are skipped.
             if schedule.is_due(first_step):
                 evaluate(evaluation, trainee, state, reporter, stop)
             ranks.wait()
@@ -124,13 +125,13 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
                     on_memory_stable()
                 reporter.step(state, data, started, result)
 
-                # The checkpoint comes first: an evaluation that fails or is stopped loses no step.
+                # Save before evaluating, so that an evaluation that fails or is stopped loses no steps.
                 is_saved = is_due(config.train.save_every, state.step, total_steps)
                 if is_saved:
                     save(run, trainee, state, config.train)
                 if schedule.is_due(state.step):
                     evaluate(evaluation, trainee, state, reporter, stop)
-                stop.received = ranks.any_signal(stop.received)  # other ranks wait here for what rank 0 does
+                stop.received = ranks.any_signal(stop.received)  # the other ranks wait here for rank 0
                 if stop.received is not None and state.step < total_steps:
                     if not is_saved:
                         save(run, trainee, state, config.train)
@@ -147,7 +148,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
 def build_trainable_model(
     config: RunConfig, manifest: Manifest, projector_file: Path | None, device: torch.device
 ) -> BabyDoctor:
-    """The stage's model, with gradients for what the configuration trains and seeded random weights."""
+    """Build the stage's model. New weights are drawn from ``train.seed``; only what is trained requires gradients."""
     torch.manual_seed(config.train.seed)
     model = build_model(manifest, Path(config.output_dir), projector=projector_file, device=device)
     if "projector" in config.trainable:
@@ -159,7 +160,7 @@ def build_trainable_model(
 
 
 def share_checkpoint(path: Path | None, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint in every rank, also where only the main process has the file; None without one."""
+    """Send the main process's checkpoint to all ranks, which need not have the file. None if ``path`` is None."""
     if path is None:
         return None
     here = read_checkpoint(path) if ranks.is_main else Checkpoint({}, {}, {})
@@ -170,7 +171,7 @@ def share_checkpoint(path: Path | None, ranks: Ranks) -> Checkpoint | None:
 def prepare(
     model: BabyDoctor, config: TrainConfig, accelerator: Accelerator, checkpoint: Checkpoint | None = None
 ) -> Trainee:
-    """Build the optimizer, load the checkpoint, and let accelerate share both over the ranks."""
+    """Build the optimizer, load the checkpoint, and let accelerate distribute both over the ranks."""
     if checkpoint is not None:
         load_parameters(checkpoint, model)
     trainee = Trainee(accelerator, model, build_optimizer(model, config))
@@ -182,7 +183,7 @@ def prepare(
 def evaluate(
     evaluation: InTrainingEval | None, trainee: Trainee, state: TrainState, reporter: Reporter, stop: StopSignals
 ) -> None:
-    """Evaluate in the main process, the only one with an ``evaluation``. All ranks must call it."""
+    """Evaluate in the main process. All ranks must call it; ``evaluation`` is None in the others."""
     with trainee.whole_weights():
         if evaluation is not None:
             stop.run_unless_stopped(partial(evaluation.report, trainee.model, state, reporter))
@@ -198,7 +199,7 @@ def save(run: Path, trainee: Trainee, state: TrainState, config: TrainConfig) ->
 def take_step(
     trainee: Trainee, data: StepData, step: int, total_steps: int, config: TrainConfig, accelerator: Accelerator
 ) -> StepResult:
-    """One optimizer step, counted from 0: gradients of all micro-batches, clipping, update."""
+    """Take optimizer step ``step``, counted from 0: gradients of all micro-batches, clipping, update."""
     factor = learning_rate_factor(step, total_steps, config.warmup_ratio, config.schedule)
     learning_rate = set_learning_rate(trainee.optimizer, factor)
     seed_step(config.seed, step, accelerator.process_index)

@@ -1,4 +1,4 @@
-"""The optimizers of a stage (torch's AdamW and bitsandbytes' paged 8-bit AdamW) and the learning rate over a run."""
+"""The optimizers (torch's AdamW and bitsandbytes' paged 8-bit AdamW) and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optim
     ]
     if config.optimizer == "paged_adamw_8bit":
         optimizers = import_bitsandbytes().optim
-        # There is nothing to page on the CPU. There the paged class does the same as the other one, after a warning.
+        # On the CPU there is nothing to page: the paged class would only add a warning.
         on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
         adamw_8bit = optimizers.AdamW8bit if on_cpu else optimizers.PagedAdamW8bit
         return adamw_8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
@@ -35,14 +35,14 @@ def build_optimizer(model: BabyDoctor, config: TrainConfig) -> torch.optim.Optim
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set each group's rate to ``factor`` times its peak rate; returns the first group's rate."""
+    """Set each group's learning rate to ``factor`` times its peak rate. Return the first group's rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return optimizer.param_groups[0]["lr"]
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """The factor, 0 to 1, on the peak learning rate in the optimizer step ``step``, counted from 0.
+    """The factor, 0 to 1, that multiplies the peak learning rate in step ``step``, counted from 0.
 
     Linear warm-up over ``ceil(warmup_ratio * total_steps)`` steps, then ``cosine`` or ``linear`` to 0, or
     ``constant``. Equal to the schedules of transformers, which LLaVA uses.

@@ -1,7 +1,7 @@
-"""The output directory of a stage: who may write to it, whether a run in it can continue, what a failed start undoes.
+"""The output directory of a stage: lock it, decide whether its run can continue, and clean up after a failed start.
 
-Besides the files of ``model/run_dir.py`` a run holds ``history.json``: the identity of what the run started from, and
-one entry per resume with the step and the settings that changed.
+Besides the files of ``model/run_dir.py`` a run holds ``history.json``: digests of what the run started from, and one
+entry per resume with the step and the changed settings.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _CHANGEABLE = (
     *("train.max_steps", "train.epochs"),
     *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.num_sample_answers"),
 )
-"""Keys and sections that may change on resume: they decide how the same mathematics is computed, where the same things
-lie, or what is reported. Moved rows and models are compared by content, and a run may become longer, not shorter.
+"""Keys and sections that may change on resume. They decide how the same step is computed, where files are, what is
+reported, and how long the run is. Moved rows and models are compared by content. A run may only become longer.
 
-How a step is split into micro-batches changes rounding, and which random numbers a LoRA's dropout draws.
+Another split into micro-batches changes rounding and the random numbers of LoRA dropout.
 """
 
 _WRITTEN_AT_START = frozenset(
     {LOCK_FILE, HISTORY, "bad.jsonl", "base_adapters", "metrics.jsonl", "cut_and_left_out.jsonl"}
     | {"tensorboard", "wandb", "wandb.json"}
 )
-"""What a start writes before ``config.yaml``. A killed start leaves some of these behind, always with the lock file."""
+"""Files written before ``config.yaml``. A start that is killed leaves some of them, always with the lock file."""
 
 
 class OutputDirectory:
-    """Holds ``config.output_dir`` for this process while a stage trains. Use as a context manager.
+    """Context manager that locks ``config.output_dir`` while a stage trains.
 
-    A start that fails before the first finished step deletes what it wrote, unless the directory held a run before.
+    A start that fails before its first step is done deletes what it wrote, unless the directory held a run before.
 
     Attributes:
         path: the directory.
@@ -59,7 +59,7 @@ class OutputDirectory:
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, *, resume: bool) -> None:
-        """Only the main process reads and writes the directory; it tells the other ranks what it found."""
+        """Only the main process reads and writes the directory. It sends what it finds to the other ranks."""
         self.config, self.resume, self.ranks = config, resume, ranks
         self.path = Path(config.output_dir)
         self.checkpoint: Path | None = None
@@ -120,10 +120,10 @@ class OutputDirectory:
         return checkpoint
 
     def check_continues(self, start: TrainState, manifest: Manifest, num_steps_per_epoch: int) -> TrainState:
-        """The state to train on from: ``start``, or the checkpoint's if it fits the data, the base and the length.
+        """The state to continue from: ``start``, or the checkpoint's if data, base models and length fit.
 
         Raises:
-            UserError: the rows or the base models are others than the run's, or the run would become shorter.
+            UserError: rows or base models differ from the run's, or the run would become shorter.
         """
         if self.checkpoint is None:
             return start
@@ -158,15 +158,15 @@ class OutputDirectory:
         return saved
 
     def begin(self, manifest: Manifest, state: TrainState, strategy: str) -> None:
-        """Record the configuration and the ranks, and on resume what changed. Everything is loaded, training begins."""
+        """Record the configuration, the ranks and, on resume, what changed. Called when everything is loaded."""
         if not self.ranks.is_main:
             return
-        now = {"ranks": self.ranks.number, "strategy": strategy}
+        now = {"ranks": self.ranks.num_ranks, "strategy": strategy}
         if self.checkpoint is None:
             history: dict[str, Any] = {"start": identify_start(self.config, manifest), **now, "resumes": []}
         else:
             history = self._history()
-            before = {key: history.get(key, value) for key, value in now.items()}  # older runs did not record it
+            before = {key: history.get(key, value) for key, value in now.items()}  # older runs do not record these
             if before != now:
                 logger.warning(
                     "%s continues on %d ranks (%s); until step %d it was trained on %d (%s). Losses then differ by "
@@ -182,7 +182,7 @@ class OutputDirectory:
         write_text(self.path / "config.yaml", dump_config(self.config))
 
     def keep(self) -> None:
-        """A step is done: from here on a failure leaves the run as it is."""
+        """Keep the run if a later step fails. Called when a step is done."""
         self._undo = False
 
     def _open(self, was_started: bool) -> None:
@@ -207,7 +207,7 @@ class OutputDirectory:
 
     def _close(self) -> None:
         self._lock.release()
-        for path in reversed(self._created):  # only those that are empty again
+        for path in reversed(self._created):  # only directories that are empty
             if any(path.iterdir()):
                 break
             path.rmdir()
@@ -217,7 +217,7 @@ class OutputDirectory:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """True if the run in ``output_dir`` reached its last step and ``config`` does not ask for another length."""
+    """True if the run in ``output_dir`` reached its last step and ``config`` does not change its length."""
     run = Path(config.output_dir)
     if not (run / "manifest.json").is_file() or not (run / "config.yaml").is_file():
         return False
@@ -235,7 +235,7 @@ def _may_change(key: str) -> bool:
 
 
 def _make_directory(path: Path) -> list[Path]:
-    """Create a directory; returns what was created, outermost first."""
+    """Create a directory. Return the directories that were created, outermost first."""
     missing = []
     for directory in (path, *path.parents):
         if directory.exists():

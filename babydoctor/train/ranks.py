@@ -1,7 +1,7 @@
-"""The processes of a run and what they tell each other besides gradients.
+"""The ranks of a run, and their communication apart from gradients.
 
-All of it goes through a gloo group of its own with a timeout of days: while rank 0 evaluates or writes a checkpoint,
-the others wait longer than the timeout of the engine's collectives.
+It uses a separate gloo group with a timeout of days, because the other ranks wait while rank 0 evaluates or writes a
+checkpoint, often for longer than the timeout of the engine's collectives.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from babydoctor.schema import UserError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)
+WAIT_TIMEOUT = timedelta(days=7)
 
 
 class Ranks:
-    """This process among the ranks of a run.
+    """This process and the other ranks of a run.
 
     Attributes:
-        rank: 0 to ``number - 1``; rank 0 is the main process, which alone writes to the output directory.
+        rank: 0 to ``num_ranks - 1``. Rank 0 is the main process, the only one that writes to the output directory.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.rank, self.number = accelerator.process_index, accelerator.num_processes
+        self.rank, self.num_ranks = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self._is_local_main = accelerator.is_local_main_process
-        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE) if self.number > 1 else None
+        self._group = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT) if self.num_ranks > 1 else None
 
     def wait(self) -> None:
         """Wait for all ranks."""
@@ -41,10 +41,10 @@ class Ranks:
             distributed.barrier(group=self._group)
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Call ``function`` in the main process; every rank gets its result.
+        """Call ``function`` in the main process and return its result in every rank.
 
         Raises:
-            UserError: the main process's own error. The other ranks leave with exit status 2, without a message.
+            UserError: in the main process, from ``function``. The other ranks exit with status 2 and no message.
         """
         if self._group is None:
             return function()
@@ -64,8 +64,9 @@ class Ranks:
         return result
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """Call ``function`` in every rank: first in the main process, then in one process of each machine, then in all
-        others. For work whose files the later ones find, on a shared disk or on the machine's own.
+        """Call ``function`` in the main process, then in one process of each other machine, then in the rest.
+
+        For downloads and copies: later ranks find the files that earlier ones wrote, on a shared or a local disk.
         """
         turn = 0 if self.is_main else 1 if self._is_local_main else 2
         for now in range(3):
@@ -75,7 +76,7 @@ class Ranks:
         return result
 
     def share(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The main process's tensors, on the CPU, in every rank; what the others pass is ignored."""
+        """Send the main process's tensors to every rank, on the CPU. What the other ranks pass is ignored."""
         if self._group is None:
             return dict(tensors)
         kinds = self.from_main(lambda: {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()})
@@ -90,11 +91,11 @@ class Ranks:
         """Check that every rank has the same facts.
 
         Raises:
-            UserError: in the main process; the other ranks leave with exit status 2.
+            UserError: in the main process. The other ranks exit with status 2.
         """
         if self._group is None:
             return
-        everyone: list[Any] = [None] * self.number
+        everyone: list[Any] = [None] * self.num_ranks
         distributed.all_gather_object(everyone, (socket.gethostname(), dict(facts)), group=self._group)
         host, expected = everyone[0]
         for rank, (other_host, found) in enumerate(everyone):

@@ -1,4 +1,4 @@
-"""What a run reports during training: records for the trackers, the progress bar, warnings and the loss curve."""
+"""Report on a run during training: records for the trackers, the progress bar and the loss curve."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ LINE_INTERVAL_S = 10.0
 class StepResult:
     """One optimizer step: mean loss per supervised token, gradient norm before clipping, learning rate.
 
-    Loss and norm are scalars on the device. Reading them waits for the GPU, so it is done once per ``train.log_every``.
+    Loss and norm are scalars on the device. Reading them waits for the GPU, so it happens every ``train.log_every``
+    steps only.
     """
 
     loss: torch.Tensor
@@ -43,7 +44,7 @@ class StepResult:
 
 
 class StepProgress:
-    """A progress bar with loss, speed and time left; plain lines when the output is not a terminal."""
+    """A progress bar with loss, speed and time left, or plain lines if the output is not a terminal."""
 
     def __init__(self, name: str, start: int, total: int) -> None:
         self.name, self.total = name, total
@@ -127,7 +128,7 @@ def plot_loss(run: Path) -> Path | None:
 
 
 class Reporter:
-    """All output about the run. It is active in the main process and silent in the others."""
+    """All output about a run. Only the main process's reporter is ``active``; the others do nothing."""
 
     def __init__(self, run: Path, config: RunConfig, start: int, total: int, *, active: bool) -> None:
         self.run = run
@@ -158,11 +159,11 @@ class Reporter:
             self.tracker.close()
 
     def begin(self, trained: int, num_samples: int, plan: str) -> None:
-        """Print the size of the run, ``trained`` parameters among it, and its plan."""
+        """Print the number of samples, steps and trained parameters, and the plan."""
         if not self.active:
             return
         resumed = f", resumed after step {self.start}" if self.start else ""
-        self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} parameters train{resumed}")
+        self.progress.say(f"{num_samples:,} samples, {self.total:,} steps, {trained:,} trained parameters{resumed}")
         self.progress.say(plan)
         self._last = time.monotonic()
 
@@ -175,7 +176,7 @@ class Reporter:
         waited, self._last = started - self._last, now
         seconds, tokens, samples = (sum(column) for column in zip(*self._recent, strict=True))
         speeds = {"tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds}
-        self._list_losses(state.step, data)
+        self._list_cut_and_bad(state.step, data)
         if is_due(self.log_every, state.step, self.total):
             self._last_loss = result.loss.item()
             record = {"loss": self._last_loss, "gradient_norm": result.gradient_norm.item()}
@@ -184,7 +185,7 @@ class Reporter:
         self.progress.update(state.step, loss=self._last_loss, **speeds)
 
     def has(self, kind: str, step: int) -> bool:
-        """True if the run had a record of this kind and step when it was resumed."""
+        """True if the run already had a record of this kind and step when it was resumed."""
         return (kind, step) in self.tracker.recorded
 
     def held_out(self, state: TrainState, loss: float, answers: Sequence[dict[str, str]]) -> None:
@@ -210,8 +211,8 @@ class Reporter:
                 **values,
                 intervals=intervals,
             )
-            told = ", ".join(f"{figure.replace('_', ' ')} {value:.3f}" for figure, value in values.items())
-            self.progress.say(f"step {state.step}: {name}, {condition} image: {told}")
+            summary = ", ".join(f"{figure.replace('_', ' ')} {value:.3f}" for figure, value in values.items())
+            self.progress.say(f"step {state.step}: {name}, {condition} image: {summary}")
         self._last = time.monotonic()
 
     def conclude(self) -> None:
@@ -223,8 +224,8 @@ class Reporter:
             print(f"{self._num_cut} samples were cut to data.max_length, {self._num_bad} left out: {self._list}")
         print(f"run: {self.run}" + (f"  loss curve: {figure}" if figure else ""), flush=True)
 
-    def _list_losses(self, step: int, data: StepData) -> None:
-        """List the samples that were cut to length or left out."""
+    def _list_cut_and_bad(self, step: int, data: StepData) -> None:
+        """Append the samples that were cut to length or left out to their list."""
         self._num_cut += len(data.cut)
         self._num_bad += len(data.bad)
         if not (data.cut or data.bad):

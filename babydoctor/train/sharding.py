@@ -1,6 +1,6 @@
-"""Trained parameters and optimizer state as whole tensors, whatever engine holds them in which parts.
+"""Gather trained parameters and optimizer state into whole tensors, and share them out again, for every engine.
 
-So a checkpoint has one format, and a run can continue on another number of ranks or with another engine.
+So checkpoints have one format, and a run can continue with another number of ranks or another engine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.train.strategy import strategy_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter besides its number of steps. Sharding engines run no other optimizer."""
+"""AdamW's state of a parameter besides its step count. AdamW is the only optimizer that is sharded."""
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP2 (a ``DTensor``) or ZeRO-3 shards; any other tensor itself.
+    """Gather a tensor that FSDP2 (``DTensor``) or ZeRO-3 shards; return any other tensor unchanged.
 
     All ranks must call it.
     """
@@ -40,7 +40,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(parameters: Iterable[tuple[str, nn.Parameter]], *, keep: bool) -> dict[str, torch.Tensor]:
-    """Whole parameters on the CPU by name, one at a time; none of them with ``keep=False``. All ranks must call it."""
+    """Gather parameters one at a time and return them by name, on the CPU.
+
+    All ranks must call it. A rank with ``keep=False`` takes part and returns an empty dict.
+    """
     gathered = {}
     for name, parameter in parameters:
         value = whole(parameter)
@@ -61,7 +64,7 @@ class PlainState:
         return {**state, "state": _map_tensors(state["state"], whole)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; each rank keeps its share."""
+        """Load a state of the form that ``state_dict`` returns. Each rank keeps its share."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         shared = {
             index: {key: _share_like(value, parameters[index]) for key, value in values.items()}
@@ -70,21 +73,21 @@ class PlainState:
         self.optimizer.load_state_dict({**state, "state": shared})
 
     def tensors(self) -> list[torch.Tensor]:
-        """What this rank holds."""
+        """The tensors that this rank holds."""
         return _state_tensors(self.optimizer.state)
 
 
 class ZeroState:
-    """The state of an AdamW that ZeRO-2 or ZeRO-3 runs over flat shares of the parameters."""
+    """The state of an AdamW over the flat shares of parameters that ZeRO-2 and ZeRO-3 use."""
 
     def __init__(self, optimizer: Any, groups: list[list[nn.Parameter]], rank: int) -> None:
-        """``groups``: the parameters of each group before the optimizer was prepared."""
+        """``groups`` are the parameters of each group, before accelerate prepared the optimizer."""
         self.zero, self.rank = optimizer, rank
         self.parameters = [parameter for group in groups for parameter in group]
         self._sizes = [len(group) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``PlainState.state_dict``."""
+        """See ``PlainState.state_dict``."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [values["step"] for values in self.zero.optimizer.state.values()]
@@ -95,7 +98,7 @@ class ZeroState:
         return {"state": state, "param_groups": self._groups()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As ``PlainState.load_state_dict``."""
+        """See ``PlainState.load_state_dict``."""
         if not state["state"]:
             return
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -111,7 +114,7 @@ class ZeroState:
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def tensors(self) -> list[torch.Tensor]:
-        """What this rank holds, its flat share of the parameters included."""
+        """The tensors that this rank holds, its flat share of the parameters included."""
         return [*self._flat_parameters(), *_state_tensors(self.zero.optimizer.state)]
 
     def _flat_parameters(self) -> list[torch.Tensor]:
@@ -124,7 +127,7 @@ class ZeroState:
         return nn.functional.pad(flat, (0, size - len(flat)))
 
     def _allocate(self, step: torch.Tensor) -> None:
-        """What AdamW allocates in its first step, and the number of steps done."""
+        """Allocate what AdamW allocates in its first step, and set its step count."""
         for tensor in self._flat_parameters():
             moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
             self.zero.optimizer.state[tensor] = {"step": step.to(tensor.device, copy=True), **moments}
@@ -141,18 +144,18 @@ class ZeroState:
 
 
 class Trainee:
-    """A stage's model and optimizer as accelerate prepared them for their engine.
+    """A stage's model and optimizer, as accelerate prepared them for the chosen engine.
 
     Attributes:
-        model: the plain model; under FSDP and ZeRO-3 its weights are shares.
-        engine: what runs a training step's forward pass.
-        optimizer: what steps.
+        model: the plain model. Under FSDP2 and ZeRO-3 its weights are shares.
+        engine: the wrapped model, which runs the forward pass of a training step.
+        optimizer: the wrapped optimizer.
     """
 
     def __init__(self, accelerator: Accelerator, model: BabyDoctor, optimizer: torch.optim.Optimizer) -> None:
         groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model = model
-        # DDP would send these from rank 0 at the start, 13 GB for a 7B model. Every rank has read them itself.
+        # Every rank has read the frozen weights itself. DDP would send them from rank 0 again, 13 GB for a 7B model.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
@@ -178,9 +181,9 @@ class Trainee:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Every rank holds the whole model in the block, so that one rank alone can run ``model``.
+        """Give every rank the whole model inside the block, so that a single rank can run ``model``.
 
-        All ranks must enter it. Nothing is gathered where weights are not sharded.
+        All ranks must enter it. Nothing is gathered if weights are not sharded.
         """
         if isinstance(self.model, FSDPModule):
             parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
@@ -211,13 +214,13 @@ class Trainee:
         return gather(self.model.trainable_parameters().items(), keep=self.is_main)
 
     def gather_weights(self) -> dict[str, torch.Tensor]:
-        """What a finished run stores, trained parameters and projector. As ``gather_trained``."""
+        """What a finished run stores: trained parameters and projector. See ``gather_trained``."""
         named = self.model.named_parameters()
         kept = [(name, p) for name, p in named if p.requires_grad or name.startswith("projector.")]
         return gather(kept, keep=self.is_main)
 
     def gather_optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state, as ``torch.optim.Optimizer.state_dict`` gives it. All ranks must call it."""
+        """The optimizer's state in the form of ``torch.optim.Optimizer.state_dict``. All ranks must call it."""
         return self._state.state_dict()
 
 
@@ -235,7 +238,7 @@ def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _share_like(value: Any, parameter: nn.Parameter) -> Any:
-    """This rank's share of a whole tensor of the shape of a parameter that FSDP2 shards."""
+    """This rank's share of ``value`` if FSDP2 shards ``parameter`` and both have the same shape, else ``value``."""
     if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

@@ -1,4 +1,4 @@
-"""What a stage's model is made of before training, and what the finished run holds."""
+"""Describe the model that a stage trains, and write the finished run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from babydoctor.train.output import HISTORY
 
 
 def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
-    """Describe the stage's model, and name the projector file that it starts from.
+    """Describe the stage's model, and find the projector file that it starts from.
+
+    Returns:
+        The manifest of the run, and the projector file of ``init_from``; None without ``init_from``.
 
     With ``init_from``, the earlier stage's projector continues training and its adapters are merged into the base.
     The adapters are copied into the output directory, so the run does not depend on the earlier one.
@@ -86,11 +89,12 @@ def prepare_manifest(config: RunConfig) -> tuple[Manifest, Path | None]:
 def finish_run(
     run: Path, manifest: Manifest, model: BabyDoctor, state: TrainState, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write projector, adapter and, last of all, the manifest that marks the run as finished.
+    """Write projector, adapter and, last, the manifest that marks the run as finished.
 
-    ``weights`` are those of projector and LoRA, whole, by their names in ``model``.
+    A finished run that was made longer counts as unfinished while its files are replaced.
 
-    A run that was finished before and made longer is unfinished while its files are replaced.
+    Args:
+        weights: whole weights of projector and LoRA by their names in ``model``.
     """
     with atomic_directory(run / ".trained") as directory:
         save_trained(model, directory, manifest.language_model, weights)
@@ -116,7 +120,7 @@ def finish_run(
 
 
 def _absolute(reference: str) -> str:
-    """The full path of a local directory, so that the run works from any folder; a hub id unchanged."""
+    """The absolute path of a local directory, so that the run works from any folder, or a hub id unchanged."""
     return str(Path(reference).resolve()) if Path(reference).is_dir() else reference
 
 

@@ -19,18 +19,18 @@ def accumulate_gradients(engine: nn.Module, data: StepData, accelerator: Acceler
     """Forward and backward over this rank's micro-batches; the last one sums the gradients over ranks.
 
     Args:
-        engine: a ``BabyDoctor``, or what ``accelerator.prepare`` made of it.
+        engine: a ``BabyDoctor``, or its wrapper from ``accelerator.prepare``.
 
     Returns:
-        The mean loss per supervised token of the whole step, over all ranks: a scalar on the device, so that nothing
-        waits for it here. Each token weighs the same, however the step is split into micro-batches.
+        The mean loss per supervised token of the whole step over all ranks, a scalar on the device, so that reading it
+        later does not delay the step. Every token has the same weight, however the step is split into micro-batches.
     """
     total = torch.zeros((), device=accelerator.device)
     for index, batch in enumerate(data.batches):
         accelerator.sync_gradients = index == len(data.batches) - 1
         with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(engine):
             loss = forward(engine, batch, accelerator.device) / max(1, data.num_supervised)
-            # Every engine averages the gradients over ranks; this makes it a sum.
+            # Every engine averages gradients over ranks. The factor turns the average into a sum.
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
     return accelerator.reduce(total)
@@ -49,7 +49,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(settings: TrainConfig) -> Iterator[None]:
-    """Turn an out-of-memory error into one sentence.
+    """Turn an out-of-memory error into a ``UserError`` that names the settings to change.
 
     Raises:
         UserError: the device ran out of memory in the block.

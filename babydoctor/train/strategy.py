@@ -1,4 +1,4 @@
-"""Which engine shares the work of a step over ranks. accelerate's configuration chooses it; it is checked here.
+"""Start the engine that accelerate's configuration chooses, after checking that this program supports it.
 
 ======== ============================================ =========================================
 name     accelerate's configuration                   what each rank holds
@@ -24,17 +24,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 from babydoctor.config import TrainConfig
 from babydoctor.schema import UserError
 
-SHARDS_WEIGHTS = ("fsdp", "zero3")
-"""Strategies under which no rank holds the whole model."""
-
-SHARDS_OPTIMIZER = ("fsdp", "zero2", "zero3")
-
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Join the ranks and choose the engine that the environment asks for (``accelerate launch``, ``torchrun``).
+    """Join the other ranks and start the engine that ``accelerate launch`` or ``torchrun`` set in the environment.
 
     Raises:
-        UserError: it asks for what the engine or the training program cannot do.
+        UserError: accelerate's configuration contradicts the training settings or asks for what is not supported.
     """
     _check_deepspeed_is_installed()
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
@@ -69,7 +64,7 @@ def _check_deepspeed_is_installed() -> None:
 
 
 def _choose_on_cpu(accelerator: Accelerator) -> None:
-    """accelerate takes FSDP and DeepSpeed on GPUs only, and ignores them on CPU ranks. Both work there too."""
+    """Choose FSDP or DeepSpeed on CPU ranks too, where both work but accelerate ignores them."""
     if accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
     state: Any = accelerator.state
@@ -109,7 +104,7 @@ def _find_problems(accelerator: Accelerator, config: TrainConfig) -> Iterator[st
 
 
 def fsdp_problems(plugin: Any) -> Iterator[str]:
-    """What a ``FullyShardedDataParallelPlugin`` asks for and the training program cannot do."""
+    """Settings of a ``FullyShardedDataParallelPlugin`` that are not supported, each with its fix."""
     if plugin.fsdp_version != 2:
         yield f"fsdp_version: {plugin.fsdp_version}; set 2"
         return
@@ -126,7 +121,7 @@ def fsdp_problems(plugin: Any) -> Iterator[str]:
 
 
 def deepspeed_problems(plugin: Any, config: TrainConfig) -> Iterator[str]:
-    """What a ``DeepSpeedPlugin`` asks for and the training program cannot do."""
+    """Settings of a ``DeepSpeedPlugin`` that are not supported, each with its fix."""
     settings: dict[str, Any] = plugin.deepspeed_config
     zero = settings.get("zero_optimization", {})
     if plugin.zero_stage not in (2, 3):
@@ -147,15 +142,15 @@ def deepspeed_problems(plugin: Any, config: TrainConfig) -> Iterator[str]:
 
 
 def _configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """DeepSpeed clips and steps inside its backward pass, so it must know the norm beforehand."""
+    """Set the clipping norm, which DeepSpeed needs in advance because it clips inside its backward pass."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    # Weights are read one at a time and shared out afterwards; transformers must not do it while it builds a model.
+    # Without this, transformers would shard the weights while it builds a model. They are sharded after loading.
     unset_hf_deepspeed_config()
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings.update(
         gradient_clipping=config.max_grad_norm,
         gradient_accumulation_steps=1,
-        train_micro_batch_size_per_gpu=1,  # it only counts samples with this
+        train_micro_batch_size_per_gpu=1,  # DeepSpeed uses it only to count samples
         zero_allow_untested_optimizer=True,
     )

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard and wandb."""
+"""Write a run's metrics to metrics.jsonl, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from babydoctor.files import split_lines, write_json, write_text
 from babydoctor.schema import UserError
 
 WANDB_FILE = "wandb.json"
-"""Holds the run's id at wandb, so that a resumed run continues the same curve."""
+"""Stores the run's wandb id, so that a resumed run continues the same curves."""
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
-    """Check that the packages of the configured trackers are installed. Imports none of them.
+    """Check that the packages of the configured trackers are installed, without importing them.
 
     Raises:
         UserError: a package is missing.
@@ -39,7 +39,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file, none if there is no file. A half-written last line is left out."""
+    """The records of a JSON lines file; empty if there is no file. Reading stops at a half-written line."""
     records = []
     for line in split_lines(path.read_text(encoding="utf-8")) if path.is_file() else []:
         try:
@@ -53,7 +53,7 @@ class Tracker:
     """Writes each record to metrics.jsonl and to the configured trackers. Only the main process has one."""
 
     def __init__(self, run: Path, config: RunConfig, *, start: int) -> None:
-        """Keep the records up to step ``start`` and drop those of later steps, which will be trained again."""
+        """Keep the records up to step ``start``. Later steps will be trained again, so their records are dropped."""
         self.run = run
         kept = [record for record in read_metrics(run) if record["step"] <= start]
         self.recorded = {(record["kind"], record["step"]) for record in kept}
@@ -91,7 +91,7 @@ def _open_tensorboard(run: Path, tracking: TrackingConfig, start: int) -> Any:
 
 
 def _open_wandb(run: Path, config: RunConfig) -> Any:
-    """The run at wandb, with its files under ``run``. Its id is written before the run is created."""
+    """Open the wandb run, with its files in ``run``. The id is written first, so that a crash does not lose it."""
     if config.tracking.wandb_project is None:
         return None
     import wandb

@@ -18,7 +18,7 @@ def write_base_models(
     vocab_size: int,
     dtype: str = "float32",
 ) -> Path:
-    """Write ``folder/llama`` and ``folder/clip``; returns the folder.
+    """Write ``folder/llama`` and ``folder/clip``, and return the folder.
 
     Args:
         llama, clip: keys of ``LlamaConfig`` and ``CLIPVisionConfig``. The vocabulary and the image are set here.

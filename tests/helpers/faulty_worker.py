@@ -1,4 +1,4 @@
-"""A real worker in which certain prompts do what a bug would do: ``KILL`` ends its process, ``HANG`` stops its engine.
+"""A real worker in which certain prompts simulate a bug: ``KILL`` ends its process, ``HANG`` stops its engine.
 
 ``python -m helpers.faulty_worker RUN PORT key=value ...``
 """

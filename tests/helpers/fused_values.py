@@ -1,4 +1,4 @@
-"""Values and gradients of the elementwise operations."""
+"""Values and gradients of the fused operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every rank runs in ``test_ranks.py``: a whole run, then the same run continued from its second step.
+"""The program of every rank in ``test_ranks.py``: a whole run, then the same run resumed from its second step.
 
 ``accelerate launch ... -m helpers.rank_program CONFIG OUT [RANK:KEY=VALUE ...]``; an override is for one rank only.
 """
@@ -29,7 +29,7 @@ def main(config: str, out: str, *overrides: str) -> None:
     prepared = sharding.Trainee.__init__
 
     def record(self: sharding.Trainee, *args: object) -> None:
-        """Note the bytes of the model's weights, and of this rank's share."""
+        """Record the bytes of the model's weights, and of this rank's share."""
         model: Any = args[1]
         held.append(sum(parameter.nbytes for parameter in model.parameters()))
         prepared(self, *args)  # type: ignore[arg-type]

@@ -155,7 +155,7 @@ def _wild(rng: np.random.Generator) -> Any:
 
 
 def _limited(value: Any, rng: np.random.Generator) -> Any:
-    """The same request with a short answer, or the run would take hours. A few long ones remain."""
+    """The same request with a short answer, except for a few. With long answers the run would take hours."""
     if isinstance(value, dict):
         for key in MAX_TOKENS_KEYS:
             number = value.get(key)

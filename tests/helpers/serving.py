@@ -108,7 +108,7 @@ def tiny_run() -> Path:
 
 @functools.lru_cache
 def tiny_worker() -> Server:
-    """A worker without a controller that several test modules share: four slots and three places in its queue."""
+    """A worker without a controller that several test modules share, with four slots and a queue of three."""
     server = start_worker(tiny_run(), tiny_run().parent / "worker.log", "limits.max_queue=3")
     atexit.register(stop_all, [server])
     return wait_ready(server)
@@ -162,7 +162,7 @@ class Server:
 
 
 def start(arguments: list[str], url: str, log: Path, *, environment: dict[str, str] | None = None) -> Server:
-    """Start a part by its command without waiting for it."""
+    """Start a server process by its command without waiting for it."""
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -210,8 +210,8 @@ def start_controller(log: Path, *settings: str, port: int | None = None, environ
 
 
 def llava_stream(url: str, body: dict, *, headers: dict[str, str] | None = None) -> Iterator[dict]:
-    """A client like the original's web UI: ``requests``, NUL as delimiter. Its timeout of 10 s is 60 s here, so that
-    the tests pass beside other work."""
+    """A client like LLaVA's web UI: ``requests`` with NUL as delimiter. The timeout is 60 s instead of 10 s, so that
+    tests pass on a busy machine."""
     response = requests.post(
         f"{url}/worker_generate_stream",
         headers=headers or {"User-Agent": "LLaVA Client"},

@@ -218,7 +218,7 @@ class _MessageReader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _is_text(self, node: ast.expr) -> bool:
-        """True where the expression holds the text of an exception."""
+        """True if the expression holds the text of an exception."""
         return any(self._is_text_itself(part) for part in ast.walk(node))
 
     def _is_text_itself(self, node: ast.AST) -> bool:

@@ -1,4 +1,4 @@
-"""Shared by tests of training: settings of small stages, training processes, interrupted runs, small disks."""
+"""Helpers for tests of training: settings of small stages, training processes, interrupted runs, small disks."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Parts:
         return start_worker(tiny_run(), self.folder / "worker.log", *settings, "engine.max_running=2")
 
     def restart_worker(self) -> None:
-        """Start a worker in place of one that was killed, and wait until it is ready."""
+        """Replace a worker that was killed, and wait until the new one is ready."""
         self.worker = self.start_worker()
         wait_ready(self.worker, START_S)
         wait_until(lambda: "tiny" in self.models(), START_S, "the model's return")

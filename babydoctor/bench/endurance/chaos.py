@@ -1,4 +1,4 @@
-"""A hostile hour in minutes: parts are killed and frozen, connections stall and hostile files arrive, all under load.
+"""Attack servers under load: kill and freeze parts, stall connections and send hostile files.
 
 ``babydoctor bench chaos`` starts a controller and workers as ``babydoctor serve`` does. Clients ask questions whose
 answers are known. It exits with 1 unless every complete answer was right, nothing hung, every refusal was one that a
@@ -27,7 +27,7 @@ from babydoctor.bench.questions import Questions, ask, send_image
 from babydoctor.serve.launch import Launched, launched
 
 HUNG_S = 120.0
-"""An answer or a refusal that takes longer counts as hung: failover waits 20 s, a restart takes some more."""
+"""An answer or a refusal that takes longer counts as hung. Failover waits 20 s, and a restart takes longer."""
 
 BACK_S = 300.0
 """Everything must be ready again within this time after the last attack."""
@@ -75,7 +75,7 @@ class _Siege:
             await asyncio.sleep(0.05 if outcome == RIGHT else 0.5)
 
     def _explain(self, outcome: str, started_s: float) -> str:
-        """A connection that broke is explained if the controller was down at some time of the request."""
+        """True if a broken connection is explained by a controller that was down during the request."""
         return (
             "lost with the controller" if outcome == "connection lost" and started_s < self.controller_up_s else outcome
         )
@@ -122,7 +122,7 @@ class _Siege:
         self.report.outcomes["kills"]["frozen worker"] += 1
 
     async def _stall(self) -> None:
-        """Open connections that send nothing or half a request, and see that the server ends them."""
+        """Open connections that send nothing or half a request, and check that the server closes them."""
         heads = (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Half: ")
         host, port = urlsplit(self.url).hostname, urlsplit(self.url).port
         while time.monotonic() < self.until_s:

@@ -1,4 +1,4 @@
-"""What an attack on servers did, and which of it is a fault."""
+"""The outcomes of an attack on servers, and which of them are faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FINE = {
 
 @dataclass
 class ChaosReport:
-    """What happened: for each kind of event, how often it ended how."""
+    """The outcomes: for each kind of event, how often it ended in which way."""
 
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in _FINE})
     restarts: int = 0
@@ -24,10 +24,10 @@ class ChaosReport:
     seconds_to_recover: float = 0.0
     longest_s: float = 0.0
     left: list[str] = field(default_factory=list)
-    """What was not as before at the end."""
+    """What was not restored at the end."""
 
     def faults(self) -> list[str]:
-        """What should not have happened; empty if all is well."""
+        """The faults as text; empty if there are none."""
         faults = [
             f"{kind}: {count} x {outcome}"
             for kind, counts in self.outcomes.items()

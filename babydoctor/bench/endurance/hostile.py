@@ -1,4 +1,4 @@
-"""Small files that cost a careless decoder minutes, gigabytes or its life. Used by ``bench chaos`` and the tests."""
+"""Small files that take a decoder minutes or gigabytes, or crash it. Used by ``bench chaos`` and the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def hostile_files() -> dict[str, bytes]:
-    """Each kind of file by name. All of them are small; none may cost more than its own request."""
+    """The files by name. All are small, and none may affect more than its own request."""
     return {
         "jp2 box of length 0": jp2_loop(),
         "decoy SIZ marker": decoy_siz(),
@@ -26,13 +26,13 @@ def hostile_files() -> dict[str, bytes]:
 
 
 def jp2_loop() -> bytes:
-    """A JP2 box that says length 0: pydicom's search for the codestream never advances."""
+    """A JP2 box of length 0, at which pydicom's search for the codestream never advances."""
     signature = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
     return _dicom(_J2K, signature + bytes(4) + b"ftyp" + bytes(20))
 
 
 def decoy_siz(edge: int = 13_000) -> bytes:
-    """A codestream of ``edge`` x ``edge`` pixels behind a comment box that holds a second header of 16 x 16."""
+    """A codestream of ``edge`` x ``edge`` pixels after a comment box with a header of 16 x 16 pixels."""
     decoy = b"\xff\x4f" + _siz(16)
     real = b"\xff\x4f" + _siz(edge) + _cod() + b"\xff\x90\x00\x0a\0\0\0\0\0\0\0\1\xff\x93" + bytes(64) + b"\xff\xd9"
     boxes = (
@@ -49,7 +49,7 @@ def decoy_siz(edge: int = 13_000) -> bytes:
 
 
 def deflated_zeros(num_bytes: int = 50 * 2**20) -> bytes:
-    """A deflated DICOM file of some 50 kB whose data set inflates to ``num_bytes``."""
+    """A deflated DICOM file of about 50 kB whose data set inflates to ``num_bytes``."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     head = struct.pack("<HH2sHI", 0x0009, 0x0010, b"OB", 0, num_bytes)
     data = packer.compress(head) + b"".join(packer.compress(bytes(2**20)) for _ in range(num_bytes // 2**20))
@@ -57,7 +57,7 @@ def deflated_zeros(num_bytes: int = 50 * 2**20) -> bytes:
 
 
 def progressive_scans(edge: int = 2000, num_scans: int = 2000) -> bytes:
-    """A progressive JPEG whose last scan is repeated; each one makes the decoder go over the whole picture."""
+    """A progressive JPEG with a repeated last scan. For each scan the decoder processes the whole picture."""
     file = io.BytesIO()
     Image.new("L", (edge, edge)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -101,7 +101,7 @@ def _meta(syntax: str) -> bytes:
 
 
 def _dicom(syntax: str, frame: bytes, **attributes: Any) -> bytes:
-    """A DICOM file of one compressed grey frame, as short as it can be."""
+    """A DICOM file of one compressed gray frame, as short as it can be."""
     from pydicom.dataset import Dataset
     from pydicom.filewriter import dcmwrite
 

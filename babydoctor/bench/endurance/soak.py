@@ -47,7 +47,7 @@ class SoakReport:
     seconds: float = 0.0
 
     def faults(self) -> list[str]:
-        """What went wrong; empty if nothing did."""
+        """The faults as text; empty if there are none."""
         faults = [f"{n} x {what}" for what, n in self.outcomes.items() if what not in ("answered", "left", "busy")]
         faults += [f"{url}: {n} request slots are still taken" for url, n in self.slots_taken.items() if n]
         for url, values in self.rss_bytes.items():

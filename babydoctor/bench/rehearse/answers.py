@@ -49,6 +49,6 @@ def differences(reference: AnswerTensors, other: AnswerTensors, tolerance: float
 
 
 def read_answer(path: Path) -> AnswerTensors:
-    """Read an answer that ``main`` of ``roads`` wrote."""
+    """Read an answer that ``main`` of ``ask_model`` wrote."""
     with np.load(path) as arrays:
         return AnswerTensors(arrays["tokens"], arrays["logits"], arrays["prompt"], arrays.get("without_lora"))

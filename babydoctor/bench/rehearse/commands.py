@@ -21,7 +21,7 @@ TAIL_LINES = 12
 LINE_CHARS = 200
 _ERROR_LINE = re.compile(r"(\w+\.)*(\w*(Error|Exception)|error)\b.*")
 PROGRESS_EVERY_S = 30.0
-STOP_PATIENCE_S = 90.0
+STOP_TIMEOUT_S = 90.0
 
 
 class StepError(Exception):
@@ -112,7 +112,7 @@ class Process:
     def stop(self) -> FinishedProcess:
         """End the process with SIGTERM, like a service manager; kill it if it does not end."""
         self.send(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_PATIENCE_S
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         while (finished := self.poll()) is None:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)

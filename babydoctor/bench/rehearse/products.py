@@ -68,7 +68,7 @@ def ask(context: Context, name: str, model: Path, *, kind: str = "run", referenc
         arguments += ["--reference", _answer_file(context, reference)]
         if not _answer_file(context, reference).is_file():
             raise StepError("the run itself has not been asked; run --only reference")
-    context.execute_module(f"ask {name}", "roads", *arguments)
+    context.execute_module(f"ask {name}", "ask_model", *arguments)
     if reference is not None:
         given = read_answer(_answer_file(context, reference))
         context.compare(f"{name} = run", *differences(given, read_answer(out), size.tolerance))

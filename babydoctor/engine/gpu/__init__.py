@@ -1,1 +1,1 @@
-"""The engine's step on a GPU: Triton kernels, the decoder that calls them, and decoding steps as CUDA graphs."""
+"""The engine's step on a GPU: Triton kernels, the decoder that calls them, and CUDA graphs of decoding steps."""

@@ -1,4 +1,4 @@
-"""An engine step on a GPU: eleven launches a layer, and one launch for a whole step without prompt chunks.
+"""An engine step on a GPU: eleven kernel launches per layer, or one graph launch for a step without prompt chunks.
 
 Shapes as in ``engine/decoder.py``: ``R`` decoding rows, ``M`` rows of all kinds, ``D`` hidden size, ``H`` query heads,
 ``W`` head size.
@@ -20,12 +20,12 @@ from babydoctor.model.families import LanguageModel, sliding_window
 
 CHECKED_POSITIONS = 8
 LARGEST_DIFFERENCE = 0.1
-"""Relative difference of logits that ``check`` allows. Rounding to bfloat16 changes those of 32 layers by 0.01."""
+"""Relative difference of logits that ``check`` allows. Rounding to bfloat16 causes 0.01 over 32 layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTensors:
-    """What a step reads, on the device.
+    """The inputs of a step, on the device.
 
     Attributes:
         tokens: int64 ``[R]``, input token of each decoding row.
@@ -47,7 +47,7 @@ class GpuDecoder(Decoder):
     def __init__(self, model: LanguageModel, kv_cache: KVCache, *, own: bool = False) -> None:
         super().__init__(model, kv_cache, pack=False, own=own)
         self._graphs: DecodeGraphs | None = None
-        # The rotation happens in the model's precision.
+        # The kernels rotate in the model's precision, so the tables have its dtype.
         self._cos, self._sin = (table[:, 0].to(self.dtype).contiguous() for table in (self.cos, self.sin))  # [C, W]
 
     def capture_graphs(self) -> None:
@@ -57,7 +57,7 @@ class GpuDecoder(Decoder):
 
     @torch.inference_mode()
     def check(self) -> None:
-        """Compute a prompt and a decoding step by the kernels and by PyTorch's own operations.
+        """Compute a prompt and a decoding step with the kernels and with PyTorch's operations, and compare the logits.
 
         Raises:
             RuntimeError: the kernels do not run here, or their logits differ.
@@ -99,7 +99,7 @@ class GpuDecoder(Decoder):
         return StepTensors(parts[0], parts[1], parts[2], blocks_or_none, None if is_all else parts[4])
 
     def compute_step(self, step: StepTensors, embeds: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """Logits ``[wanted rows, vocabulary]``. Without chunks it reads nothing but tensors, so it can be captured.
+        """Logits ``[wanted rows, vocabulary]``. Without chunks all inputs are tensors, so the step can be captured.
 
         Args:
             step: the rows.
@@ -144,23 +144,23 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Decoding steps of one decoder as CUDA graphs, which replace the step's launches by one.
+    """CUDA graphs of one decoder's decoding steps. A graph replaces all kernel launches of a step by one.
 
-    A graph has a fixed number of rows, so one is captured for each power of two up to all running requests, and a step
-    uses the smallest that holds its rows. Padding rows write to the scratch slot. The requests' lengths are read by the
-    kernels, so a graph serves all of them.
+    A graph has a fixed number of rows. One is captured for each power of two up to ``max_running``, and a step uses the
+    smallest that holds its rows. Padding rows write to the scratch slot. The kernels read the requests' lengths from
+    tensors, so a graph works for all lengths.
     """
 
     def __init__(self, decoder: GpuDecoder) -> None:
         self._scratch = decoder.kv_cache.scratch
         self._steps: dict[int, CapturedStep] = {}
         pool = torch.cuda.graph_pool_handle()
-        # The largest first, so that the others find room in the memory that it leaves.
+        # Capture the largest first: the smaller ones then reuse its memory.
         for num_rows in reversed(row_buckets(decoder.kv_cache.max_running)):
             self._steps[num_rows] = _capture(decoder, num_rows, pool)
 
     def forward(self, rows: DecodeRows) -> torch.Tensor:
-        """Logits ``[R, vocabulary]`` of one decoding step; they hold until the next step."""
+        """Logits ``[R, vocabulary]`` of one decoding step; the next step overwrites them."""
         num_rows = len(rows.tokens)
         captured = self._steps[min(size for size in self._steps if size >= num_rows)]
         captured.numbers.copy_(pad_rows(rows, captured.numbers.shape[1], self._scratch))
@@ -182,7 +182,7 @@ def pad_rows(rows: DecodeRows, num_rows: int, scratch: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def _capture(decoder: GpuDecoder, num_rows: int, pool: Any) -> CapturedStep:
-    """Run the step on a side stream, as CUDA requires, then capture it. All its rows write to the scratch slot."""
+    """Run the step on a side stream, as CUDA requires, then capture it. All rows write to the scratch slot."""
     numbers = pad_rows(DecodeRows([], [], []), num_rows, decoder.kv_cache.scratch).to(decoder.device)
     step = StepTensors(*numbers.unbind())
     stream = torch.cuda.Stream(decoder.device)
@@ -191,14 +191,14 @@ def _capture(decoder: GpuDecoder, num_rows: int, pool: Any) -> CapturedStep:
         decoder.compute_step(step)
     torch.cuda.current_stream(decoder.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use CUDA meanwhile.
+    # thread_local: other threads may use CUDA during the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         logits = decoder.compute_step(step)
     return CapturedStep(graph, numbers, logits)
 
 
 def kernels_fit(kv_cache: KVCache) -> bool:
-    """Whether the kernels can multiply heads of this size."""
+    """True if the kernels support this head size."""
     return kv_cache.head_dim >= kernels.SMALLEST_DOT and kv_cache.head_dim.bit_count() == 1
 
 

@@ -1,4 +1,4 @@
-"""The vision tower and projector as one CUDA graph: for a single image, launching them takes longer than computing."""
+"""Vision tower and projector as one CUDA graph: for a single image, kernel launches take longer than the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GraphedEncoder:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._graph is None:
             self._pixels = pixels.clone()
-            self._encode_images(self._pixels)  # CUDA asks for one run before a capture
+            self._encode_images(self._pixels)  # the warm-up that PyTorch asks for before a capture
             torch.cuda.synchronize(pixels.device)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):

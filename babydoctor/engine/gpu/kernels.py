@@ -3,7 +3,7 @@
 Shapes: ``M`` rows, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads, ``G = H / K``, ``W`` head size, ``C``
 positions of a slot, ``S`` slots.
 
-All sizes that change from step to step are read from tensors, so a captured CUDA graph serves any of them. Products
+All sizes that change from step to step are read from tensors, so a captured CUDA graph works for any of them. Products
 accumulate in float32; float32 inputs are multiplied in float32 and not in TF32.
 """
 
@@ -20,8 +20,8 @@ SMALLEST_DOT = 16
 """Triton's matrix product needs at least this many rows, columns and inner elements."""
 
 FEW_ROWS, MANY_ROWS = 16, 4
-"""Programs that share one row's keys: more where rows and heads alone would not fill a GPU. Two numbers and no more,
-since each is a kernel to compile."""
+"""Programs that share one row's keys. ``FEW_ROWS`` is used where rows and heads alone would not fill a GPU. There are
+only two values, because each one is compiled as a separate kernel."""
 
 FULL_GPU = 256
 """Rows times key/value heads that fill a GPU with ``MANY_ROWS`` programs each."""
@@ -132,10 +132,10 @@ def rotate_and_store(
 
 @triton.jit
 def _attend_block(q, keys, values, where, inside, visible, scale, maximum, total, mixed):
-    """Take one block of keys into a softmax whose maximum, sum and weighted values are carried along.
+    """Add one block of keys to an online softmax with running ``maximum``, ``total`` and weighted values ``mixed``.
 
-    ``where`` ``[BLOCK, WIDTH]`` are the keys' and values' places, ``inside`` ``[BLOCK]`` those to load, and ``visible``
-    ``[rows or 1, BLOCK]`` those that each row of ``q`` sees.
+    ``where`` ``[BLOCK, WIDTH]`` holds offsets of keys and values, ``inside`` ``[BLOCK]`` says which to load, and
+    ``visible`` ``[rows or 1, BLOCK]`` which keys each row of ``q`` sees.
     """
     k = tl.load(keys + where, mask=inside[:, None], other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -281,5 +281,5 @@ def attend_chunks(
 
 
 def _key_block(keys: torch.Tensor) -> int:
-    """Keys that a program loads at a time. More float32 would not fit an A10's shared memory beside the queries."""
+    """Keys that a program loads at a time. Larger float32 blocks and the queries exceed an A10's shared memory."""
     return 64 if keys.element_size() == 2 else 16

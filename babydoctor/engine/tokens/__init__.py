@@ -1,1 +1,1 @@
-"""From logits to the text of an answer: rules and constraints, sampling, spelling, stop strings."""
+"""From logits to the text of an answer: logit rules, JSON constraints, sampling, detokenizing and stop strings."""

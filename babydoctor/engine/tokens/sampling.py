@@ -44,8 +44,8 @@ def sample(
 
     The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least ``top_p`` (Holtzman et al.
     2020, as in transformers). Before that, ``min_p`` drops tokens below that share of the largest probability, and
-    ``top_k`` keeps the likeliest ones (0: all), as in vLLM. The draw inverts the cumulative
-    distribution at one uniform random number.
+    ``top_k`` keeps the likeliest ones (0: all), as in vLLM. The draw inverts the cumulative distribution at one uniform
+    random number.
     """
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if min_p > 0:

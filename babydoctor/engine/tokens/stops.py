@@ -17,7 +17,7 @@ class Detokenizer:
     """Incremental text of a growing list of tokens.
 
     The text of a token depends on its neighbors: SentencePiece drops a leading space, and bytes combine to characters.
-    So a short window is decoded with and without the new tokens, and the difference is the new text. The text continues
+    So a short window is decoded with and without the new tokens, and the difference is the new text. The text follows
     that of the tokens ``before``, which is not repeated.
     """
 
@@ -32,7 +32,7 @@ class Detokenizer:
         self._done = len(before)
 
     def add(self, token_id: int) -> str:
-        """Add a token and return the text that is now certain, "" inside a character."""
+        """Add a token and return the text that is now final: "" while a character is incomplete."""
         self.token_ids.append(token_id)
         before = self._decode(self.token_ids[self._window : self._done])
         after = self._decode(self.token_ids[self._window :])
@@ -94,7 +94,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def end_tokens(language_model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+    """Tokens that end an answer: the end-of-text tokens of the tokenizer and of the model's generation config."""
     ends: set[int] = set()
     for source in (tokenizer, getattr(language_model, "generation_config", None)):
         eos = getattr(source, "eos_token_id", None)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-BLUE, ORANGE, GREY, RED, GREEN = "#2463a8", "#d9822b", "#8a939c", "#b83232", "#2e7d4f"
-CONDITION_COLORS = {"right": BLUE, "shuffled": ORANGE, "blank": GREY, "noise": RED}
+BLUE, ORANGE, GRAY, RED, GREEN = "#2463a8", "#d9822b", "#8a939c", "#b83232", "#2e7d4f"
+CONDITION_COLORS = {"right": BLUE, "shuffled": ORANGE, "blank": GRAY, "noise": RED}
 
 
 def new_figure(width: float, height: float) -> Canvas:
@@ -94,7 +94,7 @@ def plot_calibration(calibration: Mapping[str, Any]) -> Canvas:
     canvas, axes = new_canvas(4.2, 3.4)
     bins = calibration["bins"]
     largest = max(entry["count"] for entry in bins)
-    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle="--")
     axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], color=BLUE, linewidth=1)
     sizes = [25 + 160 * entry["count"] / largest for entry in bins]
     axes.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, color=BLUE, clip_on=False)
@@ -109,7 +109,7 @@ def plot_abstention(calibration: Mapping[str, Any]) -> Canvas:
     canvas, axes = new_canvas(4.2, 3.4)
     curve = calibration["abstention"]
     axes.plot([e["abstain"] for e in curve], [e["accuracy"] for e in curve], color=BLUE, marker="o", markersize=3)
-    axes.axhline(curve[0]["accuracy"], color=GREY, linewidth=1, linestyle="--")
+    axes.axhline(curve[0]["accuracy"], color=GRAY, linewidth=1, linestyle="--")
     axes.set(xlabel="share that abstains", ylabel="accuracy of the rest", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title("yes/no answers, least sure first", fontsize=10, loc="left")
     return canvas

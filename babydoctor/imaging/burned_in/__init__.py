@@ -1,9 +1,9 @@
-"""Text that is burned into the pixels of an image: where it is, what it looks like, and how to hide it.
+"""Find, classify and hide text that is burned into the pixels of an image.
 
-``find_text`` reads a decoded picture by RapidOCR (PP-OCRv6 through onnxruntime; the wheel holds the models, so nothing
-is downloaded), in a process of its own with a limit of CPU time. Names, dates and numbers come back as identifying;
-laterality letters, scale marks and known technical words as marks. The text is only used to tell these apart: it never
-leaves ``TextBox``, and it is not logged or written.
+``find_text`` reads a decoded picture with RapidOCR (PP-OCRv6 on onnxruntime; the wheel contains the models, so nothing
+is downloaded), in a separate process with a limit of CPU time. Names, dates and numbers are classified as identifying;
+laterality letters, scale marks and known technical words as marks. The text is only used to classify it: it stays in
+``TextBox`` and is neither logged nor written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Boxes around text, and pictures in which they are hidden. Pure."""
+"""Boxes around text, and how to hide them in a picture. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class TextBox:
     """A text in a picture. Edges are pixels of that picture, ``right`` and ``bottom`` exclusive.
 
     Args:
-        kind: what the text looks like.
-        score: of the recognition, 0 to 1.
-        text: what was read; kept out of ``repr``, logs and reports, because it may name a person.
+        kind: class of the text.
+        score: confidence of the recognition, 0 to 1.
+        text: the recognized text. Left out of ``repr``, logs and reports, because it may name a person.
     """
 
     left: int
@@ -41,13 +41,12 @@ class TextBox:
 def widen(boxes: Iterable[TextBox], width: int, height: int) -> list[TextBox]:
     """Give identifying boxes a margin, and join those of one line.
 
-    The detection sometimes loses the first or last letters of a line, or a word between two others, where the
-    background is as bright as the letters. Half a line's height to the sides covers the former, and joining boxes less
-    than one and a half heights apart covers the latter.
+    Detection sometimes misses the first or last letters of a line, or a word between two others, where the background
+    is as bright as the letters. A margin of half a line's height on both sides covers the letters. Joining boxes less
+    than one and a half heights apart covers the word.
 
     Args:
-        width: of the picture; boxes are cut off there.
-        height: likewise.
+        width, height: size of the picture, at which boxes are cut off.
     """
     boxes = list(boxes)
     joined: list[TextBox] = []
@@ -62,9 +61,9 @@ def widen(boxes: Iterable[TextBox], width: int, height: int) -> list[TextBox]:
 
 
 def hide(image: Image.Image, boxes: Iterable[TextBox]) -> Image.Image:
-    """A copy of an RGB picture in which the boxes are filled with the median color of their surroundings.
+    """Return a copy of an RGB picture with the boxes filled by the median color of their surroundings.
 
-    A black box on a bright picture would itself look like a finding. ``image.info`` is kept.
+    A black box on a bright picture could look like a finding. ``image.info`` is kept.
     """
     boxes = list(boxes)
     if not boxes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 SEARCH_EDGE = 1024
-"""Smaller pictures are enlarged to about this long edge: letters of ten pixels are found at twice their size."""
+"""Smaller pictures are enlarged to about this long edge, because letters of ten pixels are found at twice the size."""
 
 MAX_ENLARGEMENT = 4
 MAX_EDGE = 2000
@@ -19,7 +19,7 @@ MAX_EDGE = 2000
 
 
 def serve(connection: Connection, num_threads: int) -> None:
-    """Answer requests, each a JSON header and the pixels ``uint8 [H, W, 3]``, until the other side is gone."""
+    """Answer requests, each a JSON header and the pixels ``uint8 [H, W, 3]``, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine = _load(num_threads)
     connection.send_bytes(b"{}")
@@ -42,7 +42,7 @@ def _load(num_threads: int) -> Any:
     return RapidOCR(
         params={
             "Global.log_level": "critical",
-            "Global.text_score": 0.0,  # ``kinds`` decides about unsure readings
+            "Global.text_score": 0.0,  # ``kinds`` decides on uncertain text
             "Global.max_side_len": MAX_EDGE,
             "Global.use_cls": False,
             "Det.limit_type": "max",

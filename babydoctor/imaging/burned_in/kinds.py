@@ -1,6 +1,6 @@
-"""What a text in an image looks like: a name, a date, a number, or a mark that identifies nobody. Pure.
+"""Classify a text in an image as a name, a date, a number, or a mark that identifies nobody. Pure.
 
-The rules fail closed: only what is known to be harmless is a mark. Any other word of two letters is taken for a name.
+The rules fail closed: only text that is known to be harmless is a mark. Any other word of two letters counts as a name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 TextKind = Literal["name", "date", "number", "unclear", "mark"]
 
 IDENTIFYING: tuple[TextKind, ...] = ("name", "date", "number", "unclear")
-"""Kinds that are hidden unless the user decides otherwise. ``unclear``: text is there, but cannot be read."""
+"""Kinds that are hidden unless the user decides otherwise. ``unclear``: there is text that cannot be read."""
 
 MIN_SCORE = 0.5
 """Below this recognition score a text of ``MIN_UNCLEAR`` characters is ``unclear``, and a shorter one is noise."""
@@ -69,11 +69,11 @@ _CODE = re.compile(r"(?=\w*\d)\w{5,}")
 
 
 def kind_of(text: str, score: float) -> TextKind | None:
-    """What a recognized text looks like; None for noise that is no text.
+    """Classify a recognized text; None for noise.
 
     Args:
-        text: as the recognition gives it, wrong letters included.
-        score: of the recognition, 0 to 1.
+        text: the recognized text, wrong letters included.
+        score: confidence of the recognition, 0 to 1.
     """
     text = text.strip()
     if score < MIN_SCORE:

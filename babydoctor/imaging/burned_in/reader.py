@@ -1,4 +1,4 @@
-"""The processes that read text as their owner sees them."""
+"""The owner's side of the processes that read text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from babydoctor.imaging.burned_in.kinds import kind_of
 from babydoctor.schema import UserError
 
 SEARCH_SECONDS = 60.0
-"""CPU seconds that searching one picture may take; a picture of 2000 x 2000 pixels full of text takes about ten."""
+"""Limit of CPU seconds for one picture. A picture of 2000 x 2000 pixels full of text takes about ten."""
 
 _START_SECONDS = 120.0
 
@@ -35,12 +35,12 @@ class TextSearchError(UserError):
 
 
 def is_available() -> bool:
-    """True where the extra ``ocr`` is installed."""
+    """True if the extra ``ocr`` is installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("rapidocr", "onnxruntime"))
 
 
 def find_text(image: Image.Image, *, seconds: float = SEARCH_SECONDS) -> list[TextBox]:
-    """The texts in an RGB picture, by this process's reader. Boxes of one line that identify somebody are joined.
+    """Find the texts in an RGB picture with this process's reader. Identifying boxes on one line are joined.
 
     Raises:
         TextSearchError: the extra ``ocr`` is not installed, or the search failed or took longer than ``seconds`` of
@@ -50,11 +50,11 @@ def find_text(image: Image.Image, *, seconds: float = SEARCH_SECONDS) -> list[Te
 
 
 class TextReader:
-    """Up to ``size`` processes that read text, started when they are first needed. For any number of threads.
+    """Up to ``size`` processes that read text, started when first needed. Thread-safe.
 
     Args:
-        size: processes; None: one that uses all cores.
-        num_threads: of each process; None: all cores together.
+        size: number of processes; None: one.
+        num_threads: threads of each process; None: the cores divided by ``size``.
     """
 
     def __init__(self, size: int | None = None, num_threads: int | None = None) -> None:
@@ -78,12 +78,12 @@ class TextReader:
         return widen(boxes, image.width, image.height)
 
     def check(self) -> None:
-        """Raise ``TextSearchError`` where the extra ``ocr`` is not installed."""
+        """Raise ``TextSearchError`` if the extra ``ocr`` is not installed."""
         if not is_available():
             raise TextSearchError("reading text in images needs the extra ocr: pip install 'babydoctor[ocr]'")
 
     def close(self) -> None:
-        """End the processes that are idle."""
+        """End the idle processes."""
         with self._lock:
             processes, self._idle = self._idle, []
         for process in processes:
@@ -105,7 +105,7 @@ class TextReader:
 
 
 class _Process:
-    """One process, for one picture at a time."""
+    """One process, which reads one picture at a time."""
 
     def __init__(self, num_threads: int) -> None:
         ours, theirs = socket.socketpair()
@@ -126,14 +126,14 @@ class _Process:
         self._receive(_START_SECONDS, "it did not start")
 
     def read(self, pixels: np.ndarray, seconds: float) -> Any:
-        """``child._read`` of pixels ``uint8 [H, W, 3]``."""
+        """Call ``child._read`` in the process, for pixels ``uint8 [H, W, 3]``."""
         header = {"height": pixels.shape[0], "width": pixels.shape[1], "seconds": seconds}
         try:
             self._connection.send_bytes(json.dumps(header).encode())
             self._connection.send_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
         except OSError:
             raise TextSearchError("the search for text failed: its process has ended") from None
-        # The limit is one of CPU time: on a busy machine the process waits for its turn.
+        # Wait longer than the limit of CPU time, because the process may not run all the time on a busy machine.
         return self._receive(4 * seconds + 5, f"it took longer than {seconds:g} s of CPU time, or crashed")
 
     def _receive(self, seconds: float, problem: str) -> Any:

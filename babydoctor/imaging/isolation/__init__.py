@@ -1,14 +1,12 @@
-"""Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its own
-request.
+"""Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its request.
 
 ``load_image``, ``load_pixels``, ``raw_frame`` and ``render`` do the same as the functions of these names elsewhere, in
-one of a few processes that start once and are replaced when they die. Each request has limits of CPU seconds, address
-space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images
-wait until all requests together stay within a memory budget.
+one of a few processes that are replaced when they die. Each request has limits of CPU time, address space and pixels
+(``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images wait until all requests
+together fit into a memory budget.
 
-The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image
-it replies with the memory that it needs according to the header, and waits for permission. It returns pixels in shared
-memory.
+The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image,
+the process replies with the memory that it needs and waits for permission. It returns pixels in shared memory.
 """
 
 from __future__ import annotations
@@ -32,14 +30,16 @@ from babydoctor.imaging.preprocess import ImageSettings
 __all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
 
 
-def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
-    """``load.load_image`` in a decoding process.
+def load_image(
+    source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None, pool: DecodePool | None = None
+) -> Image.Image:
+    """``load.load_image`` in a decoding process of ``pool`` (default: this process's shared pool).
 
     Raises:
         ImageError: as ``load.load_image``, and ``image_decode_failed`` or ``image_decode_timeout``.
     """
     name, data = read_source(source, name)
-    values, info = shared_pool().decode(data, name, {}, limits or DecodeLimits())
+    values, info = (pool or shared_pool()).decode(data, name, {}, limits or DecodeLimits())
     image = _to_image(values, info)
     log_warnings(image, name)
     return image

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.imaging.dicom import DicomImage, render
+from babydoctor.imaging.dicom.raw_frame import raw_frame
 from babydoctor.imaging.isolation.process import FREE_BYTES
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 from babydoctor.imaging.load import decode, read_header
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
-from babydoctor.imaging.raw_frame import raw_frame
 
 
 def serve(connection: socket.socket, shared: int) -> None:
     """Run the decoding process: answer requests until the parent closes the socket."""
-    import pydicom.pixels  # noqa: F401  (a third of a second, so before the first request)
+    import pydicom.pixels  # noqa: F401  (takes a third of a second, so import it before the first request)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -81,7 +81,7 @@ def _answer(request: dict[str, Any], data: bytes, base: int, shared: int, answer
 
 
 def _share(content: bytes, shape: tuple[int, ...], kind: str, info: dict[str, Any], shared: int) -> dict[str, Any]:
-    """Write an array's bytes into the shared memory. Returns the answer that describes it."""
+    """Write an array's bytes to the shared memory and return the answer that describes the array."""
     view, done = memoryview(content), 0
     while done < len(view):
         done += os.pwrite(shared, view[done:], done)

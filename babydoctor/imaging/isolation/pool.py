@@ -1,4 +1,4 @@
-"""A few decoding processes for any number of threads, and the memory that they share."""
+"""A pool of decoding processes for any number of threads, with a memory budget that they share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,20 @@ from babydoctor.imaging.isolation.process import DecodeProcess
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
 MEMORY_BUDGET = 2**30
-"""Bytes that the large images being decoded may need together; a larger one is decoded alone."""
+"""Bytes that large images may need together while they are decoded. A larger one is decoded alone."""
 
 
 class DecodePool:
-    """Up to ``size`` decoding processes, started when they are first needed. For any number of threads."""
+    """Up to ``size`` decoding processes, started when first needed. Thread-safe."""
 
-    def __init__(self, size: int | None = None, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        large_images: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """``large_images`` is held while a large image is decoded: a lock that several processes with a pool share."""
+        self._large_images = large_images or contextlib.nullcontext()
         self.size = size or min(4, os.cpu_count() or 1)
         self.memory_budget = memory_budget
         self._pid = os.getpid()
@@ -33,7 +41,7 @@ class DecodePool:
     def decode(
         self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """(values, ``image.info``) of an image; waits for a free process and for memory.
+        """(values, ``image.info``) of an image. Waits for a free process and for memory.
 
         Raises:
             ImageError: the image cannot be decoded within the limits.
@@ -52,12 +60,12 @@ class DecodePool:
 
     @property
     def is_down(self) -> bool:
-        """True while no process could be started at the last attempt and none is left."""
+        """True if the last attempt to start a process failed and none is idle."""
         with self._changed:
             return self._start_failed and not self._idle
 
     def try_start(self) -> None:
-        """Start a process if none is there; ``is_down`` tells whether that worked."""
+        """Start a process if none is idle. ``is_down`` tells whether that worked."""
         with contextlib.suppress(ImageError):
             self._give_back(self._take())
 
@@ -91,20 +99,21 @@ class DecodePool:
 
     @contextlib.contextmanager
     def _memory(self, num_bytes: int) -> Iterator[None]:
-        """Wait until the need fits beside the others'."""
+        """Reserve memory, and wait until it fits into the budget."""
         with self._changed:
             while self._reserved and self._reserved + num_bytes > self.memory_budget:
                 self._changed.wait()
             self._reserved += num_bytes
         try:
-            yield
+            with self._large_images:
+                yield
         finally:
             with self._changed:
                 self._reserved -= num_bytes
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """End the processes that are idle. Does nothing in a process that was forked from the pool's."""
+        """End the idle processes. Does nothing in a process that was forked from the pool's owner."""
         if os.getpid() != self._pid:
             return
         with self._changed:

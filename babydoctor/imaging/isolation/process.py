@@ -1,4 +1,4 @@
-"""One decoding process as its owner sees it."""
+"""The owner's side of one decoding process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from babydoctor.errors import UserErrorCode
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
 FREE_BYTES = 96 * 2**20
-"""Memory that each process may use without asking: enough for an ordinary image."""
+"""Memory in bytes that each process may use without asking, enough for an ordinary image."""
 
 _START_SECONDS = 120
-_KEPT_SHARED_BYTES = 16 * 2**20  # more is given back to the system after each image
-_KEPT_GROWTH_BYTES = 256 * 2**20  # a process that holds so much more than at its start is replaced
+_KEPT_SHARED_BYTES = 16 * 2**20  # more is released after each image
+_KEPT_GROWTH_BYTES = 256 * 2**20  # a process that grows by more than this is replaced
 
 
 class DecodeProcess:
@@ -42,7 +42,7 @@ class DecodeProcess:
             "PYTHONPATH": os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
-            # Pictures up to 32 MB stay on the heap: asking the system for pages costs as much as decoding a JPEG.
+            # Keep pictures of up to 32 MB on the heap: mapping new pages takes as long as decoding a JPEG.
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": str(2**25),
             "MALLOC_TRIM_THRESHOLD_": str(2**26),
@@ -56,7 +56,7 @@ class DecodeProcess:
                 stderr=errors,
                 env=environment,
                 pass_fds=(theirs.fileno(), self._shared),
-                # Ctrl-C and Slurm signal the whole group. A run that saves a checkpoint then still reads images.
+                # Ctrl-C and Slurm signal the whole process group, but a run that ends still reads images.
                 start_new_session=True,
             )
             theirs.close()
@@ -77,7 +77,7 @@ class DecodeProcess:
     def decode(
         self, data: bytes, name: str, request: dict[str, Any], limits: DecodeLimits, memory: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """See ``DecodePool.decode``; ``memory`` is its context manager that waits for memory."""
+        """See ``DecodePool.decode``. ``memory`` is the pool's context manager that reserves memory."""
         seconds = limits.seconds
         try:
             self._send({"name": name, "limits": asdict(limits), **request}, data)
@@ -134,7 +134,7 @@ class DecodeProcess:
         return received
 
     def _death(self, name: str, seconds: float) -> ImageError:
-        """What to say of a process that ended in the middle of a request."""
+        """The error for a process that ended during a request."""
         self.is_alive = False
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(5)
@@ -145,7 +145,7 @@ class DecodeProcess:
         return ImageError(f"{name}: the decoder crashed on this image (exit status {code})", "image_decode_failed")
 
     def kill(self) -> None:
-        """End the process and free what belongs to it."""
+        """End the process and release its socket and memory."""
         self.is_alive = False
         self._child.kill()
         self._child.wait()
@@ -161,7 +161,7 @@ def _temporary_file() -> int:
 
 
 def _deadline(seconds: float) -> float:
-    """When to stop waiting for a process that may use ``seconds`` of CPU time beside others."""
+    """When to stop waiting for a process that may use ``seconds`` of CPU time on a busy machine."""
     return time.monotonic() + 4 * seconds + 5
 
 

@@ -1,6 +1,6 @@
-"""Checks before any work is done: keys, request slots, base64 of images, shape of JSON. Free of torch.
+"""Check a request before any work is done: keys, request slots, base64 of images, shape of JSON. Free of torch.
 
-All checks take microseconds, so a server under load can still refuse requests.
+The checks are cheap, so a server under load can still refuse requests.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from babydoctor.serve.api.shape_errors import Path, field_name
 from babydoctor.serve.settings import Limits
 
 MAX_JSON_DEPTH = 32
-"""Valid requests nest 6 deep. Deeper ones could exhaust the parser's stack."""
+"""Valid requests nest 6 levels deep. Very deep ones could exhaust the parser's stack."""
 
 MAX_JSON_MARKS = 50_000
-"""Limit of strings, brackets and commas. A long chat has a few thousand; millions would take long to parse."""
+"""Limit of strings, brackets and commas. A long chat has a few thousand; millions would take too long to parse."""
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
 _STANDARD_ALPHABET = str.maketrans("-_", "+/")
@@ -34,10 +34,10 @@ _STANDARD_ALPHABET = str.maketrans("-_", "+/")
 
 
 class Keys:
-    """A set of keys. A comparison takes the same time for all keys, whether they match, nearly match or not."""
+    """A set of API keys. A comparison takes the same time however much of a key matches."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        # All hashes have the same length, so the lengths of keys cannot be measured either.
+        # Hashes have the same length, so timing does not reveal the length of a key either.
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def __bool__(self) -> bool:
@@ -53,7 +53,7 @@ class Keys:
 
 
 def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    """The key of ``Authorization: Bearer KEY``, or of ``X-API-Key``; empty if there is neither."""
+    """The key in ``Authorization: Bearer KEY`` or ``X-API-Key``; empty if both headers are missing."""
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
             return value[7:].strip().decode("latin-1")
@@ -63,7 +63,7 @@ def bearer_key(headers: Sequence[tuple[bytes, bytes]]) -> str:
 
 
 class RequestSlots:
-    """Request slots of one worker, for running and waiting requests. Any further request is refused at once.
+    """The request slots of a worker, for running and waiting requests. Further requests are refused at once.
 
     Args:
         num_slots: requests that run at the same time.
@@ -140,13 +140,13 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
             param="prompt",
         )
     marked = request.prompt
-    if request.turns:  # in an answer the marker is text
+    if request.turns:  # in an answer, the marker is plain text
         marked = "".join(turn.text for turn in request.turns if turn.role == "user")
     check_image_count(marked, request.images or (), limits)
 
 
 def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> None:
-    """Check that there are as many images as ``<image>`` marks, and no more than the limit.
+    """Check that images and ``<image>`` markers are equal in number, and within the limit.
 
     Raises:
         ApiError: 422.
@@ -166,8 +166,8 @@ def check_image_count(prompt: str, images: Sequence[str], limits: Limits) -> Non
         )
 
 
-# Strings are skipped as a whole, in C; brackets inside them do not count.
-# An unterminated string matches up to the end of the body; otherwise each quote in it would be tried again.
+# Matches whole strings, so that brackets inside them do not count and the regex engine skips them in C.
+# An unterminated string matches up to the end of the body. Otherwise the search would start again at each quote in it.
 _STRING_OR_MARK = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{},]', re.S)
 
 
@@ -185,7 +185,7 @@ def check_json_shape(body: bytes) -> None:
         elif mark in b"]}":
             depth -= 1
         if depth > MAX_JSON_DEPTH:
-            raise ApiError("json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} deep.")
+            raise ApiError("json_too_deep", f"The body nests more than {MAX_JSON_DEPTH} levels deep.")
         if num_marks > MAX_JSON_MARKS:
             raise ApiError("json_too_large", f"The body holds more than {MAX_JSON_MARKS} values and brackets.")
 
@@ -194,10 +194,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def check_json_text(body: bytes) -> None:
-    """Refuse half surrogate pairs (``"\\ud800"`` is legal JSON, but not text), in keys too. Linear in time.
+    """Refuse half surrogate pairs, in keys too: ``"\\ud800"`` is valid JSON, but not valid Unicode. Linear in time.
 
     Raises:
-        ApiError: names the field that holds one.
+        ApiError: a text holds half a surrogate pair; the message names its field.
     """
     if not _SURROGATE.search(body):
         return
@@ -223,4 +223,4 @@ def _path_of_surrogate(value: Any, path: Path = ()) -> Path | None:
     else:
         items = enumerate(value) if isinstance(value, list) else ()
     found = (_path_of_surrogate(item, (*path, key)) for key, item in items)
-    return next((place for place in found if place is not None), None)
+    return next((inner for inner in found if inner is not None), None)

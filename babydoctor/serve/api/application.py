@@ -1,4 +1,4 @@
-"""Build the application of a worker or a controller: the shared routes behind the gate."""
+"""Build the application of a worker or a controller: the shared routes behind ``middleware.Gate``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_application(
     """Build the ASGI application.
 
     Args:
-        host: the address that the part listens on.
+        host: the address that the server listens on.
         drain: awaited on SIGTERM; kept as ``app.state.drain``.
         open_paths: answered without a client's key.
     """

@@ -24,7 +24,7 @@ _DESCRIPTIONS = {
     401: "No valid API key",
     403: "No valid registration secret",
     404: "No such model; the message lists the models that exist",
-    408: "The body arrived too slowly",
+    408: "The body did not arrive in time",
     413: "Body or image too large",
     422: "A field is wrong; the message names it",
     429: "Busy; Retry-After says when to try again",
@@ -35,7 +35,7 @@ _DESCRIPTIONS = {
 
 
 def _object(optional: Mapping[str, dict[str, Any]] | None = None, **required: dict[str, Any]) -> dict[str, Any]:
-    """The schema of an object: its required properties, and those that may be absent."""
+    """The schema of an object with required and optional properties."""
     return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
 
 
@@ -128,7 +128,7 @@ def build_app(
             components = document.setdefault("components", {})
             components.setdefault("schemas", {}).update(REPLY_SCHEMAS)
             components["securitySchemes"] = _SECURITY_SCHEMES
-            # An empty requirement: keys are optional.
+            # An empty requirement means that keys are optional.
             document["security"] = [{"bearer": []}, {"api_key": []}, *([] if has_keys else [{}])]
             for path in OPEN_PATHS:
                 for operation in document["paths"].get(path, {}).values():

@@ -1,7 +1,7 @@
-"""Errors of the HTTP APIs: one table of codes decides HTTP status, LLaVA's ``error_code`` and ``Retry-After``.
+"""Errors of the HTTP APIs. A table maps each code to its HTTP status, LLaVA's ``error_code`` and ``Retry-After``.
 
-Programs decide by ``code``. The message is for people and may be reworded at any time. The serving guide
-(``serve/README.md``) documents the table; a test compares the two.
+Programs read ``code``. The message is for people and may change at any time. The serving guide (``serve/README.md``)
+documents the table, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from babydoctor.errors import UserError, UserErrorCode
 
 ERROR_NONE = 0
 ERROR_WORKER = 1
-"""The worker could not answer: a bad request, or it failed."""
+"""The request was bad, or the worker failed."""
 ERROR_NO_WORKER = 2
 """No worker serves that model."""
 ERROR_UNREACHABLE = 3
-"""The worker was lost and no other could continue."""
+"""The worker was lost and no other worker could continue."""
 
 ApiCode = Literal[
     "bad_request",
@@ -75,7 +75,7 @@ API_CODES: tuple[ApiCode, ...] = get_args(ApiCode)
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What follows from a code."""
+    """Status and meaning of a code."""
 
     status: int
     meaning: str
@@ -87,7 +87,7 @@ ERROR_KINDS: Mapping[ApiCode, ErrorKind] = {
     "bad_request": ErrorKind(422, "A field is missing or has a wrong type or value"),
     "bad_json": ErrorKind(422, "The body is not valid JSON; the message says at which line and column"),
     "json_too_deep": ErrorKind(422, "The body nests too deeply"),
-    "json_too_large": ErrorKind(422, "The body holds too many values"),
+    "json_too_large": ErrorKind(422, "The body contains too many values"),
     "body_too_large": ErrorKind(413, "The body exceeds `limits.max_body_bytes`"),
     "body_timeout": ErrorKind(408, "The body did not arrive within `limits.body_timeout_s`"),
     "client_left": ErrorKind(400, "The connection ended before the body did"),
@@ -112,27 +112,27 @@ ERROR_KINDS: Mapping[ApiCode, ErrorKind] = {
     "image_too_large": ErrorKind(413, "An image exceeds `limits.max_pixels` or `remote_images.max_bytes`"),
     "image_decode_failed": ErrorKind(422, "The decoder of an image failed or needed too much memory"),
     "image_decode_timeout": ErrorKind(422, "An image takes longer to decode than `limits.decode_seconds`"),
-    "image_url_refused": ErrorKind(422, "The server may not read, or could not read, an image by URL"),
+    "image_url_refused": ErrorKind(422, "An image by URL is not allowed, or could not be downloaded"),
     "too_many_images": ErrorKind(422, "More images than `limits.max_images`"),
-    "wrong_image_count": ErrorKind(422, "The prompt has another number of `<image>` than images came"),
+    "wrong_image_count": ErrorKind(422, "The number of `<image>` markers differs from the number of images"),
     "model_not_found": ErrorKind(
         404, "No worker serves that model; the message lists those that exist", ERROR_NO_WORKER
     ),
-    "no_worker": ErrorKind(503, "The workers of this model are down at the moment", ERROR_NO_WORKER, 5),
+    "no_worker": ErrorKind(503, "No worker for this model is up at the moment", ERROR_NO_WORKER, 5),
     "not_ready": ErrorKind(
         503, "No request can be answered now: the engine or image decoding is stuck or dead", retry_after_s=5
     ),
-    "queue_full": ErrorKind(429, "All request slots are taken; `Retry-After` says when to come back", retry_after_s=5),
+    "queue_full": ErrorKind(429, "All request slots are taken; `Retry-After` says when to retry", retry_after_s=5),
     "draining": ErrorKind(503, "The server is shutting down", retry_after_s=5),
     "deadline": ErrorKind(504, "The answer took longer than `limits.request_timeout_s`"),
     "worker_lost": ErrorKind(503, "The worker was lost and no other could continue", ERROR_UNREACHABLE, 5),
     "worker_failed": ErrorKind(500, "The model failed at this request"),
     "worker_refused": ErrorKind(500, "The worker does not accept the controller's registration secret"),
-    "bad_worker_name": ErrorKind(422, "`worker_name` is not a URL that can be called"),
+    "bad_worker_name": ErrorKind(422, "`worker_name` is not a valid URL"),
     "worker_unreachable": ErrorKind(422, "The worker does not answer at its `worker_name`"),
-    "upstream_lost": ErrorKind(503, "The server behind the worker broke off or cannot be reached", retry_after_s=5),
-    "upstream_refused": ErrorKind(422, "The server behind the worker refused the request"),
-    "upstream_key": ErrorKind(500, "The server behind the worker does not accept the worker's key"),
+    "upstream_lost": ErrorKind(503, "The upstream server broke off or cannot be reached", retry_after_s=5),
+    "upstream_refused": ErrorKind(422, "The upstream server refused the request"),
+    "upstream_key": ErrorKind(500, "The upstream server does not accept the worker's key"),
     "internal": ErrorKind(500, "The server failed; its log says where"),
 }
 
@@ -153,19 +153,19 @@ CODE_OF_USER_ERROR: Mapping[UserErrorCode, ApiCode] = {
     "prompt_format": "bad_prompt",
     "address_invalid": "bad_worker_name",
 }
-"""Codes of ``UserError`` that a request can cause; see ``code_of_user_error``."""
+"""The API code for each ``UserError`` code that a request can cause; see ``code_of_user_error``."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An error that a client gets to read.
+    """An error that is sent to a client.
 
     Args:
         code: see ``ERROR_KINDS``.
-        message: one or two sentences for people. Holds nothing of another request and no address.
+        message: one or two sentences for people. Contains nothing of other requests and no address.
         param: the field that is wrong.
-        retry_after_s: when to come back, sent as ``Retry-After``; None takes the code's own.
+        retry_after_s: seconds after which to retry, sent as ``Retry-After``; None: the code's default.
     """
 
     def __init__(
@@ -192,12 +192,12 @@ class ApiError(Exception):
 
 
 def known_code(code: object, default: ApiCode = "worker_failed") -> ApiCode:
-    """``code`` where it is one of ours, else ``default``: another server may send any text."""
+    """``code`` if it is one of ours, else ``default``, because another server may send any text."""
     return cast(ApiCode, code) if code in API_CODES else default
 
 
 def code_of_status(status: int) -> ApiCode:
-    """The code for a refusal of another server that names none of ours."""
+    """The code for another server's refusal that carries none of our codes."""
     if status == 429:
         return "queue_full"
     if status in (401, 403):
@@ -211,17 +211,17 @@ def code_of_user_error(error: UserError) -> ApiCode:
 
 
 def overflow_error() -> ApiError:
-    """The prompt leaves no room for an answer. LLaVA's stream carries this as a notice, not as an error."""
+    """The error for a prompt that leaves no room for an answer. LLaVA's stream sends it as a notice."""
     message = "The conversation is too long for the model. Start a new one."
     return ApiError("context_length_exceeded", message, param="prompt")
 
 
 def model_failed_error() -> ApiError:
-    """The model failed at one request of the batch."""
-    return ApiError("worker_failed", "The model failed at this request; the others continue.")
+    """The error for one request of a batch at which the model failed."""
+    return ApiError("worker_failed", "The model failed at this request. Other requests are not affected.")
 
 
 def model_not_found(model: str, known: list[str]) -> ApiError:
-    """Nobody serves ``model``; the message names the models that exist."""
+    """The error for a model that no worker serves. The message names the models that exist."""
     exist = f"It serves {', '.join(known)}." if known else "It serves no model at the moment."
     return ApiError("model_not_found", f"This server does not serve the model {model!r}. {exist}", param="model")

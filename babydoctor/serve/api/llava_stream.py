@@ -35,10 +35,10 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 STREAM_TYPE = "application/octet-stream"
 
 ERROR_HEADER = "x-babydoctor-error"
-"""Code of the error in a stream that begins with HTTP 200, so that a controller need not read the body."""
+"""The error's code, for errors sent as a stream with HTTP 200. Saves a controller from reading the body."""
 
 NO_TOKEN_ID = -1
-"""The token id in log-probabilities from a server that sends no ids."""
+"""Stands for the token id in log probabilities from a server that sends no ids."""
 
 _CODE_OF_NUMBER: dict[int, ApiCode] = {ERROR_NO_WORKER: "no_worker", ERROR_UNREACHABLE: "worker_lost"}
 
@@ -47,8 +47,8 @@ class LlavaWriter:
     """Deltas -> messages.
 
     Args:
-        front: what ``text`` begins with: the prompt, or nothing with ``echo: false``.
-        token_ids: whether messages carry the ids of new tokens.
+        front: the beginning of ``text``: the prompt, or nothing with ``echo: false``.
+        token_ids: True if messages carry the ids of new tokens.
     """
 
     def __init__(self, front: str, *, token_ids: bool = False) -> None:
@@ -73,8 +73,7 @@ class LlavaWriter:
         return data
 
     def encode(self, delta: AnswerDelta | None) -> bytes:
-        """The messages for one delta. Without a delta the last text is sent again, the only
-        keep-alive that the original's clients understand."""
+        """The messages for one delta; None repeats the last text, the only keep-alive that LLaVA's clients know."""
         delta = delta or AnswerDelta()
         error = delta.error
         if error is None:
@@ -103,8 +102,8 @@ class LlavaReader:
     """Chunks of bytes -> deltas.
 
     Args:
-        front: what ``text`` begins with, see ``LlavaWriter``.
-        so_far: the part of this answer that another worker has sent; it is not repeated.
+        front: the beginning of ``text``, see ``LlavaWriter``.
+        so_far: the part of this answer that another worker has already sent. It is not repeated.
     """
 
     def __init__(self, front: str = "", so_far: str = "") -> None:
@@ -129,7 +128,7 @@ class LlavaReader:
 
     @property
     def pending(self) -> int:
-        """Bytes of a message that has not ended."""
+        """Number of bytes of an incomplete message."""
         return len(self._buffer)
 
     def _read(self, message: Any) -> AnswerDelta:
@@ -143,7 +142,7 @@ class LlavaReader:
         if message.get("code") == OVERFLOW:
             return AnswerDelta(error=overflow_error())
         text = text.removeprefix(self._front)
-        # A worker that continues the answer of a lost one sends it from its beginning.
+        # A worker that continues a lost worker's answer sends it from the beginning.
         new, self.so_far = text[len(self.so_far) :], max(text, self.so_far, key=len)
         return AnswerDelta(
             new,
@@ -161,7 +160,7 @@ def _usage(value: Any) -> Usage | None:
 
 
 def _logprobs(value: Any) -> Iterator[TokenLogprob]:
-    """Log-probabilities of a BabyDoctor worker. FastChat's workers send another form, which is ignored."""
+    """Log probabilities of a BabyDoctor worker. FastChat's workers use another form, which is ignored."""
     for item in value if isinstance(value, list) else ():
         top = tuple((NO_TOKEN_ID, text, value) for text, value in item.get("top", ()))
         yield TokenLogprob(NO_TOKEN_ID, item["text"], item["logprob"], top)

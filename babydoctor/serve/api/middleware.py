@@ -1,4 +1,4 @@
-"""Checks before a route handles a request: request id, API key, size of the body. Also logs one line per request."""
+"""Middleware around all routes: request id, API key, size of the body, and one log line per request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from babydoctor.serve.settings import Limits
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_BODY_BYTES = 2**17
-"""Of a request that needs no client's key: registrations and heartbeats."""
+"""Limit for requests that need no client's key, such as registrations and heartbeats."""
 
 QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/receive_heart_beat", "/worker_get_status"})
 """Paths that machines poll. They are logged only on errors."""
@@ -120,7 +120,7 @@ class Gate:
             ApiError: 408, 413, 422, or 429 if all open requests together are too large.
         """
         limit = self.limits.max_body_bytes
-        if path in self.open_paths:  # anybody may send to these
+        if path in self.open_paths:  # anyone may send to these paths
             limit = min(limit, MAX_OPEN_BODY_BYTES)
         parts: list[bytes] = []
         size, more = 0, True
@@ -143,7 +143,7 @@ class Gate:
                 parts.append(chunk)
                 held.add(len(chunk))
             else:
-                # The rest is discarded. Reading on lets the client finish sending and see the answer.
+                # Keep reading and discard the rest, so that the client finishes sending and sees the error.
                 parts.clear()
                 held.release()
                 if size > 4 * limit:
@@ -157,7 +157,7 @@ class Gate:
 
 
 class _Held:
-    """Bytes of one request's body that are in memory, counted from the first one on."""
+    """Counts the bytes of one request's body in memory while they arrive."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -167,7 +167,7 @@ class _Held:
         """Count bytes that arrived.
 
         Raises:
-            ApiError: 429 where the bodies of all requests together are too large.
+            ApiError: 429 if the bodies of all requests together are too large.
         """
         self._num_bytes += num_bytes
         self._gate.held_bytes += num_bytes
@@ -218,7 +218,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """An error with field and reason. FastAPI's own answer would repeat the input, such as a whole image."""
+    """An error with field and reason. FastAPI's default would repeat the input, for example a whole image."""
     items = error.errors()
     if items[0]["type"] != "json_invalid":
         return shape_error(items, error.body)

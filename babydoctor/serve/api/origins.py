@@ -1,7 +1,7 @@
-"""Which ``Host`` and ``Origin`` a service on this machine answers to.
+"""Check the ``Host`` and ``Origin`` headers of requests to a server on the loopback address.
 
-A service that listens on the loopback address trusts whoever reaches it. A web page of another site must not count as
-that: a browser would send it requests, and by a host name that leads to 127.0.0.1 (DNS rebinding) read the replies.
+Such a server trusts every caller, because only programs on this machine reach it. But a web page of another site can
+make the browser send requests to it, and can read the replies if its host name resolves to 127.0.0.1 (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 class OriginCheck:
-    """The check of one part.
+    """The check of one server.
 
     Args:
-        host: the address that the part listens on; beyond this machine, keys or a proxy do this work.
-        allowed_hosts: further names under which a proxy on this machine is reached.
-        cors_origins: web pages that may call the part.
+        host: the address that the server listens on. If it is not loopback, nothing is checked: keys or a proxy must
+            protect the server.
+        allowed_hosts: further host names, those of a proxy on this machine.
+        cors_origins: origins of web pages that may call the server.
     """
 
     def __init__(self, host: str, allowed_hosts: Sequence[str] = (), cors_origins: Sequence[str] = ()) -> None:
@@ -42,7 +43,7 @@ class OriginCheck:
         if not self._is_own(host):
             raise ApiError(
                 "bad_origin",
-                "This server answers to the names of its own machine. Behind a proxy, set allowed_hosts=[NAME].",
+                "This server only answers to names of its own machine. Behind a proxy, set allowed_hosts=[NAME].",
             )
         if origin is None or origin in self._origins or "*" in self._origins:
             return

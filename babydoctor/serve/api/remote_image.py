@@ -83,9 +83,9 @@ async def fetch_image(url: str, settings: RemoteImages, is_allowed: AddressCheck
     try:
         return await asyncio.wait_for(_follow(url, settings, is_allowed), settings.timeout_s)
     except (TimeoutError, asyncio.TimeoutError):
-        raise _refused(f"The image did not come within {settings.timeout_s:g} s.") from None
+        raise _refused(f"The image did not arrive within {settings.timeout_s:g} s.") from None
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException):
-        raise _refused("The image's host could not be read from.") from None
+        raise _refused("The image could not be downloaded from its host.") from None
 
 
 async def _follow(url: str, settings: RemoteImages, is_allowed: AddressCheck) -> bytes:
@@ -110,9 +110,9 @@ def _check_url(url: str, settings: RemoteImages) -> str:
     except ValueError:
         raise _refused("The image's URL is not valid.") from None
     if parts.scheme not in ("http", "https") or not url.isascii() or parts.username or parts.password:
-        raise _refused("The image's URL must be a plain http or https one.")
+        raise _refused("The image's URL must be a plain http or https URL.")
     host = (parts.hostname or "").lower()
-    # If the URL has a port, the list must name the port too, because it may be a different service of that machine.
+    # If the URL has a port, the list must have it too, because the port may belong to another service on that host.
     named = host if port is None else f"{host}:{port}"
     if named not in {allowed.lower() for allowed in settings.hosts}:
         raise _refused("This server may not read images from that host; send the image as a data URL.")

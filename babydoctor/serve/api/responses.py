@@ -1,4 +1,4 @@
-"""HTTP responses that read an answer: as a stream, or collected into one JSON document."""
+"""HTTP responses that read an answer and send it as a stream or as one JSON document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def error_response(error: ApiError, path: str) -> JSONResponse:
-    """An ``ApiError`` as an HTTP response. OpenAI's clients get 400 for a bad request, other clients 422."""
+    """The HTTP response for an ``ApiError``. OpenAI's clients get 400 for a bad request, other clients 422."""
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -30,7 +30,7 @@ def error_response(error: ApiError, path: str) -> JSONResponse:
 
 
 class AnswerResponse(Response, ABC):
-    """A response that reads an answer and closes it in every case: end, error, deadline or a client that disconnected.
+    """A response that reads an answer and always closes it: at its end, error or deadline, or if the client leaves.
 
     Args:
         opening: from ``streaming.start_opening``.
@@ -50,7 +50,7 @@ class AnswerResponse(Response, ABC):
         writing = asyncio.ensure_future(self.write(scope, send))
         leaving = asyncio.ensure_future(_until_disconnect(receive))
         try:
-            # The writer has its own deadline. This one is for clients that do not read.
+            # The writer has its own deadline. This one ends responses to clients that do not read.
             spare_s = self._deadline - time.monotonic() + 5
             await asyncio.wait({writing, leaving}, timeout=spare_s, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
@@ -71,7 +71,7 @@ class AnswerResponse(Response, ABC):
             await self._opening.result().aclose()
 
     async def next_delta(self) -> AnswerDelta | None:
-        """The next delta; None if none arrives for a while. Errors are deltas too.
+        """The next delta; None if none arrives within the keep-alive interval. Errors are returned as deltas.
 
         Raises:
             EndOfAnswer: everything has been read.

@@ -1,6 +1,6 @@
-"""Routes that controller and worker share: for operators, the LLaVA API, FastChat's additions, OpenAI's APIs.
+"""Routes that controller and worker share: operators' routes, the LLaVA API, FastChat's additions, OpenAI's APIs.
 
-They call a ``Backend``: a worker's engine, or a controller that chooses among workers.
+They call a ``Backend``: a worker's engine, or a controller that chooses a worker.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _add_operator_routes(app: FastAPI, backend: Backend) -> None:
     @app.get("/health", tags=["operators"], responses=errors(503))
     @app.get("/readyz", tags=["operators"], responses=errors(503))
     async def readyz() -> dict[str, str]:
-        """A request could be answered now; 503 with the reason if not. `/health` is vLLM's name for it."""
+        """200 if the server can answer requests, else 503 with the reason. `/health` is vLLM's name for it."""
         if (reason := backend.unready()) is not None:
             raise ApiError("not_ready", reason)
         return {"status": "ready"}
@@ -64,7 +64,7 @@ def _add_operator_routes(app: FastAPI, backend: Backend) -> None:
 def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
     stream_docs: dict[int | str, dict[str, Any]] = {
         200: {
-            "description": "JSON objects, a NUL byte after each; `text` is the prompt and all text generated so far.",
+            "description": "JSON objects, each followed by a NUL byte. `text` is the prompt and all text so far.",
             "content": {STREAM_TYPE: {"schema": {"type": "string", "format": "binary"}}},
         }
     }
@@ -73,12 +73,12 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
         "/worker_generate_stream", tags=["LLaVA"], response_class=Response, responses=stream_docs | errors(*WORK_ERRORS)
     )
     async def worker_generate_stream(body: GenerateRequest) -> Response:
-        """Answer a prompt, streaming."""
+        """Answer a prompt as a stream."""
         writer = LlavaWriter(body.prompt if body.echo else "", token_ids=body.token_ids)
         try:
             opening = await start_opening(backend.open(with_own_placeholders(body)))
         except ApiError as error:
-            # The original's clients read these errors from the stream. All other refusals are HTTP statuses.
+            # LLaVA's clients read these errors from the stream. All other refusals are HTTP statuses.
             if error.code != OVERFLOW and error.error_code not in (ERROR_NO_WORKER, ERROR_UNREACHABLE):
                 raise
             message = writer.encode(AnswerDelta(error=error))
@@ -87,7 +87,7 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/worker_attention", tags=["LLaVA"], responses=errors(*WORK_ERRORS))
     async def worker_attention(body: AttentionRequest) -> AttentionReply:
-        """Attention from each piece of a given answer to the image patches."""
+        """How much each piece of a given answer depends on each part of the image."""
         return AttentionReply.model_validate(await backend.attention(body))
 
 
@@ -99,7 +99,7 @@ def _add_fastchat_routes(app: FastAPI, backend: Backend) -> None:
         responses=reply("GeneratedText", "The whole answer") | errors(*WORK_ERRORS),
     )
     async def worker_generate(body: GenerateRequest) -> Response:
-        """Answer a prompt, all at once."""
+        """Answer a prompt in one reply."""
         writer = LlavaWriter(body.prompt if body.echo else "", token_ids=body.token_ids)
         opening = await start_opening(backend.open(with_own_placeholders(body)))
         return CollectedAnswer(opening, lambda answers: writer.document(answers[0]), backend.settings.limits)

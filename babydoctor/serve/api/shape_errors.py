@@ -1,8 +1,7 @@
-"""One plain sentence about a request body with the wrong shape: the field, what was sent, and what to send instead.
+"""Describe a request body of the wrong shape in one sentence: the field, what was sent, and what to send instead.
 
-pydantic reports one error for each branch of a union, in terms of Python types. Here the errors of one field become
-one expectation, and the most specific field wins: of ``content: str | list`` with a bad item in the list, the item is
-named.
+pydantic reports one error for each branch of a union, in terms of Python types. Here the errors of a field are merged,
+and the most specific field is reported: for ``content: str | list`` with a bad item in the list, that is the item.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from babydoctor.serve.api.errors import ApiError
 
 MAX_SHOWN_CHARS = 40
-"""Longer text of a client is cut in messages, because it may be a whole prompt or image."""
+"""Messages quote at most this much of a client's text, which may be a whole prompt or image."""
 
 Path = tuple[int | str, ...]
 
@@ -36,7 +35,7 @@ _EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
 }
-"""What a field must be, by pydantic's type of the error."""
+"""What a field must be, by pydantic's error type."""
 
 _CONTAINERS = ("a string", "a list", "an object")
 
@@ -58,21 +57,21 @@ _LENGTHS: Mapping[str, tuple[str, str]] = {
 
 
 def shape_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """The API's error for pydantic's ``errors`` about ``body``, whose locations begin with ``"body"``."""
-    if isinstance(body, bytes):  # FastAPI leaves a body of another content type as it is
+    """Convert pydantic's ``errors`` about ``body`` to an API error. Their locations begin with ``"body"``."""
+    if isinstance(body, bytes):  # FastAPI does not parse a body of another content type
         return ApiError("bad_request", "The body must be JSON with the header Content-Type: application/json.")
     located = [(_locate(body, error), error) for error in errors]
     first = located[0][0]
     inside = [path for path, _ in located if path[: len(first)] == first]
     path = max(inside, key=len)
-    # The client meant the branch whose type matched, even if it failed later.
-    faults = sorted((error for place, error in located if place == path), key=lambda e: e["type"] in _EXPECTED)
+    # Prefer errors of the branch whose type matched, because the client meant that branch.
+    faults = sorted((error for other, error in located if other == path), key=lambda e: e["type"] in _EXPECTED)
     name = field_name(path)
     return ApiError("bad_request", _sentence(name, faults), param=name or None)
 
 
 def field_name(path: Path) -> str:
-    """``("messages", 0, "content")`` -> ``messages[0].content``; the client's own keys are cut."""
+    """``("messages", 0, "content")`` -> ``messages[0].content``. Long keys of the client are cut."""
     name = ""
     for part in path:
         name += f"[{part}]" if isinstance(part, int) else f".{_cut(part)}"
@@ -80,8 +79,10 @@ def field_name(path: Path) -> str:
 
 
 def describe(value: Any, *, quotes: bool = False) -> str:
-    """A client's value for a message, short and printable. Without ``quotes`` it holds no text of the client, because a
-    patient's name may be in the wrong field."""
+    """Describe a client's value in a few printable words.
+
+    Without ``quotes``, text is not repeated, because a patient's name may be in the wrong field.
+    """
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -131,8 +132,8 @@ def _expectation(error: Mapping[str, Any]) -> str:
 def _locate(body: Any, error: Mapping[str, Any]) -> Path:
     """The field that an error is about.
 
-    pydantic's location also names branches of unions and tags, which are no part of the body. Where a part could be
-    both (the tag ``text`` and the field ``text``), the reading wins that ends at the error's input.
+    pydantic's location also contains branches of unions and tags, which are not part of the body. If a part could be
+    either (the tag ``text`` or the field ``text``), the path that ends at the error's input is right.
     """
     parts = list(error["loc"][1:])
     if parts and parts[-1] == "[key]":

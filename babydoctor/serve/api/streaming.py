@@ -1,7 +1,7 @@
-"""A streamed answer: a worker's engine or a controller's relay writes it, an HTTP response reads it.
+"""A streamed answer: a worker's engine or a controller's relay writes it, and an HTTP response reads it.
 
-Both sides run at their own speed. Deltas that were not read yet are merged into one, so a slow client costs neither
-memory nor a request slot. However the response ends, it closes the answer, and this stops the work for it.
+Both sides run at their own speed. Deltas that have not been read are merged into one, so a slow client costs neither
+memory nor a request slot. When the response ends for any reason, it closes the answer, which stops the work for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from babydoctor.engine.request import TokenLogprob, Usage
 from babydoctor.serve.api.errors import ApiError
 
 HEADERS_WITHIN_S = 4.0
-"""Send a stream's headers after this time even if the work has not begun: LLaVA's clients give up after 10 s."""
+"""A stream's headers are sent after this time even if no work has begun: LLaVA's clients give up after 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerDelta:
-    """What is new in an answer since the previous delta. The last one has a ``finish_reason`` or an ``error``.
+    """The new part of an answer. The last delta has a ``finish_reason`` or an ``error``.
 
-    ``text`` precedes ``error``: a delta with both is text that arrived and an error that followed.
+    In a delta with both, ``text`` arrived before ``error``.
     """
 
     text: str = ""
@@ -37,7 +37,7 @@ class AnswerDelta:
     """Index of the answer if a request has several (``n``)."""
 
     def then(self, later: AnswerDelta) -> AnswerDelta:
-        """Both deltas as one."""
+        """Merge this delta with a later one."""
         return AnswerDelta(
             self.text + later.text,
             later.finish_reason or self.finish_reason,
@@ -50,27 +50,27 @@ class AnswerDelta:
 
 
 class EndOfAnswer(Exception):
-    """Raised when there is nothing more to read."""
+    """Everything has been read."""
 
 
 class Readable(Protocol):
-    """The source of a response: one answer, or several answers to one request."""
+    """What a response reads: one answer, or several answers to one request."""
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
-        """The next delta; None if none came in time. Raises ``EndOfAnswer``."""
+        """The next delta; None if none arrives in time. Raises ``EndOfAnswer``."""
 
     async def aclose(self) -> None:
-        """Stop the work for it. May be called more than once."""
+        """Stop the work behind the answer. May be called more than once."""
 
 
 class AnswerStream:
-    """One answer. ``put``, ``finish`` and ``fail`` are called in the event loop's thread.
+    """One answer. Call ``put``, ``finish`` and ``fail`` in the event loop's thread.
 
-    An answer never ends with whitespace: whitespace at the end of the text so far is held back until more text arrives,
-    and dropped if none does. Token ids, log-probabilities and usage are passed on at once.
+    An answer never ends with whitespace: trailing whitespace is held back until more text arrives, and dropped if none
+    does. Token ids, log probabilities and usage are not held back.
 
     Args:
-        on_close: stops the work; awaited once, when the reader is done or has left.
+        on_close: stops the work. Awaited once, when the reader is done or has disconnected.
     """
 
     def __init__(self, on_close: Callable[[], Awaitable[None]]) -> None:
@@ -118,8 +118,8 @@ class AnswerStream:
             EndOfAnswer: everything has been read.
         """
         if self._pending is None and not self._ended:
-            # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that arrives together with a result, and
-            # an answer whose client has disconnected would be generated to the end.
+            # Not asyncio.wait_for: up to Python 3.11 it loses a cancellation that coincides with a result, and then an
+            # answer whose client has disconnected would be generated to the end.
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
             timer = loop.call_later(timeout_s, self._wake)
@@ -152,7 +152,7 @@ class AnswerStream:
 
 
 class AnswerGroup:
-    """Several answers to one request as one stream of deltas with the ``index`` of their answer."""
+    """Several answers to one request, merged into one stream. Each delta carries the ``index`` of its answer."""
 
     def __init__(self, answers: Sequence[AnswerStream]) -> None:
         self._answers = answers
@@ -161,7 +161,7 @@ class AnswerGroup:
         self._ready: list[AnswerDelta] = []
 
     async def next(self, timeout_s: float) -> AnswerDelta | None:
-        """The next delta of any answer; None if none came in time.
+        """The next delta of any answer; None if none arrives in time.
 
         Raises:
             EndOfAnswer: all answers have been read.

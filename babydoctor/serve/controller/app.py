@@ -1,4 +1,4 @@
-"""A controller as an ASGI application, and the routes that workers and LLaVA's clients call on it."""
+"""The controller's ASGI application, with the routes that only workers and LLaVA's clients call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORKER_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
 
 
 def build_controller_app(settings: ServeSettings, secrets: Secrets) -> FastAPI:
-    """The controller as an ASGI application."""
+    """Build the controller's ASGI application."""
     controller = Controller(settings, secrets)
 
     @asynccontextmanager
@@ -60,14 +60,14 @@ def _add_worker_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.post("/receive_heart_beat", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def receive_heart_beat(body: HeartBeat, request: Request) -> dict[str, bool]:
-        """A worker is alive. `exist` false: register again; `reachable` false: its address cannot be reached."""
+        """Receive a heartbeat. `exist` false: register again. `reachable` false: the controller cannot reach you."""
         url = controller.check_registrant(request, body.worker_name)
         record = controller.heart_beat(url, body.queue_length, body.draining)
         return {"exist": record is not None, "reachable": record is not None and not (record.failed or record.doubtful)}
 
     @app.post("/unregister_worker", tags=["workers"], responses=errors(*BODY_ERRORS, 403))
     async def unregister_worker(body: HeartBeat, request: Request) -> None:
-        """A worker takes nothing new; its running answers go on."""
+        """Send no new requests to a worker. Its running answers continue."""
         record = controller.registry.records.get(controller.check_registrant(request, body.worker_name, leaving=True))
         if record is not None:
             record.status = record.status.model_copy(update={"draining": True})
@@ -82,7 +82,7 @@ def _add_client_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.post("/list_models", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
     async def list_models() -> dict[str, list[str]]:
-        """The models that can be asked now."""
+        """The models that can answer now."""
         return {"models": controller.model_names()}
 
     @app.post("/get_worker_address", tags=["LLaVA"], responses=errors(*BODY_ERRORS))
@@ -96,12 +96,12 @@ def _add_client_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.post("/worker_get_status", tags=["LLaVA"], responses=errors(401, 400, 408, 413, 422))
     async def worker_get_status() -> FleetStatus:
-        """The sum of all workers, so that a controller can register with another one."""
+        """The sum of all workers, in a worker's form, so that a controller can register with another controller."""
         return controller.status()
 
     @app.get("/workers", tags=["operators"], responses=errors(*(401, *WORK_ERRORS)))
     async def workers() -> list[dict[str, Any]]:
-        """Each worker with the id that the log uses."""
+        """The workers, each with the id that the log uses."""
         return [
             {
                 "id": record.worker_id,

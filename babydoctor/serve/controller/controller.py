@@ -1,6 +1,6 @@
-"""The controller's backend: keeps the registry of workers and passes requests on to them.
+"""The controller's backend: it keeps the registry of workers and forwards requests to them.
 
-Every call to a worker is asynchronous and bounded in time, so that one slow worker delays no other request.
+Every call to a worker is asynchronous and has a timeout, so a slow worker does not delay other requests.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Controller:
         self._num_open = 0
         self.draining = False
         timeout = httpx.Timeout(own.worker_silence_s, connect=own.connect_timeout_s)
-        # Idle connections expire before uvicorn on the other side closes them (5 s). Proxies from the environment are
-        # not used: patients' images go to the worker and nowhere else.
+        # Idle connections expire before uvicorn on the other side closes them (5 s). trust_env=False ignores proxies
+        # from the environment: patients' images must go to the worker and nowhere else.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
         self.fleet = Fleet(
             registry=Registry(own.dispatch, own.heart_beat_expiry_s),
@@ -72,7 +72,7 @@ class Controller:
         self.metrics.gauge("open_requests", "Requests that are open", lambda: self._num_open)
         self.metrics.gauge("queue_length", "Requests of all workers", lambda: self.status().queue_length)
 
-    # What the common routes ask of a backend.
+    # The methods of a backend that the common routes call.
 
     def model_names(self) -> list[str]:
         return self.registry.models(time.monotonic())
@@ -95,7 +95,7 @@ class Controller:
             raise ApiError("draining", "The server is shutting down.")
         check_request(request, self.settings.limits)
         if request.resume_ids:
-            message = "resume_ids is between controller and workers; a client continues an answer with `continues`."
+            message = "resume_ids is for controllers only; to continue an answer, send `continues`."
             raise ApiError("bad_resume_ids", message, param="resume_ids")
         if self._num_open >= self.settings.limits.max_open:
             raise ApiError("queue_full", "The server is busy. Please try again soon.")
@@ -131,18 +131,18 @@ class Controller:
         )
 
     def shows_secret(self, request: Request) -> bool:
-        """Whether the sender knows the registration secret."""
+        """True if the request carries the registration secret."""
         shown = bearer_key(request.scope["headers"])
         return self._secret is not None and hmac.compare_digest(shown.encode(), self._secret.encode())
 
     def check_registrant(self, request: Request, worker_name: str, *, leaving: bool = False) -> str:
-        """The worker's URL, if the sender may register it.
+        """Return the worker's URL if the sender may register or unregister it.
 
         Args:
-            leaving: it is to be taken out of rotation, which the original's workers never ask for.
+            leaving: the sender unregisters the worker. LLaVA's own workers never do that.
 
         Raises:
-            ApiError: 403 without the secret (without one set: from another machine), 422 for a bad URL.
+            ApiError: 403 without the secret, or from another machine if no secret is set; 422 for a bad URL.
         """
         try:
             url = check_worker_url(worker_name)
@@ -152,7 +152,7 @@ class Controller:
             allowed = url in self._trusted or is_from_this_machine(request)
         else:
             record = self.registry.records.get(url)
-            # A trusted address needs no secret, unless the worker there has shown that it knows it.
+            # A trusted address needs no secret, unless the worker there has used the secret before.
             is_open = url in self._trusted and not (record is not None and record.knows_secret)
             allowed = self.shows_secret(request) or (is_open and not leaving)
         if not allowed:
@@ -173,19 +173,19 @@ class Controller:
 
     def heart_beat(self, url: str, queue_length: int, draining: bool | None = None) -> WorkerRecord | None:
         record = self.registry.report(url, queue_length, time.monotonic(), draining=draining)
-        # The original's workers register before they listen, so the first probe waits for the first heartbeat.
+        # LLaVA's own workers register before they listen, so the first probe waits for the first heartbeat.
         if record is not None and (record.failed or not record.proven):
             self._probe_soon(record)
         return record
 
     async def refresh(self) -> None:
-        """Ask every worker for its status. Those in rotation stay there meanwhile; concurrent calls share one round."""
+        """Ask every worker for its status. Workers stay in rotation meanwhile. Concurrent calls share one round."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.ensure_future(self._probe_all())
         await asyncio.shield(self._refresh)
 
     async def watch(self) -> None:
-        """Drop silent workers and probe failed ones again, forever."""
+        """Remove silent workers and probe failed ones, until cancelled."""
         while True:
             await asyncio.sleep(min(1.0, self.settings.controller.heart_beat_expiry_s / 4))
             for record in self.registry.expire(time.monotonic()):
@@ -195,7 +195,7 @@ class Controller:
                     self._probe_soon(record)
 
     async def drain(self) -> None:
-        """Take nothing new and let open requests finish."""
+        """Accept no new requests, and wait up to ``worker.drain_s`` for the open ones."""
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
         while self._num_open and time.monotonic() < deadline:
@@ -230,7 +230,7 @@ class Controller:
     async def _probe(self, record: WorkerRecord, *, is_decisive: bool = False) -> None:
         status = await self._fetch_status(record.url, self.fleet.secret_headers(record))
         if self.registry.records.get(record.url) is not record:
-            return  # registered again meanwhile
+            return  # the worker has registered again
         if status is None:
             if not (record.failed or record.doubtful):
                 log(logger, logging.WARNING, "worker cannot be reached", worker=record.worker_id)
@@ -252,7 +252,7 @@ class Controller:
             return None
 
     async def _ask(self, model: str, path: str, body: BaseModel) -> dict[str, Any]:
-        """Pass a small request on to a worker and its reply back."""
+        """Forward a small request to a worker and return its reply."""
         record = self._worker_for(model)
         self.registry.begin(record)
         try:
@@ -263,9 +263,9 @@ class Controller:
             )
             data = json.loads(response.content)
         except (httpx.TransportError, ValueError):
-            if response_failed := not record.failed:
+            if is_probed := not record.failed:
                 self._probe_soon(record)
-            log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=response_failed)
+            log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=is_probed)
             raise ApiError("worker_lost", "The worker did not answer. Please try again soon.") from None
         finally:
             self.registry.end(record)
@@ -281,7 +281,7 @@ class Controller:
 
 
 def is_from_this_machine(request: Request) -> bool:
-    """Whether the caller is a program on this machine, not behind a proxy and not a web page in a browser."""
+    """True if the caller is a program on this machine, not a proxy and not a web page in a browser."""
     headers = request.headers
     is_forwarded = any(name in headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via", "origin"))
     is_local = request.client is not None and is_loopback(request.client.host)

@@ -1,4 +1,4 @@
-"""The workers and the connections to them; shared by all requests of a controller."""
+"""The workers of a controller and the connections to them, shared by all requests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from babydoctor.serve.settings import ControllerSettings
 logger = logging.getLogger(__name__)
 
 OUR_SILENCE_S = 20.0
-"""Our own workers send headers at once and a sign of life every few seconds."""
+"""Longest silence of a BabyDoctor worker. It sends headers at once and a keep-alive every few seconds."""
 
 
 class WorkerLost(Exception):
     """The connection to a worker failed.
 
     Args:
-        was_sent: the worker had the request, so the request may be the reason.
+        was_sent: the worker had received the request, so the request may have caused the failure.
     """
 
     def __init__(self, *, was_sent: bool = True) -> None:
@@ -38,32 +38,32 @@ class WorkerLost(Exception):
 
 @dataclass(slots=True, eq=False)
 class Fleet:
-    """The registered workers and how they are called."""
+    """Calls the registered workers."""
 
     registry: Registry
     client: httpx.AsyncClient
     settings: ControllerSettings
     metrics: ControllerMetrics
     headers: dict[str, str]
-    """With the registration secret; only for workers that have shown that they know it."""
+    """Hold the registration secret. Sent only to workers that registered with it."""
     on_failure: Callable[[WorkerRecord], None]
-    """Takes a worker out of rotation."""
+    """Called with a lost worker, to take it out of rotation."""
     seen_models: set[str] = field(default_factory=set)
     started_s: float = field(default_factory=time.monotonic)
 
     def no_worker(self, model: str) -> ApiError:
-        """The error for a model that nobody serves now."""
+        """The error for a model that no worker serves now."""
         if model in self.seen_models:
             message = "No worker for this model is up at the moment. Please try again soon."
             return ApiError("no_worker", message, param="model")
         if time.monotonic() - self.started_s < self.settings.heart_beat_expiry_s and not self.registry.records:
-            # Workers come back with their next heartbeat, so for now this says nothing about the model.
+            # After a restart, workers return with their next heartbeat, so the model may exist.
             message = "This controller has just started and no worker has registered yet. Please try again soon."
             return ApiError("no_worker", message, param="model")
         return model_not_found(model, self.registry.models(time.monotonic()))
 
     def silence_s(self, record: WorkerRecord) -> float:
-        """How long a worker may be silent before it counts as lost."""
+        """Seconds of silence after which a worker counts as lost."""
         silence_s = self.settings.worker_silence_s
         return min(silence_s, OUR_SILENCE_S) if record.status.template is not None else silence_s
 
@@ -75,11 +75,11 @@ class Fleet:
         return self.secret_headers(record) | own
 
     async def start_stream(self, record: WorkerRecord, body: dict[str, object]) -> httpx.Response:
-        """Send a request to a worker; returns once its headers have arrived.
+        """Send a request to a worker and return its response once the headers have arrived.
 
         Raises:
-            WorkerLost: it cannot be reached.
-            ApiError: it refuses.
+            WorkerLost: the worker cannot be reached.
+            ApiError: the worker refuses the request.
         """
         content = json.dumps(body).encode()
         was_sent = False
@@ -95,7 +95,7 @@ class Fleet:
             except (httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
                 self.lose(record, error)
             except (httpx.TransportError, OSError) as error:
-                # A kept-alive connection may be closed just as it is used again; that says nothing yet.
+                # The worker may have closed an idle connection just as it was reused, so try once more.
                 was_sent = True
                 if is_last:
                     self.lose(record, error)
@@ -103,7 +103,7 @@ class Fleet:
         return response
 
     def lose(self, record: WorkerRecord, error: Exception, *, was_sent: bool = True) -> None:
-        """Take a worker out of rotation and note which requests it may have died of.
+        """Take a worker out of rotation and record which requests may have caused its loss.
 
         Raises:
             WorkerLost: always.
@@ -115,9 +115,10 @@ class Fleet:
         raise WorkerLost(was_sent=was_sent) from error
 
     async def _send(self, request: httpx.Request, timeout_s: float) -> httpx.Response:
-        """Send and wait for the headers; a response that arrives after the caller has gone is closed.
+        """Send a request and wait for the headers. A response that arrives after a timeout or cancellation is closed.
 
-        Not asyncio.wait_for: a cancellation that meets the response would leave it open, or be lost itself.
+        Not asyncio.wait_for: if cancellation and response coincide, it leaves the response open or loses the
+        cancellation.
         """
         sending = asyncio.ensure_future(self.client.send(request, stream=True))
         try:
@@ -151,7 +152,7 @@ async def _check_refusal(response: httpx.Response) -> None:
     finally:
         await response.aclose()
     if response.status_code in (401, 403):
-        # This is between controller and worker; to the client it is a broken server.
+        # The client cannot fix this, so it gets a server error instead of 401 or 403.
         log(logger, logging.ERROR, "worker refuses the controller's secret")
         message = "The worker refuses this controller: both need the same registration secret."
         error = ApiError("worker_refused", message)

@@ -1,7 +1,7 @@
-"""The registered workers, and which one gets the next request. Pure: no clock, no network.
+"""The registered workers, and the choice of a worker for the next request. Pure: no clock, no network.
 
-A worker is in rotation while its heartbeats arrive and no connection to it has failed. Its load is what it reported
-last plus what was sent to it since; each report resets the count, so errors do not accumulate.
+A worker is in rotation while its heartbeats arrive and no connection to it has failed. Its load is the number that it
+reported last plus the requests sent since. Each report resets that count, so errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ Dispatch = Literal["lottery", "shortest_queue"]
 
 @dataclass(slots=True, eq=False)
 class WorkerRecord:
-    """One registered worker. A worker that registers again gets a new record, so old failures do not stick to it."""
+    """One registered worker. A worker that registers again gets a new record, which forgets old failures."""
 
     url: str
     status: WorkerStatus
     check_heart_beat: bool
     last_seen_s: float
     knows_secret: bool = False
-    """It registered with the registration secret, so the secret may be sent to it."""
+    """The worker registered with the registration secret, so the secret may be sent to it."""
     failed: bool = False
-    """A connection to it failed and no probe has succeeded since."""
+    """A connection to the worker failed, and no probe has succeeded since."""
     proven: bool = False
-    """The controller has reached it at this URL."""
+    """The controller has reached the worker at this URL."""
     doubtful: bool = False
-    """The controller could not reach it; it gets requests only if there is no other."""
+    """A probe could not reach the worker. It gets requests only if there is no other worker."""
     inflight: int = 0
-    """Requests that this controller has open on it."""
+    """Requests that this controller has open on the worker."""
     unreported: int = 0
-    """Requests sent, minus requests ended, since its last report."""
-    untouched: set[object] = field(default_factory=set)
-    """Requests on it of which it has not sent a token."""
+    """Requests sent minus requests ended since the worker's last report."""
+    without_token: set[object] = field(default_factory=set)
+    """Requests on the worker for which it has not sent a token yet."""
     suspects: frozenset[object] | None = None
-    """What ``untouched`` held when the worker was lost: one of these may have been the reason."""
+    """``without_token`` when the worker was lost: one of these requests may have caused it."""
     worker_id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        # Logs name workers by this id: an address in a log says where patients' images go.
+        # Logs use this id, because an address in a log would tell where patients' images go.
         self.worker_id = "w-" + hashlib.sha256(self.url.encode()).hexdigest()[:8]
 
     def note_loss(self) -> None:
-        """The worker was lost. Only the first loss of a record says who was there."""
+        """Record the suspects when the worker is lost. Later losses of the same record change nothing."""
         if self.suspects is None:
-            self.suspects = frozenset(self.untouched)
+            self.suspects = frozenset(self.without_token)
 
     @property
     def load(self) -> float:
         """Requests running and waiting, per unit of speed.
 
-        A report may cross a request on its way to the worker, so what this controller has open there counts at least.
+        A report may be older than a request that is on its way, so the load is at least what this controller has open.
         """
         return max(self.status.queue_length + self.unreported, self.inflight, 0) / self.status.speed
 
 
 def check_worker_url(url: str) -> str:
-    """Return the URL without its last slash.
+    """Check a worker's URL and return it without trailing slashes.
 
     Raises:
-        UserError: it is not an ``http(s)://host:port`` under which a worker could be called.
+        UserError: it is not of the form ``http(s)://host:port``, or its host is not an address to connect to.
     """
     try:
         parts = urlsplit(url)
@@ -79,7 +79,7 @@ def check_worker_url(url: str) -> str:
         raise UserError(f"worker_name {url!r} is not an address like http://10.0.0.5:21002", code="address_invalid")
     if parts.hostname in ("0.0.0.0", "::"):
         raise UserError(
-            f"worker_name {url!r}: nobody can call {parts.hostname}; give the address of that machine",
+            f"worker_name {url!r}: {parts.hostname} is no address to connect to; give the address of the machine",
             code="address_invalid",
         )
     return url.rstrip("/")
@@ -109,7 +109,7 @@ class Registry:
         self.records.pop(url, None)
 
     def report(self, url: str, queue_length: int, now_s: float, *, draining: bool | None = None) -> WorkerRecord | None:
-        """Note a heartbeat. None: the worker is unknown and has to register again."""
+        """Record a heartbeat. Return None if the worker is unknown and must register again."""
         record = self.records.get(url)
         if record is not None:
             record.last_seen_s = now_s
@@ -121,7 +121,7 @@ class Registry:
         return record
 
     def note_status(self, record: WorkerRecord, status: WorkerStatus, now_s: float) -> None:
-        """A probe succeeded: the worker is reachable and reports this."""
+        """Record a successful probe, and the status that it returned."""
         record.status = status
         record.unreported = 0
         record.last_seen_s = now_s
@@ -130,14 +130,14 @@ class Registry:
         record.proven = True
 
     def expire(self, now_s: float) -> list[WorkerRecord]:
-        """Drop and return the workers whose heartbeats have stopped."""
+        """Remove and return the workers whose heartbeats have stopped."""
         gone = [r for r in self.records.values() if r.check_heart_beat and now_s - r.last_seen_s > self.expiry_s]
         for record in gone:
             self.remove(record.url)
         return gone
 
     def is_current(self, record: WorkerRecord) -> bool:
-        """Whether the record is neither expired, nor replaced after a restart, nor failed."""
+        """True unless the record has expired, failed, or been replaced after a restart."""
         return self.records.get(record.url) is record and not record.failed
 
     def in_rotation(self, now_s: float) -> list[WorkerRecord]:
@@ -145,7 +145,7 @@ class Registry:
         return [r for r in self.records.values() if not r.failed and not r.status.draining]
 
     def models(self, now_s: float) -> list[str]:
-        """Names of the models that can be asked now, sorted."""
+        """Sorted names of the models that can answer now."""
         return sorted({name for r in self.in_rotation(now_s) for name in r.status.model_names})
 
     def pick(self, model: str, now_s: float, exclude: Collection[WorkerRecord] = ()) -> WorkerRecord | None:
@@ -160,15 +160,15 @@ class Registry:
         return self._rng.choice([r for r in able if r.load == least])
 
     def begin(self, record: WorkerRecord) -> None:
-        """A request goes to this worker."""
+        """Count a request that is sent to the worker."""
         record.inflight += 1
         record.unreported += 1
 
     def end(self, record: WorkerRecord) -> None:
-        """That request is over."""
+        """Count the end of that request."""
         record.inflight -= 1
         record.unreported -= 1
 
     def hand_out(self, record: WorkerRecord) -> None:
-        """A client got this address and will call it itself; the next report corrects the count."""
+        """Count a request that a client sends to the worker itself. The next report corrects the count."""
         record.unreported += 1

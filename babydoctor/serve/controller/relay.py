@@ -1,11 +1,11 @@
-"""One request on its way through the controller: from worker to worker until the answer is complete.
+"""Relay one request: send it to a worker, and to further workers if one is lost, until the answer is complete.
 
-A worker that dies in the middle costs the client a pause only. Our own workers send the ids of their tokens, so another
-one continues from exactly the same tokens and a greedy answer is the same as without the failure. The original's
-workers send text only; there the next worker gets prompt and text so far as its prompt.
+If a worker dies in the middle of an answer, the client only sees a pause. BabyDoctor workers send the ids of their
+tokens, so the next worker continues from exactly the same tokens, and a greedy answer is the same as without the
+failure. LLaVA's own workers send text only, so the next worker gets the prompt and the text so far as its prompt.
 
-A request that killed its worker must not kill the next one. It is refused if it was the only one on the lost worker
-without a token, if two workers were lost with it in that state, or if ``MAX_LOSSES`` were lost with it at all.
+A request that kills its worker must not kill the next one. It is refused if it was the only request without a token on
+the lost worker, if two workers were lost while it had no token, or if ``MAX_LOSSES`` workers were lost with it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from babydoctor.serve.logs import log
 logger = logging.getLogger(__name__)
 
 MAX_LOSSES = 4
-"""Workers that may be lost in the middle of one answer. Each one before had sent tokens of it."""
+"""Lost workers after which an answer is given up, even if each of them had sent tokens of it."""
 
-FAILOVER_PATIENCE_S = 20.0
-"""How long a broken answer waits for a worker that can continue it."""
+FAILOVER_TIMEOUT_S = 20.0
+"""How long an interrupted answer waits for a worker that can continue it."""
 
 
 class WorkerHandsOver(Exception):
-    """A worker that shuts down gives the rest of an answer to another one."""
+    """A worker shuts down, so another worker must continue its answer."""
 
 
 class Relay:
@@ -53,10 +53,10 @@ class Relay:
         self._num_early_losses = 0
 
     async def open(self) -> AnswerStream:
-        """Find a worker that takes the request.
+        """Find a worker that accepts the request.
 
         Raises:
-            ApiError: none does.
+            ApiError: no worker accepts it.
         """
         record, response = await self._connect()
         self._reader = asyncio.ensure_future(self._read_to_the_end(record, response))
@@ -68,7 +68,7 @@ class Relay:
             await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _connect(self) -> tuple[WorkerRecord, httpx.Response]:
-        """Offer the request to one worker after the other, each once. The caller ends the record's request."""
+        """Send the request to one worker after another, once each. The caller must call ``Registry.end``."""
         fleet, busy, lost = self._fleet, None, False
         while True:
             record = fleet.registry.pick(self._request.model, time.monotonic(), self._tried)
@@ -83,32 +83,32 @@ class Relay:
             try:
                 return record, await self._start(record)
             except WorkerLost as error:
-                self._check_innocent(record, error)
+                self._record_loss(record, error)
                 lost = True
             except ApiError as error:
-                # 429 and 5xx are about that worker, everything else is about the request.
+                # 429 and 5xx concern this worker only; any other status concerns the request.
                 if error.status != 429 and error.status < 500:
                     raise
-                # Of several refusals the client gets "busy": it can wait for that.
+                # Of several refusals, prefer "busy": the client can wait for that.
                 busy = error if busy is None or error.code == "queue_full" else busy
 
     async def _start(self, record: WorkerRecord) -> httpx.Response:
-        """Send the request to a worker. On success the caller ends the record's request."""
+        """Send the request to a worker. On success the caller must call ``Registry.end``."""
         registry = self._fleet.registry
         registry.begin(record)
-        record.untouched.add(self)
+        record.without_token.add(self)
         try:
             return await self._fleet.start_stream(record, self._body_for(record))
         except BaseException:
-            record.untouched.discard(self)
+            record.without_token.discard(self)
             registry.end(record)
             raise
 
-    def _check_innocent(self, record: WorkerRecord, lost: WorkerLost) -> None:
-        """Note that a worker was lost with this request on it.
+    def _record_loss(self, record: WorkerRecord, lost: WorkerLost) -> None:
+        """Record that a worker was lost while it had this request.
 
         Raises:
-            ApiError: the request is probably the reason.
+            ApiError: the request probably caused the loss.
         """
         record.note_loss()
         if not lost.was_sent or record.suspects is None:
@@ -124,7 +124,7 @@ class Relay:
             raise ApiError("worker_lost", message)
 
     def _body_for(self, record: WorkerRecord) -> dict[str, object]:
-        """The request for this worker, continuing after what has arrived already."""
+        """The request for this worker. It continues after the text and tokens that have already arrived."""
         body = self._request.model_dump(exclude_none=True)
         body |= {"echo": True, "token_ids": True}
         stops = self._request.stops
@@ -133,7 +133,7 @@ class Relay:
             if self._token_ids:
                 body["resume_ids"] = list(self._token_ids)
             return body
-        # The original's workers accept one stop string.
+        # LLaVA's own workers accept one stop string.
         body["stop"] = stops[-1] if stops else ""
         body["prompt"] = self._request.prompt + self._text
         spent = len(self._token_ids) or self._num_deltas
@@ -141,7 +141,7 @@ class Relay:
         return body
 
     async def _read_to_the_end(self, record: WorkerRecord, response: httpx.Response) -> None:
-        """Read the answer, from another worker after one is lost."""
+        """Read the answer. If a worker is lost, continue with another one."""
         while True:
             try:
                 await self._read(record, response)
@@ -152,7 +152,7 @@ class Relay:
                 log(logger, logging.WARNING, "stream broke", worker=record.worker_id, reason=type(error).__name__)
                 if isinstance(error, WorkerLost):
                     try:
-                        self._check_innocent(record, error)
+                        self._record_loss(record, error)
                     except ApiError as refusal:
                         self._answer.fail(refusal)
                         return
@@ -164,9 +164,9 @@ class Relay:
                 self._answer.fail(ApiError("internal", "The server failed at this request."))
                 return
             finally:
-                record.untouched.discard(self)
+                record.without_token.discard(self)
                 self._fleet.registry.end(record)
-                # Shielded: even if the client leaves at this moment, the connection must be closed.
+                # Shielded, so that the connection is closed even if the client disconnects right now.
                 await asyncio.shield(response.aclose())
             try:
                 record, response = await self._reconnect()
@@ -177,8 +177,8 @@ class Relay:
             log(logger, logging.WARNING, "answer continued", worker=record.worker_id, tokens=len(self._token_ids))
 
     async def _reconnect(self) -> tuple[WorkerRecord, httpx.Response]:
-        """Find a worker to continue, with some patience: others may be busy, or the lost one may be restarting."""
-        deadline = time.monotonic() + FAILOVER_PATIENCE_S
+        """Find a worker to continue. Retry for a while: others may be busy, or the lost one may be restarting."""
+        deadline = time.monotonic() + FAILOVER_TIMEOUT_S
         while True:
             try:
                 return await self._connect()
@@ -196,8 +196,8 @@ class Relay:
         """Read one worker's stream to its end.
 
         Raises:
-            WorkerLost: it broke off.
-            ValueError: the worker sent something else than a stream.
+            WorkerLost: the stream broke off.
+            ValueError: the worker sent something that is not a stream.
         """
         stream = LlavaStream(response, front=self._request.prompt, so_far=self._text)
         try:
@@ -205,7 +205,7 @@ class Relay:
                 if delta.error is not None:
                     if delta.error.code == "draining":
                         raise WorkerHandsOver
-                    if delta.error.code == "not_ready":  # stuck: it may be because of this request
+                    if delta.error.code == "not_ready":  # stuck, possibly because of this request
                         self._fleet.lose(record, TimeoutError())
                     return self._answer.fail(delta.error)
                 self._pass_on(delta, record)
@@ -217,22 +217,22 @@ class Relay:
             self._text = stream.so_far
             await stream.aclose()
         if stream.is_cut or record.status.template is not None:
-            # Our own workers always say why they stopped.
+            # BabyDoctor workers always send a finish reason, so without one the stream is incomplete.
             raise WorkerLost
         self._answer.put(AnswerDelta(finish_reason="stop"))
         self._answer.finish()
 
     def _pass_on(self, delta: AnswerDelta, record: WorkerRecord) -> None:
-        is_sign_of_life = not (delta.text or delta.token_ids or delta.logprobs or delta.finish_reason)
-        if is_sign_of_life:
+        is_keep_alive = not (delta.text or delta.token_ids or delta.logprobs or delta.finish_reason)
+        if is_keep_alive:
             return
-        record.untouched.discard(self)
+        record.without_token.discard(self)
         self._token_ids += delta.token_ids
         self._num_deltas += 1
         self._answer.put(delta)
 
     async def _next(self, record: WorkerRecord, stream: LlavaStream) -> AnswerDelta | None:
-        """The next delta; None at the end. A worker silent for too long, or out of rotation and silent, is lost."""
+        """The next delta; None at the end. A worker that is silent for too long is lost, sooner if out of rotation."""
         silent_since = time.monotonic()
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Turn the engine's events of a request into an answer."""
+"""Turn the engine's events for a request into an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WAITED = "The model is busy: the request waited too long for its turn. Please t
 
 @dataclass(eq=False)
 class AnsweredRequest:
-    """One request between HTTP and engine. Only the event loop's thread calls the methods."""
+    """One request between HTTP and engine. Only the event loop's thread calls its methods."""
 
     answer: AnswerStream
     request: GenerateRequest
@@ -29,7 +29,7 @@ class AnsweredRequest:
     resumed: ResumedText | None
     request_id: str
     images: tuple[bytes, ...] = ()
-    """Kept only for retention."""
+    """Empty unless requests are retained on disk."""
     received_s: float = 0.0
     first_token_s: float | None = None
     text: str = ""
@@ -38,19 +38,19 @@ class AnsweredRequest:
     handle: GenerationHandle | None = None
 
     def take_delta(self, delta: Delta) -> None:
-        """Pass new tokens on."""
+        """Append new tokens to the answer."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic()
         self.num_tokens += len(delta.token_ids)
         text = delta.text if self.resumed is None else self.resumed.add(delta.token_ids)
         self._put(AnswerDelta(text, token_ids=delta.token_ids, logprobs=delta.logprobs))
         if self.resumed is not None and self.resumed.ended and self.handle is not None:
-            # A stop string that began in the lost worker's tokens; the engine saw only its end.
+            # The stop string began in the lost worker's tokens, so the engine saw only its end and continued.
             self._end("stop")
             self.handle.cancel()
 
     def take_end(self, finished: Finished) -> None:
-        """The engine is done with the request."""
+        """End the answer after the engine's last event."""
         reason = finished.finish_reason
         self.cached_tokens = finished.usage.cached_tokens
         if self.resumed is not None:
@@ -60,7 +60,7 @@ class AnsweredRequest:
         if reason in ("stop", "length"):
             self._end(reason)
         elif reason == "deadline":
-            # A request that never started to run failed because of load, not because of an error of the server.
+            # A request that never started to run is reported as overload, not as a failure of the server.
             has_waited = finished.queue_s >= finished.total_s
             self.answer.fail(ApiError("queue_full", _WAITED) if has_waited else late_error())
         elif reason == "error":
@@ -79,7 +79,7 @@ class AnsweredRequest:
 
 
 class EventPump:
-    """Passes events from the engine's thread to the event loop, with one wake-up per decode step."""
+    """Passes events from the engine's thread to the event loop, which it wakes once per decoding step."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[AnsweredRequest, Event], None]) -> None:
         self._loop = loop
@@ -88,14 +88,14 @@ class EventPump:
         self._is_scheduled = False
 
     def push(self, request: AnsweredRequest, event: Event) -> None:
-        """Called on the engine's thread."""
+        """Queue an event. Called on the engine's thread."""
         self._events.append((request, event))
         if not self._is_scheduled and not self._loop.is_closed():
             self._is_scheduled = True
             self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        # Cleared first, so that an event pushed from now on schedules another round.
+        # Clear the flag first, so that an event that arrives from now on schedules another call.
         self._is_scheduled = False
         while self._events:
             self._deliver(*self._events.popleft())

@@ -29,7 +29,7 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
         on_start: see ``EngineSettings``.
 
     Raises:
-        UserError: the run, the device or the engine's settings are wrong.
+        UserError: the run, the device or a setting of the engine is not valid.
     """
     import torch
 
@@ -50,10 +50,10 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
 
 
 def build_worker_app(worker: Worker | UpstreamWorker, secrets: Secrets, address: str | None) -> FastAPI:
-    """The worker as an ASGI application.
+    """Build the worker's ASGI application.
 
     Args:
-        address: the URL to register with the controller; None: there is no controller.
+        address: the worker's URL, to register with the controller; None: do not register.
     """
     own = worker.settings.worker
     registration = None

@@ -1,4 +1,4 @@
-"""What both kinds of workers share: one model under one name, request slots, a shutdown that drains."""
+"""What both kinds of workers share: one model with its names, request slots, and draining at shutdown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SingleModelBackend:
             raise model_not_found(model, names)
 
     def unready(self) -> str | None:
-        """Why no request can be answered now; None if one can."""
+        """The reason why no request can be answered now; None if requests can be answered."""
         raise NotImplementedError
 
     def _check_not_draining(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a worker can still answer: is its engine alive, do decoding and preprocessing get on?"""
+"""Check whether a worker can answer: its engine must be alive, and preprocessing must make progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Notices when jobs that run beside each other all stop getting on. Thread-safe."""
+    """Measures for how long no job has ended while jobs are running. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,7 +24,7 @@ class Progress:
 
     @contextmanager
     def job(self) -> Iterator[None]:
-        """Around one job."""
+        """Context manager around one job."""
         with self._lock:
             if not self._num_jobs:
                 self._last_s = time.monotonic()
@@ -38,13 +38,13 @@ class Progress:
 
     @property
     def silent_s(self) -> float:
-        """For how long no job has ended although some run."""
+        """Seconds since a job last ended or the first one began; 0 if no job is running."""
         with self._lock:
             return time.monotonic() - self._last_s if self._num_jobs else 0.0
 
 
 class Health:
-    """Why a worker cannot answer.
+    """Finds the reason why a worker cannot answer.
 
     Args:
         stuck_s: see ``Limits``.
@@ -57,7 +57,7 @@ class Health:
         self._stuck_s = stuck_s
 
     def problem(self) -> str | None:
-        """What is wrong; None if all is well. Waits for nothing."""
+        """The problem as text; None if there is none. Does not block."""
         if not self._engine.healthy:
             return "The engine has stopped; restart the worker."
         if self._engine.seconds_in_step > self._stuck_s:
@@ -69,6 +69,6 @@ class Health:
         return None
 
     def retry_decoders(self) -> None:
-        """Try to start a decoding process again, where the last attempt failed."""
+        """If the last attempt to start a decoding process failed, try again."""
         if self._decoders.is_down:
             self._decoders.try_start()

@@ -1,4 +1,4 @@
-"""Occlusion maps of answers, for ``/worker_attention``: computed between the steps of running answers, and kept."""
+"""Occlusion maps of answers for ``/worker_attention``, computed between the steps of running answers, and cached."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from babydoctor.model.run_dir import Run
 
 NUM_KEPT = 64
-"""Replies that are kept, so that a second look costs nothing."""
+"""Cached replies, so that asking again costs nothing."""
 
 
 class OcclusionMaps:
-    """Maps of one run. ``load`` decodes an image of a request; ``to_api_error`` translates the engine's errors."""
+    """Computes maps for one run. ``load`` decodes a request's image; ``to_api_error`` converts the engine's errors."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class OcclusionMaps:
         self._lock = threading.Lock()
 
     def reply(self, request: AttentionRequest) -> dict[str, Any]:
-        """How much each word of an answer depended on each part of the image. Waits for the engine.
+        """How much each word of an answer depends on each part of the image, as an ``AttentionReply``. Blocks.
 
         Raises:
-            ApiError: it cannot be computed.
+            ApiError: the request is not valid, or the engine is too busy or closed.
         """
         key = hashlib.sha256(repr((request.prompt, request.answer, request.images)).encode()).hexdigest()
         with self._lock:
@@ -88,13 +88,13 @@ class OcclusionMaps:
             running.ended.result(self._timeout_s)
         except EngineError as error:
             raise self._to_api_error(error) from None
-        except (TimeoutError, concurrent.futures.TimeoutError):  # one class from Python 3.11 on
+        except (TimeoutError, concurrent.futures.TimeoutError):  # the same class from Python 3.11 on
             running.ended.cancel()
             raise ApiError("deadline", "The model was too busy to compute where it looked.") from None
         return job.result()
 
     def _task(self, request: AttentionRequest) -> OcclusionTask:
-        """Tokens and pixels of the request. The answer is marked as supervised, so the labels tell its tokens."""
+        """Tokens and pixels of the request. The answer is encoded as supervised, so labels mark its tokens."""
         image = self._load(decode_image(request.images[0], 0), 0)
         answer = request.answer
         if self._drops_first_space and not answer[0].isspace() and not request.prompt[-1:].isspace():

@@ -1,4 +1,4 @@
-"""Turn a request into the engine's input: token ids, pixels, sampling. Runs in threads beside the event loop."""
+"""Convert a request to the engine's input: token ids, pixels, sampling. Runs in threads, not in the event loop."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from babydoctor.model.run_dir import Run
 
 PIXEL_CACHE_SIZE = 64
-"""Images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px."""
+"""Number of images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px."""
 
 CONTEXT_TOKENS = 8
-"""Number of prompt tokens that the first token of a continued answer is decoded with."""
+"""Number of prompt tokens that are decoded together with the first token of a continued answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Preprocessor:
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def encode(self, prompt: str) -> Example:
-        """A prompt with ``<image>`` for each image -> ids and image positions."""
+        """Encode a prompt with ``<image>`` for each image to ids and an image mask."""
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
@@ -92,7 +92,7 @@ class Preprocessor:
         """Decode the images, tokenize the prompt and check that there is room for an answer.
 
         Raises:
-            ApiError: 413 or 422.
+            ApiError: 413 or 422; an image cannot be decoded, or a field is not valid.
         """
         images = tuple(decode_image(text, index) for index, text in enumerate(request.images or ()))
         example = self._encode_request(request)
@@ -114,7 +114,7 @@ class Preprocessor:
             images=tuple(self.load(data, index) for index, data in enumerate(images)),
             max_new_tokens=num_left,
             temperature=max(0.0, request.temperature),
-            # The protocol allows 0, which means only the most likely token.
+            # The protocol allows 0, which means the likeliest token only.
             top_p=max(request.top_p, 1e-6),
             top_k=max(0, request.top_k),
             min_p=request.min_p,
@@ -135,16 +135,16 @@ class Preprocessor:
         return Prepared(len(example), images, resumed, generation)
 
     def _check_resume_ids(self, resume_ids: tuple[int, ...]) -> None:
-        """Only what a model writes: no id beyond the vocabulary, and no control token but the end of text, at the end.
+        """Check that a model can have generated these tokens.
 
         Raises:
-            ApiError: names the fault.
+            ApiError: an id is beyond the vocabulary, or a control token other than a final end-of-text token.
         """
         if any(token_id >= len(self._run.tokenizer) for token_id in resume_ids):
-            raise ApiError("bad_resume_ids", "resume_ids holds ids beyond the vocabulary.", param="resume_ids")
+            raise ApiError("bad_resume_ids", "resume_ids contains ids beyond the vocabulary.", param="resume_ids")
         inner = resume_ids[:-1] if resume_ids and resume_ids[-1] in self._engine.eos else resume_ids
         if self._control_ids.intersection(inner):
-            raise ApiError("bad_resume_ids", "resume_ids holds control tokens.", param="resume_ids")
+            raise ApiError("bad_resume_ids", "resume_ids contains control tokens.", param="resume_ids")
 
     def _constraint(self, schema: dict[str, Any] | None, resume_ids: tuple[int, ...]) -> JsonConstraint | None:
         if schema is None:
@@ -155,7 +155,7 @@ class Preprocessor:
             raise ApiError("bad_schema", f"{error}.", param="response_format") from None
 
     def load(self, data: bytes, index: int) -> ImageInput:
-        """Decode an image, or take its pixels from the cache. The cache key is its content and the settings."""
+        """Decode an image, or take its pixels from the cache, whose key is a hash of content and settings."""
         settings = self._run.manifest.image
         key = hashlib.sha256(repr(settings).encode() + b"\0" + data).hexdigest()
         pixels = self._pixels.get(key)
@@ -171,11 +171,11 @@ class Preprocessor:
 
 
 def _last_text_ids(example: Example) -> tuple[int, ...]:
-    """The last tokens of a prompt, back to its last image: enough to spell what follows them."""
-    tail = example.input_ids[-CONTEXT_TOKENS:]
+    """The last tokens of a prompt after its last image, enough to decode the tokens that follow."""
+    ids = example.input_ids[-CONTEXT_TOKENS:]
     is_image = example.image_mask[-CONTEXT_TOKENS:]
     start = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
-    return tuple(tail[start:].tolist())
+    return tuple(ids[start:].tolist())
 
 
 def decode_limits(limits: Limits) -> DecodeLimits:

@@ -1,4 +1,4 @@
-"""A worker's side of the registry: register, send heartbeats, register again if the controller forgot."""
+"""The worker's side of the registry: register, send heartbeats, and register again after a controller restart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from babydoctor.serve.settings import SECRET_VARIABLE
 logger = logging.getLogger(__name__)
 
 RETRY_S = 2.0
-"""Between attempts to register: the controller may be starting."""
+"""Seconds between attempts to register, because the controller may be starting."""
 
 
 _UNREACHABLE = "controller cannot be reached"
@@ -26,13 +26,14 @@ _ADDRESS_HINT = "set worker.address to a URL that the controller reaches, and wo
 
 
 class Registration:
-    """Keeps a worker known to its controller.
+    """Keeps a worker registered with its controller.
 
     Args:
         controller: URL of the controller.
-        address: URL under which the controller reaches the worker.
+        address: URL at which the controller reaches the worker.
         status: reads the worker's status.
-        secret: the registration secret, if the controller wants one.
+        secret: the registration secret, if the controller needs one.
+        heart_beat_s: seconds between heartbeats.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Registration:
         self._state = ""
 
     async def run(self) -> None:
-        """Register and send heartbeats until cancelled. A failure is logged once and tried again."""
+        """Register and send heartbeats until cancelled. Failures are logged once and retried."""
         is_registered = False
         async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
             while True:
@@ -54,8 +55,8 @@ class Registration:
                 await asyncio.sleep(self._heart_beat_s if is_registered else min(RETRY_S, self._heart_beat_s))
 
     async def leave(self) -> None:
-        """Tell the controller to send nothing new. The original's controller does not know this call."""
-        # When everything is being stopped, the controller may be gone already.
+        """Tell the controller to send no new requests. LLaVA's own controller does not know this call."""
+        # Do not log an unreachable controller: when everything is stopped, it may have ended first.
         self._state = f"{_UNREACHABLE} "
         async with httpx.AsyncClient(timeout=2, trust_env=False) as client:
             await self._post(client, "/unregister_worker", self._heart_beat())
@@ -102,7 +103,7 @@ class Registration:
             return None
 
     def _note(self, level: int, event: str, **fields: object) -> None:
-        """Log a state when it changes, not at every heartbeat."""
+        """Log a state only when it changes."""
         state = f"{event} {fields.get('code', '')}"
         if state != self._state:
             self._state = state
@@ -114,9 +115,9 @@ def _hint(code: ApiCode, *, has_secret: bool) -> str:
     if code == "bad_secret":
         problem = "differs from the controller's" if has_secret else "is not set for this worker"
         return (
-            f"{SECRET_VARIABLE} {problem}: set the same value for controller and worker. `babydoctor serve` makes a "
-            "random secret at each start unless the variable is set before"
+            f"{SECRET_VARIABLE} {problem}: set the same value for controller and worker. `babydoctor serve` "
+            "generates a random secret at each start unless the variable is set"
         )
     if code in ("worker_unreachable", "bad_worker_name"):
         return _ADDRESS_HINT
-    return "see the controller's log; is worker.controller the URL of a controller?"
+    return "see the controller's log, and check that worker.controller is the URL of a controller"

@@ -1,4 +1,4 @@
-"""Decode given tokens: of an answer that another worker began, or of one whose attention is requested."""
+"""Decode given tokens: those of an answer that another worker began, or whose occlusion map is requested."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from babydoctor.schema import IGNORE_INDEX, Segment
 
 
 class ResumedText:
-    """Decodes all tokens as one answer, so that words, characters and stop strings may span the break.
+    """Decodes old and new tokens as one answer, so that words, characters and stop strings may span both.
 
     Args:
         token_ids: the tokens generated before.
         stops: strings that end the answer.
-        eos: tokens that end it.
+        eos: tokens that end the answer.
         spelled_after: tokens of the prompt whose text the answer continues.
     """
 
@@ -37,7 +37,7 @@ class ResumedText:
         self._unread = self.add(token_ids)
 
     def add(self, token_ids: Iterable[int]) -> str:
-        """Append tokens and return the new text; the first call also returns that of the tokens given at the start.
+        """Append tokens and return the new text. The first call also returns the text of the constructor's tokens.
 
         ``ended`` is set when a stop string is complete.
         """
@@ -49,7 +49,7 @@ class ResumedText:
         return text
 
     def flush(self) -> str:
-        """The rest of the text, when no more tokens follow."""
+        """Return the rest of the text. Call it after the last token."""
         text, self._unread = self._unread, ""
         if self._filter.found is None:
             text += self._filter.add(self._detokenizer.flush())
@@ -59,9 +59,9 @@ class ResumedText:
 
 
 def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text: str) -> list[dict[str, Any]]:
-    """Join each token's piece of ``text`` with its row of ``rows`` ``[A, P]``.
+    """Pair each token's piece of ``text`` with its row of ``rows`` ``[A, P]``, ``A`` tokens and ``P`` image cells.
 
-    Tokens that only together make a character become one piece, with the mean of their rows.
+    Tokens that only together form a character become one piece, with the mean of their rows.
     """
     detokenizer = Detokenizer(tokenizer)
     pieces: list[tuple[str, list[np.ndarray]]] = []
@@ -74,7 +74,7 @@ def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text:
         if piece:
             pieces.append((piece, waiting))
             waiting = []
-    # A tokenizer may drop the leading space; the pieces must join to the given text.
+    # The tokenizer may have dropped the leading space, but the pieces must join to the given text.
     joined = "".join(piece for piece, _ in pieces)
     start = text.find(joined)
     if pieces and joined != text and start >= 0:
@@ -84,9 +84,9 @@ def label_rows(tokenizer: Any, token_ids: Sequence[int], rows: np.ndarray, text:
 
 
 def drops_first_space(tokenizer: Any) -> bool:
-    """True where decoding loses the space before an answer's first word, as with SentencePiece tokenizers.
+    """True if decoding drops the space before an answer's first word, as SentencePiece tokenizers do.
 
-    Such an answer was generated with the space, in other tokens than its text alone would give.
+    The model generated such an answer with the space, so encoding its text without the space gives other tokens.
     """
     example = encode((Segment("a"), Segment(" a", supervised=True)), tokenizer, num_patches=0)
     token_ids = example.input_ids[example.labels != IGNORE_INDEX].tolist()

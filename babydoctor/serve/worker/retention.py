@@ -1,6 +1,6 @@
-"""Keep requests and answers on disk if the operator has turned that on. Off by default.
+"""Store requests and answers on disk if the operator asks for it. Off by default.
 
-The folder then holds patients' data, so only its owner may read it.
+The folder contains patients' data, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Retention:
             (self._folder / "images").mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.chmod(0o700)
         except OSError as error:
-            raise UserError(f"worker.retention_dir={folder}: cannot be written ({error.strerror})") from None
+            raise UserError(
+                f"worker.retention_dir={folder}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
 
     def keep(self, request_id: str, prompt: str, images: Sequence[bytes], answer: str, **fields: Any) -> None:
         """Write one request and its answer."""

@@ -1,7 +1,7 @@
 """A worker without a model that forwards requests to an OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...).
 
-For controller and clients it is a normal worker, with its own admission, deadlines, errors and metrics. When a client
-disconnects, the connection to the server is closed, which stops the answer there.
+Controller and clients see a normal worker, with its own admission, deadlines, errors and metrics. When a client
+disconnects, the worker closes its connection to the server, which stops the answer there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROBE_EVERY_S = 5.0
 _BROKE_OFF = "The server behind this worker broke off."
 
 NUM_RUNNING = 16
-"""Requests forwarded at the same time. The server has its own queue."""
+"""Most requests forwarded at the same time. The server has its own queue."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class _PassedRequest:
 
 
 class UpstreamWorker(SingleModelBackend):
-    """The backend behind a worker's routes, as ``worker.Worker`` is.
+    """The backend behind the routes of an upstream worker; see ``worker.Worker`` for the other kind.
 
     Args:
         url: URL of the server, with or without ``/v1``.
@@ -93,7 +93,7 @@ class UpstreamWorker(SingleModelBackend):
         passed.answer = AnswerStream(lambda: self._stop(passed))
         self._open.add(passed)
         passed.task = asyncio.ensure_future(self._run(passed, body))
-        # Wait until the server has accepted the request, so that a refusal is an HTTP status and not a broken stream.
+        # Wait until the server accepts the request, so that a refusal becomes an HTTP status, not a broken stream.
         try:
             await asyncio.wait([passed.task, passed.accepted], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -104,17 +104,17 @@ class UpstreamWorker(SingleModelBackend):
         return passed.answer
 
     async def attention(self, request: AttentionRequest) -> dict[str, Any]:
-        raise ApiError("unsupported", "This worker's model is on a server that gives no attention maps.")
+        raise ApiError("unsupported", "This worker's model runs on a server that cannot compute attention maps.")
 
     async def count_tokens(self, request: CountTokenRequest) -> int:
-        raise ApiError("unsupported", "This worker's model is on a server that does not count tokens.")
+        raise ApiError("unsupported", "This worker's model runs on a server that cannot count tokens.")
 
     async def model_details(self, model: str) -> dict[str, Any]:
         self._check_model(model)
         return {"model": self.name, "template": self._template.name, "engine": "openai"}
 
     def start(self) -> None:
-        """Called in the event loop before the first request."""
+        """Open the connections. Called in the event loop before the first request."""
         timeout = httpx.Timeout(self.settings.limits.request_timeout_s, connect=CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=self.slots.capacity + 1)
         self._client = httpx.AsyncClient(headers=self._headers, timeout=timeout, limits=limits, trust_env=False)
@@ -213,7 +213,7 @@ class UpstreamWorker(SingleModelBackend):
             passed.task.cancel()
 
     async def _stop(self, passed: _PassedRequest) -> None:
-        """The reader is done or has disconnected: close the connection, so that the server stops too."""
+        """Close the connection when the reader is done or has disconnected, so that the server stops too."""
         if passed.task is not None and not passed.task.done():
             passed.task.cancel()
             await asyncio.wait([passed.task])
@@ -234,7 +234,7 @@ class UpstreamWorker(SingleModelBackend):
 def load_upstream(
     url: str, model: str | None, template: str, settings: ServeSettings, api_key: str | None
 ) -> UpstreamWorker:
-    """A worker for the server at ``url`` and its ``model``, by default the first that it lists.
+    """Build a worker for the server at ``url`` and its ``model``, by default the first that it lists.
 
     Raises:
         UserError: the server cannot be reached, or no model is named and it lists none.

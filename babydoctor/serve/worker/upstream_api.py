@@ -1,4 +1,4 @@
-"""Requests and events of an OpenAI-compatible server behind an upstream worker."""
+"""Build requests for an OpenAI-compatible server, and read its events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, GenerateRequest
 
 
 def chat_body(request: GenerateRequest, model: str, template: Template, limits: DecodeLimits) -> dict[str, Any]:
-    """The body of the server's chat completions.
+    """Build the body of a request for the server's chat completions.
 
     Messages from OpenAI's API are forwarded unchanged (``turns``). A prompt of the LLaVA API is parsed.
 
@@ -45,7 +45,7 @@ def chat_body(request: GenerateRequest, model: str, template: Template, limits: 
     }
     if request.top_p < 1:
         body["top_p"] = max(request.top_p, 1e-6)
-    # The end-of-text token ends the answer there anyway, and not every server accepts special tokens as stops.
+    # The end-of-text token ends the answer anyway, and not every server accepts special tokens as stop strings.
     if stops := [text for text in request.stops if text != template.stop]:
         body["stop"] = stops
     if request.logprobs:
@@ -55,7 +55,7 @@ def chat_body(request: GenerateRequest, model: str, template: Template, limits: 
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if turns[-1].role == "assistant":
         body |= {"continue_final_message": True, "add_generation_prompt": False}
-    # Only values that differ from the defaults, because not every server knows vLLM's fields.
+    # Send only values that differ from the defaults, because not every server knows vLLM's fields.
     defaults = GenerateRequest(prompt="")
     for name in ("seed", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"):
         if (value := getattr(request, name)) != getattr(defaults, name):
@@ -67,9 +67,9 @@ def chat_body(request: GenerateRequest, model: str, template: Template, limits: 
 
 def _refuse_unsupported(request: GenerateRequest) -> None:
     if request.resume_ids:
-        raise ApiError("bad_resume_ids", "This worker cannot continue another's answer.", param="resume_ids")
+        raise ApiError("bad_resume_ids", "This worker cannot continue another worker's answer.", param="resume_ids")
     if request.continues and request.turns is None:
-        message = "This model's worker passes messages on, so it cannot complete a bare prompt; use chat completions."
+        message = "This model's worker forwards messages, so it cannot complete a bare prompt; use chat completions."
         raise ApiError("unsupported", message, param="prompt")
 
 
@@ -83,16 +83,16 @@ def _conversation(request: GenerateRequest, template: Template) -> tuple[str | N
 
 
 def _message(turn: Turn, images: Iterator[str]) -> dict[str, Any]:
-    if turn.role == "assistant":  # in an answer the marker is text
+    if turn.role == "assistant":  # in an answer, the marker is plain text
         return {"role": turn.role, "content": turn.text}
-    # An image is on a line of its own before the text; the server's chat template puts it there again.
+    # In our prompts an image is on a line before the text. The server's chat template puts it there again.
     text = turn.text.replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
     parts = [{"type": "image_url", "image_url": {"url": next(images)}} for _ in range(turn.text.count(IMAGE_TOKEN))]
     return {"role": turn.role, "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def _image_url(text: str, index: int, limits: DecodeLimits) -> str:
-    """A data URL of the upright pixels without metadata. Images other than plain upright JPEG are converted to PNG."""
+    """A data URL of the upright image without metadata. All but plain upright JPEG files are converted to PNG."""
     data = decode_image(text, index)
     try:
         image = load_image(data, limits=limits)
@@ -106,7 +106,7 @@ def _image_url(text: str, index: int, limits: DecodeLimits) -> str:
 
 
 async def read_events(response: httpx.Response) -> AsyncIterator[dict[str, Any] | None]:
-    """Server-sent events as JSON; None for the end mark.
+    """Yield server-sent events as JSON, and None for the end marker.
 
     Raises:
         ApiError: an event is not JSON.

@@ -1,8 +1,8 @@
 """A worker: one model behind an HTTP server.
 
-``protocol -> admission -> preprocess -> engine -> streaming``. The engine's thread owns the model; here everything is
-asynchronous, and a few threads beside the event loop decode images and tokenize. A request slot is freed when the
-engine has really ended the request, however the client behaves.
+A request passes ``protocol -> admission -> preprocess -> engine -> streaming``. The engine's thread owns the model.
+Everything here is asynchronous, except that a few threads decode images and tokenize. A request slot is freed only when
+the engine has ended the request, whatever the client does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Worker(SingleModelBackend):
 
     Args:
         run: the loaded run directory.
-        engine: started, over the run's model.
+        engine: a started engine for the run's model.
     """
 
     def __init__(self, run: Run, engine: Engine, settings: ServeSettings, name: str) -> None:
@@ -56,7 +56,7 @@ class Worker(SingleModelBackend):
         timeout_s = settings.limits.request_timeout_s
         self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
-        # Waits for the engine, so it has a thread of its own: preprocessing must not wait with it.
+        # Attention requests wait for the engine. In their own thread they do not block preprocessing.
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
@@ -65,7 +65,7 @@ class Worker(SingleModelBackend):
         self._retention = Retention(retention_dir) if retention_dir else None
         self._add_gauges()
 
-    # What the common routes ask of a backend.
+    # The methods of a backend that the common routes call.
 
     def unready(self) -> str | None:
         return "The worker is shutting down." if self.draining else self.health.problem()
@@ -80,7 +80,7 @@ class Worker(SingleModelBackend):
         try:
             answered: AnsweredRequest = await asyncio.shield(preparing)
         except asyncio.CancelledError:
-            # A thread cannot be cancelled; if it still submits to the engine, that is cancelled then.
+            # A thread cannot be cancelled. If it still submits the request, ``_abandon`` cancels it in the engine.
             preparing.add_done_callback(lambda done: self._abandon(done, received_s))
             raise
         except BaseException:
@@ -92,7 +92,7 @@ class Worker(SingleModelBackend):
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
         if len(request.images) != 1:
-            raise ApiError("wrong_image_count", "A map of where it looked needs exactly one image.", param="images")
+            raise ApiError("wrong_image_count", "An attention map needs exactly one image.", param="images")
         self._check_prompt_length(request.prompt)
         self._check_not_draining()
         self.slots.take()
@@ -129,12 +129,12 @@ class Worker(SingleModelBackend):
         }
 
     def start(self) -> None:
-        """Called in the event loop before the first request."""
+        """Start the event pump and the health check. Called in the event loop before the first request."""
         self._pump = EventPump(asyncio.get_running_loop(), self._on_event)
         self._watching = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        """Log what goes wrong, and give up the answers of an engine that is stuck, so that others continue them."""
+        """Log problems. If the engine is stuck, fail its answers, so that a controller continues them elsewhere."""
         known: str | None = None
         since_s = time.monotonic()
         stuck_s = self.settings.limits.stuck_s
@@ -146,7 +146,7 @@ class Worker(SingleModelBackend):
                 since_s = time.monotonic()
             known = problem
             if problem is not None and time.monotonic() - since_s > stuck_s and not self.draining:
-                os.kill(os.getpid(), signal.SIGTERM)  # what supervises this process starts a new one
+                os.kill(os.getpid(), signal.SIGTERM)  # the supervisor starts a new process
             if problem is not None:
                 self._fail_open(ApiError("not_ready", problem))
                 await asyncio.to_thread(self.health.retry_decoders)
@@ -158,8 +158,10 @@ class Worker(SingleModelBackend):
                 answered.handle.cancel()
 
     async def drain(self) -> None:
-        """Take nothing new and let running answers finish within ``drain_s``; then end them, so that a controller
-        continues them elsewhere."""
+        """Accept no new requests and let running answers finish within ``drain_s``.
+
+        Then end the remaining ones, so that a controller continues them on another worker.
+        """
         self.draining = True
         deadline = time.monotonic() + self.settings.worker.drain_s
         while self.slots.taken and time.monotonic() < deadline and self.health.problem() is None:
@@ -204,7 +206,7 @@ class Worker(SingleModelBackend):
         answered.answer = AnswerStream(lambda: self._stop(answered))
         self._open.add(answered)
         if prepared.generation is None:
-            # The lost worker had generated everything and could no longer say so.
+            # The lost worker had generated the whole answer, but did not report its end.
             reason: FinishReason = "stop" if answered.resumed is not None and answered.resumed.ended else "length"
             self._push(answered, Finished(reason, "", Usage(answered.prompt_tokens, answered.num_tokens)))
             return answered
@@ -213,7 +215,7 @@ class Worker(SingleModelBackend):
         except EngineError as error:
             self._open.discard(answered)
             raise api_error(error) from None
-        request.images = None  # as text they are large, and they are no longer needed
+        request.images = None  # large, and no longer needed
         answered.handle.add_listener(lambda event: self._push(answered, event))
         return answered
 
@@ -237,7 +239,7 @@ class Worker(SingleModelBackend):
         self._release(answered, event.finish_reason)
 
     def _release(self, answered: AnsweredRequest, reason: str) -> None:
-        """The engine is done with the request: free its slot and record it."""
+        """Free the slot of a request that the engine has ended, and record it."""
         now_s = time.monotonic()
         self._open.discard(answered)
         self.slots.free(now_s - answered.received_s)
@@ -266,7 +268,7 @@ class Worker(SingleModelBackend):
             )
 
     async def _stop(self, answered: AnsweredRequest) -> None:
-        """The reader is done or has left. The engine's last event frees the slot, within one step."""
+        """Cancel the request when its reader is done or has disconnected. The engine's last event frees the slot."""
         if answered.handle is not None:
             answered.handle.cancel()
 

@@ -90,7 +90,7 @@ async def to_generate(request: ChatRequest, template: Template, fetch: FetchImag
         fetch: downloads an image by URL, or refuses to.
 
     Raises:
-        ApiError: names what cannot be served.
+        ApiError: a field is not supported or invalid; the message names it.
     """
     refuse_unknown(request)
     if request.top_logprobs and not request.logprobs:

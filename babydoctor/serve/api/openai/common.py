@@ -34,7 +34,7 @@ WITHOUT_EFFECT = frozenset(
         "parallel_tool_calls",
     }
 )
-"""Fields that are accepted and do not affect the answer. They belong to OpenAI's own service."""
+"""Fields that are accepted and ignored. They concern OpenAI's own service."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
@@ -53,7 +53,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class SamplingBody(BaseModel):
-    """Sampling fields of all three APIs. An unknown field is refused by name, see ``refuse_unknown``."""
+    """Sampling fields of all three APIs. Unknown fields are refused by ``refuse_unknown``."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -85,7 +85,7 @@ def refuse_unknown(body: BaseModel) -> None:
     """Refuse unknown fields whose values would have an effect.
 
     Raises:
-        ApiError: names the field.
+        ApiError: a field is not supported; the message names it.
     """
     for name, value in (body.model_extra or {}).items():
         asks_nothing = value is None or value is False or value in ("", [], {}) or value in _NEUTRAL.get(name, ())
@@ -171,7 +171,7 @@ def total_usage(usages: Sequence[Usage | None]) -> dict[str, Any] | None:
 
 
 def logprob_content(tokens: Sequence[TokenLogprob], num_top: int) -> list[dict[str, Any]]:
-    """Log-probabilities in the form of chat completions."""
+    """Log probabilities in the form of chat completions."""
     return [
         _logprob(t.text, t.logprob) | {"top_logprobs": [_logprob(text, value) for _, text, value in t.top[:num_top]]}
         for t in tokens
@@ -189,7 +189,7 @@ def sse(data: Any, event: str | None = None) -> bytes:
 
 
 def sse_silence() -> bytes:
-    """A comment, so that proxies and clients see that the stream is alive."""
+    """A comment that tells proxies and clients that the stream is alive."""
     return b": still working\n\n"
 
 

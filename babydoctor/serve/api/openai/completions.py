@@ -61,7 +61,7 @@ def to_generate(request: CompletionRequest) -> list[GenerateRequest]:
     """One request for each answer: all of the first prompt, then all of the second.
 
     Raises:
-        ApiError: names what cannot be served.
+        ApiError: a field is not supported or invalid; the message names it.
     """
     refuse_unknown(request)
     n = num_answers(request.n)

@@ -1,4 +1,4 @@
-"""Messages of OpenAI's APIs as turns of a conversation with its image."""
+"""Convert messages of OpenAI's APIs to turns of a conversation and its image."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def read_messages(messages: Sequence[Message], fetch: FetchImage) -> ChatC
     """Messages -> turns. Neighboring messages of one role become one turn.
 
     Raises:
-        ApiError: names what cannot be served.
+        ApiError: a message is not supported or invalid; the error names the fault.
     """
     systems: list[str] = []
     turns: list[Turn] = []
@@ -129,7 +129,7 @@ def _content(message: Message) -> tuple[str, list[str]]:
     if IMAGE_TOKEN in text and message.role != "assistant":  # an earlier answer is plain text
         raise ApiError(
             "bad_messages",
-            f"A message holds {IMAGE_TOKEN!r}, which marks an image in prompts.",
+            f"A message contains {IMAGE_TOKEN!r}, which marks an image in prompts; remove it.",
             param="messages",
         )
     return text, [p.image_url.url for p in parts if isinstance(p, ImagePart)]

@@ -93,7 +93,7 @@ async def to_generate(request: ResponsesRequest, template: Template, fetch: Fetc
     """Render the conversation with the model's template.
 
     Raises:
-        ApiError: names what cannot be served.
+        ApiError: a field is not supported or invalid; the message names it.
     """
     refuse_unknown(request)
     messages = [Message(role="system", content=request.instructions)] if request.instructions else []

@@ -6,7 +6,7 @@ import warnings
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from babydoctor.imaging.dicom_safety import reading_values
+from babydoctor.imaging.dicom.safety import reading_values
 from babydoctor.serve.page.texts import RESEARCH_NOTICE
 
 if TYPE_CHECKING:

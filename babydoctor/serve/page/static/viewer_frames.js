@@ -1,6 +1,6 @@
 // Frames of an image before the window: fetched one at a time, kept in memory, and shown as gray levels.
-// The layout of a block of bytes stands in babydoctor/imaging/raw_frame.py. `shades` computes what imaging/windows.py
-// and imaging/grey.py compute, in the same order, so that both give the same gray levels.
+// The layout of a block of bytes stands in babydoctor/imaging/dicom/raw_frame.py. `shades` computes what imaging/windows.py
+// and imaging/dicom/gray.py compute, in the same order, so that both give the same gray levels.
 
 const MAX_KEPT_BYTES = 256 * 2 ** 20;
 
@@ -12,7 +12,7 @@ const parse = (buffer) => {
   if (frame.kind === 'color') return {...frame, bytes: buffer.byteLength, color: new Uint8Array(buffer, at)};
   const values = new Float64Array(buffer, at, levels);
   at += 8 * levels;
-  const index = frame.kind === 'grey' ? new Uint16Array(buffer, at, rows * columns) : null;
+  const index = frame.kind === 'gray' ? new Uint16Array(buffer, at, rows * columns) : null;
   at += index ? index.byteLength : 0;
   const shown = new Uint8Array(buffer, at, levels);
   const colors = new Uint8Array(buffer, at + levels, 3 * (frame.colored ?? 0));

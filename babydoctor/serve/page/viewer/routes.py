@@ -6,8 +6,8 @@ import threading
 
 from fastapi import APIRouter, Response
 
+from babydoctor.imaging.dicom.raw_frame import picture_block
 from babydoctor.imaging.isolation import raw_frame
-from babydoctor.imaging.raw_frame import picture_block
 from babydoctor.schema import UserError
 from babydoctor.serve.page.scan import Scan, dicom_error
 from babydoctor.serve.page.session import Sessions

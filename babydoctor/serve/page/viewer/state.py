@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from babydoctor.imaging.dicom_values import number
+from babydoctor.imaging.dicom.values import number
 from babydoctor.imaging.limits import MAX_ASPECT
 from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.serve.page.scan import Scan, View

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_values import numbers, text
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.values import numbers, text
 from babydoctor.imaging.limits import ImageError
 
 _MAX_ENTRIES = 65536
@@ -20,7 +20,7 @@ _MAX_ENTRIES = 65536
 
 @dataclass(frozen=True)
 class LookupTable:
-    """``entries[i]`` belongs to the input ``first + i``; inputs beyond the ends get the first or last entry."""
+    """Maps input ``first + i`` to ``entries[i]``. Inputs beyond the ends get the first or last entry."""
 
     first: int
     entries: np.ndarray
@@ -39,7 +39,7 @@ def read_table(
     """Read ``<prefix>Descriptor`` and ``<prefix>Data``.
 
     Args:
-        can_be_negative: True if inputs may be negative. Decides how a first input value of the wrong type is read.
+        can_be_negative: True if inputs may be negative, so that a first input of 32768 or more is read as negative.
         segmented: keyword of segmented data that may replace the plain data.
 
     Raises:
@@ -141,17 +141,17 @@ def to_color(dicom: DicomImage, values: np.ndarray, warnings: list[str]) -> np.n
 
 
 def supplemental_palette(dicom: DicomImage, warnings: list[str]) -> LookupTable | None:
-    """The palette for the stored values of a grey image from its first entry on; None where there is none to use."""
+    """The palette of a gray image, for stored values from its first entry on; None if it has none to apply."""
     if "RedPaletteColorLookupTableDescriptor" not in dicom.dataset:
         return None
     if text(dicom.dataset, "PixelPresentation").upper() not in ("COLOR", "MIXED"):
-        warnings.append("the file brings a palette that its grey image does not ask for; shown in grey")
+        warnings.append("the file has a palette that its gray image does not use; shown in gray")
         return None
     return _read_palette(dicom, warnings)
 
 
 def supplemental_colors(dicom: DicomImage, image: Image.Image, stored: np.ndarray, warnings: list[str]) -> Image.Image:
-    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay grey."""
+    """Color the values that a supplemental palette covers (PS3.3 C.7.6.19); the others stay gray."""
     palette = supplemental_palette(dicom, warnings)
     if palette is None:
         return image
@@ -168,8 +168,8 @@ def _read_palette(dicom: DicomImage, warnings: list[str]) -> LookupTable:
         prefix = f"{color}PaletteColorLookupTable"
         if f"{prefix}Descriptor" not in dataset:
             uid = dataset.get("PaletteColorLookupTableUID")
-            what = f"only names the palette {uid}" if uid else f"brings no {color.lower()} palette"
-            raise ImageError(f"{dicom.name}: needs a palette and {what}", "dicom_unsupported")
+            what = f"the file only refers to palette {uid}" if uid else f"the file has no {color.lower()} palette"
+            raise ImageError(f"{dicom.name}: needs a palette, but {what}", "dicom_unsupported")
         tables.append(
             read_table(
                 dataset,

@@ -1,6 +1,7 @@
 """Load a model in one of several ways and compute its answer for a comparison: greedy tokens and logits.
 
-Run as a program, with one process per model: ``python -m babydoctor.bench.rehearse.roads KIND MODEL --out FILE ...``.
+Run as a program, with one process per model:
+``python -m babydoctor.bench.rehearse.ask_model KIND MODEL --out FILE ...``.
 """
 
 from __future__ import annotations

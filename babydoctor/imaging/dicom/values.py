@@ -1,7 +1,7 @@
 """Read numbers and text of a DICOM data set. A damaged or empty element does not affect others.
 
-If an attribute is in several places, the functional group of the frame has priority over the shared one, and that over
-the top level (PS3.3 C.7.6.16). An element without a usable value counts as absent.
+If an attribute occurs more than once, the functional group of the frame has priority over the shared group, and that
+over the top level (PS3.3 C.7.6.16). An element without a usable value counts as absent.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def items(item: Any, keyword: str) -> list[Any]:
 
 
 def places(dataset: Any, frame: int, group: str) -> Iterator[Any]:
-    """The places of a frame's attributes, by priority: per frame, shared, top level."""
+    """Yield the items that may hold a frame's attributes, by priority: per frame, shared, top level."""
     per_frame = items(dataset, "PerFrameFunctionalGroupsSequence")
     shared = items(dataset, "SharedFunctionalGroupsSequence")
     for functional in (*per_frame[frame : frame + 1], *shared[:1]):
@@ -156,7 +156,7 @@ def pixel_spacing(dataset: Any, frame: int) -> tuple[float, float] | None:
 
 
 def orientation(dataset: Any, frame: int) -> tuple[str, str, str, str] | None:
-    """Which side of the patient lies at the (left, top, right, bottom) edge; None where the file does not say.
+    """The patient's side at the (left, top, right, bottom) edge; None if the file does not say.
 
     Letters: R, L, A(nterior), P(osterior), H(ead), F(oot); two for an oblique plane. PS3.3 C.7.6.2.1.1 and C.7.6.1.1.1.
     """
@@ -174,7 +174,7 @@ def orientation(dataset: Any, frame: int) -> tuple[str, str, str, str] | None:
 
 
 def _letters(direction: list[float]) -> str:
-    """The sides to which a direction points, the main one first; within 15 degrees of an axis only that one."""
+    """The sides to which a direction points, the main one first. Within 15 degrees of an axis, only that one."""
     sizes = [abs(value) for value in direction]
     length = math.hypot(*sizes)
     order = sorted(range(3), key=lambda axis: -sizes[axis])
@@ -190,7 +190,7 @@ def pixel_shape(dataset: Any, frame: int, warnings: list[str]) -> tuple[float, f
     """(height, width) of a pixel on any scale; square if the file states none or an impossible one."""
     shape = pixel_spacing(dataset, frame) or _positive_pair(numbers(dataset, "PixelAspectRatio")) or (1.0, 1.0)
     if max(shape) / min(shape) > MAX_SPACING_RATIO:
-        warnings.append(f"the pixel spacing {shape[0]:g} x {shape[1]:g} cannot be; pixels are shown square")
+        warnings.append(f"the pixel spacing {shape[0]:g} x {shape[1]:g} is not plausible; pixels are shown square")
         return 1.0, 1.0
     return shape
 

@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from babydoctor.imaging.dicom_header import PixelLayout
-from babydoctor.imaging.dicom_safety import reading_values
-from babydoctor.imaging.dicom_values import numbers, text
+from babydoctor.imaging.dicom.header import PixelLayout
+from babydoctor.imaging.dicom.safety import reading_values
+from babydoctor.imaging.dicom.values import numbers, text
 from babydoctor.imaging.windows import Window
 
-# Attributes that name or lead to a person, an institution or a time: the part of DICOM PS3.15 2024, table E.1-1
-# (basic application level confidentiality profile), that image files carry in practice, by keyword.
+# Keywords of attributes that may identify a person, an institution or a time: those of DICOM PS3.15 2024, table E.1-1
+# (basic application level confidentiality profile), that occur in image files.
 _IDENTIFYING = """
 AccessionNumber AcquisitionDate AcquisitionDateTime AcquisitionTime AdditionalPatientHistory AdmissionID
 AdmittingDate AdmittingDiagnosesDescription Allergies AcquisitionComments BranchOfService CassetteID
@@ -76,7 +76,7 @@ class DicomImage:
         return self.layout.photometric
 
     @property
-    def is_grey(self) -> bool:
+    def is_gray(self) -> bool:
         return self.layout.photometric in ("MONOCHROME1", "MONOCHROME2")
 
 

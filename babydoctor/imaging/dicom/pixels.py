@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_header import PixelLayout
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_safety import codestream_header
+from babydoctor.imaging.dicom.header import PixelLayout
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.safety import codestream_header
 from babydoctor.imaging.limits import ImageError
 
 _RLE = "1.2.840.10008.1.2.5"
@@ -19,8 +19,8 @@ _RLE = "1.2.840.10008.1.2.5"
 def decode_frame(dicom: DicomImage, frame: int, warnings: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """(stored values, cells) of one frame.
 
-    Values are ``[rows, columns]``, or ``[rows, columns, 3]`` with YBR converted to RGB. ``cells`` hold all allocated
-    bits, of which values may leave out some. A padding value may need the additional bits.
+    Values are ``[rows, columns]``, or ``[rows, columns, 3]`` with YBR converted to RGB. ``cells`` are the values with
+    all allocated bits, which a padding value may use; None if there are no additional bits.
 
     Raises:
         ImageError: there is no such frame, or it cannot be decoded.
@@ -114,7 +114,7 @@ def _shape(layout: PixelLayout, cells: np.ndarray) -> np.ndarray:
 
 
 def _stored_values(layout: PixelLayout, cells: np.ndarray, name: str, warnings: list[str]) -> np.ndarray:
-    """Cells -> values: the bits below and at the high bit, with their sign (PS3.5 8.1.1)."""
+    """Extract the stored bits of each cell, with their sign (PS3.5 8.1.1)."""
     bits, shift = layout.bits_stored, layout.high_bit + 1 - layout.bits_stored
     top = 1 << (bits - 1)
     if layout.is_signed is None and bool((cells >> shift & top).any()):
@@ -128,7 +128,7 @@ def _stored_values(layout: PixelLayout, cells: np.ndarray, name: str, warnings: 
     values = cells >> shift & ((1 << bits) - 1)
     if not signed:
         if layout.high_bit + 1 < layout.bits_allocated and bool((cells >> (layout.high_bit + 1)).any()):
-            warnings.append(f"bits above bit {layout.high_bit} hold other data and are left out, as the standard says")
+            warnings.append(f"bits above bit {layout.high_bit} hold other data and are ignored, as the standard says")
         return values
     return (values.astype(f"i{2 * cells.dtype.itemsize}") ^ top) - top
 

@@ -1,6 +1,6 @@
-"""A grey DICOM frame: stored values -> values in the modality's units -> uint8 under a window or VOI LUT.
+"""A gray DICOM frame: stored values -> values in the modality's units -> uint8 under a window or VOI LUT.
 
-The web UI's canvas does the last step in the browser (``raw_frame``), so both take their values from here.
+The web UI's canvas takes the values from here too (``raw_frame``) and does the last step in the browser.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_lut import LookupTable, read_table, unit_values
-from babydoctor.imaging.dicom_values import items, padding_range, places, rescale, text, windows
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.lut import LookupTable, read_table, unit_values
+from babydoctor.imaging.dicom.values import items, padding_range, places, rescale, text, windows
 from babydoctor.imaging.windows import Window, apply_window, window_label, window_of_values
 
 
 @dataclass(frozen=True)
-class GreyFrame:
-    """One decoded frame. Integers of up to 16 bits go through a table: fast, and without a float per pixel.
+class GrayFrame:
+    """One decoded frame. Integers of up to 16 bits use a table, which is fast and needs no float per pixel.
 
-    Shapes: with a table, ``values`` is ``[levels]`` and holds the value of each stored number from ``lowest`` on, and
-    ``counts`` says how often it occurs; without one (``lowest`` is None), ``values`` is ``[rows, columns]``.
-    ``stored`` is ``[rows, columns]`` as in the file, and so is ``padding``, which is True where the scanner saw
-    nothing, or None.
+    With a table, ``values`` ``[levels]`` holds the value of each stored number from ``lowest`` on, and ``counts``
+    ``[levels]`` how often it occurs. Without one (``lowest`` and ``counts`` are None), ``values`` is
+    ``[rows, columns]``. ``stored`` is ``[rows, columns]`` as in the file. ``padding`` is bool ``[rows, columns]``, True
+    where the scanner saw nothing, or None.
     """
 
     dicom: DicomImage
@@ -36,13 +36,13 @@ class GreyFrame:
 
     @property
     def is_inverse(self) -> bool:
-        """MONOCHROME1 asks for the inverse, and so does the presentation LUT shape; both together mean it once."""
+        """True if MONOCHROME1 or the presentation LUT shape, or both, ask to invert the image."""
         shape = text(self.dicom.dataset, "PresentationLUTShape").upper()
         return self.dicom.photometric == "MONOCHROME1" or shape == "INVERSE"
 
     @property
     def offsets(self) -> np.ndarray:
-        """Each pixel's position in the table, ``[rows, columns]``; only where there is a table."""
+        """Each pixel's position in the table, ``[rows, columns]``. Requires a table."""
         assert self.lowest is not None
         if self.lowest == 0:
             return self.stored
@@ -51,7 +51,7 @@ class GreyFrame:
         return self.stored.astype(np.int64) - self.lowest
 
     def own_window(self) -> Window | LookupTable:
-        """The file's first window or VOI LUT (its entries from 0 to 1), or a window made from the frame's values."""
+        """The file's first window or VOI LUT (with entries from 0 to 1), or a window computed from the values."""
         own = windows(self.dicom.dataset, self.frame)
         if own:
             return own[0]
@@ -69,7 +69,7 @@ class GreyFrame:
         return window_of_values(counted, counts=self.counts)
 
     def shown(self, chosen: Window | None) -> tuple[np.ndarray, str]:
-        """``values`` as uint8 of the same shape, and how they were windowed. ``chosen`` replaces the own window."""
+        """``values`` as uint8 of the same shape, and a description of the window: ``chosen`` or the frame's own."""
         window = chosen or self.own_window()
         if isinstance(window, LookupTable):
             unit, explanation = window.look_up(self.values), window.explanation
@@ -79,21 +79,21 @@ class GreyFrame:
         if self.is_inverse:
             unit = 1 - unit
         if self.values.dtype.kind == "f":
-            unit = np.where(np.isnan(self.values), 0.0, unit)  # no value: black, also where low values are white
+            unit = np.where(np.isnan(self.values), 0.0, unit)  # NaN is black, even if low values are white
         return (np.clip(unit, 0, 1) * 255).round().astype(np.uint8), explanation
 
     def spread(self, shown: np.ndarray) -> np.ndarray:
-        """What ``shown`` returns -> the picture, uint8 ``[rows, columns]``."""
-        grey = shown if self.lowest is None else shown[self.offsets]
+        """Convert the result of ``shown`` to the picture, uint8 ``[rows, columns]``."""
+        gray = shown if self.lowest is None else shown[self.offsets]
         if self.padding is not None:
-            grey[self.padding] = 0  # padding is background, also where low values are white
-        return grey
+            gray[self.padding] = 0  # padding is black, even if low values are white
+        return gray
 
 
-def read_grey(
+def read_gray(
     dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None, frame: int, warnings: list[str]
-) -> GreyFrame:
-    """A decoded frame (see ``dicom_pixels.decode_frame``) in the modality's units."""
+) -> GrayFrame:
+    """Convert a decoded frame (see ``pixels.decode_frame``) to the modality's units."""
     padding = _padding_mask(dicom, stored, cells)
     if stored.dtype.kind == "f" or (stored.dtype.itemsize > 2 and int(np.ptp(stored)) > 0xFFFF):
         levels, counts, lowest = stored, None, None
@@ -103,11 +103,11 @@ def read_grey(
         seen = stored if padding is None else stored[~padding]
         counts = _histogram(seen, lowest, len(levels))
     values, is_identity = _modality_values(dicom, levels, frame, warnings)
-    return GreyFrame(dicom, frame, stored, padding, lowest, values, counts, is_identity)
+    return GrayFrame(dicom, frame, stored, padding, lowest, values, counts, is_identity)
 
 
 def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:
-    """How often each value from ``lowest`` on occurs; in pieces, because counting widens every value to 64 bits."""
+    """Count each value from ``lowest`` on, in blocks, because ``np.bincount`` widens every value to 64 bits."""
     flat, counts = seen.ravel(), np.zeros(size, np.int64)
     for start in range(0, flat.size, 1 << 20):
         counts += np.bincount(flat[start : start + (1 << 20)].astype(np.int64) - lowest, minlength=size)
@@ -115,7 +115,7 @@ def _histogram(seen: np.ndarray, lowest: int, size: int) -> np.ndarray:
 
 
 def _padding_mask(dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | None) -> np.ndarray | None:
-    """Where the scanner saw nothing, ``[rows, columns]``; None where the file names no padding."""
+    """True where the scanner saw nothing, bool ``[rows, columns]``; None if the file has no padding value."""
     layout = dicom.layout
     is_signed = None if layout.is_float else bool(layout.is_signed)
     between = padding_range(dicom.dataset, layout.bits_allocated, is_signed)
@@ -129,7 +129,7 @@ def _padding_mask(dicom: DicomImage, stored: np.ndarray, cells: np.ndarray | Non
 
 
 def _modality_values(dicom: DicomImage, levels: np.ndarray, frame: int, warnings: list[str]) -> tuple[np.ndarray, bool]:
-    """Stored values -> the modality's units, and whether the file asks for no change."""
+    """Stored values in the modality's units, and True if the file does not change them."""
     for item in items(dicom.dataset, "ModalityLUTSequence")[:1]:
         return _table(dicom, item, can_be_negative=bool(dicom.layout.is_signed)).look_up(levels).astype(float), False
     slope, intercept = rescale(dicom.dataset, frame, warnings)

@@ -1,12 +1,12 @@
-"""A frame before the window, as one block of bytes for the web UI's canvas, which windows it in the browser.
+"""A frame without a window, as a block of bytes for the web UI's canvas, which applies windows in the browser.
 
-Layout, little-endian: the length of the header (uint32), the header (JSON, padded with spaces so that what follows
-begins at a multiple of 8), then the arrays that ``kind`` says:
+Layout, little-endian: the length of the header (uint32), the header (JSON, padded with spaces so that the arrays begin
+at a multiple of 8 bytes), then the arrays, which depend on ``kind``:
 
-- ``grey``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
+- ``gray``: ``values`` float64 ``[levels]`` in the modality's units, NaN for "always black"; ``index`` uint16
   ``[rows, columns]``, each pixel's position in ``values``; ``shown`` uint8 ``[levels]``, the gray under the file's own
-  window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before the one of padding.
-- ``wide``: as ``grey`` without ``index``: a level for each pixel. For floats and for integers of more than 16 bits.
+  window; ``colors`` uint8 ``[colored, 3]``, fixed colors of the last ``colored`` levels before that of padding.
+- ``wide``: like ``gray`` without ``index``, with a level for each pixel. For floats and integers of more than 16 bits.
 - ``color``: uint8 ``[rows, columns, 3]``.
 """
 
@@ -19,22 +19,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_image import DicomImage
-from babydoctor.imaging.dicom_lut import LookupTable, supplemental_palette, to_color
-from babydoctor.imaging.dicom_pixels import decode_frame
-from babydoctor.imaging.dicom_safety import reading_values
-from babydoctor.imaging.dicom_values import numbers, orientation, pixel_shape, pixel_spacing, places
-from babydoctor.imaging.grey import GreyFrame, read_grey
+from babydoctor.imaging.dicom.gray import GrayFrame, read_gray
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.lut import LookupTable, supplemental_palette, to_color
+from babydoctor.imaging.dicom.pixels import decode_frame
+from babydoctor.imaging.dicom.safety import reading_values
+from babydoctor.imaging.dicom.values import numbers, orientation, pixel_shape, pixel_spacing, places
 
 MAX_BYTES = 40 * 2**20
-"""Of one block. Every second, third, ... row and column of a larger frame is sent; ``step`` in the header says so."""
+"""Largest block. Of a larger frame, every ``step``-th row and column is sent; ``step`` is in the header."""
 
 _MAX_LEVELS = 65536
 _MEASURES = "PixelMeasuresSequence"
 
 
 def raw_frame(dicom: DicomImage, frame: int) -> bytes:
-    """One frame as a block of bytes, see above.
+    """One frame as a block of bytes in the layout of this module.
 
     Raises:
         ImageError: the frame does not exist or cannot be decoded.
@@ -42,13 +42,13 @@ def raw_frame(dicom: DicomImage, frame: int) -> bytes:
     with reading_values(dicom.name):
         stored, cells = decode_frame(dicom, frame, [])
         geometry = _geometry(dicom, frame)
-        if not dicom.is_grey:
+        if not dicom.is_gray:
             return color_block(to_color(dicom, stored, []), geometry)
-        return _grey_block(read_grey(dicom, stored, cells, frame, []), geometry)
+        return _gray_block(read_gray(dicom, stored, cells, frame, []), geometry)
 
 
 def _geometry(dicom: DicomImage, frame: int) -> dict[str, Any]:
-    """What rulers and orientation markers need: numbers and letters, nothing that identifies."""
+    """What rulers and orientation markers need: numbers and letters that identify nobody."""
     dataset = dicom.dataset
     return {
         "marks": orientation(dataset, frame),
@@ -67,46 +67,46 @@ def color_block(pixels: np.ndarray, geometry: dict[str, Any] | None = None) -> b
 
 
 def picture_block(picture: Image.Image) -> bytes:
-    """A picture that is no DICOM file as a block of bytes."""
+    """A picture that is not from a DICOM file, as a block of bytes."""
     return color_block(np.asarray(picture.convert("RGB")))
 
 
-def _grey_block(grey: GreyFrame, geometry: dict[str, Any]) -> bytes:
-    values = grey.values.astype(np.float64)
-    shown, _ = grey.shown(None)
-    own = grey.own_window()
+def _gray_block(gray: GrayFrame, geometry: dict[str, Any]) -> bytes:
+    values = gray.values.astype(np.float64)
+    shown, _ = gray.shown(None)
+    own = gray.own_window()
     center, width = _linear_window(own, values)
-    header: dict[str, Any] = {"center": center, "width": width, "is_inverse": grey.is_inverse} | geometry
-    if grey.lowest is None or len(values) + (grey.padding is not None) > _MAX_LEVELS:
-        return _wide_block(grey, values, shown, header)
-    index = grey.offsets.astype(np.uint16)
-    colors = _colors(grey, len(values))
+    header: dict[str, Any] = {"center": center, "width": width, "is_inverse": gray.is_inverse} | geometry
+    if gray.lowest is None or len(values) + (gray.padding is not None) > _MAX_LEVELS:
+        return _wide_block(gray, values, shown, header)
+    index = gray.offsets.astype(np.uint16)
+    colors = _colors(gray, len(values))
     header["first_color"] = len(values) - len(colors)
-    if grey.padding is not None:
-        index[grey.padding] = len(values)
+    if gray.padding is not None:
+        index[gray.padding] = len(values)
         values, shown = np.append(values, np.nan), np.append(shown, np.uint8(0))
     step = _step(index.size, 2)
     index = index[::step, ::step]
-    header |= {"kind": "grey", "step": step, "levels": len(values), "colored": len(colors)}
+    header |= {"kind": "gray", "step": step, "levels": len(values), "colored": len(colors)}
     arrays = values.tobytes() + index.tobytes() + shown.tobytes() + colors.tobytes()
     return _block(header, index.shape, arrays)
 
 
-def _colors(grey: GreyFrame, num_levels: int) -> np.ndarray:
+def _colors(gray: GrayFrame, num_levels: int) -> np.ndarray:
     """Fixed colors of the last levels by a supplemental palette, uint8 ``[colored, 3]``."""
-    palette = supplemental_palette(grey.dicom, [])
-    if palette is None or grey.lowest is None:
+    palette = supplemental_palette(gray.dicom, [])
+    if palette is None or gray.lowest is None:
         return np.zeros((0, 3), np.uint8)
-    first = min(max(palette.first, grey.lowest), grey.lowest + num_levels)
-    return palette.look_up(np.arange(first, grey.lowest + num_levels)).astype(np.uint8)
+    first = min(max(palette.first, gray.lowest), gray.lowest + num_levels)
+    return palette.look_up(np.arange(first, gray.lowest + num_levels)).astype(np.uint8)
 
 
-def _wide_block(grey: GreyFrame, values: np.ndarray, shown: np.ndarray, header: dict[str, Any]) -> bytes:
-    if grey.lowest is not None:
-        values = values[grey.offsets]
-    shown = grey.spread(shown)
-    if grey.padding is not None:
-        values = np.where(grey.padding, np.nan, values)
+def _wide_block(gray: GrayFrame, values: np.ndarray, shown: np.ndarray, header: dict[str, Any]) -> bytes:
+    if gray.lowest is not None:
+        values = values[gray.offsets]
+    shown = gray.spread(shown)
+    if gray.padding is not None:
+        values = np.where(gray.padding, np.nan, values)
     step = _step(values.size, 9)
     values, shown = values[::step, ::step], shown[::step, ::step]
     header |= {"kind": "wide", "step": step, "levels": values.size}
@@ -114,7 +114,7 @@ def _wide_block(grey: GreyFrame, values: np.ndarray, shown: np.ndarray, header: 
 
 
 def _linear_window(own: Any, values: np.ndarray) -> tuple[float, float]:
-    """Center and width from which a drag starts. A VOI LUT has no window, so the range of its inputs is used."""
+    """Center and width where dragging starts. For a VOI LUT, the range of its inputs."""
     if not isinstance(own, LookupTable):
         return own.center, own.width
     finite = values[np.isfinite(values)]

@@ -1,9 +1,4 @@
-"""DICOM -> RGB, in the standard's order (PS3.3 C.11, PS3.4 N.2): modality LUT, VOI LUT or window, presentation LUT.
-
-``dicom_file`` parses, ``dicom_header`` decides how pixels are stored, ``dicom_pixels`` decodes a frame, ``grey`` shows
-a grey one under a window, ``dicom_values`` and ``dicom_lut`` read what these steps need. Free of torch; pydicom is
-imported where it is used, because that takes a third of a second.
-"""
+"""DICOM -> RGB, in the standard's order (PS3.3 C.11, PS3.4 N.2): modality LUT, VOI LUT or window, presentation LUT."""
 
 from __future__ import annotations
 
@@ -12,32 +7,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from babydoctor.imaging.dicom_file import is_dicom, parse_file
-from babydoctor.imaging.dicom_header import read_layout
-from babydoctor.imaging.dicom_image import IDENTIFYING_TAGS, DicomImage, harmless_facts, identifying_tags
-from babydoctor.imaging.dicom_lut import supplemental_colors, to_color
-from babydoctor.imaging.dicom_pixels import decode_frame
-from babydoctor.imaging.dicom_safety import reading_values
-from babydoctor.imaging.dicom_values import (
+from babydoctor.imaging.dicom.file import parse_file
+from babydoctor.imaging.dicom.gray import read_gray
+from babydoctor.imaging.dicom.header import read_layout
+from babydoctor.imaging.dicom.image import DicomImage
+from babydoctor.imaging.dicom.lut import supplemental_colors, to_color
+from babydoctor.imaging.dicom.pixels import decode_frame
+from babydoctor.imaging.dicom.safety import reading_values
+from babydoctor.imaging.dicom.values import (
     code,
     pixel_shape,
     pixel_spacing,
     windows,
 )
-from babydoctor.imaging.grey import read_grey
 from babydoctor.imaging.limits import MAX_PIXELS, ImageError, check_size
 from babydoctor.imaging.windows import CT_PRESETS, Window
-
-__all__ = [
-    "CT_PRESETS",
-    "IDENTIFYING_TAGS",
-    "DicomImage",
-    "harmless_facts",
-    "identifying_tags",
-    "is_dicom",
-    "read_dicom",
-    "render",
-]
 
 
 def read_dicom(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> DicomImage:
@@ -81,10 +65,10 @@ def render(
     max_pixels: int = MAX_PIXELS,
     square_pixels: bool = True,
 ) -> Image.Image:
-    """One frame as an RGB picture. If pixels are not square, it is stretched so that they become square.
+    """One frame as an RGB picture, stretched if its pixels are not square.
 
     Gray frames are shown under ``center`` and ``width``, or the CT ``preset``, or the file's first window or VOI
-    LUT, or else a window made from the frame's own values. ``image.info["window"]`` says which, and
+    LUT, or else a window computed from the frame's values. ``image.info["window"]`` says which one was used, and
     ``image.info["warnings"]`` what was unclear in the file and how it was interpreted.
 
     Raises:
@@ -103,13 +87,13 @@ def render(
 def _render(dicom: DicomImage, frame: int, chosen: Window | None) -> tuple[Image.Image, list[str]]:
     """One frame with the file's own pixels, and the warnings about it."""
     warnings = list(dicom.warnings)
-    if not dicom.is_grey and chosen is not None:
+    if not dicom.is_gray and chosen is not None:
         raise ImageError(
             f"{dicom.name}: a color image ({dicom.photometric}) has no window; leave it out", "invalid_input"
         )
     values, cells = decode_frame(dicom, frame, warnings)
-    if dicom.is_grey:
-        frame_values = read_grey(dicom, values, cells, frame, warnings)
+    if dicom.is_gray:
+        frame_values = read_gray(dicom, values, cells, frame, warnings)
         shown, explanation = frame_values.shown(chosen)
         image = Image.fromarray(frame_values.spread(shown)).convert("RGB")
         image = supplemental_colors(dicom, image, values, warnings)
@@ -144,7 +128,7 @@ def _chosen_window(dicom: DicomImage, center: float | None, width: float | None,
 def _square_pixels(
     dicom: DicomImage, frame: int, image: Image.Image, warnings: list[str], max_pixels: int
 ) -> Image.Image:
-    """Stretch the axis with the larger spacing, or a reformatted CT with 3 mm slices would look squashed."""
+    """Stretch the axis with the larger spacing. Otherwise a reformatted CT with 3 mm slices looks squashed."""
     vertical, horizontal = pixel_shape(dicom.dataset, frame, warnings)
     if abs(vertical / horizontal - 1) < 0.01:
         return image

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from babydoctor.imaging.containers import picture_format
-from babydoctor.imaging.dicom_safety import check_deflated
-from babydoctor.imaging.dicom_values import code
+from babydoctor.imaging.dicom.safety import check_deflated
+from babydoctor.imaging.dicom.values import code
 from babydoctor.imaging.limits import ImageError
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -31,7 +31,7 @@ _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", 
 
 @dataclass(frozen=True)
 class DicomFile:
-    """A parsed file. ``transfer_syntax`` is a UID; ``warnings`` say what the file leaves open and how it was read."""
+    """A parsed file. ``transfer_syntax`` is a UID; ``warnings`` say what is missing and what was assumed."""
 
     dataset: Any = field(repr=False)
     transfer_syntax: str
@@ -41,7 +41,7 @@ class DicomFile:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Recognize DICOM by content: the prefix, or a first data element of a group that files begin with."""
+    """Recognize DICOM by content: by its prefix, or by a first data element from a group that files begin with."""
     if data[128:132] == b"DICM":
         return True
     return picture_format(data) is None and _start_of_elements(data) is not None
@@ -82,7 +82,7 @@ def parse_file(data: bytes, name: str, max_pixels: int) -> DicomFile:
     dataset = _read(data)
     if _pixel_keyword(dataset) is None and (closed := _close_sequence(data, name)) is not None:
         dataset = _read(closed)
-        warnings.append("the end mark of the pixel data is missing; all frames found are shown")
+        warnings.append("the delimiter after the pixel data is missing; all frames found are shown")
     keyword = _pixel_keyword(dataset)
     if keyword is None:
         kind = code(dataset, "Modality") or "no DICOM object"
@@ -103,7 +103,7 @@ def _pixel_keyword(dataset: Any) -> str | None:
 
 
 def _walk_meta(data: bytes) -> tuple[str, int]:
-    """(transfer syntax or "", position after the file meta information), which is explicit VR little endian."""
+    """Walk the file meta information (explicit VR little endian): (transfer syntax or "", position after it)."""
     position, syntax = 132 if data[128:132] == b"DICM" else 0, ""
     while data[position : position + 2] == b"\x02\x00" and position + 12 <= len(data):
         is_long = data[position + 4 : position + 6] in _LONG_VRS
@@ -116,7 +116,7 @@ def _walk_meta(data: bytes) -> tuple[str, int]:
 
 
 def _close_sequence(data: bytes, name: str) -> bytes | None:
-    """The file with the missing end mark of its encapsulated pixel data; None if something else is wrong."""
+    """Append the missing delimiter of encapsulated pixel data; None if that is not what is wrong."""
     matches = list(_ENCAPSULATED_PIXELS.finditer(data))
     if not matches:
         return None
@@ -129,7 +129,7 @@ def _close_sequence(data: bytes, name: str) -> bytes | None:
 
 
 def _transfer_syntax(dataset: Any, keyword: str, name: str, warnings: list[str]) -> tuple[str, bool]:
-    """(UID, big endian) from the file meta information, else from how the file is written."""
+    """(UID, is big endian) by the file meta information, else by how the file is written."""
     from pydicom.uid import UID
 
     is_implicit, is_little = dataset.original_encoding
@@ -162,18 +162,18 @@ def _transfer_syntax(dataset: Any, keyword: str, name: str, warnings: list[str])
 
 
 def describe_uid(uid: str) -> str:
-    """Name and UID, or the UID alone for private ones."""
+    """Name and UID, or only the UID if it is private."""
     from pydicom.uid import UID
 
     if not re.fullmatch(r"[0-9.]{1,64}", uid):
-        return "a value that is no UID"
+        return "a value that is not a UID"
 
     known = UID(uid).name
     return f"{known} ({uid})" if known != uid else uid
 
 
 def _syntax_of_codestream(data: bytes) -> str | None:
-    """The transfer syntax of encapsulated pixel data, by the markers of its first codestream."""
+    """The transfer syntax of encapsulated pixel data, judged by its first codestream; None if unknown."""
     frames = fragments(data)
     first = frames[0] if frames else b""
     base = "1.2.840.10008.1.2.4."

@@ -1,4 +1,4 @@
-"""Guards for DICOM files from anywhere: small to send and huge to decode, or with a person's data in warnings."""
+"""Guards against DICOM files that are small to send and huge to decode, and against personal data in warnings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from babydoctor.schema import UserError
 
 @contextmanager
 def reading_values(name: str) -> Iterator[None]:
-    """Around everything that touches a data set's values: pydicom parses them when they are asked for.
+    """Context manager around all reads of a data set's values, which pydicom parses on access.
 
-    Whatever pydicom raises on a damaged value becomes an ``ImageError`` for the file ``name``. It is also kept from
-    quoting odd values, a patient's name among them, in warnings and logs.
+    Any error on a damaged value becomes an ``ImageError`` for the file ``name``. Inside, pydicom does not quote invalid
+    values, such as a patient's name, in warnings and logs.
     """
     from pydicom.config import disable_value_validation
 
@@ -34,7 +34,7 @@ def reading_values(name: str) -> Iterator[None]:
 
 
 def check_deflated(deflated: bytes, name: str, max_pixels: int) -> None:
-    """Raise ``ImageError`` for a deflated data set (PS3.5 A.5) that is a bomb: parsing it inflates it as a whole."""
+    """Raise ``ImageError`` if a deflated data set (PS3.5 A.5) is too large. Parsing would inflate all of it."""
     limit = min(16 * max_pixels, 2**28)
     try:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -81,9 +81,9 @@ def codestream_header(data: bytes) -> tuple[int, int, int] | None:
 
 
 def _codestream_start(data: bytes) -> int:
-    """Where the codestream of a JP2 file begins (T.800 I.5); 0 for other data.
+    """Position of the codestream in a JP2 file (T.800 I.5); 0 for other data.
 
-    Only the boxes say so: a comment may hold bytes that look like the header of a small picture.
+    Walks the boxes, because a comment may contain bytes that look like the header of a small picture.
 
     Raises:
         ValueError: a box has no length. pydicom's own search for the codestream would never end.

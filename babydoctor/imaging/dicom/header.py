@@ -1,6 +1,6 @@
-"""Decide how the pixels of a DICOM file are stored. Anything unknown is refused by name.
+"""Decide how the pixels of a DICOM file are stored. What is not supported is refused with an error that names it.
 
-A missing type 1 element with one obvious meaning is filled in, with a warning for the user.
+A missing type 1 element that can only have one value is filled in, with a warning for the user.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from babydoctor.imaging.dicom_file import PIXEL_KEYWORDS, DicomFile, describe_uid, fragments
-from babydoctor.imaging.dicom_safety import codestream_size
-from babydoctor.imaging.dicom_values import code, integer, text
+from babydoctor.imaging.dicom.file import PIXEL_KEYWORDS, DicomFile, describe_uid, fragments
+from babydoctor.imaging.dicom.safety import codestream_size
+from babydoctor.imaging.dicom.values import code, integer, text
 from babydoctor.imaging.limits import ImageError, check_size
 
-_GREY = ("MONOCHROME1", "MONOCHROME2")
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
 _SAMPLES: dict[str, int] = {
-    **dict.fromkeys((*_GREY, "PALETTE COLOR"), 1),
+    **dict.fromkeys((*_GRAY, "PALETTE COLOR"), 1),
     **dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"), 3),
 }
 """The photometric interpretations that are shown, and their samples per pixel."""
@@ -31,7 +31,7 @@ _DECODER_HINT = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 
 @dataclass(frozen=True)
 class PixelLayout:
-    """How pixels are stored. ``is_signed`` is None if the file does not say; then both readings must agree."""
+    """How pixels are stored. ``is_signed`` is None if the file does not say; signed and unsigned must then agree."""
 
     transfer_syntax: str
     is_encapsulated: bool
@@ -185,7 +185,7 @@ def _stated_frames(dataset: Any, name: str, warnings: list[str]) -> int:
         return 1
     frames = integer(dataset, "NumberOfFrames")
     if frames is None:
-        raise ImageError(f"{name}: NumberOfFrames is no whole number", "dicom_unreadable")
+        raise ImageError(f"{name}: NumberOfFrames is not a whole number", "dicom_unreadable")
     if frames < 1:
         warnings.append(f"NumberOfFrames is {frames}; read as 1")
         return 1
