@@ -27,7 +27,19 @@ from helpers.source_tree import (
 
 # From the bottom to the top: a folder, or a top-level module, imports only from those before it.
 FOLDERS = (
-    *("errors", "schema", "markers", "conversation", "progress", "config_file", "hub", "imaging", "config", "files"),
+    *(
+        "errors",
+        "schema",
+        "markers",
+        "templates",
+        "conversation",
+        "progress",
+        "config_file",
+        "hub",
+        "imaging",
+        "config",
+        "files",
+    ),
     *("ranks", "runtime"),
     *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli", "__main__"),

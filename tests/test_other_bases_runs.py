@@ -150,8 +150,8 @@ def test_llama_cpp_gives_the_logits_of_the_run(runs: dict[str, Path], tmp_path: 
 
 
 def test_what_a_format_cannot_hold_is_refused_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no Qwen2 with a CLIP tower; it has LLaMA and Mistral"):
-        export_run(runs["qwen2"], tmp_path / "out", format="llava")
+    with pytest.raises(UserError, match="no Qwen3 with a SigLIP tower; it has LLaMA, Mistral and"):
+        export_run(runs["qwen3"], tmp_path / "out", format="llava")
     with pytest.raises(UserError, match="a SigLIP tower is not written to GGUF"):
         export_run(runs["qwen3"], tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()

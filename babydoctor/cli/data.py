@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from babydoctor.conversation import Template
     from babydoctor.schema import Sample
 
-Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
+Template_ = Annotated[
+    str, typer.Option("--template", help="Conversation template; which base takes which: babydoctor/train/README.md.")
+]
 NumPatches = Annotated[int, typer.Option("--num-patches", help="Tokens that an image takes.")]
 
 

@@ -121,10 +121,12 @@ def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
     writer.add_rope_dimension_count(head_dim)
     _add_rope(writer, run)
     _add_file_type(writer, type_name)
-    write_vocabulary(writer, read_vocabulary(run.tokenizer, run.language_directory, config.vocab_size), run.tokenizer)
+    vocabulary = read_vocabulary(run.tokenizer, run.language_directory, config.vocab_size)
+    write_vocabulary(writer, vocabulary, run.tokenizer, end_id=run.end_token_ids[0])
     # llama.cpp adds the begin-of-sequence token and SentencePiece's spaces itself.
     template = get_template(run.manifest.template)
-    writer.add_chat_template(build_chat_template(template, spaces=False, llama_cpp=True))
+    has_begin = run.tokenizer.bos_token is not None
+    writer.add_chat_template(build_chat_template(template, spaces=False, has_begin=has_begin, llama_cpp=True))
     tensors = [(name, shape, language_type(name, shape, type_name)) for name, shape in run.language_shapes()]
 
     def convert(name: str, weight: torch.Tensor) -> torch.Tensor:

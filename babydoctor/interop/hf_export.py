@@ -82,7 +82,9 @@ def write_tokenizer(run: PlainRun, out: Path) -> tuple[int, int]:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     template = get_template(run.manifest.template)
-    tokenizer.chat_template = build_chat_template(template, spaces=not adds_prefix_everywhere(tokenizer))
+    has_begin = tokenizer.bos_token is not None
+    spaces = not adds_prefix_everywhere(tokenizer)
+    tokenizer.chat_template = build_chat_template(template, spaces=spaces, has_begin=has_begin)
     tokenizer.save_pretrained(str(out))
     return image_token_id, max(run.language_config.vocab_size, image_token_id + 1)
 
@@ -114,10 +116,10 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
         "vision_config": vision,
     }
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    tokenizer = run.tokenizer
+    tokenizer, ends = run.tokenizer, run.end_token_ids
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": [image_token_id],
     }

@@ -131,6 +131,9 @@ class _Merge:
         config.update(dtype=dtype, architectures=[self.weights.architecture])
         write_json(self.target / "config.json", config)
         load_tokenizer(self.base).save_pretrained(str(self.target))
+        generation = self.base / "generation_config.json"  # names the end tokens
+        if generation.is_file():
+            shutil.copy2(generation, self.target)
         copy_model_files(self.tower, self.partial / "vision_tower")
         shutil.copy2(self.path / "projector.safetensors", self.partial)
         changes: dict[str, Any] = {

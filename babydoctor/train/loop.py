@@ -15,8 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from babydoctor.config import RunConfig, TrainConfig
+from babydoctor.conversation import get_template
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.data.rows import fingerprint, load_dataset_rows
+from babydoctor.data.template_tokens import check_template
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import explain_full_disk
 from babydoctor.model.babydoctor import BabyDoctor
@@ -78,6 +80,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
 
         # Data: check all rows now. Images are read later, a few steps ahead.
         tokenizer = load_tokenizer(manifest.language_model)
+        check_template(get_template(config.data.template), tokenizer, manifest.language_model)
         bad_rows = run / "bad.jsonl" if is_main else None
         samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, bad_rows)
         num_image_tokens = num_patches(load_vision_config(manifest.vision_tower))

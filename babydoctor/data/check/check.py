@@ -91,10 +91,17 @@ def check_sources(
 
 
 def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
-    """A template by name, and a tokenizer by folder or hub id. Raises ``UserError`` if it does not exist."""
+    """A template by name, and a tokenizer by folder or hub id.
+
+    Raises:
+        UserError: one does not exist, or the tokenizer lacks the template's tokens.
+    """
+    from babydoctor.data.template_tokens import check_template
     from babydoctor.data.tokens import load_tokenizer
 
-    return get_template(template), load_tokenizer(tokenizer)
+    chosen, loaded = get_template(template), load_tokenizer(tokenizer)
+    check_template(chosen, loaded, tokenizer, fix="give --template {template}")
+    return chosen, loaded
 
 
 def encode_sample(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> Example:

@@ -77,12 +77,12 @@ class LlavaWriter:
         delta = delta or AnswerDelta()
         error = delta.error
         if error is None:
-            return _frame(self.document(delta))
-        messages = _frame(self.document(delta)) if delta.text else b""
+            return frame(self.document(delta))
+        messages = frame(self.document(delta)) if delta.text else b""
         if error.code == OVERFLOW:
             notice = {"text": self._text + OVERFLOW_NOTICE, "error_code": ERROR_NONE, "finish_reason": "length"}
-            return messages + _frame(notice | {"code": OVERFLOW})
-        return messages + _frame({"text": error.message, "error_code": error.error_code, "code": error.code})
+            return messages + frame(notice | {"code": OVERFLOW})
+        return messages + frame({"text": error.message, "error_code": error.error_code, "code": error.code})
 
 
 def usage_document(usage: Usage) -> dict[str, int]:
@@ -94,7 +94,8 @@ def usage_document(usage: Usage) -> dict[str, int]:
     }
 
 
-def _frame(message: dict[str, Any]) -> bytes:
+def frame(message: dict[str, Any]) -> bytes:
+    """One message of a stream."""
     return json.dumps(message).encode() + DELIMITER
 
 

@@ -142,6 +142,16 @@ class AttentionRequest(Body):
     method: Literal["occlusion"] = Field(
         "occlusion", description="occlusion: hide parts of the image and score the answer again."
     )
+    stream: bool = Field(
+        False, description="Send progress messages before the reply: JSON objects, a NUL byte after each."
+    )
+
+
+class AttentionProgress(BaseModel):
+    """A message of ``/worker_attention`` with ``stream`` while the map is computed."""
+
+    share: float = Field(ge=0, le=1, description="Share of the work that is done.")
+    left_s: float | None = Field(None, description="Seconds left at the speed so far; null before there is a speed.")
 
 
 class TokenAttention(BaseModel):

@@ -23,7 +23,7 @@ from babydoctor.serve.api.protocol import (
     GenerateRequest,
     ModelRequest,
 )
-from babydoctor.serve.api.responses import CollectedAnswer, StreamedAnswer
+from babydoctor.serve.api.responses import CollectedAnswer, StreamedAnswer, WorkResponse
 from babydoctor.serve.api.streaming import AnswerDelta, start_opening
 from babydoctor.serve.metrics import CONTENT_TYPE
 
@@ -85,10 +85,22 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
             return Response(message, headers={ERROR_HEADER: error.code}, media_type=STREAM_TYPE)
         return StreamedAnswer(opening, writer.encode, backend.settings.limits, media_type=STREAM_TYPE)
 
-    @app.post("/worker_attention", tags=["LLaVA"], responses=errors(*WORK_ERRORS))
-    async def worker_attention(body: AttentionRequest) -> AttentionReply:
-        """How much each piece of a given answer depends on each part of the image."""
-        return AttentionReply.model_validate(await backend.attention(body))
+    @app.post(
+        "/worker_attention",
+        tags=["LLaVA"],
+        response_class=Response,
+        responses={
+            200: {
+                "description": "With `stream`: objects of AttentionProgress, then the reply, a NUL byte after each.",
+                "model": AttentionReply,
+                "content": {STREAM_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+            },
+            **errors(*WORK_ERRORS),
+        },
+    )
+    async def worker_attention(body: AttentionRequest) -> Response:
+        """On which parts of the image each piece of an answer depended. A client that disconnects ends the work."""
+        return WorkResponse(backend.attention(body), is_streamed=body.stream)
 
 
 def _add_fastchat_routes(app: FastAPI, backend: Backend) -> None:

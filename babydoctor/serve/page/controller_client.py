@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from babydoctor.conversation import Template, get_template, prompt_text, render_
 from babydoctor.schema import Turn, UserError
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.streaming import EndOfAnswer
-from babydoctor.serve.client import LlavaStream, open_llava_stream, refusal_of
+from babydoctor.serve.client import ATTENTION_PATH, LlavaStream, open_llava_stream, read_messages, refusal_of
 from babydoctor.serve.page.session import Exchange
 from babydoctor.serve.page.texts import PageError
 
@@ -63,15 +64,34 @@ class ControllerClient:
             return False
         return int(details.get("image_tokens") or 0) > 0
 
-    async def attention(self, exchange: Exchange) -> dict[str, Any]:
-        """On which parts of the image each piece of an answer depended, see ``protocol.AttentionReply``."""
+    async def attention(self, exchange: Exchange) -> AsyncGenerator[dict[str, Any], None]:
+        """On which parts of the image each piece of an answer depended: messages of ``protocol.AttentionProgress``,
+        then one of ``protocol.AttentionReply``. Closing the generator ends the work in the engine.
+
+        Raises:
+            PageError: it was refused or broke off.
+        """
         body = {
+            "stream": True,
             "model": exchange.model,
             "prompt": exchange.prompt,
             "answer": exchange.answer,
             "images": [base64.b64encode(exchange.view.png).decode()],
         }
-        return await self._post("/worker_attention", body)
+        try:
+            async with self._http.stream("POST", ATTENTION_PATH, json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise refusal_of(response)
+                async with aclosing(read_messages(response)) as messages:
+                    async for message in messages:
+                        yield message
+        except ApiError as error:
+            raise _page_error(error) from None
+        except ValueError:
+            raise PageError("worker_lost") from None
+        except httpx.HTTPError as error:
+            raise _transport_error(error, has_begun=False) from None
 
     async def answer(self, exchange: Exchange, turns: Sequence[Turn]) -> AsyncIterator[None]:
         """Fill ``exchange`` with the model's answer; yields after each change.
@@ -81,6 +101,7 @@ class ControllerClient:
         Raises:
             PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
         """
+        exchange.turns = tuple(turns)
         template = await self.template(exchange.model)
         exchange.prompt = prompt_text(render_prompt(turns, template))
         sampling = exchange.sampling

@@ -66,8 +66,12 @@ class Preprocessor:
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def encode(self, prompt: str) -> Example:
-        """Encode a prompt with ``<image>`` for each image to ids and an image mask."""
-        return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
+        """A prompt with ``<image>`` for each image -> ids and image positions.
+
+        Some clients write the begin-of-sequence token of the published chat template, which ``tokens.encode`` adds.
+        """
+        begin = get_template(self._run.manifest.template).begin
+        return encode(split_images(prompt.removeprefix(begin)), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
         """Encode the turns if the client sent messages, so that no text in them can become a control token.

@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,6 @@ class Worker(SingleModelBackend):
         timeout_s = settings.limits.request_timeout_s
         self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
-        # Attention requests wait for the engine. In their own thread they do not block preprocessing.
-        self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None
@@ -88,7 +87,7 @@ class Worker(SingleModelBackend):
             raise
         return answered.answer
 
-    async def attention(self, request: AttentionRequest) -> dict[str, Any]:
+    async def attention(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
         if len(request.images) != 1:
@@ -98,8 +97,9 @@ class Worker(SingleModelBackend):
         self.slots.take()
         started_s = time.monotonic()
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._attention_thread, self._occlusion_maps.reply, request)
+            async with aclosing(self._occlusion_maps.stream(request)) as messages:
+                async for message in messages:
+                    yield message
         finally:
             self.slots.free(time.monotonic() - started_s)
 
@@ -175,7 +175,7 @@ class Worker(SingleModelBackend):
         if self._watching is not None:
             self._watching.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._attention_thread.shutdown(wait=False, cancel_futures=True)
+        self._occlusion_maps.close()
         self.engine.close()
 
     def _check_not_draining(self) -> None:
