@@ -134,9 +134,24 @@ def test_gguf_is_read_back_with_the_logits_of_the_run(runs: dict[str, Path], tmp
         assert_close(model.eval()(ids).logits[0], expected)
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3-clip"])
+def test_llama_cpp_gives_the_logits_of_the_run(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed (pip install 'babydoctor[interop]' builds it)"
+    )
+    export_run(runs[name], tmp_path / "gguf", format="gguf", dtype="float32")
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    path = str(tmp_path / "gguf" / "model.gguf")
+    model = llama_cpp.Llama(path, n_ctx=512, n_threads=1, verbose=False, logits_all=True, **exact)
+    ids, expected = prompt(load_run(runs[name]), length=WINDOW)
+    model.eval(ids[0].tolist())
+    assert_close(torch.from_numpy(model.scores[:WINDOW].copy()), expected, 1e-3)
+    model.close()
+
+
 def test_what_a_format_cannot_hold_is_refused_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no Qwen2 with a CLIP tower; it has LLaMA and Mistral"):
-        export_run(runs["qwen2"], tmp_path / "out", format="llava")
+    with pytest.raises(UserError, match="no Qwen3 with a SigLIP tower; it has LLaMA, Mistral and"):
+        export_run(runs["qwen3"], tmp_path / "out", format="llava")
     with pytest.raises(UserError, match="a SigLIP tower is not written to GGUF"):
         export_run(runs["qwen3"], tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()

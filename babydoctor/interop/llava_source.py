@@ -33,9 +33,8 @@ class Source:
 
     @property
     def family(self) -> str:
-        """``model_type`` of the language model. A Mistral without a sliding window is a LLaMA to the last weight."""
-        family = _FAMILIES[self.config["model_type"]]
-        return "llama" if family == "mistral" and self.config.get("sliding_window") is None else family
+        """``model_type`` of the language model."""
+        return _FAMILIES[self.config["model_type"]]
 
     @property
     def template(self) -> str:
