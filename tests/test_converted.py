@@ -185,15 +185,16 @@ def test_a_run_goes_on_from_its_converted_rows(tiny_settings: dict[str, Any], tm
     data = settings["data"]
     run = train(build_config(settings))
     whole, weights = losses(run), (run / "projector.safetensors").read_bytes()
-    unfinish(run, last_step=2)
+    unfinish(run, last_step=4)
 
-    rows = [row for _, row in iter_rows(data["rows"][0] if isinstance(data["rows"], list) else data["rows"])]
+    rows = [row for _, row in iter_rows(data["rows"][0])]
     convert_rows([write_rows(tmp_path / "fewer.json", rows[1:])], tmp_path / "fewer", images=Path(data["images"]))
     with pytest.raises(UserError, match="restore the rows"):
         train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "fewer")]}}), resume=True)
 
     convert_rows(data["rows"], tmp_path / "out", images=Path(data["images"]))
     train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "out")]}}), resume=True)
+    assert json.loads((run / "history.json").read_text())["resumes"][-1]["step"] == 4
     assert losses(run) == whole
     assert (run / "projector.safetensors").read_bytes() == weights
 

@@ -90,9 +90,10 @@ def make_roco(
     if release not in ("v1", "v2"):
         raise UserError(f"--release {release}: must be v1 or v2")
     if download:
-        if disjoint_from or release == "v2":
-            option = "--disjoint-from" if disjoint_from else "--release v2"
-            raise UserError(f"{option} needs ROCO's own files; make the rows from --source, not --download")
+        if disjoint_from:
+            raise UserError("--disjoint-from needs ROCO's licences.txt; make the rows from --source, not --download")
+        if release == "v2":
+            raise UserError("--release v2 needs ROCOv2's files from Zenodo in --source; there is no --download of them")
         prepared = prepare_roco_from_hub(source, split, out, copy=copy)
     else:
         folder = _original_files(source, out, download)

@@ -112,7 +112,7 @@ def check_row(source: str, row: Any, folder: ImageFolder) -> CheckedRow:
 
 
 class Duplicates:
-    """Finds rows that repeat an earlier row as a whole. Holds some 200 bytes for each row."""
+    """Finds rows that repeat an earlier row as a whole. Holds some 300 bytes for each row."""
 
     def __init__(self) -> None:
         self._sources: dict[bytes, str] = {}

@@ -2,7 +2,7 @@
 
 This process reads the rows and hands them to the workers in chunks. The results of the chunks are taken in the order
 of the rows, so the report does not depend on the number of workers. Rows are read only as fast as images are decoded.
-Memory: 200 to 400 bytes for each row (digest, place and id), and what is in progress.
+Memory: about 500 bytes for each row (digest, location and id), and what is in progress.
 """
 
 from __future__ import annotations
