@@ -13,7 +13,7 @@ from typing import Any
 
 import pydicom.data
 import pytest
-from helpers.image_files import dicom_bytes
+from helpers.image_files import dicom_bytes, encapsulated
 from helpers.serving import png
 from helpers.study_files import ct_slice, zipped
 from helpers.web_ui import PATIENT
@@ -228,6 +228,21 @@ def test_a_session_counts_its_study_once_and_another_image_ends_it() -> None:
     assert session.image_name == "Image 1: CT axial, CHEST"
     session.load(study.series[0].scan)
     assert session.study is None
+
+
+def test_an_image_with_damaged_pixels_keeps_its_place() -> None:
+    files = [ct_slice(place) for place in range(3)]
+    like = pydicom.dcmread(io.BytesIO(ct_slice(3)))
+    same = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "ImageOrientationPatient", "ImagePositionPatient")
+    stored = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+    attributes = {keyword: like[keyword].value for keyword in (*same, *stored)}
+    frame = struct.pack("<16I", 2, 64, 68, *[0] * 13) + b"\x81\x00\x81\x00\x81\x00"  # RLE that ends too early
+    study = read([*files, encapsulated([frame], "1.2.840.10008.1.2.5", **attributes)])
+    (series,) = study.series
+    assert len(series.stack) == 4 and study.unread == {} and series.scan.frame == 1
+    series.scan.frame = 0
+    with pytest.raises(PageError, match="bad_dicom"):
+        series.scan.view()
 
 
 def test_a_report_is_not_an_image() -> None:

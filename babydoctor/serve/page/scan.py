@@ -195,13 +195,13 @@ class Scan:
             PageError: the frame cannot be decoded.
         """
         number = f"{self.noun} {self.frame + 1} of {self.num_frames}" if self.num_frames > 1 else ""
-        if self.dicom is None:
-            assert self.picture is not None
-            return (self.stack.picture(self.frame) if self.stack is not None else self.picture), number
         try:
+            if self.dicom is None:
+                assert self.picture is not None
+                return (self.stack.picture(self.frame) if self.stack is not None else self.picture), number
             image = render(*self.source(), self.center, self.width, self.preset)
         except UserError as error:
-            raise dicom_error(error) from None
+            raise (dicom_error(error) if self.dicom else picture_error(error, True)) from None
         window = str(image.info.get("window", ""))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         return image, ", ".join(part for part in (number, window) if part)

@@ -145,10 +145,10 @@ class StudyReader:
             stack = Stack([self._files[index] for index in group.slices], group)
             try:
                 scan = open_stack(stack)
-                thumbnail = scan.view().thumbnail
             except PageError:
                 self.unread["damaged"] += len(stack.files)
                 continue
+            thumbnail = scan.view().thumbnail
             patient, study, days_before = numbers[stack.facts.patient, stack.facts.study]
             series.append(Series(scan, stack, thumbnail, patient, study, days_before))
         if not series:
@@ -165,15 +165,32 @@ class StudyReader:
 def open_stack(stack: Stack) -> Scan:
     """A series whose files ``isolation.read_facts`` has read, at the image in its middle.
 
+    An image whose header is fine and whose pixels are damaged stays in the series; its place says what is wrong.
+
     Raises:
-        PageError: the first image cannot be read.
+        PageError: no image can be decoded.
     """
-    scan = open_scan(stack.files[0].data)
+    scan, first = _first_readable(stack)
     scan.stack, scan.label = stack, stack.group.label
     if any(file.facts.is_burned_in for file in stack.files):
         scan.facts["burned_in_annotation"] = "YES"
     scan.frame = 0 if stack.is_multi_frame else (len(stack) - 1) // 2
+    try:
+        scan.rendered()
+    except PageError:
+        scan.frame = first
     return scan
+
+
+def _first_readable(stack: Stack) -> tuple[Scan, int]:
+    """The first image that can be decoded, and its index."""
+    problem = PageError("bad_dicom")
+    for index, file in enumerate(stack.files):
+        try:
+            return open_scan(file.data), index
+        except PageError as error:
+            problem = error
+    raise problem
 
 
 def _number_studies(facts: list[SliceFacts]) -> dict[tuple[str, str], tuple[int, int, int | None]]:
