@@ -190,8 +190,7 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         dtype: replaces the manifest's, for example float32 to compare logits.
 
     Raises:
-        UserError: the run or a model that it is based on is missing or damaged, or the tokenizer lacks the template's
-            tokens.
+        UserError: the run or a model below it is missing or damaged, or the tokenizer lacks the template's tokens.
     """
     path = Path(path)
     manifest = read_manifest(path)

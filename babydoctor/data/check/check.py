@@ -23,6 +23,7 @@ from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
 from babydoctor.data.rows import CheckedRow, Duplicates, check_row
 from babydoctor.data.sources import iter_sources
+from babydoctor.data.template_tokens import check_template
 from babydoctor.imaging.isolation import DecodePool
 from babydoctor.progress import named_progress
 from babydoctor.schema import Example, Sample, UserError
@@ -93,10 +94,8 @@ def check_sources(
 def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
     """A template by name, and a tokenizer by folder or hub id.
 
-    Raises:
-        UserError: one does not exist, or the tokenizer lacks the template's tokens.
+    Raises ``UserError`` if one does not exist, or the tokenizer lacks the template's tokens.
     """
-    from babydoctor.data.template_tokens import check_template
     from babydoctor.data.tokens import load_tokenizer
 
     chosen, loaded = get_template(template), load_tokenizer(tokenizer)
