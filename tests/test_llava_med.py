@@ -95,8 +95,7 @@ def test_the_manifest_says_what_was_imported(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "family", "template"),
     [
-        ({"sliding_window": 4096}, "mistral", "mistral_instruct"),
-        ({"sliding_window": None}, "llama", "mistral_instruct"),
+        ({"model_type": "llava_mistral"}, "mistral", "mistral_instruct"),
         ({"model_type": "llava_qwen"}, "qwen2", "chatml"),
         ({"model_type": "llava_llama"}, "llama", "llava_llama_2"),
     ],
