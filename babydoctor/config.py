@@ -25,11 +25,10 @@ class ModelConfig(Section):
     """What the model consists of."""
 
     language_model: str | None = Field(
-        None, description="folder or hub id of a LLaMA in transformers' format; null: that of init_from"
+        None,
+        description="folder or hub id of a LLaMA, Mistral, Qwen2 or Qwen3; null: that of init_from",
     )
-    vision_tower: str | None = Field(
-        None, description="folder or hub id of a CLIP in transformers' format; null: that of init_from"
-    )
+    vision_tower: str | None = Field(None, description="folder or hub id of a CLIP or SigLIP; null: that of init_from")
     projector: Literal["linear", "mlp2x_gelu"] = Field(
         "linear", description="kind of projector; mlp2x_gelu is that of LLaVA-1.5"
     )

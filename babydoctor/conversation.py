@@ -1,102 +1,17 @@
-"""Conversation templates: turns -> text segments, each marked supervised or not. Pure.
+"""Conversations: turns -> text segments, each marked supervised or not. Pure. The templates are in ``templates.py``.
 
 This module alone decides which text is supervised. Later code does not search for answers in the text.
-
-The templates match those of the original LLaVA code (release 1.2, ``llava/conversation.py``) exactly, so checkpoints
-that were trained with it give the same answers here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from babydoctor.schema import IMAGE_TOKEN, Segment, Turn, UserError
-
-LLAVA_SYSTEM = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-LLAMA_2_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. "
-    "Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-    "something not correct. If you don't know the answer to a question, please don't share false information."
-)
-V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """A conversation as text: ``opening(system) user reply_cue reply | next_opening user reply_cue reply | ...``.
-
-    Only ``reply`` is supervised. It holds the answer and the marker that ends it, so the model learns to stop. The
-    begin-of-sequence token is not part of the text; ``tokens.encode`` adds it.
-
-    The template's own text may hold control tokens (``</s>``). System prompt, questions and answers are kept in
-    separate segments, in which the same characters are plain text.
-    """
-
-    name: str
-    system: str
-    opening: str
-    """Text before the first user turn; ``{system}`` stands for the system prompt."""
-    opening_without_system: str
-    next_opening: str
-    reply_cue: str
-    reply: str
-    """``{answer}`` stands for the assistant's text."""
-    stop: str
-    """Generation ends before this text."""
-    keeps_user_text: bool = True
-    """False for ``plain``, which keeps the image of the user turn and drops its text."""
-
-
-def _llama_2(name: str, system: str) -> Template:
-    return Template(
-        name=name,
-        system=system,
-        opening="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
-        opening_without_system="[INST] ",
-        next_opening="<s>[INST] ",
-        reply_cue=" [/INST]",
-        reply=" {answer} </s>",
-        stop="</s>",
-    )
-
-
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template("plain", "", "", "", "", "", "{answer}\n", "\n", keeps_user_text=False),
-        _llama_2("llava_llama_2", LLAVA_SYSTEM),
-        _llama_2("llama_2", LLAMA_2_SYSTEM),
-        Template("v1", V1_SYSTEM, "{system} USER: ", "USER: ", "USER: ", " ASSISTANT:", " {answer}</s>", "</s>"),
-    )
-}
-
-
-def get_template(name: str) -> Template:
-    """Look up a template by name.
-
-    Raises:
-        UserError: no template has that name.
-    """
-    if name not in TEMPLATES:
-        raise UserError(f"no conversation template is named {name!r}; choose one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
-def is_template_marker(text: str) -> bool:
-    """True for text such as ``[INST]`` that separates turns in one of the templates."""
-    fields = ("opening", "opening_without_system", "next_opening", "reply_cue", "reply", "stop")
-    return bool(text.strip()) and any(text in getattr(t, field) for t in TEMPLATES.values() for field in fields)
+from babydoctor.templates import TEMPLATES as TEMPLATES
+from babydoctor.templates import Template as Template
+from babydoctor.templates import get_template as get_template
 
 
 def split_images(text: str, *, control: bool = True) -> tuple[Segment, ...]:
@@ -154,11 +69,14 @@ def prompt_text(segments: Sequence[Segment]) -> str:
 
 
 def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> list[Segment]:
-    system = template.system if system is None else system
+    def strip(text: str) -> str:
+        return text.strip() if template.strips_text else text
+
+    system = strip(template.system if system is None else system)
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
-            segments += _fill(template.reply, "{answer}", turn.text, supervised=True)
+            segments += _fill(template.reply, "{answer}", strip(turn.text), supervised=True)
             continue
         if index:
             segments += _fill(template.next_opening)
@@ -167,7 +85,7 @@ def _segments(turns: Sequence[Turn], template: Template, system: str | None) -> 
         else:
             segments += _fill(template.opening_without_system)
         text = turn.text if template.keeps_user_text else IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-        segments += split_images(text, control=False)
+        segments += split_images(strip(text), control=False)
         segments += _fill(template.reply_cue)
     return segments
 
@@ -210,14 +128,19 @@ def render_continuation(turns: Sequence[Turn], template: Template, *, system: st
 def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn]]:
     """The inverse of ``render_prompt``, for clients of the LLaVA API, which send rendered prompts.
 
+    A begin-of-sequence token in front is dropped, because the tokenizer adds it.
+
     Returns:
-        The system prompt (None: the template's own; "": none) and the turns. The last turn is the user's.
+        The system prompt (None: the template's own, which may be none; "": none) and the turns. The last turn is the
+        user's.
 
     Raises:
         UserError: the prompt is not a conversation in this template.
     """
     if not template.keeps_user_text:
         return None, [Turn("user", prompt)]
+    if template.begin and prompt.startswith(template.begin):
+        prompt = prompt.removeprefix(template.begin).lstrip(" ")
     system, rest = _split_opening(prompt, template)
     before_answer, _, after_answer = template.reply.partition("{answer}")
     turns: list[Turn] = []
@@ -233,14 +156,47 @@ def parse_prompt(prompt: str, template: Template) -> tuple[str | None, list[Turn
     return system, turns
 
 
+def image_first(text: str) -> str:
+    """Move ``<image>`` to the front, followed by a newline, as the original LLaVA code does before templating."""
+    return (IMAGE_TOKEN + "\n" + text.replace(IMAGE_TOKEN, "").strip()).strip()
+
+
+def move_image_first(prompt: str, template: Template) -> str:
+    """Move the image of a rendered prompt to the front of the first question, as ``image_first`` does in training.
+
+    A prompt that is not a conversation in the template, or that has several images, stays as it is.
+    """
+    if prompt.count(IMAGE_TOKEN) != 1 or not template.keeps_user_text:
+        return prompt
+    try:
+        _, turns = parse_prompt(prompt, template)
+    except UserError:
+        return prompt
+    question = turns[0].text
+    if IMAGE_TOKEN not in question or question.lstrip().startswith(IMAGE_TOKEN):
+        return prompt
+    return prompt.replace(question, image_first(question))
+
+
 def _split_opening(prompt: str, template: Template) -> tuple[str | None, str]:
     before, _, after = template.opening.partition("{system}")
     own = template.opening.replace("{system}", template.system)
-    if prompt.startswith(own):
+    if template.system and prompt.startswith(own):
         return None, prompt.removeprefix(own)
+    none = "" if template.system else None
+    plain = template.opening_without_system
+    if before == plain:
+        # mistral: the system prompt is the first paragraph of the question. Only before an image is it certain that
+        # this paragraph is no question.
+        if not prompt.startswith(plain):
+            raise _not_in_template(template)
+        question = prompt.removeprefix(plain)
+        system, found, rest = question.partition(after + IMAGE_TOKEN)
+        is_system = found and template.reply_cue not in system
+        return (system, IMAGE_TOKEN + rest) if is_system else (none, question)
     # The system prompt of v1 is everything before the first "USER: ".
-    if prompt.startswith(template.opening_without_system) and not (before and prompt.startswith(before)):
-        return "", prompt.removeprefix(template.opening_without_system)
+    if prompt.startswith(plain) and not (before and prompt.startswith(before)):
+        return none, prompt.removeprefix(plain)
     system, found, rest = prompt.removeprefix(before).partition(after)
     if not prompt.startswith(before) or not found:
         raise _not_in_template(template)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import get_template, render_prompt
-from babydoctor.data.rows import image_first
+from babydoctor.conversation import get_template, image_first, render_prompt
+from babydoctor.data.template_tokens import check_template, end_token_ids
 from babydoctor.data.tokens import encode
 from babydoctor.engine.engine import Engine
 from babydoctor.engine.request import (
@@ -107,18 +107,21 @@ class Inference:
             engine: settings that replace the defaults, see ``engine.settings.EngineSettings``.
 
         Raises:
-            UserError: an engine setting is wrong, or the KV cache does not fit in memory.
+            UserError: an engine setting is wrong, the KV cache does not fit in memory, or the tokenizer lacks the
+                template's tokens.
         """
         self.model = model
         self.image_settings = manifest.image
         self.batch_size = batch_size
         self._tokenizer = tokenizer
         self.template = get_template(template or manifest.template)
+        check_template(self.template, tokenizer, manifest.language_model, fix="use template={template}")
         context = min(num_tokens, model.language_model.config.max_position_embeddings)
         defaults: dict[str, Any] = {"max_running": batch_size, "max_queue": 4 * batch_size, "max_context": context}
         if batch_size == 1:
             defaults["cached_slots"] = 0
-        self.engine = Engine(model, tokenizer, build_settings(engine or {}, **defaults))
+        ends = end_token_ids(self.template, tokenizer)
+        self.engine = Engine(model, tokenizer, build_settings(engine or {}, **defaults), template_ends=ends)
         self._was_training = False
 
     @classmethod

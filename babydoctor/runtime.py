@@ -75,8 +75,9 @@ def prepare_training() -> None:
 
 
 def prepare_inference() -> None:
-    """Switches for ``chat`` and ``eval``: the floating-point mode of training."""
+    """Switches for ``chat`` and ``eval``: the floating-point mode of training. Call before CUDA starts."""
     flush_denormals()
+    use_own_gpu()
 
 
 def prepare_bench() -> None:
@@ -154,6 +155,16 @@ def use_expandable_segments() -> None:
     """
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch's newer name for the same variable
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def use_own_gpu() -> None:
+    """Hide the other GPUs from a rank of a launch, so that ``cuda`` is its own one on every thread."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [str(rank)] if visible is None else visible.split(",")[rank : rank + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "".join(devices)
 
 
 def flush_denormals() -> None:

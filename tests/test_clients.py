@@ -180,7 +180,7 @@ def test_fastchats_openai_server_uses_our_worker(controller: Server, tmp_path: P
 
 
 def fastchat_prompt(conv: dict, messages: list[str]) -> str:
-    """``Conversation.get_prompt`` of FastChat 0.2.36 for the two styles that our templates need."""
+    """``Conversation.get_prompt`` of FastChat 0.2.36 for the three styles that our templates need."""
     system = conv["system_template"].format(system_message=conv["system_message"])
     seps = [conv["sep"], conv["sep2"]]
     if conv["sep_style"] == 2:  # ADD_COLON_TWO
@@ -188,6 +188,11 @@ def fastchat_prompt(conv: dict, messages: list[str]) -> str:
         for index, message in enumerate([*messages, None]):
             role = conv["roles"][index % 2]
             text += f"{role}: {message}{seps[index % 2]}" if message else f"{role}:"
+        return text
+    if conv["sep_style"] == 4:  # NO_COLON_SINGLE
+        text = system
+        for index, message in enumerate([*messages, None]):
+            text += conv["roles"][index % 2] + (f"{message}{seps[0]}" if message else "")
         return text
     assert conv["sep_style"] == 7  # LLAMA2
     text = system if conv["system_message"] else "[INST] "

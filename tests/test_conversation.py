@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from babydoctor.conversation import TEMPLATES, get_template, prompt_text, render, render_prompt
+from babydoctor.conversation import TEMPLATES, get_template, move_image_first, prompt_text, render, render_prompt
 from babydoctor.data.rows import parse_row
 from babydoctor.data.tokens import CUE_TOKENS, MIN_SUPERVISED, encode, load_tokenizer
 from babydoctor.schema import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Turn, UserError
@@ -82,6 +82,20 @@ def test_answers_with_braces_are_unchanged() -> None:
 def test_turns_in_the_wrong_order_are_refused(turns: list[Turn]) -> None:
     with pytest.raises(UserError, match="alternates"):
         render(turns, get_template("v1"))
+
+
+@pytest.mark.parametrize("template", ["llava_llama_2", "v1"])
+@pytest.mark.parametrize("system", [None, ""])
+def test_a_rendered_prompt_gets_its_image_first_as_in_training(template: str, system: str | None) -> None:
+    def prompt(question: str) -> str:
+        turns = [Turn("user", question), Turn("assistant", "Left"), Turn("user", "Where?")]
+        return prompt_text(render_prompt(turns, get_template(template), system=system))
+
+    first = prompt("<image>\nWhich side?")
+    assert move_image_first(prompt("Which side?\n<image>"), get_template(template)) == first
+    assert move_image_first(prompt("Which <image> side?"), get_template(template)) == prompt("<image>\nWhich  side?")
+    unchanged = (first, prompt("<image>Which side?"), prompt("<image>\nWhich <image>?"), prompt("Hi"), "Hi <image>")
+    assert all(move_image_first(text, get_template(template)) == text for text in unchanged)
 
 
 def test_the_error_for_an_unknown_template_lists_the_known_ones() -> None:

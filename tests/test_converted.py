@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from helpers.training import build_settings, losses
+from helpers.training import build_settings, losses, unfinish
 from PIL import Image
 
 from babydoctor.bench.data import bench_data
@@ -20,7 +20,8 @@ from babydoctor.config import build_config
 from babydoctor.data.convert import convert_rows
 from babydoctor.data.converted import DIGESTS_FILE, ConvertedRows
 from babydoctor.data.dataset_rows import EMBEDDED
-from babydoctor.data.rows import fingerprint, load_dataset_rows, read_image
+from babydoctor.data.images import read_image
+from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.schema import Sample, UserError
 from babydoctor.train.loop import train
@@ -176,6 +177,26 @@ def test_json_and_its_converted_form_train_to_bit_equal_losses(tiny_settings: di
     train(build_config(converted))
     assert losses(tmp_path / "converted") == losses(tmp_path / "json")
     assert len(losses(tmp_path / "json")) == settings["train"]["max_steps"]
+
+
+def test_a_run_goes_on_from_its_converted_rows(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The run reads JSON; between a kill and the resume its rows are converted."""
+    settings = build_settings(tiny_settings, tmp_path / "run", "instruct")
+    data = settings["data"]
+    run = train(build_config(settings))
+    whole, weights = losses(run), (run / "projector.safetensors").read_bytes()
+    unfinish(run, last_step=4)
+
+    rows = [row for _, row in iter_rows(data["rows"][0])]
+    convert_rows([write_rows(tmp_path / "fewer.json", rows[1:])], tmp_path / "fewer", images=Path(data["images"]))
+    with pytest.raises(UserError, match="restore the rows"):
+        train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "fewer")]}}), resume=True)
+
+    convert_rows(data["rows"], tmp_path / "out", images=Path(data["images"]))
+    train(build_config(settings | {"data": data | {"rows": [str(tmp_path / "out")]}}), resume=True)
+    assert json.loads((run / "history.json").read_text())["resumes"][-1]["step"] == 4
+    assert losses(run) == whole
+    assert (run / "projector.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from babydoctor.data.images import read_image
 from babydoctor.data.loader import StepSampler
 from babydoctor.data.problems import REASONS, Problem, RowError
 from babydoctor.data.rows import (
@@ -20,7 +21,6 @@ from babydoctor.data.rows import (
     load_dataset_rows,
     load_rows,
     parse_row,
-    read_image,
 )
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
@@ -210,7 +210,7 @@ def test_json_lists_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
         ('[{"id": "1"},', "cut off"),
         ('[{"id": "1"}', "cut off"),
         ("", "cut off"),
-        ('[{"id": "1"} {"id": "2"}]', "found '{' where ',' belongs"),
+        ('[{"id": "1"} {"id": "2"}]', "found '{' instead of ','"),
         ('[{"id": "1"}, {"id": nope}, {"id": "a long enough text after it"}]', "row 1 .*fix the row"),
         ("[" * 100_000, "nested too deeply|cut off"),
     ],

@@ -19,7 +19,7 @@ from babydoctor.serve.api.errors import (
     code_of_user_error,
     known_code,
 )
-from babydoctor.serve.page.scan import dicom_error, picture_error
+from babydoctor.serve.page.viewer.image_errors import dicom_error, picture_error
 
 PACKAGE = Path(babydoctor.__file__).parent
 

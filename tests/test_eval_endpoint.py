@@ -138,6 +138,22 @@ def test_a_refused_question_is_recorded_and_a_lost_server_keeps_earlier_answers(
     assert len(answers(tmp_path / "lost", "right")) == 6
 
 
+def test_a_question_without_an_image_is_plain_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Is CT ionizing?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    asked: list[Any] = []
+
+    def record(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        asked.append(body["messages"])
+        return 200, chat("yes")
+
+    task = TaskConfig(task="rows", data=str(tmp_path / "rows.json"))
+    with serving(record) as url:
+        result = evaluate(tmp_path / "out", task, ONE, endpoint=Endpoint(url, "m"))
+    assert asked == [[{"role": "user", "content": "Is CT ionizing?"}]]
+    assert result["conditions"]["right"]["figures"]["closed_accuracy"]["value"] == 1
+
+
 def test_an_unreachable_server_is_named(rows: TaskConfig, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     program = "import sys; from babydoctor.cli.main import main; main()"

@@ -47,7 +47,7 @@ def test_the_examples_are_cases_of_the_held_out_split() -> None:
 
 def test_only_a_complete_right_answer_is_correct() -> None:
     case = next(c for c in build_cases("held_out", 40, DEMO_SEED) if c.finding == "cyst" and c.modality == "mr")
-    report = f"Coronal chest MRI. Thin-walled cyst, {case.side} {case.level}"
+    report = f"Coronal chest MRI shows a thin-walled cyst in the {case.side} {case.level}"
     report = report.replace("middle", "mid") + " zone."
     assert is_correct(report, "report", case) and not is_correct(report.replace("MRI", "CT"), "report", case)
     assert is_correct("mri", "modality", case) and not is_correct("MRI of the chest", "modality", case)

@@ -22,7 +22,8 @@ from babydoctor.data.layout import HostBatch, build_attention_layout
 from babydoctor.engine.engine import Engine
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.nf4 import Quantization, dequantized_weight, quantize_linear
-from babydoctor.model.packed.attention import attend, dense_attention
+from babydoctor.model.packed.attention import attend
+from babydoctor.model.packed.dense_attention import dense_attention
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 from babydoctor.model.packed.lora_linear import apply_linears, draw_keep_mask
 from babydoctor.model.packed.loss import summed_cross_entropy

@@ -158,7 +158,7 @@ def test_failures_are_one_sentence_with_a_fix(hub: Hub, tmp_path: Path) -> None:
 
     hub.spoiled.add("images.zip")
     message = fetch("spoiled")
-    assert "what arrived is damaged" in message and "run this again" in message
+    assert "the download is damaged" in message and "run this again" in message
     assert not (tmp_path / "spoiled" / "download" / "images.zip").exists()
     hub.spoiled.clear()
 
@@ -243,8 +243,7 @@ from babydoctor.config import build_config
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.interop.llava_source import open_source
-from babydoctor.model.language_model import load_language_config
-from babydoctor.model.vision import load_vision_config
+from babydoctor.model.families import load_language_config, load_vision_config
 from babydoctor.plan.model import describe_model
 from babydoctor.schema import UserError
 models = {"language_model": "owner/model", "vision_tower": "owner/model"}

@@ -108,7 +108,8 @@ def test_sample_answers_during_training_come_from_the_current_weights(
     (record,) = (record for record in read_metrics(path) if record["kind"] == "eval")
     finished, samples = load_run(path), record["answers"]
     assert [sample["id"] for sample in samples] == ["0", "1"]
-    from babydoctor.data.rows import load_dataset_rows, read_image
+    from babydoctor.data.images import read_image
+    from babydoctor.data.rows import load_dataset_rows
     from babydoctor.imaging.preprocess import to_pixels
 
     rows = load_dataset_rows(settings["data"]["rows"], settings["data"]["images"], "refuse")

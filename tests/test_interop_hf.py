@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.chat_tokenizers import llama_3_tokenizer, qwen_2_tokenizer, with_tokenizer
 from helpers.golden_answers import IMAGES, QUESTION, logits_and_greedy
 from PIL import Image
 
@@ -19,6 +20,9 @@ from babydoctor.interop.export import export_run
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.schema import Turn, UserError
+
+TOKENIZERS = {"llama_3": llama_3_tokenizer, "chatml": qwen_2_tokenizer}
+"""Templates that the golden base's tokenizer has no tokens for."""
 
 WORDS = QUESTION.removeprefix("<image>\n")
 
@@ -91,6 +95,9 @@ def test_chat_template_gives_our_ids(exports: Path, tmp_path: Path, name: str) -
     from transformers import AutoProcessor
 
     manifest = read_manifest(exports / "run-square").model_copy(update={"template": name})
+    if name in TOKENIZERS:
+        base = with_tokenizer(Path(manifest.language_model), TOKENIZERS[name](), tmp_path / "base")
+        manifest = manifest.model_copy(update={"language_model": str(base)})
     run = tmp_path / "run"
     run.mkdir()
     for file in (exports / "run-square").iterdir():
@@ -117,6 +124,10 @@ def test_chat_template_gives_our_ids(exports: Path, tmp_path: Path, name: str) -
         ]
         finished = [*turns, Turn("assistant", "Yes.")]
     image_id = processor.image_token_id
+    if get_template(name).end_tokens:
+        ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+        stop = tokenizer.convert_tokens_to_ids(get_template(name).stop)
+        assert stop == (ends[0] if isinstance(ends, list) else ends)
     for messages, turns, system_prompt in conversations:
         ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         example = encode(render_prompt(turns, get_template(name), system=system_prompt), tokenizer, 16)

@@ -72,7 +72,7 @@ def change_config(folder: Path, **values: object) -> None:
     ("values", "named"),
     [
         ({"model_type": "llava_mpt"}, "llava_mpt"),
-        ({"model_type": "llava_mistral"}, "llava_mistral"),
+        ({"model_type": "llava_gemma"}, "llava_gemma"),
         ({"text_config": {}}, "transformers"),
         ({"mm_projector_type": "resampler"}, "resampler"),
         ({"image_aspect_ratio": "anyres"}, "anyres"),

@@ -14,7 +14,7 @@ import pytest
 from helpers.serving import PROMPT, generation, llava_answer, png, tiny_worker
 from helpers.serving import user_message as user
 
-from babydoctor.conversation import LLAVA_SYSTEM, get_template
+from babydoctor.conversation import get_template
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.openai.chat import ChatRequest, ChatWriter, to_generate
 from babydoctor.serve.api.protocol import GenerateRequest
@@ -22,6 +22,7 @@ from babydoctor.serve.api.remote_image import fetch_image, is_public
 from babydoctor.serve.api.streaming import AnswerDelta
 from babydoctor.serve.client import AskError, Client
 from babydoctor.serve.settings import RemoteImages
+from babydoctor.templates import LLAVA_SYSTEM
 
 TEMPLATE = get_template("llava_llama_2")
 

@@ -137,18 +137,13 @@ def test_every_scored_answer_is_true_and_asked_in_a_wording_of_the_training_sets
 
 def possible_answers(kind: str, value: str) -> set[str]:
     """All correct answers to a closed question, as the evaluation compares them."""
-    lay = (answer.format(text.LAY[kind][value]) for answer in text.LAY_ANSWERS[kind])
-    return {normalize(answer) for answer in (text.TERMS[kind][value], *lay)}
+    return {normalize(answer) for answer in (text.TERMS[kind][value], text.lay_answer(kind, value))}
 
 
 def test_no_answer_is_correct_for_two_values() -> None:
-    rng = np.random.default_rng(0)
     for kind in text.KINDS:
         for value, other in itertools.permutations(text.TERMS[kind], 2):
             assert not possible_answers(kind, value) & possible_answers(kind, other)
-        for value in text.TERMS[kind]:
-            drawn = {normalize(text.lay_answer(kind, value, rng)) for _ in range(16)}
-            assert drawn <= possible_answers(kind, value)
 
 
 def test_reports_use_radiology_terms_and_conversations_do_not(folder: Path) -> None:
@@ -206,15 +201,12 @@ def test_typos_change_one_word_and_many_questions_have_none() -> None:
 
 def test_each_kind_of_request_gets_the_right_reply() -> None:
     ill, well = make_case(modality="mr", finding="cyst", level="middle"), make_case(finding="none")
-    replies = {kind: text.term_replies(kind, ill) for kind in rows.REQUESTS}
-    assert replies["location"] == ("Left mid zone",) and replies["level"] == ("Mid zone",)
-    assert replies["report"] == (
-        "Coronal chest MRI shows a thin-walled cyst in the left mid zone.",
-        "Coronal chest MRI. Thin-walled cyst, left mid zone.",
-    )
-    assert replies["outside"][0].startswith("I can only answer questions about ")
+    replies = {kind: text.term_reply(kind, ill) for kind in rows.REQUESTS}
+    assert replies["location"] == "Left mid zone" and replies["level"] == "Mid zone"
+    assert replies["report"] == "Coronal chest MRI shows a thin-walled cyst in the left mid zone."
+    assert replies["outside"].startswith("I can only answer questions about ")
     for kind in ("finding", "side", "level", "location"):
-        assert text.term_replies(kind, well) == ("No abnormality",)
+        assert text.term_reply(kind, well) == "No abnormality"
 
 
 def test_no_text_mentions_a_size(folder: Path) -> None:

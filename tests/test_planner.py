@@ -121,6 +121,15 @@ def test_predicted_memory_is_within_a_tenth_of_the_allocators(stage):
     assert abs(predicted / measured - 1) < 0.1, (predicted, measured)
 
 
+def test_predicted_memory_holds_for_heads_of_their_own_size_and_norms(monkeypatch):
+    """Qwen3: queries wider than the hidden size, grouped keys, and a norm of each head."""
+    heads = {"head_dim": 128, "num_key_value_heads": 2, "num_hidden_layers": 4, "model_type": "qwen3"}
+    preset = PRESETS["mini"] | {"language": PRESETS["mini"]["language"] | heads}
+    monkeypatch.setitem(PRESETS, "qwen3", preset)
+    predicted, measured = planned_and_measured("instruct", "qwen3", ("train.fuse=false",), batch_size=4)
+    assert abs(predicted / measured - 1) < 0.1, (predicted, measured)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "instruct", "radiology"])
 def test_predicted_memory_holds_at_the_widths_of_7b(stage, monkeypatch):

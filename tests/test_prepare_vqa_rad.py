@@ -84,7 +84,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     tmp_path.joinpath("empty").mkdir()
     with pytest.raises(UserError, match="no JSON file with VQA-RAD's questions"):
         prepare_vqa_rad(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(UserError, match=r"a\.jpg is in none of 2 folders"):
+    with pytest.raises(UserError, match=r"a\.jpg is in none of the 2 folders"):
         prepare_vqa_rad(write_set(tmp_path / "in", [question(0, "a.jpg")], []), tmp_path / "out")
     (tmp_path / "in" / "cut.json").write_text("[{")
     with pytest.raises(UserError, match=r"cut\.json: not valid JSON"):

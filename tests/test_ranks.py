@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,19 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
+from helpers.launch import ENVIRONMENT, ROOT, launch
 from helpers.serving import free_port
 from helpers.training import DEADLINE_S, losses, unfinish, wait_until
 from safetensors.torch import load_file
 
 from babydoctor.config import TrainConfig, build_config, dump_config, load_config
+from babydoctor.data.convert import convert_rows
 from babydoctor.schema import UserError
 from babydoctor.train.checkpoint import find_damage, list_checkpoints
 from babydoctor.train.loop import train
 from babydoctor.train.strategy import deepspeed_problems, fsdp_problems, start_accelerator
 from babydoctor.train.tracking import read_metrics
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-}
 NEEDS_DEEPSPEED = pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
 STRATEGIES = (
     pytest.param("multi_gpu", "ddp", id="ddp"),
@@ -39,13 +34,6 @@ STRATEGIES = (
     pytest.param("deepspeed_zero2", "zero2", id="zero2", marks=NEEDS_DEEPSPEED),
     pytest.param("deepspeed_zero3", "zero3", id="zero3", marks=NEEDS_DEEPSPEED),
 )
-
-
-def launch(config: str, *program: str, num_processes: int = 2) -> list[str]:
-    """The command of ``accelerate launch`` with one of the shipped configurations, on CPU ranks."""
-    options = ["--config_file", f"configs/accelerate/{config}.yaml", f"--num_processes={num_processes}"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
-    return [*command, "-m", *program]
 
 
 def run_program(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -91,7 +79,12 @@ def test_two_ranks_train_and_resume_as_one(
     config: Path, alone: Path, tmp_path: Path, accelerate_config: str, strategy: str
 ) -> None:
     run = tmp_path / "run"
-    done = run_program(launch(accelerate_config, "helpers.rank_program", str(config), str(run)))
+    overrides = []
+    if strategy == "ddp":  # the ranks read the converted rows; one process goes on with the JSON rows
+        data = load_config(config, []).data
+        convert_rows(data.rows, tmp_path / "converted", images=Path(str(data.images)))
+        overrides = [f"{rank}:data.rows={tmp_path / 'converted'}" for rank in range(2)]
+    done = run_program(launch(accelerate_config, "helpers.rank_program", str(config), str(run), *overrides))
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"run-rank-{rank}.json").read_text()) for rank in range(2)]
     assert [report["world_size"] for report in reports] == [2, 2]

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from babydoctor.conversation import get_template, prompt_text, render
+from babydoctor.data.images import read_image
 from babydoctor.data.problems import RowError
-from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row, read_image
+from babydoctor.data.rows import check_rows, fingerprint, load_dataset_rows, parse_row
 from babydoctor.data.sources import iter_rows
 from babydoctor.schema import Sample, Turn, UserError
 
@@ -108,7 +109,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("unknown_key", "chosen", {"chosen": GPT, "rejected": GPT, "conversations": [HUMAN, GPT]}),
     ("unknown_key", "conversations[1].weight", {"image": "a.png", "conversations": [HUMAN, GPT | {"weight": 0}]}),
     ("unknown_key", "messages[1].tool_calls", {"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}),
-    ("unknown_key", "'messages' beside 'conversations'", {"messages": [USER], "conversations": [HUMAN]}),
+    ("unknown_key", "both 'conversations' and 'messages'", {"messages": [USER], "conversations": [HUMAN]}),
     ("several_images", "2 images", {"images": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}),
     ("several_images", "image and images", {"image": "a.png", "images": ["b.png"], "conversations": [HUMAN, GPT]}),
     ("image_token_missing", "What?", {"images": ["a.png"], "conversations": [HUMAN | {"value": "What?"}, GPT]}),

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.runtime import use_own_gpu
 from babydoctor.schema import UserError
 
 LIBRARY_CALLS = """
@@ -156,3 +157,15 @@ def test_a_thread_count_without_a_hook_is_refused() -> None:
     assert EngineSettings(num_threads=2, on_start=lambda device, num_threads: None).num_threads == 2
     with pytest.raises(UserError, match=r"engine\.num_threads=2 needs on_start.*torch\.set_num_threads"):
         EngineSettings(num_threads=2)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("4,6", "6"), ("4", "")])
+def test_a_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    use_own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

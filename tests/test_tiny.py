@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from babydoctor.conversation import get_template, render
 from babydoctor.data.tokens import encode, load_tokenizer
-from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, build_corpus, make_tiny_base
+from babydoctor.demo.tiny_corpus import build_corpus
+from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings, caption_pieces
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.vision import load_vision_tower, num_patches, patch_features
@@ -72,7 +73,7 @@ def test_the_tokenizer_has_the_layout_of_llamas(base: Path) -> None:
     tokenizer = load_tokenizer(base / "llama")
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]) == [0, 1, 2, 3, 258]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-    assert len(tokenizer) <= 2048
+    assert len(tokenizer) <= SMALL.language.vocab_size
     for words in ("This is an X-ray picture.", "größer als 3\nµm", "Loculated effusion, left lower zone."):
         ids = tokenizer(words)["input_ids"]
         assert ids[0] == 1
@@ -101,7 +102,7 @@ def test_the_base_reads_every_term_as_the_stages_write_it(base: Path) -> None:
     tokenizer = load_tokenizer(base / "llama")
     read = {
         i
-        for document in build_corpus(build_cases("train", 240, 0), 200, seed=0)
+        for document in build_corpus(build_cases("train", 240, 0), 1000, seed=0)
         for i in tokenizer(document)["input_ids"]
     }
     for terms in text.TERMS.values():

@@ -12,6 +12,7 @@ from helpers.web_ui import (
     PATIENT,
     TIMEOUT_MS,
     Parts,
+    answers,
     ask,
     browser,
     enter,
@@ -30,6 +31,9 @@ from helpers.web_ui import (
 )
 from pydicom.examples import get_path
 
+from babydoctor.serve.page.replay.ask import ask_server
+from babydoctor.serve.page.replay.images import replay_views
+from babydoctor.serve.page.replay.session_file import read_session
 from babydoctor.serve.page.texts import SENTENCES
 
 pytestmark = [needs_chromium, pytest.mark.slow]
@@ -89,7 +93,7 @@ def test_a_complete_session(tab, parts: Parts):
     expect(tab.get_by_text("It does not show that the answer is right")).to_be_visible()
 
     _feedback(tab, parts)
-    _export(tab)
+    _export(tab, parts)
     assert PATIENT not in tab.content() and "Zzyzx" not in tab.content()
     logs = "".join(path.read_text() for path in parts.folder.iterdir() if path.is_file())
     assert "Zzyzx" not in logs and "Which modality" not in (parts.folder / "page").read_text()
@@ -112,12 +116,18 @@ def _feedback(tab, parts: Parts) -> None:
     assert row["comment"] == "left, not right" and "image_png_base64" not in row
 
 
-def _export(tab) -> None:
+def _export(tab, parts: Parts) -> None:
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Export session").click()
     assert download.value.suggested_filename.startswith("babydoctor-session-")
     page = Path(download.value.path()).read_text()
     assert "Which modality is this?" in page and "Zzyzx" not in page and "data:image/png;base64," in page
+    # The same model gives the same answers again.
+    session = read_session(Path(download.value.path()))
+    views = replay_views(session, None)
+    new = ask_server(parts.controller.url, session.answers, views, model=None, api_key=None, tell=lambda num_done: None)
+    assert [view.status for view in views] == ["from_export"]
+    assert [answer.text for answer in new] == [answer.answer.strip() for answer in session.answers]
 
 
 def test_errors_are_sentences(tab, parts: Parts):
@@ -212,6 +222,29 @@ def _use_a_phone(tab) -> None:
     # The same browser does not show the notice again.
     tab.reload()
     expect(tab.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def test_how_sure_it_is(tab):
+    """The tiny run knows images of noise only, so it is warned of a CT."""
+    enter(tab)
+    load_example(tab)
+    shorten(tab, 16)
+    ask(tab, "What is it?")
+    first = wait_for_answer(tab)
+    expect(tab.locator("#bd-chat .bd-sure.warning")).to_contain_text("unlike the images that the model was trained on")
+    tab.get_by_role("button", name="How sure is it?").click()
+    result = tab.locator("#bd-certainty")
+    tab.get_by_role("button", name="Ask 5 more times").click()
+    expect(result).to_contain_text("more answers, drawn at random")
+    tab.get_by_role("button", name="Ask without the image").click()
+    expect(result.locator("dt").nth(1)).to_have_text("Without the image")
+    expect(result.locator("dd").first).to_have_text(first, use_inner_text=True)
+    expect(answers(tab)).to_have_count(1)  # the conversation is as it was
+    load(tab, png(3))
+    expect(result).to_be_hidden()
+    ask(tab, "What is it?")
+    wait_for_answer(tab)
+    expect(tab.locator("#bd-chat .bd-sure")).to_have_count(0)
 
 
 @pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")

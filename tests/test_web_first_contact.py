@@ -35,7 +35,7 @@ from helpers.web_ui import (
 )
 from pydicom.examples import get_path
 
-from babydoctor.serve.page.texts import SENTENCES, model_back, model_gone
+from babydoctor.serve.page.texts import CONNECTION, SENTENCES, model_back, model_gone
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 
@@ -327,7 +327,7 @@ def test_15_seconds_without_a_network_lose_nothing(browser: Any, parts: Parts, s
         enter(tab)
         image = _set_up(tab, scripted)
         tab.context.set_offline(True)
-        expect(tab.get_by_text("Connection to the server was lost")).to_be_visible()
+        expect(tab.locator("#bd-connection")).to_have_text(CONNECTION["lost"])
         before = scripted.num_finished
         scripted.num_allowed = 2
         wait_until(lambda: scripted.num_finished > before, 60, "the end of the answer")

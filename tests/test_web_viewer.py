@@ -15,7 +15,19 @@ import numpy as np
 import pytest
 import requests
 from helpers.serving import free_port, png, start, stop_all, wait_until
-from helpers.web_ui import START_S, browser, enter, expect, load, needs_chromium, patient_dicom, tab, visitor
+from helpers.study_files import ct_slice, zipped
+from helpers.web_ui import (
+    PATIENT,
+    START_S,
+    browser,
+    enter,
+    expect,
+    load,
+    needs_chromium,
+    patient_dicom,
+    tab,
+    visitor,
+)
 from PIL import Image
 from pydicom.examples import get_path
 
@@ -264,6 +276,91 @@ def test_frames_by_wheel_keys_and_cine(tab):
     settle(tab)
     number = re.search(r"frame (\d+) of 30", where.inner_text())
     assert number is not None and f"frame {number[1]} of 30" in caption(tab)
+
+
+def open_study(tab: Any, files: list[bytes], num_series: int) -> None:
+    named = [{"name": f"{PATIENT} {i}", "mimeType": "", "buffer": data} for i, data in enumerate(files)]
+    tab.locator("#bd-file").set_input_files(named)
+    expect(tab.locator("#bd-study .bd-series")).to_have_count(num_series)
+    expect(tab.locator("#bd-canvas .where")).to_contain_text("image")
+    settle(tab)
+
+
+def test_a_series_is_scrolled_by_position_and_the_model_gets_the_image_on_the_canvas(tab):
+    enter(tab)
+    # At each place another level of gray, so that a wrong image has other pixels.
+    open_study(tab, [zipped([*(ct_slice(place) for place in (3, 0, 4, 1, 2)), b"no image"])], 1)
+    study, where = tab.locator("#bd-study"), tab.locator("#bd-canvas .where")
+    expect(study).to_contain_text("CT axial, CHEST")
+    expect(study).to_contain_text("This series is sorted by position.")
+    study.get_by_text("1 file not shown").click()
+    expect(study.locator("li")).to_have_text(re.compile("^1: no image"))
+    expect(where).to_contain_text("image 3 of 5")
+    seen = [sent(tab)]
+    assert (drawn(tab, WHOLE) == seen[0]).all()
+    tab.mouse.move(*middle(tab))
+    tab.mouse.wheel(0, 100)
+    expect(where).to_contain_text("image 4 of 5")
+    expect(tab.locator("#bd-viewer")).to_contain_text("image 4 of 5")
+    key(tab, "i")
+    settle(tab)
+    seen.append(sent(tab))
+    assert (drawn(tab, WHOLE) == seen[1]).all() and "inverted" in caption(tab)
+    key(tab, "i")
+    key(tab, "End")
+    expect(tab.locator("#bd-viewer")).to_contain_text("image 5 of 5")
+    settle(tab)
+    seen.append(sent(tab))
+    assert (drawn(tab, WHOLE) == seen[2]).all()
+    # From head to feet the levels of gray fall.
+    assert seen[0].mean() > seen[2].mean()
+    assert PATIENT not in tab.content()
+
+
+def test_two_series_are_scrolled_together(tab, parts: Any):
+    enter(tab)
+    thick = [ct_slice(place, "2") for place in (0, 4, 8)]
+    prior = [
+        ct_slice(place, "3", StudyInstanceUID="1.9", StudyDate="20030120", FrameOfReferenceUID="1.8")
+        for place in (100, 101, 102, 103)
+    ]
+    open_study(tab, [*(ct_slice(place) for place in range(9)), *thick, *prior], 3)
+    study, second = tab.locator("#bd-study"), tab.locator("#bd-second-canvas")
+    first_where, second_where = tab.locator("#bd-canvas .where"), second.locator(".where")
+    expect(study).to_contain_text("364 days before study 1")
+    expect(first_where).to_contain_text("image 5 of 9")
+    study.get_by_role("button", name="Compare with series 2").click()
+    expect(second.locator(".bd-link-note")).to_have_text("Linked by position.")
+    expect(second_where).to_contain_text("image 2 of 3")
+    key(tab, "End")
+    expect(second_where).to_contain_text("image 3 of 3")
+    second.locator("canvas").focus()
+    tab.keyboard.press("Home")
+    expect(first_where).to_contain_text("image 1 of 9")
+    settle(tab)
+    assert "image 1 of 9" in caption(tab)
+    tab.screenshot(path=parts.folder / "two_series.png", full_page=True)
+    # Without the link only one of them moves.
+    tab.keyboard.press("l")
+    expect(second.locator(".bd-link-note")).to_have_text("Not linked.")
+    tab.keyboard.press("End")
+    expect(second_where).to_contain_text("image 3 of 3")
+    expect(first_where).to_contain_text("image 1 of 9")
+    tab.keyboard.press("l")
+    # The prior has another frame of reference: both move by the same distance.
+    study.get_by_role("button", name="Compare with series 3").click()
+    expect(second.locator(".bd-link-note")).to_contain_text("Linked by distance from here")
+    expect(second_where).to_contain_text("image 2 of 4")
+    key(tab, "ArrowDown")
+    expect(second_where).to_contain_text("image 3 of 4")
+    # The model gets the prior instead; the viewports change places.
+    second.get_by_role("button", name="Ask about this series").click()
+    expect(tab.locator("#bd-viewer")).to_contain_text("image 3 of 4")
+    expect(second_where).to_contain_text("image 2 of 9")
+    settle(tab)
+    assert (drawn(tab, WHOLE) == sent(tab)).all()
+    second.get_by_role("button", name="Close").click()
+    expect(second.locator("canvas")).to_be_hidden()
 
 
 def test_dragging_keeps_60_frames_per_second_without_the_server(tab):

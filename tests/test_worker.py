@@ -163,6 +163,27 @@ def test_an_attention_map_is_returned(worker: Server):
     assert post(worker, body | {"answer": "x" * 9000}, "/worker_attention").status_code == 422
 
 
+def test_a_map_tells_its_progress_and_a_client_that_leaves_ends_it(worker: Server):
+    def jobs() -> float:
+        text = requests.get(worker.url + "/metrics", timeout=60).text
+        return float(re.search(r"^babydoctor_engine_jobs (\S+)", text, re.M)[1])  # type: ignore[index]
+
+    # A long answer, so that few hidden windows fit into one piece of work.
+    body = {"model": "tiny", "prompt": PROMPT, "answer": "a scan " * 120, "images": [bare_base64(png(7))]}
+    for _ in range(2):  # what was given up is not kept, so the second request begins anew
+        with post(worker, body | {"stream": True}, "/worker_attention", stream=True) as response:
+            first = json.loads(next(response.iter_lines(chunk_size=1, delimiter=b"\0")))
+        assert first["share"] < 1 and first.keys() == {"share", "left_s"}
+        wait_until(lambda: jobs() == 0, 60, "the end of the work")
+    response = post(worker, body | {"stream": True}, "/worker_attention")
+    *progress, reply = map(json.loads, response.content.split(b"\0")[:-1])
+    shares = [each["share"] for each in progress]
+    assert shares == sorted(shares) and all((each["left_s"] is None) == (each["share"] == 0) for each in progress)
+    assert reply == post(worker, body, "/worker_attention").json()
+    refused = post(worker, body | {"stream": True, "answer": "x" * 9000}, "/worker_attention")
+    assert refused.status_code == 422 and "error" in refused.json()
+
+
 def test_docs_and_metrics(worker: Server):
     page = requests.get(worker.url + "/docs", timeout=60).text
     files = re.findall(r'(?:src|href)="([^"]+)"', page)

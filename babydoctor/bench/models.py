@@ -12,7 +12,7 @@ from babydoctor.model.language_model import build_language_model, finish_languag
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector
 
-PRESETS: dict[str, dict[str, dict[str, int]]] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mini": {
         "language": {
             "hidden_size": 512,
@@ -32,24 +32,25 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
     },
     "7b": {"language": LLAMA_2_7B, "vision": CLIP_L},
 }
-"""``mini`` is for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L."""
+"""``mini`` is for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L. Language models are LLaMAs unless
+``model_type`` says otherwise."""
 
 
 def build_random_model(
     preset: str, device: str, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
 ) -> BabyDoctor:
     """Build a frozen model of the preset's sizes, weight by weight on the device, and quantize it if asked."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+    from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    language_config: Any = LlamaConfig(**PRESETS[preset]["language"])  # type: ignore[arg-type]
+    language_config: Any = AutoConfig.for_model(**{"model_type": "llama", **PRESETS[preset]["language"]})
     language_model = build_language_model(language_config, dtype)
     for name, parameter in list(language_model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=dtype, device=device)
         weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=0.02)
         place_weight(language_model, name, weight, quantization)
     finish_language_model(language_model, device)
-    vision_config: Any = CLIPVisionConfig(**PRESETS[preset]["vision"])  # type: ignore[arg-type]
+    vision_config: Any = CLIPVisionConfig(**PRESETS[preset]["vision"])
     with torch.device(device):
         vision: Any = CLIPVisionModel._from_config(vision_config, dtype=dtype)
         projector = build_projector("linear", vision_config.hidden_size, language_config.hidden_size)

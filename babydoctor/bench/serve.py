@@ -106,6 +106,8 @@ def run_bench(
     Raises:
         UserError: the preset cannot run here.
     """
+    from babydoctor.engine.settings import build_settings
+
     if preset == "7b" and not device.startswith("cuda"):
         raise UserError("--preset 7b needs a CUDA GPU with 16 GB or more; --preset mini runs on any machine")
     on_event(f"building {preset} with random weights")
@@ -116,13 +118,11 @@ def run_bench(
     ]
     tokenizer = build_tokenizer([question.text for _, questions in batches for question in questions])
     model = build_model(preset, device, Quantization() if nf4 else None)
-    cost = decode_cost(model, prepare(batches[0][1][:1], model, tokenizer, max_new_tokens)[0])
+    settings = build_settings(engine or {}, on_start=on_engine_start, own_weights=True)
+    cost = decode_cost(model, prepare(batches[0][1][:1], model, tokenizer, max_new_tokens)[0], settings)
     bandwidth, rate = memory_bytes_per_s(device), matmul_flops_per_s(device)
     engine_only = engine_only or nf4 or preset == "7b"
     if engine_only:
-        from babydoctor.engine.settings import build_settings
-
-        settings = build_settings(engine or {}, on_start=on_engine_start, own_weights=True)
         results, peak = _bench_engine(model, tokenizer, settings, batches, max_new_tokens, on_event)
     else:
         run = write_run(model, tokenizer, folder, preset)
@@ -176,16 +176,22 @@ def _bench_worker(
         return results, peak_rss_bytes(pid)
 
 
-def decode_cost(model: BabyDoctor, request: Any) -> DecodeCost:
+def decode_cost(model: BabyDoctor, request: Any, settings: EngineSettings) -> DecodeCost:
     """What a decoding step reads when ``request`` is halfway through its answer."""
+    import torch
+
+    from babydoctor.engine.backend import uses_cpu_operator
     from babydoctor.engine.kv_cache import slot_bytes
     from babydoctor.engine.settings import kv_shape, preferred_kv_dtype
 
     language_model = model.language_model
     embedding = language_model.model.embed_tokens.weight
     dtype = preferred_kv_dtype(language_model.dtype, language_model.device)
+    if uses_cpu_operator(language_model, settings):
+        dtype = torch.bfloat16
+    weight_bytes = tensor_bytes(language_model) - embedding.numel() * embedding.element_size()
     return DecodeCost(
-        weight_bytes=tensor_bytes(language_model) - embedding.numel() * embedding.element_size(),
+        weight_bytes=weight_bytes // (2 if settings.weights == "int8" else 1),
         position_bytes=slot_bytes(*kv_shape(language_model.config), 1, dtype),
         num_positions=len(request.input_ids) + request.max_new_tokens // 2,
     )

@@ -121,7 +121,8 @@ def build_stage_model(config: RunConfig, preset: str, device: str) -> BabyDoctor
     model.projector.float().requires_grad_(True)
     if config.lora is not None:
         add_lora(model.language_model, config.lora)
-        model.language_model.to(torch.device(device))  # type: ignore[arg-type]
+        language_model: torch.nn.Module = model.language_model
+        language_model.to(torch.device(device))
     model.ops = select_ops(config.train.fuse, model.device, model.language_model.config.hidden_size)
     return model.train()
 

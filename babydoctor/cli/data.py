@@ -12,14 +12,12 @@ from babydoctor.cli import data_sets
 from babydoctor.cli.data_convert import convert
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from babydoctor.conversation import Template
-    from babydoctor.data.problems import Problem
-    from babydoctor.data.rows import ImageFolder
-    from babydoctor.schema import Example, Sample
+    from babydoctor.schema import Sample
 
-Template_ = Annotated[str, typer.Option("--template", help="plain, llava_llama_2, v1 or llama_2.")]
+Template_ = Annotated[
+    str, typer.Option("--template", help="Conversation template; which base takes which: babydoctor/train/README.md.")
+]
 NumPatches = Annotated[int, typer.Option("--num-patches", help="Tokens that an image takes.")]
 
 
@@ -46,99 +44,30 @@ def check(
     burned_in_text: Annotated[
         bool, typer.Option("--burned-in-text", help="Also look for names, dates and numbers in the pixels.")
     ] = False,
+    processes: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
 ) -> None:
     """Read every row, decode every image and list what is bad. Exit status 1 if anything is bad."""
+    from babydoctor.data.check.check import CheckSettings, check_sources
+    from babydoctor.data.images import ImageFolder
     from babydoctor.data.problems import summarize, write_problems
-    from babydoctor.data.rows import ImageFolder, check_rows, load_rows
-    from babydoctor.progress import show_progress
-    from babydoctor.schema import Sample
 
-    results = list(show_progress(check_rows(load_rows(rows), images), "reading rows"))
-    samples = [result for result in results if isinstance(result, Sample)]
-    problems = [result for result in results if not isinstance(result, Sample)]
-    if tokenizer is not None:
-        problems += _find_long_rows(samples, tokenizer, template, max_length, num_patches)
-    problems += _find_bad_images(samples, ImageFolder(images))
+    settings = CheckSettings(images, tokenizer, template, max_length, num_patches)
+    report = check_sources(rows, settings, num_processes=processes, keep_samples=burned_in_text)
+    problems = report.problems
     if burned_in_text:
-        from babydoctor.data.burned_in_text import find_burned_in_text
+        from babydoctor.data.check.burned_in_text import find_burned_in_text
 
-        problems += find_burned_in_text(samples, ImageFolder(images))
+        problems += find_burned_in_text(report.samples_with_image, ImageFolder(images))
     write_problems(problems, bad)
-    num_bad = len({problem.source for problem in problems})
-    num_images = len({sample.image for sample in samples if sample.image is not None})
-    repeated = len(samples) - len({sample.id for sample in samples})
     if problems:
-        typer.echo(summarize(problems, len(results)))
+        typer.echo(summarize(problems, report.num_rows))
         typer.echo(f"All of them: {bad}")
-    if repeated:
-        typer.echo(f"note: {repeated:,} rows have the id of an earlier row, but other content")
-    typer.echo(f"{len(results) - num_bad:,} of {len(results):,} rows are good; {num_images:,} images were decoded")
-    if problems or not results:
+    if report.num_repeated_ids:
+        typer.echo(f"note: {report.num_repeated_ids:,} rows have the id of an earlier row, but other content")
+    num_good = report.num_rows - len({problem.source for problem in problems})
+    typer.echo(f"{num_good:,} of {report.num_rows:,} rows are good; {report.num_images:,} images were decoded")
+    if problems or not report.num_rows:
         raise typer.Exit(1)
-
-
-def _find_bad_images(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
-    """Decode each image once. Several threads keep the decoding processes busy."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from babydoctor.data.problems import Problem
-    from babydoctor.data.rows import read_image
-    from babydoctor.progress import show_progress
-    from babydoctor.schema import UserError
-
-    def find_bad(references: list[str | bytes]) -> dict[str | bytes, str]:
-        bad = {}
-        for reference in references:
-            try:
-                read_image(reference, folder)
-            except UserError as error:
-                bad[reference] = str(error)
-        return bad
-
-    references = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
-    # In groups, because a task for each of half a million images would take more memory than the rows.
-    groups = [references[start : start + 32] for start in range(0, len(references), 32)]
-    bad: dict[str | bytes, str] = {}
-    with ThreadPoolExecutor() as pool:
-        for found in show_progress(pool.map(find_bad, groups), "decoding images (by 32)", total=len(groups)):
-            bad |= found
-    return [
-        Problem(sample.source, sample.id, "image_undecodable", bad[sample.image])
-        for sample in samples
-        if sample.image is not None and sample.image in bad
-    ]
-
-
-def _find_long_rows(
-    samples: Sequence[Sample], tokenizer: str, template: str, max_length: int, num_patches: int
-) -> list[Problem]:
-    from babydoctor.conversation import get_template
-    from babydoctor.data.problems import Problem
-    from babydoctor.data.tokens import load_tokenizer
-    from babydoctor.progress import show_progress
-    from babydoctor.schema import UserError
-
-    loaded, chosen = load_tokenizer(tokenizer), get_template(template)
-    problems = []
-    for sample in show_progress(samples, "counting tokens"):
-        try:
-            length = len(_encode(sample, chosen, loaded, num_patches))
-        except UserError as error:
-            problems.append(Problem(sample.source, sample.id, "template", str(error)))
-            continue
-        if length > max_length:
-            problems.append(Problem(sample.source, sample.id, "too_long", f"{length:,} of at most {max_length:,}"))
-    return problems
-
-
-def _encode(sample: Sample, template: Template, tokenizer: Any, num_patches: int) -> Example:
-    from babydoctor.conversation import render
-    from babydoctor.data.tokens import encode
-
-    images = () if sample.image is None else (sample.image,)
-    return encode(
-        render(sample.turns, template, system=sample.system), tokenizer, num_patches, id=sample.id, images=images
-    )
 
 
 def preview(
@@ -156,12 +85,12 @@ def preview(
     """Show prompts as the model sees them, with the supervised tokens colored. Exit status 1 if a row is bad."""
     import itertools
 
-    from babydoctor.conversation import get_template
-    from babydoctor.data.rows import iter_rows, parse_row
-    from babydoctor.data.tokens import load_tokenizer
+    from babydoctor.data.check.check import load_template
+    from babydoctor.data.rows import parse_row
+    from babydoctor.data.sources import iter_rows
     from babydoctor.schema import UserError
 
-    chosen, loaded = get_template(template), load_tokenizer(tokenizer)
+    chosen, loaded = load_template(template, tokenizer)
     limit = limit or (None if as_json else 5)
     any_bad = False
     for source, row in itertools.islice(iter_rows(rows), limit):
@@ -183,9 +112,10 @@ def _as_json(sample: Sample, template: Template, tokenizer: Any) -> str:
     import json
 
     from babydoctor.conversation import prompt_text, render
+    from babydoctor.data.check.check import encode_sample
     from babydoctor.schema import IMAGE_TOKEN_INDEX
 
-    example = _encode(sample, template, tokenizer, num_patches=1)
+    example = encode_sample(sample, template, tokenizer, num_patches=1)
     input_ids = example.input_ids.copy()
     input_ids[example.image_mask] = IMAGE_TOKEN_INDEX
     prompt = prompt_text(render(sample.turns, template, system=sample.system))
@@ -200,9 +130,10 @@ def _print_colored(sample: Sample, template: Template, tokenizer: Any, num_patch
     from rich.console import Console
     from rich.text import Text
 
+    from babydoctor.data.check.check import encode_sample
     from babydoctor.schema import IGNORE_INDEX, IMAGE_TOKEN
 
-    example = _encode(sample, template, tokenizer, num_patches)
+    example = encode_sample(sample, template, tokenizer, num_patches)
     text = Text()
     kinds = [
         "image" if image else label != IGNORE_INDEX

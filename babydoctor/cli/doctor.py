@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
@@ -19,7 +20,12 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor() -> None:
+def doctor(
+    configs: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(metavar="[CONFIG]...", help="YAML files of stages: also check that base and template fit"),
+    ] = None,
+) -> None:
     """Check what works on this machine and say how to fix what does not; exit status 1 if something is broken."""
     from rich.console import Console
     from rich.markup import escape
@@ -29,7 +35,7 @@ def doctor() -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("", "state", "found", "fix"):
         table.add_column(column, overflow="fold")
-    findings = list(examine())
+    findings = [*examine(), *(_stage(config) for config in configs or ())]
     for finding in findings:
         hint = "" if finding.state == "ok" else finding.hint
         state = f"[{colors[finding.state]}]{finding.state}[/]"
@@ -60,6 +66,24 @@ def examine() -> Iterator[Finding]:
             yield check()
         except Exception as error:
             yield Finding(name, "broken", f"{type(error).__name__}: {error}", REINSTALL)
+
+
+def _stage(path: Path) -> Finding:
+    """Whether a stage's configuration is valid and the tokenizer of its base has the tokens of its template."""
+    from babydoctor.config import load_config
+    from babydoctor.plan.model import base_models
+    from babydoctor.plan.template import check_base_template
+    from babydoctor.schema import UserError
+
+    try:
+        config = load_config(path)
+        base = base_models(config)[0]
+        note = check_base_template(config.data.template, base)
+    except UserError as error:
+        return Finding(str(path), "broken", str(error))
+    if note:
+        return Finding(str(path), "absent", note, "give the folder of the base, or download it first")
+    return Finding(str(path), "ok", f"template {config.data.template} fits {base}")
 
 
 def _python() -> Finding:

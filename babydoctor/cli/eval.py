@@ -80,6 +80,16 @@ def run(
         bool,
         typer.Option("--localization", help="phantom: measure whether 'Where it looked' finds the finding"),
     ] = False,
+    familiarity: Annotated[
+        bool, typer.Option("--familiarity", help="measure whether the run notices images unlike its training images")
+    ] = False,
+    unfamiliar: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FOLDER", help="photographs that --familiarity must notice, too"),
+    ] = None,
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="calibrate the confidence of answers to closed questions")
+    ] = False,
     device: Annotated[Optional[str], typer.Option(help="default: cuda if available, else cpu")] = None,  # noqa: UP045
     update_model_card: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="write the figures into MODEL_CARD.md between its markers")  # noqa: UP045
@@ -87,25 +97,23 @@ def run(
 ) -> None:
     """Ask a run, or any server, the questions of a task and score the answers.
 
-    The same command continues an interrupted evaluation.
+    The same command continues an interrupted evaluation. Under ``accelerate launch -m babydoctor eval``, the ranks
+    share the questions.
     """
+    from babydoctor.cli.eval_measure import measure_confidence, measure_familiarity, measure_localization
     from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
     from babydoctor.eval.endpoint import Endpoint
     from babydoctor.eval.reporting.model_card import update_model_card as update_card
-    from babydoctor.eval.run import EvalConfig, evaluate
+    from babydoctor.eval.run import EvalConfig, answer_share, evaluate
     from babydoctor.progress import named_progress
+    from babydoctor.ranks import check_alone, join_ranks
 
     if (endpoint is None) != (model is None):
         raise UserError("--endpoint URL and --model NAME belong together")
     if endpoint is None:
         prepare_inference()
-    if localization:
-        if task != "phantom" or run_directory is None:
-            raise UserError("--localization needs a run directory and --task phantom")
-        _measure_localization(run_directory, Path(data), out, max_questions)
-        return
     task_config = TaskConfig(
         task=task,
         data=data,
@@ -116,6 +124,18 @@ def run(
         max_questions=max_questions,
         train=tuple(train or ()),
     )
+    settings = {**parse_overrides(overrides or []), "on_start": prepare_engine}
+    if localization or familiarity or confidence:
+        check_alone("measuring a run")
+        if run_directory is None or (localization and task != "phantom"):
+            raise UserError("--familiarity and --confidence need a run directory, --localization also --task phantom")
+        if localization:
+            measure_localization(run_directory, Path(data), out, max_questions)
+        if familiarity:
+            measure_familiarity(run_directory, task_config, out, unfamiliar=unfamiliar, seed=seed, device=device)
+        if confidence:
+            measure_confidence(run_directory, task_config, out, seed=seed, device=device, engine=settings)
+        return
     config = EvalConfig(
         images_as=tuple(name.strip() for name in images_as.split(",") if name.strip()),
         generation=GenerationConfig(max_new_tokens, temperature, seed=seed, batch_size=batch_size, template=template),
@@ -123,10 +143,14 @@ def run(
         seed=seed,
         caption_metrics=tuple(metric or ()),
     )
-    with named_progress() as update:
+    with join_ranks() as ranks, named_progress() as update:
+        if ranks.rank > 0 and run_directory is not None:
+            answer_share(out, task_config, config, run=run_directory, device=device, engine=settings, ranks=ranks)
+            return
 
         def advance(condition: str, done: int, total: int) -> None:
-            update(f"{condition} image", done, total)
+            share = "" if ranks.size == 1 else f" (this rank's share, 1 of {ranks.size})"
+            update(f"{condition} image{share}", done, total)
 
         result = evaluate(
             out,
@@ -137,33 +161,14 @@ def run(
             endpoint=None if endpoint is None or model is None else Endpoint(endpoint, model),
             device=device,
             progress=advance,
-            engine={**parse_overrides(overrides or []), "on_start": prepare_engine},
+            engine=settings,
+            ranks=ranks,
         )
     _print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
     if update_model_card is not None:
         update_card(update_model_card, result)
         print(f"updated: {update_model_card}")
-
-
-def _measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int) -> None:
-    from babydoctor.eval.localization import DEFAULT_CASES, evaluate_localization
-    from babydoctor.progress import named_progress
-
-    num_cases = max_cases or DEFAULT_CASES
-    with named_progress() as update:
-        summary = evaluate_localization(
-            run, phantoms, out, num_cases=num_cases, progress=lambda done, total: update("maps", done, total)
-        )
-    print(f"{summary['num_cases']} held-out phantoms; a finding covers {summary['finding_share']:.1%} of the image")
-    for name, text in (
-        ("on_finding", "peak on the finding"),
-        ("near_finding", "peak within half a patch of it"),
-        ("auc", "area under the ROC curve of pixels"),
-    ):
-        figure = summary[name]
-        print(f"  {text}: {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
-    print(f"recorded in {run / 'manifest.json'}; cases: {out / 'localization.json'}")
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -22,9 +22,12 @@ def import_(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="folder or hub id of the LLaMA below a projector or LoRA; default: from its config"),
+        typer.Option(help="folder or hub id of the language model below a projector or LoRA; default: from its config"),
     ] = None,
-    template: Annotated[str, typer.Option(help="conversation template it was trained with")] = "llava_llama_2",
+    template: Annotated[
+        str | None,
+        typer.Option(help="conversation template it was trained with; default: the usual one of its language model"),
+    ] = None,
     image_mode: Annotated[
         Optional[str], typer.Option(help="square or pad; default: from its config")  # noqa: UP045
     ] = None,

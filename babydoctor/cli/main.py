@@ -13,7 +13,20 @@ from babydoctor.schema import UserError
 from babydoctor.train.interrupt import TrainingStopped
 
 # The groups in the order in which `babydoctor --help` lists them.
-COMMAND_MODULES = ("doctor", "train", "chat", "demo", "data", "config", "plan", "eval", "interop", "serve", "bench")
+COMMAND_MODULES = (
+    "doctor",
+    "train",
+    "chat",
+    "demo",
+    "data",
+    "config",
+    "plan",
+    "eval",
+    "interop",
+    "serve",
+    "replay",
+    "bench",
+)
 
 
 def build_app() -> typer.Typer:

@@ -52,14 +52,17 @@ def plan(
     from babydoctor.plan.plan import check_fits
     from babydoctor.plan.ranks import GPU_COUNTS, format_ranks, plan_ranks
     from babydoctor.plan.report import draw_plan, format_options, format_plan, update_options
+    from babydoctor.plan.template import check_base_template
     from babydoctor.schema import UserError
 
     if update is not None and not (options or strategy):
         raise UserError("--update writes the table of --options or --strategy; add one of them")
     settings, hardware = load_config(config, overrides or []), find_hardware(gpu)
     share = utilization or ASSUMED_UTILIZATION
-    model = describe_model(settings)
-    statistics = find_statistics(settings.data, base_models(settings)[0], model.shape.num_patches)
+    model, base = describe_model(settings), base_models(settings)[0]
+    if note := check_base_template(settings.data.template, base):
+        print(f"note: {note}")
+    statistics = find_statistics(settings.data, base, model.shape.num_patches)
     if options:
         found = list_options(settings, hardware, statistics, share)
         table = format_options(settings.name, hardware.name, found)

@@ -1,19 +1,20 @@
-"""Rows in any form -> the converted form (``converted.py``): checked once, with the fingerprint of the original."""
+"""Convert rows of any form to memory-mapped Arrow (``converted.py``): checked once, with the same fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from babydoctor.data.converted import CONVERTED_FILE, DIGESTS_FILE, FORMAT, SPEAKERS
 from babydoctor.data.dataset_rows import EMBEDDED
+from babydoctor.data.images import ImageFolder
 from babydoctor.data.problems import Problem, summarize, write_problems
-from babydoctor.data.rows import ImageFolder, check_rows, digest_content
-from babydoctor.data.sources import SOURCES_FILE, iter_rows, published_versions, read_embedded
+from babydoctor.data.rows import check_rows, digest_content
+from babydoctor.data.sources import SOURCES_FILE, iter_sources, published_versions, read_embedded
 from babydoctor.files import atomic_directory, explain_full_disk, write_json
 from babydoctor.progress import named_progress
 from babydoctor.schema import Sample, UserError
@@ -43,10 +44,10 @@ def convert_rows(
     on_bad: str = "refuse",
     embed_images: bool = False,
 ) -> ConvertedSet:
-    """Write the rows of ``sources``, in order, into the folder ``out``, which appears when all is written.
+    """Write the rows of ``sources``, in order, to the folder ``out``. The folder appears only when it is complete.
 
     Args:
-        images: folder of the images; each row's file must be there.
+        images: folder of the images; the file of each row must exist.
         on_bad: ``refuse`` writes nothing if a row is bad; ``quarantine`` leaves bad rows out and lists them in
             ``out/bad.jsonl``.
         embed_images: store the images inside, so that training needs no image folder.
@@ -63,7 +64,7 @@ def convert_rows(
         named_progress() as update,
     ):
         writer = _Writer(folder)
-        for result in check_rows(_all_rows(sources, update), images):
+        for result in check_rows(iter_sources(sources, update, "converting"), images):
             if isinstance(result, Problem):
                 problems.append(result)
             else:
@@ -93,18 +94,8 @@ def convert_rows(
     return ConvertedSet(writer.num_rows, Counter(problem.reason for problem in problems), writer.fingerprint)
 
 
-def _all_rows(sources: Sequence[str | Path], update: Callable[[str, int, int], None]) -> Iterator[tuple[str, Any]]:
-    """The rows of all sources as one stream, so that a row that repeats in another source is found."""
-    for source in sources:
-
-        def report(share: float, source: str | Path = source) -> None:
-            update(f"converting {source} (percent)", round(100 * share), 100)
-
-        yield from iter_rows(source, report)
-
-
 def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:
-    """The encoded image, if it is to be stored with the row."""
+    """The encoded image to store with the row, or None."""
     if isinstance(sample.image, bytes) or sample.image is None:
         return sample.image
     if sample.image.startswith(EMBEDDED):
@@ -113,7 +104,7 @@ def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:
 
 
 class _Writer:
-    """Writes samples as Arrow streams of at most about ``_SHARD_BYTES``, and what ``datasets`` needs beside them."""
+    """Writes samples as Arrow streams of about ``_SHARD_BYTES`` at most, and the metadata that ``datasets`` needs."""
 
     def __init__(self, folder: Path) -> None:
         from datasets import Features, Image, List, Value
@@ -171,7 +162,7 @@ class _Writer:
         self._batch, self._batch_bytes = [], 0
 
     def close(self) -> None:
-        """Write the rest and the files by which ``datasets.load_from_disk`` knows the set."""
+        """Write the remaining rows and the metadata that ``datasets.load_from_disk`` reads."""
         if self._batch:
             self._write_batch()
         if self._stream is not None:

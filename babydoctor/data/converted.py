@@ -3,10 +3,10 @@
 ``babydoctor data convert`` writes a folder that the ``datasets`` library opens as a saved set, with two more files:
 
     data-00000.arrow ...  dataset_info.json  state.json     what ``datasets.load_from_disk`` reads
-    digests.bin           16 bytes a row, from which the fingerprint is made without reading the rows
+    digests.bin           16 bytes per row; the fingerprint is computed from them without reading the rows
     converted.json        number of rows, fingerprint, what was left out
 
-Processes that map the same files share their pages, so a rank or a data loader's worker holds no rows of its own.
+Processes that map the same files share memory pages, so ranks and data loader workers hold no rows of their own.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def is_converted(source: str | Path) -> bool:
 
 
 class ConvertedRows(Sequence[Sample]):
-    """The samples of one or several converted folders, one after the other. Nothing is read until it is asked for."""
+    """The samples of one or more converted folders, in order. Samples are read on access."""
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
-        """Raises ``UserError`` where a folder is damaged or was written by another version."""
+        """Raises ``UserError`` if a folder is damaged or was written by another version."""
         self.folders = tuple(_ConvertedFolder(str(folder)) for folder in folders)
         self._ends = np.cumsum([len(folder) for folder in self.folders])
         self._kept: np.ndarray | None = None
@@ -73,7 +73,7 @@ class ConvertedRows(Sequence[Sample]):
 
     @property
     def digests(self) -> np.ndarray:
-        """``uint8 [rows, 16]``, memory-mapped where there is one folder."""
+        """``uint8 [rows, 16]``, memory-mapped if there is one folder."""
         parts = [folder.digests for folder in self.folders]
         digests = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return digests if self._kept is None else digests[self._kept]
@@ -84,17 +84,17 @@ class ConvertedRows(Sequence[Sample]):
         return hashlib.sha256(np.ascontiguousarray(self.digests).data).hexdigest()
 
     def repeated(self) -> list[tuple[Sample, Sample]]:
-        """Rows that repeat a row of an earlier folder as a whole, each after the row it repeats."""
-        if len(self.folders) == 1:  # looked for when it was converted
+        """Pairs of (earlier row, later row) where the later one repeats a row of an earlier folder entirely."""
+        if len(self.folders) == 1:  # duplicates were found when it was converted
             return []
         keys = np.ascontiguousarray(self.digests).view(f"V{DIGEST_BYTES}").ravel()
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         later = np.flatnonzero(first[inverse] != np.arange(len(keys)))
         pairs = [(self[int(first[inverse[index]])], self[int(index)]) for index in later]
-        return [(one, other) for one, other in pairs if other.id != other.source]  # without ids, rows may be equal
+        return [(one, other) for one, other in pairs if other.id != other.source]  # rows without ids may be equal
 
     def without(self, sources: set[str]) -> ConvertedRows:
-        """The same rows but those at these places (``Sample.source``)."""
+        """The same rows without those at these locations (``Sample.source``)."""
         rest = ConvertedRows([folder.path for folder in self.folders])
         starts = {folder.path: int(end) - len(folder) for folder, end in zip(self.folders, self._ends, strict=True)}
         places = (source.rpartition("#") for source in sources)
@@ -104,7 +104,7 @@ class ConvertedRows(Sequence[Sample]):
 
 
 class _ConvertedFolder:
-    """One folder. Opened once per process; a worker that is forked shares it."""
+    """One folder. Opened once per process and shared with forked workers."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -16,7 +16,7 @@ EMBEDDED = "embedded://"
 
 
 def split_of(source: str) -> tuple[Path, str | None]:
-    """``path:split`` -> path and split; a colon that belongs to an existing path stays in it."""
+    """Split ``path:split`` into path and split. A colon in an existing path is part of that path."""
     if Path(source).exists() or ":" not in source:
         return Path(source), None
     path, split = source.rsplit(":", 1)
@@ -25,7 +25,7 @@ def split_of(source: str) -> tuple[Path, str | None]:
 
 @functools.lru_cache(maxsize=8)
 def open_dataset(source: str) -> Any:
-    """Open a data set, memory-mapped, with undecoded images. Kept open: workers ask for it image by image."""
+    """Open a data set, memory-mapped, with undecoded images. Cached, because workers read one image at a time."""
     import datasets
 
     path, split = split_of(source)
@@ -35,7 +35,7 @@ def open_dataset(source: str) -> Any:
         elif source.endswith((".parquet", ".arrow")):
             kind = "arrow" if source.endswith(".arrow") else "parquet"
             loaded = datasets.load_dataset(kind, data_files=source, split="train")
-        else:  # a directory of parquet or JSON files, or a hub id; splits are told by file names
+        else:  # a directory of parquet or JSON files, or a hub id; file names give the splits
             loaded = datasets.load_dataset(str(path))
     except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
         if not path.exists() and "://" not in source:
@@ -57,7 +57,7 @@ def open_dataset(source: str) -> Any:
 
 
 def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tuple[str, Any]]:
-    """Yield ``(where, row)`` for each row. ``progress`` is called with the share of the rows that has been read."""
+    """Yield ``(location, row)`` for each row. ``progress`` gets the fraction of the rows read so far."""
     dataset = open_dataset(source)
     index = 0
     for table in dataset.with_format("arrow").iter(batch_size=1000):
@@ -65,7 +65,7 @@ def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tup
         images = _image_column(table, source, index) if "image" in table.column_names else None
         for offset in range(table.num_rows):
             row = {name: values[offset] for name, values in columns.items()}
-            for name in ("conversations", "messages"):
+            for name in ("conversations", "conversatons", "messages"):
                 if name in row:
                     row[name] = _turns_of(row[name])
             if images is not None and images[offset] is not None:
@@ -78,7 +78,7 @@ def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tup
 
 
 def _image_column(table: Any, source: str, start: int) -> list[str | None]:
-    """One reference a row: a file name unchanged, an embedded image by its row, None for text only."""
+    """One reference per row: a file name as it is, an embedded image by its row number, None for text only."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -97,7 +97,7 @@ def _image_column(table: Any, source: str, start: int) -> list[str | None]:
 
 
 def _refer_to_embedded(images: Any, reference: str) -> Any:
-    """A list with one embedded image -> a reference to it, so that its bytes do not stay in memory."""
+    """Replace an embedded image in a list of one by a reference, so its bytes do not stay in memory."""
     if not isinstance(images, list) or len(images) != 1:
         return images
     image = images[0]
@@ -106,7 +106,7 @@ def _refer_to_embedded(images: Any, reference: str) -> Any:
 
 
 def _turns_of(value: Any) -> Any:
-    """Undo how ``datasets`` stores lists of objects (as an object of lists) and how some authors do (as text)."""
+    """Restore a list of objects that was stored as an object of lists (``datasets``) or as JSON text."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -119,12 +119,12 @@ def _turns_of(value: Any) -> Any:
 
 
 def read_dataset_image(source: str, row: int) -> bytes:
-    """The encoded bytes of the image in a row. Raises ``UserError`` where there is none."""
+    """The encoded bytes of a row's image. Raises ``UserError`` if the row has no image."""
     table = open_dataset(source).with_format("arrow")[row : row + 1]  # undecoded
     images = [table.column(name).to_pylist()[0] for name in ("image", "images") if name in table.column_names]
     image = next((image for image in images if image), None)
     image = image[0] if isinstance(image, list) else image
     data = image["bytes"] if isinstance(image, dict) else image
     if not isinstance(data, bytes):
-        raise UserError(f"{EMBEDDED}{source}#{row}: the data set holds no image there any more; was it rewritten?")
+        raise UserError(f"{EMBEDDED}{source}#{row}: the data set no longer holds an image there; was it rewritten?")
     return data

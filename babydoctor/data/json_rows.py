@@ -19,21 +19,21 @@ class RepeatedKey(dict[str, Any]):
 
 
 class UnreadableRow:
-    """Takes the place of a row that is not JSON; ``detail`` says why."""
+    """Stands for a row that is not JSON; ``detail`` says why."""
 
     def __init__(self, detail: str) -> None:
         self.detail = detail
 
 
 def iter_json(name: str, file: Any, *, expect_list: bool, advance: Callable[[], None]) -> Iterator[tuple[str, Any]]:
-    """Yield ``(where, row)`` of an open text file that can seek.
+    """Yield ``(location, row)`` for each row of an open, seekable text file.
 
     Args:
-        name: the file's name, for places and messages.
-        expect_list: a file that does not begin with ``[`` or ``{`` is refused as a list, not read line by line.
-        advance: called now and then, so that the caller can look how far the file has been read.
+        name: the file's name, for row locations and messages.
+        expect_list: report a file that begins with neither ``[`` nor ``{`` as a malformed list, not as bad lines.
+        advance: called regularly; the caller can then look at the file's position.
 
-    Raises ``UserError`` where the text is not UTF-8, or is a list that cannot be read from some place on.
+    Raises ``UserError`` if the text is not UTF-8, or the list is damaged.
     """
     try:
         first = _first_character(file)
@@ -85,7 +85,7 @@ def _is_in_open_string(text: str, position: int) -> bool:
 
 
 def _iter_json_list(name: str, file: Any) -> Iterator[tuple[str, Any]]:
-    """Read a JSON list (or several, one after the other) row by row, so that the file is never held as a whole."""
+    """Read one or more JSON lists row by row, without holding the whole file in memory."""
     decoder = json.JSONDecoder(object_pairs_hook=build_object)
     buffer, position, index, at_end = "", 0, 0, False
     expected, is_closed, in_list = "[", False, 0
@@ -130,5 +130,5 @@ def _iter_json_list(name: str, file: Any) -> Iterator[tuple[str, Any]]:
                 f"{name}: after the list of {index} rows comes {near!r}; remove it, or write one row a line"
             )
         if character != expected:
-            raise UserError(f"{name}: must be a JSON list of rows; found {character!r} where {expected!r} belongs")
+            raise UserError(f"{name}: must be a JSON list of rows; found {character!r} instead of {expected!r}")
         position, expected, is_closed = position + 1, "row", False

@@ -1,8 +1,8 @@
-"""Where the documents of a packed micro-batch lie: computed once per micro-batch, moved to the device once.
+"""The layout of a packed micro-batch, computed once on the host and copied to the device once.
 
-Everything that the model needs to know about a micro-batch beside its tokens follows from the document lengths and
-the targets: which tokens attend to which, where the image slots are, which tokens carry a loss. It is computed here on
-the host, in the process that reads the data. So a training step on a GPU never waits to read a value back.
+Document lengths and targets determine which tokens attend to which, where the image slots are and which tokens carry a
+loss. All of this is computed here, in the process that reads the data, so a training step on a GPU never waits to read
+a value back.
 
 Shapes: ``T`` tokens, ``Q`` tokens from each document's first target on, ``M`` loss positions, ``N`` images, ``P``
 patches per image, ``S`` spans, ``L`` keys of all spans together.
@@ -64,7 +64,7 @@ def build_spans(
 
 @dataclass(frozen=True, eq=False)
 class SharedKeys:
-    """Index tensors that copy the prefix's keys to each document, for kernels that know no shared keys.
+    """Index tensors that copy the prefix's keys to each document, for kernels without support for shared keys.
 
     ``gather`` ``[L]``: the keys of each span, one span after the other. ``own`` ``[T - prefix_length]``: where each
     document's own keys went. ``copies`` ``[C * prefix_length]``: where the ``C`` copies of the prefix went.
@@ -98,7 +98,7 @@ def build_attention_layout(
     prefix_length: int = 0,
     device: torch.device | str = "cpu",
 ) -> AttentionLayout:
-    """A layout by itself, for tests and single documents; training moves whole ``PackedBatch`` objects."""
+    """A layout on its own, for tests and single documents. Training copies whole ``PackedBatch`` objects."""
     host = _HostLayout(build_spans(document_lengths, query_lengths, prefix_length), prefix_length)
     if torch.device(device).type == "cpu":
         return host.layout
@@ -106,7 +106,7 @@ def build_attention_layout(
 
 
 class _HostLayout:
-    """A layout and the NumPy arrays that its device tensors are made of."""
+    """A layout and the NumPy arrays from which its device tensors are made."""
 
     def __init__(self, spans: tuple[Span, ...], prefix_length: int) -> None:
         rows, keys = [span.num_rows for span in spans], [span.num_keys for span in spans]

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from babydoctor.config import DataConfig, TrainConfig
 from babydoctor.conversation import get_template, render
+from babydoctor.data.images import read_image
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.packing import build_batch, pack
-from babydoctor.data.rows import read_image
 from babydoctor.data.tokens import encode
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, Sample, UserError
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class StepData:
     """The work of one rank in one optimizer step.
 
-    ``num_supervised``, ``num_tokens`` and ``num_samples`` are those of the whole step, over all ranks; a prefix that
-    samples share counts in each of them.
+    ``num_supervised``, ``num_tokens`` and ``num_samples`` count the whole step, over all ranks. A shared prefix counts
+    once per sample.
     """
 
     batches: list[HostBatch]
@@ -46,7 +46,7 @@ class StepData:
     """(sample id, reason) of samples left out, with data.on_bad=quarantine."""
 
     def pin_memory(self) -> StepData:
-        """Called by torch's data loader, so that copies to the GPU do not block."""
+        """Called by torch's data loader. Copies to the GPU then do not block."""
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
@@ -94,7 +94,7 @@ class Encoder:
         return torch.from_numpy(np.stack(pixels))
 
     def read(self, image: str | bytes, images_dir: str | None) -> np.ndarray:
-        """One image as pixels ``[3, S, S]``. Raises ``UserError`` where it cannot be read."""
+        """One image as pixels ``[3, S, S]``. Raises ``UserError`` if it cannot be read."""
         return to_pixels(read_image(image, images_dir), self.image)
 
 
@@ -102,7 +102,7 @@ class StepSampler:
     """The samples of each optimizer step, as a pure function of the step number.
 
     Each epoch goes through all samples once, in a new order made from ``(seed, epoch)``. The last step of an epoch
-    takes the rest, so no sample is lost and none is repeated.
+    takes the remaining samples, so none is lost or repeated.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
@@ -113,7 +113,7 @@ class StepSampler:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def samples_of_step(self, step: int) -> list[int]:
-        """Indices of the samples of a step; steps count from 0 and go on through the epochs."""
+        """Indices of the samples of a step. Steps count from 0 across all epochs."""
         assert step >= 0, step
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
@@ -177,8 +177,9 @@ class StepDataset(Dataset[StepData]):
         )
 
     def _batches_of_rank(self, batches: list[Batch]) -> list[Batch]:
-        """This rank's micro-batches: as many as every other rank has, because their backward passes wait for each
-        other. Where a step has fewer documents than ranks, a stand-in without a loss takes an empty one's place.
+        """This rank's micro-batches. Every rank has the same number, because their backward passes synchronize.
+
+        If a step has fewer documents than ranks, an empty micro-batch becomes a dummy one without a loss.
         """
         mine = batches[self.rank :: self.num_ranks]
         if self.num_ranks == 1:
@@ -187,7 +188,7 @@ class StepDataset(Dataset[StepData]):
 
 
 def _stand_in() -> Batch:
-    """A micro-batch of two tokens that predict nothing, so that its loss and its gradients are zero."""
+    """A dummy micro-batch of two tokens without targets. Its loss and gradients are zero."""
     zeros = np.zeros(2, np.int32)
     labels = np.full(2, IGNORE_INDEX, np.int32)
     return build_batch([Example("", zeros, labels, np.zeros(2, np.bool_))])
@@ -202,16 +203,16 @@ def iterate_steps(dataset: StepDataset, start: int, total: int, num_workers: int
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_ignore_stop_signals,
-        generator=torch.Generator(),  # so that the loader draws nothing from the global generator
+        generator=torch.Generator(),  # keeps the loader from drawing from the global generator
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """A terminal and Slurm signal all processes of a job. Only the trainer acts, and it needs its workers meanwhile.
+    """Ignore signals that a terminal or Slurm sends to all processes of a job: the trainer handles them.
 
-    torch ends the workers when the trainer is done or gone.
+    It needs its workers until it has saved a checkpoint. torch ends the workers when the trainer exits.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -19,7 +19,7 @@ import numpy as np
 from babydoctor.schema import IGNORE_INDEX, Batch, Example, UserError
 
 MIN_PREFIX = 16
-"""Prefixes shorter than this are not shared; it would not pay."""
+"""Shorter prefixes are not shared, because sharing costs more than it saves."""
 
 
 def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, shared: int = 0) -> list[list[int]]:
@@ -39,7 +39,7 @@ def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, share
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
-            f"a sample has {longest} positions, more than train.micro_batch_tokens={max_tokens}; "
+            f"a sample has {longest} tokens, more than train.micro_batch_tokens={max_tokens}; "
             "raise it or lower data.max_length"
         )
     own, room = [length - shared for length in lengths], max_tokens - shared
@@ -70,7 +70,7 @@ def pack(examples: Sequence[Example], max_tokens: int, num_ranks: int = 1, *, sh
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """Length of the prefix of text that all examples share and that predicts no target; 0 if it is too short."""
+    """Length of the text prefix that all examples share, before any supervised token; 0 if it is too short."""
     if len(examples) < 2:
         return 0
     length = min(_sharable(example) for example in examples)

@@ -1,4 +1,4 @@
-"""Why a row is bad: the reasons, one record for each bad row, and their summary."""
+"""Why rows are bad: the known reasons, one record per bad row, and a summary."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ REASONS: dict[str, str] = {
     "not_json": "the line is not JSON",
     "not_a_row": "not an object with a list of conversations (or messages)",
     "bad_turn": "a turn is not {from: human|gpt, value: text} or {role: user|assistant, content: text}",
-    "system_turn": "a system turn that is not the first, or a second system prompt",
+    "system_turn": "a system turn after the first turn, or a second system prompt",
     "unknown_key": "a key that would be dropped; remove it, or put it under 'metadata' if it only describes the row",
-    "repeated_key": "a key that appears twice in one object, so that one of its values would be dropped",
+    "repeated_key": "a key that appears twice in one object; one of its values would be dropped",
     "several_images": "more than one image; a row has one",
     "turn_order": "turns do not go human, gpt, human, gpt ...",
     "empty_answer": "an answer without text",
@@ -28,13 +28,13 @@ REASONS: dict[str, str] = {
     "duplicate": "the same id, image and conversation as an earlier row",
     "too_long": "more tokens than the limit",
     "template": "the conversation does not fit the template",
-    "image_path": "an image reference that is absolute, leaves the image folder or is no text",
-    "image_missing": "the image file is not there",
+    "image_path": "an image reference that is absolute, leaves the image folder or is not text",
+    "image_missing": "the image file does not exist",
     "image_undecodable": "the image cannot be decoded",
     "burned_in_text": "the image shows what looks like a name, a date or a number; hide it or leave the row out",
-    "text_search_failed": "the search for text in the image failed, so nothing is known about it",
+    "text_search_failed": "the search for text in the image failed, so the image was not checked",
 }
-"""Every reason for which a row can be bad, and what it means."""
+"""Every reason why a row can be bad -> its explanation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class RowError(UserError):
 
 
 def summarize(problems: Sequence[Problem], num_rows: int, num_shown: int = 5) -> str:
-    """Bad rows by reason, and the first few of them, as text of a few lines."""
+    """A few lines of text: the number of bad rows by reason, and the first few bad rows."""
     counts = Counter(problem.reason for problem in problems).most_common()
     lines = [f"{len(problems):,} of {num_rows:,} rows are bad:"]
     lines += [f"  {count:,} {reason}: {REASONS[reason]}" for reason, count in counts]

@@ -1,13 +1,13 @@
-"""The layouts that rows come in -> turns, image and system prompt.
+"""Read the layouts of rows: each becomes turns, an image and a system prompt.
 
-LLaVA's own layout and those of other trainers are read where the meaning is plain::
+These layouts are read, LLaVA's own and those of other trainers::
 
     LLaVA      {"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}]}
     ShareGPT   {"conversations": [...], "system": text, "images": [reference]}
     OpenAI     {"messages": [{"role": "user" | "assistant" | "system", "content": text or parts}], "images": [...]}
 
-What has no place in a sample (a second image, a video, a tool call, a weight on a turn) makes the row bad, with the
-key named. Only keys in ``METADATA`` and keys that begin with ``_`` are passed over.
+A row with content that a sample cannot hold (a second image, a video, a tool call, a weight on a turn) is bad, and the
+error names the key. Only keys in ``METADATA`` and keys that begin with ``_`` are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ METADATA = frozenset(
 )
 """Keys of a row that describe it and are not part of the conversation."""
 
-_CONVERSATIONS = ("conversations", "messages")
+_CONVERSATIONS = ("conversations", "conversatons", "messages")  # LLaVA-Med's files have the second spelling
 _READ_KEYS = frozenset((*_CONVERSATIONS, "image", "images", "system"))
 
 _SPEAKERS: dict[str, dict[str, Role | None]] = {
@@ -49,7 +49,7 @@ _ROW_KEYS = _READ_KEYS | METADATA
 
 @dataclass(frozen=True, slots=True)
 class RowContent:
-    """What a row says, in any layout. ``image`` as in ``Sample``; the image's place is ``IMAGE_TOKEN`` in a turn."""
+    """The content of a row. ``image`` is as in ``Sample``; ``IMAGE_TOKEN`` marks its position in a turn."""
 
     turns: list[Turn]
     image: str | bytes | None
@@ -57,10 +57,10 @@ class RowContent:
 
 
 def read_row(row: Mapping[str, Any]) -> RowContent:
-    """Read a row. The order of the turns and the place of the image are not checked here.
+    """Read a row. The order of turns and the position of the image are checked elsewhere.
 
     Raises:
-        RowError: without source and id, for the caller to add.
+        RowError: the row is bad; the caller adds source and id.
     """
     key, items = _conversation(row)
     _check_keys(row, "", _ROW_KEYS)
@@ -89,7 +89,7 @@ def read_row(row: Mapping[str, Any]) -> RowContent:
 def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     present = [key for key in _CONVERSATIONS if not _is_empty(row.get(key))]
     if len(present) > 1:
-        raise RowError("unknown_key", f"{present[1]!r} beside {present[0]!r}; keep one of them")
+        raise RowError("unknown_key", f"both {present[0]!r} and {present[1]!r}; keep one of them")
     if not present or not isinstance(row[present[0]], list):
         raise RowError(
             "not_a_row", f"conversations is missing, empty or no list; the keys are {', '.join(map(str, row))}"
@@ -98,7 +98,7 @@ def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
 
 
 def _read_turn(item: Any, where: str, images: list[str | bytes]) -> tuple[Role | None, str]:
-    """Speaker and text of a turn; images inside the content are added to ``images``."""
+    """Role and text of a turn. Images inside the content are appended to ``images``."""
     speaker_key = next((key for key in _SPEAKERS if isinstance(item, dict) and key in item), None)
     if speaker_key is None:
         raise RowError("bad_turn", f"{where}: {str(item)[:80]}")
@@ -125,7 +125,7 @@ def _read_part(part: Any, where: str, images: list[str | bytes]) -> str:
     named = [part[key] for key in keys if not _is_empty(part.get(key))]
     if len(named) > 1:
         raise RowError("several_images", f"{where}: {' and '.join(key for key in keys if part.get(key))}")
-    for value in named:  # without a value, the part stands for the row's image
+    for value in named:  # a part without a value refers to the row's image
         if kind == "image_url" and isinstance(value, dict):
             _check_keys(value, f"{where}.image_url.", {"url", "detail"})
             value = value.get("url")
@@ -138,7 +138,7 @@ def _images_of_row(row: Mapping[str, Any]) -> list[str | bytes]:
     if image is not None and not isinstance(image, (str, bytes)):
         raise RowError("image_path", f"image is a {type(image).__name__}")
     if _is_empty(images):
-        return [] if image is None else [image]  # an empty name is a mistake that the image folder reports
+        return [] if image is None else [image]  # the image folder reports an empty name as an error
     listed = [_image(value, "images") for value in (images if isinstance(images, list) else [images])]
     if image is not None and listed != [image]:
         raise RowError("several_images", "the row has image and images")
@@ -146,7 +146,7 @@ def _images_of_row(row: Mapping[str, Any]) -> list[str | bytes]:
 
 
 def _image(value: Any, where: str) -> str | bytes:
-    """A reference to an image, or its bytes: as a file name, as ``datasets`` stores images, or as a data URL."""
+    """An image's reference or bytes, from a file name, the form in which ``datasets`` stores images, or a data URL."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and value.startswith("data:"):
@@ -166,12 +166,12 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RowError("bad_turn", f"{where} is {str(value)[:60]!r}, not text")
     if not _is_unicode(value):
-        raise RowError("bad_turn", f"{where} holds half of a surrogate pair, which is no text")
+        raise RowError("bad_turn", f"{where} contains half of a surrogate pair, which is not valid text")
     return value
 
 
 def _check_keys(item: Mapping[str, Any], prefix: str, known: frozenset[str] | set[str]) -> None:
-    """Refuse keys whose values would be dropped. Empty values say nothing: tables fill them in for missing ones."""
+    """Refuse keys whose values would be dropped. Empty values are ignored: tables fill missing cells with them."""
     if type(item) is dict and item.keys() <= known:
         return
     if isinstance(item, RepeatedKey):
@@ -186,7 +186,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can spell lone surrogates (``\\ud800``), which no tokenizer and no file takes."""
+    """False for lone surrogates, which JSON can contain (``\\ud800``) but no tokenizer and no file accepts."""
     if text.isascii():
         return True
     try:

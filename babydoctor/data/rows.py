@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from babydoctor.conversation import image_first
 from babydoctor.data.converted import ConvertedRows, is_converted
 from babydoctor.data.dataset_rows import EMBEDDED
+from babydoctor.data.images import ImageFolder
 from babydoctor.data.json_rows import UnreadableRow
 from babydoctor.data.problems import REASONS, Problem, RowError, summarize, write_problems
 from babydoctor.data.row_formats import read_row
-from babydoctor.data.sources import iter_rows, read_embedded
+from babydoctor.data.sources import iter_rows
 from babydoctor.progress import show_progress
 from babydoctor.schema import IMAGE_TOKEN, Sample, Turn, UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +54,6 @@ def parse_row(row: Any, source: str) -> Sample:
     return Sample(id=id, turns=tuple(turns), image=content.image, source=source, system=content.system)
 
 
-def image_first(text: str) -> str:
-    """Move ``<image>`` to the front, followed by a newline, as the original LLaVA code does before templating."""
-    return (IMAGE_TOKEN + "\n" + text.replace(IMAGE_TOKEN, "").strip()).strip()
-
-
 def _check_order(turns: Sequence[Turn]) -> None:
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
         raise RowError("turn_order", ", ".join(turn.role for turn in turns[:8]) or "no turn but the system prompt")
@@ -83,61 +75,6 @@ def _check_image_tokens(turns: Sequence[Turn], *, has_image: bool) -> None:
         raise RowError("image_token_misplaced", f"turn {counts.index(1)}")
 
 
-class ImageFolder:
-    """The folder of the rows' images. Checks that a file exists and is inside, with one system call per row."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        """Raises ``UserError`` where ``path`` is no directory; None stands for rows that bring their images along."""
-        if path is not None and not Path(path).is_dir():
-            raise UserError(f"image folder {path}: no such directory")
-        self.path = None if path is None else os.path.realpath(path)
-        self._known_parents: set[str] = set()
-
-    def resolve(self, reference: str) -> str:
-        """Reference -> path of the file. Raises ``RowError`` for a path that leaves the folder or a missing file."""
-        if not reference or reference.startswith("/") or "\0" in reference or "\\" in reference:
-            raise RowError("image_path", repr(reference[:200]))
-        parts = reference.split("/")
-        if ".." in parts:
-            raise RowError("image_path", repr(reference[:200]))
-        if self.path is None:
-            raise UserError(f"rows name image files such as {reference!r}, but no image folder is given (data.images)")
-        path = os.path.join(self.path, *parts)  # noqa: PTH118 (half a million rows: pathlib is ten times slower)
-        try:
-            mode = os.lstat(path).st_mode
-            if stat.S_ISLNK(mode):
-                self._check_inside(os.path.realpath(path), reference)
-                mode = os.stat(path).st_mode  # noqa: PTH116
-        except (OSError, UnicodeEncodeError) as error:
-            raise RowError("image_missing", f"{path!r} ({getattr(error, 'strerror', None) or error})") from None
-        if not stat.S_ISREG(mode):
-            raise RowError("image_missing", f"{path} is no file")
-        parent = path.rpartition("/")[0]
-        if parent not in self._known_parents:
-            self._check_inside(os.path.realpath(parent), reference)
-            self._known_parents.add(parent)
-        return path
-
-    def _check_inside(self, real: str, reference: str) -> None:
-        if real != self.path and not real.startswith(str(self.path).rstrip("/") + "/"):
-            raise RowError("image_path", f"{reference!r} is a link that leaves the image folder, to {real}")
-
-
-def read_image(reference: str | bytes, images: str | Path | ImageFolder | None) -> Image.Image:
-    """The image of a sample, as RGB. Raises ``UserError`` where it is missing, outside the folder or damaged."""
-    from babydoctor.imaging.isolation import load_image
-
-    if isinstance(reference, bytes):
-        return load_image(reference)
-    if reference.startswith(EMBEDDED):
-        try:
-            return load_image(read_embedded(reference))
-        except UserError as error:
-            raise UserError(f"{reference}: {error}") from error
-    folder = images if isinstance(images, ImageFolder) else ImageFolder(images)
-    return load_image(folder.resolve(reference))
-
-
 def check_rows(rows: Iterable[tuple[str, Any]], images: str | Path | None) -> Iterator[Sample | Problem]:
     """Yield each row as a sample, or as the reason why it is none: layout, duplicates, missing image file.
 
@@ -145,21 +82,51 @@ def check_rows(rows: Iterable[tuple[str, Any]], images: str | Path | None) -> It
     row that repeats as a whole is a duplicate.
     """
     folder = ImageFolder(images)
-    seen: dict[bytes, str] = {}
+    duplicates = Duplicates()
     for source, row in rows:
+        yield duplicates.check(check_row(source, row, folder))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """A row on its own. ``digest`` is empty and ``sample`` None where the layout is bad."""
+
+    sample: Sample | None
+    problem: Problem | None
+    digest: bytes = b""
+
+
+def check_row(source: str, row: Any, folder: ImageFolder) -> CheckedRow:
+    """Check the layout of a row, and that its image file exists."""
+    try:
+        sample = parse_row(row, source)
+    except RowError as error:
+        return CheckedRow(None, error.problem)
+    problem = None
+    if isinstance(sample.image, str) and not sample.image.startswith(EMBEDDED):
         try:
-            sample = parse_row(row, source)
-            key = _digest(sample)
-            if key in seen:
-                raise RowError("duplicate", f"of {seen[key]}", source=source, id=sample.id)
-            seen[key] = source
-            if isinstance(sample.image, str) and not sample.image.startswith(EMBEDDED):
-                folder.resolve(sample.image)
+            folder.resolve(sample.image)
         except RowError as error:
-            problem = error.problem
-            yield problem if problem.source else Problem(source, sample.id, problem.reason, problem.detail)
-            continue
-        yield sample
+            problem = Problem(source, sample.id, error.problem.reason, error.problem.detail)
+    return CheckedRow(sample, problem, _digest(sample))
+
+
+class Duplicates:
+    """Finds rows that repeat an earlier row as a whole. Holds some 300 bytes for each row."""
+
+    def __init__(self) -> None:
+        self._sources: dict[bytes, str] = {}
+
+    def check(self, row: CheckedRow) -> Sample | Problem:
+        """The sample, or what is wrong with it. Rows must come in their order."""
+        if row.sample is None:
+            assert row.problem is not None
+            return row.problem
+        sample = row.sample
+        if row.digest in self._sources:
+            return Problem(sample.source, sample.id, "duplicate", f"of {self._sources[row.digest]}")
+        self._sources[row.digest] = sample.source
+        return row.problem or sample
 
 
 def load_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Any]]:

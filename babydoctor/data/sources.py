@@ -1,7 +1,7 @@
-"""Where rows come from, by name: files, folders, data sets of the hub, URLs. Rows are not checked here.
+"""Read rows from files, folders, data sets on the hub and URLs. Rows are not checked here.
 
-Every source is read as a stream: LCS-558K is 558,128 rows in one JSON list. Embedded images would not fit in memory,
-so rows refer to them and they are read when needed.
+Sources are streamed, because LCS-558K alone is a JSON list of 558,128 rows. Embedded images stay in their source until
+they are needed; rows refer to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from babydoctor.hub import describe
 from babydoctor.schema import UserError
 
 SOURCES_FILE = "sources.json"
-"""Beside prepared rows: the published sources that they were made of, each with its version."""
+"""File beside prepared rows that names the published sources they were made from, each with its version."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(:[\w.\-]+)?")
 _URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
@@ -30,7 +30,7 @@ _FILE_KINDS = (".json", ".jsonl", ".parquet", ".arrow", ".tar")
 
 
 def iter_rows(source: str | Path, progress: Callable[[float], None] = lambda share: None) -> Iterator[tuple[str, Any]]:
-    """Yield ``(where, row)`` for each row of a source, in order.
+    """Yield ``(location, row)`` for each row of a source, in order.
 
     ``source`` is a ``.json`` list, a ``.jsonl``, ``.parquet`` or ``.arrow`` file, a WebDataset shard (``.tar``), each
     on this disk or at a URL that ``fsspec`` opens (``hf://``, ``s3://``, ``https://``); a folder (written by
@@ -39,9 +39,9 @@ def iter_rows(source: str | Path, progress: Callable[[float], None] = lambda sha
     stored in a data set come as ``embedded://`` references.
 
     Args:
-        progress: called now and then with the share of the source that has been read, 0 to 1.
+        progress: called regularly with the fraction of the source read so far, 0 to 1.
 
-    Raises ``UserError`` where the source is not there or cannot be read from some place on.
+    Raises ``UserError`` if the source does not exist or is damaged.
     """
     text = str(source)
     path, kind, is_url = Path(text), PurePosixPath(text).suffix.lower(), _URL.match(text) is not None
@@ -64,6 +64,23 @@ def iter_rows(source: str | Path, progress: Callable[[float], None] = lambda sha
         if not path.exists() and not split_of(text)[0].exists() and not is_hub_id:
             raise UserError(f"{text}: no such file or directory, nor the id of a data set on the hub (owner/name)")
         yield from iter_dataset(text, progress)
+
+
+def iter_sources(
+    sources: Iterable[str | Path], update: Callable[[str, int, int], None], doing: str
+) -> Iterator[tuple[str, Any]]:
+    """The rows of several sources as one stream.
+
+    Args:
+        update: takes description, done and total, as ``progress.named_progress`` gives it.
+        doing: first word of the description, for example ``converting``.
+    """
+    for source in sources:
+
+        def report(share: float, source: str | Path = source) -> None:
+            update(f"{doing} {source} (percent)", round(100 * share), 100)
+
+        yield from iter_rows(source, report)
 
 
 def _iter_file(name: str, kind: str, progress: Callable[[float], None]) -> Iterator[tuple[str, Any]]:
@@ -107,7 +124,7 @@ def read_embedded(reference: str) -> bytes:
 
 
 def read_sources(folder: Path) -> dict[str, str]:
-    """Name -> version of the published sources of the rows in a folder; empty where none is recorded."""
+    """Name -> version of the published sources of the rows in a folder; empty if none is recorded."""
     path = folder / SOURCES_FILE
     if not path.is_file():
         return {}
@@ -119,9 +136,9 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def published_versions(sources: Iterable[str | Path]) -> dict[str, str]:
-    """Where rows were published and in which version (a commit on the hub), for a run's manifest.
+    """Name -> version (a commit on the hub) of the published sources of rows, for a run's manifest.
 
-    ``sources`` are those of ``iter_rows``. Rows without a record of their origin add nothing.
+    ``sources`` are those of ``iter_rows``. Rows without a recorded origin are skipped.
     """
     versions: dict[str, str] = {}
     for source in sources:
@@ -136,7 +153,7 @@ def published_versions(sources: Iterable[str | Path]) -> dict[str, str]:
 
 
 def _hub_commit(source: str) -> dict[str, str]:
-    """The commit that a data set from the hub was loaded at, from the addresses that ``datasets`` keeps."""
+    """The hub commit that a data set was loaded from, taken from the addresses that ``datasets`` records."""
     for address in open_dataset(source).info.download_checksums or {}:
         if match := re.match(r"hf://(datasets/[^@]+)@([0-9a-f]{40})/", address):
             return {match[1]: match[2]}

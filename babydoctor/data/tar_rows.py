@@ -1,7 +1,7 @@
 """Rows of WebDataset shards: tar files in which the members of a row share the name up to the first dot.
 
-``000017.json`` is the row and ``000017.jpg`` its image. Rows refer to images by their bytes' place in the shard, so
-images are read when needed, in any order. Source: https://github.com/webdataset/webdataset (README, "The WebDataset
+``000017.json`` is the row and ``000017.jpg`` its image. Rows refer to images by their byte offset in the shard, so
+images can be read on demand, in any order. Source: https://github.com/webdataset/webdataset (README, "The WebDataset
 Format").
 """
 
@@ -20,7 +20,7 @@ _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", 
 
 
 def iter_tar(name: str, file: BinaryIO, advance: Callable[[], None]) -> Iterator[tuple[str, Any]]:
-    """Yield ``(where, row)`` for each row of a shard, in order.
+    """Yield ``(location, row)`` for each row of a shard, in order.
 
     Args:
         advance: called after each row.
@@ -60,9 +60,9 @@ def _build_row(name: str, key: str, members: list[tuple[str, bytes | None, str]]
     images = [reference for extension, _, reference in members if extension in _IMAGES]
     others = [extension for extension, text, _ in members if text is None and extension not in _IMAGES]
     if others:
-        raise UserError(f"{where}: a member .{others[0]} beside the row; known are .json and images, one of each")
+        raise UserError(f"{where}: has a member .{others[0]}; a row has one .json member and at most one image")
     if len(texts) != 1:
-        return where, UnreadableRow(f"{len(texts)} .json members in the shard, one is needed")
+        return where, UnreadableRow(f"{len(texts)} .json members in the shard; a row needs exactly one")
     try:
         row = json.loads(texts[0], object_pairs_hook=build_object)
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def _build_row(name: str, key: str, members: list[tuple[str, bytes | None, str]]
 
 
 def read_range(file: BinaryIO, place: str, reference: str) -> bytes:
-    """The bytes at ``OFFSET+SIZE``. Raises ``UserError`` where the file ends before."""
+    """The bytes at ``OFFSET+SIZE``. Raises ``UserError`` if the file is shorter."""
     offset, _, size = place.partition("+")
     file.seek(int(offset))
     data = file.read(int(size))

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import is_template_marker
 from babydoctor.schema import Segment
+from babydoctor.templates import is_template_marker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -61,6 +61,7 @@ class Step:
 
 def build_steps(work: Path) -> list[Step]:
     """All steps, in order."""
+    from babydoctor.demo.certainty import measure_certainty
     from babydoctor.demo.pictures import draw_cases
     from babydoctor.demo.tiny_language import make_tiny_base
     from babydoctor.phantom.write import write_phantoms
@@ -96,6 +97,9 @@ def build_steps(work: Path) -> list[Step]:
             partial(score_robustness, work),
         )
     )
+    certainty = work / "scores" / "certainty"
+    measure = partial(measure_certainty, phantoms, work / STAGES[-1], certainty)
+    steps.append(Step("Confidence, and images unlike the phantoms", certainty / "confidence.json", measure))
     picture = work / "demo_cases.png"
     draw = partial(draw_cases, phantoms, work / "instruct", work / "radiology", picture)
     steps.append(Step("Picture of some cases", picture, draw))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babydoctor.demo.robustness import is_correct
-from babydoctor.phantom.text import REPORT_QUESTION, term_replies
+from babydoctor.phantom.text import REPORT_QUESTION, term_reply
 from babydoctor.serve.client import Client
 from babydoctor.serve.launch import launched
 from babydoctor.serve.page.controller_client import ControllerClient
@@ -72,7 +72,7 @@ def _ask_about(example: ExampleCase, url: str, client: Client, model: str) -> It
     assert example.case is not None
     for (way, question), answer in given.items():
         kind = KIND_OF[question]
-        right = term_replies(kind, example.case)[0]
+        right = term_reply(kind, example.case)
         yield FirstAnswer(example.title, question, way, answer, right, is_correct(answer, kind, example.case))
 
 

@@ -17,13 +17,12 @@ from PIL import Image
 from babydoctor.eval.metrics import normalize
 from babydoctor.files import write_json
 from babydoctor.imaging.preprocess import to_pixels
-from babydoctor.inference import Inference, Query
+from babydoctor.inference import Inference, Query, user_turn
 from babydoctor.model.run_dir import Run, load_run
 from babydoctor.phantom.asking import ask
 from babydoctor.phantom.case import Case, load_cases
 from babydoctor.phantom.drawing import draw
-from babydoctor.phantom.text import KINDS, QUESTIONS, asked_kinds, term_replies
-from babydoctor.schema import IMAGE_TOKEN, Turn
+from babydoctor.phantom.text import KINDS, QUESTIONS, asked_kinds, term_reply
 
 WORDED_KINDS = (*KINDS, "location", "report", "outside")
 NUM_WORDINGS, NUM_SIZED_CASES, NUM_SAMPLED = 64, 120, 200
@@ -43,12 +42,11 @@ class Asked:
     question: str
     size: int = 84
     temperature: float = 0.0
-    image_last: bool = False
 
 
 def is_correct(answer: str, kind: str, case: Case) -> bool:
     """True if the whole answer is the right one in radiology terms, except for capitals and punctuation."""
-    return normalize(answer) in {normalize(right) for right in term_replies(kind, case)}
+    return normalize(answer) == normalize(term_reply(kind, case))
 
 
 def build_questions(cases: Sequence[Case], seed: int = 0) -> list[Asked]:
@@ -64,10 +62,6 @@ def build_questions(cases: Sequence[Case], seed: int = 0) -> list[Asked]:
         case = case_for(kind)
         split = "held-out" if held_out else "trained"
         asked.append(Asked(f"{split}/{kind}", kind, case, ask(kind, case.finding, rng, held_out=held_out)))
-    for kind, _ in itertools.product(WORDED_KINDS[:-1], range(NUM_WORDINGS // 2)):
-        case = case_for(kind)
-        question = ask(kind, case.finding, rng)
-        asked.append(Asked(f"image last/{kind}", kind, case, question, image_last=True))
     for size, case in itertools.product(SIZES, cases[:NUM_SIZED_CASES]):
         for kind in asked_kinds(case):
             asked.append(Asked(f"{size} px/{kind}", kind, case, QUESTIONS[kind][0], size=size))
@@ -90,7 +84,7 @@ def measure(phantoms: Path, run_path: Path, out: Path, progress: Callable[[int, 
             correct = is_correct(answer.text, item.kind, item.case)
             results.setdefault(item.group, []).append(correct)
             if not correct:
-                right = term_replies(item.kind, item.case)[0]
+                right = term_reply(item.kind, item.case)
                 wrong.append({"group": item.group, "question": item.question, "answer": answer.text, "right": right})
             progress(number, len(asked))
     figures = {group: {"accuracy": sum(of) / len(of), "num_questions": len(of)} for group, of in results.items()}
@@ -104,9 +98,8 @@ def _queries(asked: Sequence[Asked], run: Run) -> Iterator[Query]:
 
 
 def _query(item: Asked, run: Run, number: int, pixels: np.ndarray) -> Query:
-    parts = (item.question, IMAGE_TOKEN) if item.image_last else (IMAGE_TOKEN, item.question)
     return Query(
-        [Turn("user", "\n".join(parts))],
+        [user_turn(item.question, has_image=True)],
         pixels,
         max_new_tokens=MAX_NEW_TOKENS,
         temperature=item.temperature,

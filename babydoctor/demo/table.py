@@ -20,7 +20,6 @@ SECTION = "demo scores"
 ROBUSTNESS_ROWS = {
     "trained": "trained wordings",
     "held-out": "held-out wordings",
-    "image last": "question before the image",
     "84 px": "drawn at 84 px",
     "224 px": "drawn at 224 px",
     "512 px": "drawn at 512 px",

@@ -3,10 +3,10 @@
 They replace openai/clip-vit-large-patch14 and meta-llama/Llama-2-7b-chat on machines without downloads. They are saved
 as ordinary transformers directories (``clip/`` and ``llama/``), so no other code treats them specially.
 
-The LLaMA trains on text only: plain sentences, radiology reports and records, and conversations with a description in
-place of the image. It learns the vocabulary, radiology's terms included, and the form of the conversations, but in a
-few hundred steps it does not learn to answer from a description. It never sees a question that is answered in
-radiology's terms. It learns to use images in the three stages only.
+The LLaMA trains on text only: questions and their topics, conversations with a description in place of the image, plain
+sentences, and radiology reports and records. It learns the vocabulary, radiology's terms included, what people ask for
+in which words, and the form of the conversations. It never sees a question that is answered in radiology's terms. It
+learns to use images in the three stages only.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from babydoctor.conversation import get_template, prompt_text, render
-from babydoctor.phantom import rows, text
+from babydoctor.demo.tiny_corpus import build_corpus
+from babydoctor.phantom import text
 from babydoctor.phantom.asking import expand, load_wordings
 from babydoctor.phantom.case import Case, load_cases
 from babydoctor.progress import loss_progress
-from babydoctor.schema import IGNORE_INDEX, Turn, UserError
+from babydoctor.schema import IGNORE_INDEX, UserError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from babydoctor.demo.tiny_tower import Tower, TowerSettings
 
-TEMPLATE = "llava_llama_2"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 WORD_START = "▁"
 _USER_TURN = re.compile(r"\[INST\].*?\[/INST\]", re.DOTALL)
@@ -46,54 +45,19 @@ _Document = tuple[list[int], list[int]]
 class LanguageSettings:
     """Sizes and optimizer settings of the language model."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 2560
     hidden_size: int = 192
     intermediate_size: int = 512
     num_layers: int = 4
     num_heads: int = 6
     max_positions: int = 1024
-    num_texts: int = 12000
-    num_steps: int = 550
+    num_texts: int = 24000
+    num_steps: int = 700
     initializer_range: float = 0.06
     """Larger than LLaMA's 0.02, which suits thousands of steps: attention is sharp enough to learn from the first."""
     batch_tokens: int = 1300
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-
-
-def build_corpus(cases: Sequence[Case], count: int, seed: int) -> list[str]:
-    """Text-only training documents for a chat model: ``count`` documents in seeded order."""
-    rng = np.random.default_rng([seed, 2])
-    corpus: list[str] = []
-    for number in range(count):
-        case = cases[int(rng.integers(len(cases)))]
-        kind = number % 8
-        if kind < 6:
-            corpus.append(_conversation(case, rng))
-        elif kind == 6:
-            corpus.append(f"{text.lay_description(case)}\n{text.caption(case)}\n</s>")
-        else:
-            parts = [text.report(case, rng), text.record(case, rng)]
-            corpus.append("\n".join(parts[i] for i in rng.permutation(2)) + "</s>")
-    return corpus
-
-
-def _conversation(case: Case, rng: np.random.Generator) -> str:
-    """Questions about a case, with a description of it in place of the image, and one about something else.
-
-    Most conversations are short and have no system prompt, so most of the tokens are questions and answers.
-    """
-    is_long = rng.random() < 0.3
-    turns = rows.lay_turns(case, rng, 4 if is_long else int(rng.integers(1, 3)))
-    description = text.caption(case) if rng.random() < 0.7 else text.lay_description(case)
-    first = (description, turns[0][0]) if rng.random() < 0.7 else (turns[0][0], description)
-    turns[0] = ("\n".join(first), turns[0][1])
-    if rng.random() < 0.15:
-        turns.append(rows.GENERAL[int(rng.integers(len(rows.GENERAL)))])
-    rendered: list[Turn] = []
-    for question, answer in turns:
-        rendered += [Turn("user", question), Turn("assistant", answer)]
-    return prompt_text(render(rendered, get_template(TEMPLATE), system=None if is_long else ""))
 
 
 def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -105,7 +69,7 @@ def build_tokenizer(corpus: Sequence[str], cases: Sequence[Case], vocab_size: in
     # Every word of the three training sets gets its own piece, including the terms that only stage 3 uses.
     words = [*corpus, text.REPORT_QUESTION]
     words += [expand(pattern, "none", rng) for lines in load_wordings().trained.values() for pattern in lines * 20]
-    words += [text.report(case, rng) for case in cases[:500]]
+    words += [text.report(case) for case in cases[:500]]
     words += [question for wordings in text.QUESTIONS.values() for question in wordings]
     words += [term for terms in text.TERMS.values() for term in terms.values()] * 20
     learner = Tokenizer(models.BPE())

@@ -169,8 +169,8 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
 
     Two embeddings of each image are trained. The first is CLIP's (projected class token) plus a linear readout of all
     patches, which gives every patch a direct gradient: with the class token alone, training from scratch takes minutes
-    to use patch positions. The second is a readout of one random patch of the layer that LLaVA projects, so patches
-    learn to describe the whole image, as in a large CLIP. Both readouts are discarded with the text encoder.
+    to use patch positions. The second is a readout of each patch of the layer that LLaVA projects, so each patch
+    learns to describe the whole image, as in a large CLIP. Both readouts are discarded with the text encoder.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -196,17 +196,16 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
         patches = clip.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
         image_embeds = clip.visual_projection(output.pooler_output) + readout(patches.flatten(1))
         projected = output.hidden_states[PROJECTED_LAYER][:, 1:]
-        one_patch = projected[torch.arange(len(chosen)), torch.randint(num_patches, (len(chosen),))]
         used, pieces = torch.unique(captions.piece_of[torch.from_numpy(chosen)], return_inverse=True)
         missing = int(used[0] < 0)  # -1 sorts first
         text_embeds = normalize(
             clip.text_projection(clip.text_model(captions.ids[used[missing:]]).pooler_output), dim=-1
         )
-        loss = sum(
-            _contrastive_loss(normalize(embeds, dim=-1), text_embeds, pieces - missing, clip.logit_scale)
-            for embeds in (image_embeds, patch_readout(one_patch))
-        )
-        assert isinstance(loss, torch.Tensor)
+        pieces = pieces - missing
+        loss = _contrastive_loss(normalize(image_embeds, dim=-1), text_embeds, pieces, clip.logit_scale)
+        patch_embeds = normalize(patch_readout(projected).flatten(0, 1), dim=-1)  # [B * P, E]
+        patch_pieces = pieces.repeat_interleave(num_patches, dim=0)
+        loss = loss + _contrastive_loss(patch_embeds, text_embeds, patch_pieces, clip.logit_scale)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,22 +1,54 @@
-"""Choose the code that computes a step: PyTorch's operations, or Triton kernels and CUDA graphs on a GPU."""
+"""Choose the code that computes a step: PyTorch's operations, one compiled operator on a CPU, or Triton kernels."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from transformers import LlamaForCausalLM
 
+from babydoctor.engine.cpu.check import operator_works
+from babydoctor.engine.cpu.decoder import CpuDecoder, fits
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.kv_cache import FeatureCache, KVCache
+from babydoctor.engine.linear import available_memory_bytes
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.model.families import LanguageModel
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
+def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
+    """Whether the compiled operator computes the steps of a model. It keeps keys and values in bfloat16.
+
+    Raises:
+        UserError: ``engine.weights=int8`` where the operator cannot run.
+    """
+    is_asked = settings.weights == "int8"
+    reason = _why_no_operator(model, settings)
+    if is_asked and reason:
+        raise UserError(f"engine.weights=int8 is not possible: {reason}. Remove it")
+    return not reason
+
+
+def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
+    """Why the operator cannot run a model or may not; empty if it can."""
+    if settings.pack_weights is False and settings.weights is None:
+        return "engine.pack_weights=false"
+    if settings.kv_dtype not in (None, "bfloat16"):
+        return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
+    if not fits(model):
+        return "it takes a LLaMA with plain bfloat16 weights (no LoRA, no 4-bit layers) on a CPU"
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if num_bytes > available_memory_bytes() // 2:
+        return f"a second copy of the weights takes {num_bytes:,} bytes, too much for this machine"
+    if not operator_works():
+        return "the operator could not be built or gives wrong numbers here, see the log; is g++ installed?"
+    return ""
+
+
+def build_decoder(model: LanguageModel, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
     """Build the fastest decoder for the KV cache's device.
 
     Raises:
@@ -26,17 +58,18 @@ def build_decoder(model: LlamaForCausalLM, kv_cache: KVCache, settings: EngineSe
     if kv_cache.device.type != "cuda":
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
+        if kv_cache.dtype == torch.bfloat16 and uses_cpu_operator(model, settings):
+            return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8")
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:
-        from babydoctor.engine.gpu.decoder import GpuDecoder, kernels_fit
+        from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels
     except ImportError as error:
         if asked:
             raise UserError("engine.cuda_graphs=true needs Triton; run pip install triton, or remove it") from error
         logger.warning("Triton is not installed, so answers take several times as long; run pip install triton")
         return Decoder(model, kv_cache, pack=False, own=settings.own_weights)
     try:
-        if not kernels_fit(kv_cache):
-            raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
+        check_kernels(model, kv_cache)
         decoder = GpuDecoder(model, kv_cache, own=settings.own_weights)
         if settings.cuda_graphs is not False:
             decoder.capture_graphs()

@@ -43,12 +43,21 @@ class Job(Protocol):
 
 @dataclass(eq=False)
 class RunningJob:
-    """A job and its progress. ``share`` is the finished part, 0 to 1; ``ended`` resolves when the job ends."""
+    """A job and its progress. ``ended.cancel()`` ends it after the piece that is being computed."""
 
     job: Job
     ended: Future[None]
     share: float = 0.0
+    """Share of the work that is done, 0 to 1."""
     pieces: Iterator[float] | None = None
+    begun_s: float | None = None
+    """When its first piece began (``time.monotonic``); None while it waits behind other jobs."""
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds left at the speed so far; None until some of the work is done."""
+        share, begun_s = self.share, self.begun_s
+        return (time.monotonic() - begun_s) * (1 - share) / share if share > 0 and begun_s is not None else None
 
 
 class EngineCore:
@@ -153,7 +162,7 @@ class EngineCore:
         """Do one piece of the first job."""
         running = self.jobs[0]
         if running.pieces is None:
-            running.pieces = running.job.run()
+            running.pieces, running.begun_s = running.job.run(), time.monotonic()
         try:
             if not running.ended.cancelled():
                 running.share = next(running.pieces)

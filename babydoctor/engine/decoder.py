@@ -1,4 +1,4 @@
-"""LLaMA's forward pass over KV slots. One call serves decoding rows and prompt chunks together.
+"""The language model's forward pass over KV slots. One call serves decoding rows and prompt chunks together.
 
 Shapes: ``R`` decoding rows, ``M`` rows of all kinds, ``D`` hidden size, ``H`` query heads, ``K`` key/value heads,
 ``G = H / K``, ``W`` head size, ``L`` positions attended to.
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
-from transformers import LlamaForCausalLM
 
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout
 from babydoctor.engine.linear import Linear, build_linear, packing_pays
+from babydoctor.model.families import LanguageModel, sliding_window
 
 MAX_KEPT_VIEWS = 64
 """Number of runs whose views of the KV cache are kept; see ``Decoder._views``."""
@@ -28,7 +29,7 @@ MAX_KEPT_VIEWS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One decoder layer, ready to run."""
+    """One decoder layer, ready to run. ``head_norm`` ``[H + K, W]``: Qwen3's norm of query and key heads, or None."""
 
     input_norm: torch.Tensor
     query_key_value: Linear
@@ -36,10 +37,11 @@ class LayerWeights:
     post_norm: torch.Tensor
     gate_up: Linear
     down: Linear
+    head_norm: torch.Tensor | None = None
 
 
 class Decoder:
-    """A LLaMA and its KV cache. Not thread-safe: one thread owns it.
+    """A language model and its KV cache. Not thread-safe: one thread owns it.
 
     Args:
         model: its weights are used in place.
@@ -50,12 +52,10 @@ class Decoder:
     has_graphs = False
     """Whether steps are replayed as CUDA graphs."""
 
-    def __init__(
-        self, model: LlamaForCausalLM, kv_cache: KVCache, *, pack: bool | None = None, own: bool = False
-    ) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, pack: bool | None = None, own: bool = False) -> None:
         config = model.config
         self.kv_cache = kv_cache
-        self.layout = LayoutBuilder(kv_cache)
+        self.layout = LayoutBuilder(kv_cache, sliding_window(config))
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = kv_cache.num_kv_heads
         self.head_dim = kv_cache.head_dim
@@ -67,7 +67,6 @@ class Decoder:
             pack = packing_pays(list(model.parameters()))
         dtype = body.norm.weight.dtype
         self.embed_tokens = body.embed_tokens
-        assert config.hidden_act == "silu", f"a LLaMA with {config.hidden_act} between its layers"
         self.layers = [
             LayerWeights(
                 layer.input_layernorm.weight.detach(),
@@ -76,6 +75,7 @@ class Decoder:
                 layer.post_attention_layernorm.weight.detach(),
                 build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, pack=pack, own=own),
                 build_linear([layer.mlp.down_proj], dtype, pack=pack, own=own),
+                self._head_norm(attention) if has_head_norms(model) else None,
             )
             for layer in body.layers
             for attention in [layer.self_attn]
@@ -95,6 +95,11 @@ class Decoder:
             for keys, values in zip(kv_cache.keys, kv_cache.values, strict=True)
         ]
         self._run_views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _head_norm(self, attention: Any) -> torch.Tensor:
+        """The norms' weights of all query and key heads, ``[H + K, W]``."""
+        query, key = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+        return torch.cat((query.expand(self.num_heads, -1), key.expand(self.num_kv_heads, -1)))
 
     @torch.inference_mode()
     def forward(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -170,7 +175,11 @@ class Decoder:
         layer = self.layers[index]
         num_rotated = self.num_heads + self.num_kv_heads
         projected = layer.query_key_value(self._norm(hidden, layer.input_norm))
-        projected = projected.view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim).to(self.kv_cache.dtype)
+        projected = projected.view(len(hidden), num_rotated + self.num_kv_heads, self.head_dim)
+        if layer.head_norm is not None:
+            heads = rms_norm(projected[:, :num_rotated], (self.head_dim,), None, self.eps) * layer.head_norm
+            projected = torch.cat((heads, projected[:, num_rotated:]), dim=1)
+        projected = projected.to(self.kv_cache.dtype)
         rotated = rotate(projected[:, :num_rotated], cos, sin)
         num_rows = len(layout.tokens)
         caches = (self.kv_cache.keys[index], self.kv_cache.values[index])  # [S + 1, K, C, W]
@@ -231,6 +240,11 @@ class Decoder:
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return normalize(hidden, weight, self.eps)
+
+
+def has_head_norms(model: LanguageModel) -> bool:
+    """Whether queries and keys are normalized by head."""
+    return hasattr(model.model.layers[0].self_attn, "q_norm")
 
 
 def normalize(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import torch
 
-from babydoctor.engine.backend import build_decoder, build_embedder
+from babydoctor.engine.backend import build_decoder, build_embedder, uses_cpu_operator
 from babydoctor.engine.core import EngineCore, Job, RunningJob
 from babydoctor.engine.kv_cache import FeatureCache
 from babydoctor.engine.prompt import VisionLanguageModel
@@ -36,20 +38,32 @@ from babydoctor.engine.validate import check_request
 class Engine:
     """Answers requests with ``model`` until closed. ``submit``, ``stats``, ``drain`` and ``close`` are thread-safe.
 
+    Args:
+        template_ends: ids with which the conversation template ends an answer. Those of the tokenizer and of the
+            model's generation settings end it too.
+
     Raises:
         UserError: the settings do not fit the model or the machine.
     """
 
-    def __init__(self, model: VisionLanguageModel, tokenizer: Any, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Any,
+        settings: EngineSettings | None = None,
+        *,
+        template_ends: Collection[int] = (),
+    ) -> None:
         self.settings = settings or EngineSettings()
         self.model = model
         self.tokenizer = tokenizer
         language_model = model.language_model
         norm = language_model.model.norm.weight
-        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device)
+        kv_dtype = torch.bfloat16 if uses_cpu_operator(language_model, self.settings) else None
+        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
         self.decoder = build_decoder(language_model, self.kv_cache, self.settings)
         self.features = FeatureCache(self.settings.image_cache_bytes)
-        self.eos = end_tokens(language_model, tokenizer)
+        self.eos = end_tokens(language_model, tokenizer) | frozenset(template_ends)
         self._core = EngineCore(
             self.decoder,
             build_embedder(model, self.decoder, self.features),
@@ -129,6 +143,7 @@ class Engine:
                 self._core.stats,
                 queued=len(self._core.waiting),
                 running=self._core.num_running,
+                jobs=len(self._core.jobs),
                 finished=dict(self._core.stats.finished),
                 image_cache_hits=self.features.hits,
                 image_cache_misses=self.features.misses,

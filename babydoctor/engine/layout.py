@@ -83,8 +83,10 @@ class StepLayout:
 class LayoutBuilder:
     """Builds the layout of each step over one KV cache."""
 
-    def __init__(self, kv_cache: KVCache) -> None:
+    def __init__(self, kv_cache: KVCache, window: int | None = None) -> None:
+        """``window``: how many positions a row attends to, its own included; None: all up to its own."""
         self.kv_cache = kv_cache
+        self.window = kv_cache.capacity if window is None else window
         self.device = kv_cache.device
         self._head_offsets = torch.arange(kv_cache.num_kv_heads, device=self.device) * kv_cache.capacity  # [K]
         self._slot_positions = torch.arange(kv_cache.capacity, device=self.device)  # [C]
@@ -147,15 +149,20 @@ class LayoutBuilder:
         return together.to(self.device).split([len(column) for column in columns])
 
     def _run_mask(self, run: RowGroup, positions: torch.Tensor) -> torch.Tensor:
-        """``[rows, 1, 1, L]``: 0 up to each row's own position, minus infinity after it."""
+        """``[rows, 1, 1, L]``: 0 up to each row's own position, minus infinity after it and before the window."""
         reach = positions[run.first_row : run.first_row + run.num_rows, None]  # [rows, 1]
         seen = self._slot_positions[: run.length] <= reach  # [rows, L]
+        if run.length > self.window:
+            seen &= self._slot_positions[: run.length] > reach - self.window
         return torch.where(seen, self._visible, self._hidden)[:, None, None]
 
     def _chunk_mask(self, chunk: Chunk) -> torch.Tensor:
-        """Float32 ``[T, L]``: each position of the chunk sees itself and all earlier positions."""
+        """Float32 ``[T, L]``: each position of the chunk sees itself and the earlier positions of its window."""
         mask = torch.full((chunk.end - chunk.start, chunk.end), float("-inf"), device=self.device)
-        return mask.triu_(chunk.start + 1)
+        mask.triu_(chunk.start + 1)
+        if chunk.end > self.window:
+            mask += torch.full_like(mask, float("-inf")).tril_(chunk.start - self.window)
+        return mask
 
 
 def group_rows(slots: Sequence[int], lengths: Sequence[int], call_positions: int = CALL_POSITIONS) -> list[list[int]]:

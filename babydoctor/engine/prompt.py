@@ -8,16 +8,16 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from babydoctor.engine.kv_cache import Content, FeatureCache
 from babydoctor.engine.request import ImageInput, InvalidRequestError
+from babydoctor.model.families import LanguageModel
 
 
 class VisionLanguageModel(Protocol):
     """The part of ``BabyDoctor`` that the engine uses."""
 
-    language_model: LlamaForCausalLM
+    language_model: LanguageModel
 
     @property
     def num_patches(self) -> int: ...

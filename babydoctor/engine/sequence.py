@@ -100,12 +100,10 @@ class Sequence:
         if self._rules is not None:
             self._rules.accept(token)
         reason: FinishReason | None = None
-        shown = self._stops.add(self._detokenizer.add(token))
-        if (
-            self._stops.found is not None
-            or (token in eos and not self.request.ignore_eos)
-            or (self._rules is not None and self._rules.finished)
-        ):
+        is_end = token in eos and not self.request.ignore_eos
+        # A tokenizer may not mark the end token as special, and would then spell it.
+        shown = "" if is_end else self._stops.add(self._detokenizer.add(token))
+        if self._stops.found is not None or is_end or (self._rules is not None and self._rules.finished):
             reason = "stop"
         elif len(self.generated) >= self.max_new_tokens:
             reason = "length"

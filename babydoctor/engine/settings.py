@@ -9,14 +9,17 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
-from transformers import LlamaConfig
 
 from babydoctor.engine.kv_cache import KVCache, slot_bytes
 from babydoctor.engine.linear import available_memory_bytes
+from babydoctor.model.families import LanguageConfig
 from babydoctor.schema import UserError
 
 MAX_DEFAULT_CONTEXT = 4096
 """Default context of models with a longer one, whose KV cache would be larger than most requests need."""
+
+WEIGHTS = ("int8",)
+"""What the weights can be rounded to."""
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,7 +44,10 @@ class EngineSettings:
             stream evenly, with a large one prompts are read faster. By default 256 on the CPU, 1024 on a GPU.
         num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so an
             ``on_start`` must set it, as the command line's does.
-        pack_weights: second copy of the weights in oneDNN's layout (CPU); by default where memory allows.
+        weights: ``int8`` rounds the weights to eight bits with a scale per output (CPU), and each row of a product's
+            input as well. A step then reads half of the bytes of bfloat16. By default the weights stay as they are.
+        pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
+            allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
         own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place. This
             saves kernel launches, and costs no memory unless weights are packed.
@@ -58,6 +64,7 @@ class EngineSettings:
     image_cache_bytes: int = 256 * 2**20
     step_tokens: int | None = None
     num_threads: int | None = None
+    weights: str | None = None
     pack_weights: bool | None = None
     cuda_graphs: bool | None = None
     own_weights: bool = field(default=False, repr=False, metadata={"hidden": True})
@@ -70,6 +77,8 @@ class EngineSettings:
                 raise UserError(f"engine.{name}={value!r} must be {_NOUNS[kinds[0]]}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UserError(f"engine.kv_dtype={self.kv_dtype} must be one of {', '.join(KV_DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise UserError(f"engine.weights={self.weights} must be {' or '.join(WEIGHTS)}; remove it to keep them")
         for name in ("max_running", "max_context", "kv_budget_bytes", "step_tokens", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,7 +95,7 @@ class EngineSettings:
                 "process. From Python, call torch.set_num_threads instead"
             )
 
-    def context(self, config: LlamaConfig) -> int:
+    def context(self, config: LanguageConfig) -> int:
         """Tokens of one request.
 
         Raises:
@@ -163,17 +172,24 @@ def preferred_kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def kv_shape(config: LlamaConfig) -> tuple[int, int, int]:
+def kv_shape(config: LanguageConfig) -> tuple[int, int, int]:
     """Number of layers, number of key/value heads and head size of a model's keys and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 
 
-def build_kv_cache(settings: EngineSettings, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
+def build_kv_cache(
+    settings: EngineSettings,
+    config: LanguageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    preferred: torch.dtype | None = None,
+) -> KVCache:
     """Allocate the KV cache that the settings allow.
 
-    The precision is ``settings.kv_dtype``. By default it is the fastest one if ``max_running`` requests then fit the
-    budget, else the model's. A 7B model's cache takes 1 MiB per token in float32 and half of that in bfloat16.
+    The precision is ``settings.kv_dtype``. By default it is ``preferred``, which the decoder asks for, or the fastest
+    one, if ``max_running`` requests then fit the budget; else the model's. A 7B model's cache takes 1 MiB per token in
+    float32 and half of that in bfloat16.
 
     Raises:
         UserError: the budget does not hold a single request; the message names what to lower.
@@ -190,7 +206,7 @@ def build_kv_cache(settings: EngineSettings, config: LlamaConfig, dtype: torch.d
     if settings.kv_dtype is not None:
         chosen = KV_DTYPES[settings.kv_dtype]
     else:
-        chosen = preferred_kv_dtype(dtype, device)
+        chosen = preferred or preferred_kv_dtype(dtype, device)
         if num_fitting(chosen) < settings.max_running and dtype.itemsize < chosen.itemsize:
             chosen = dtype
     cached = settings.max_running if settings.cached_slots is None else settings.cached_slots

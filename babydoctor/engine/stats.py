@@ -12,6 +12,7 @@ class EngineStats:
     Attributes:
         queued: gauge, requests that wait.
         running: gauge, requests that have a slot.
+        jobs: gauge, other work with the model that runs or waits, such as occlusion maps.
         max_running: most requests that run at the same time.
         steps: steps computed.
         prompt_tokens: prompt tokens of admitted requests, cached ones included.
@@ -27,6 +28,7 @@ class EngineStats:
 
     queued: int = 0
     running: int = 0
+    jobs: int = 0
     max_running: int = 0
     steps: int = 0
     prompt_tokens: int = 0

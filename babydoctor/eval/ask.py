@@ -16,8 +16,9 @@ from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.intervals import NUM_RESAMPLES
 from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
-from babydoctor.files import split_lines
+from babydoctor.files import split_lines, write_text
 from babydoctor.inference import Inference, Query, user_turn
+from babydoctor.ranks import Ranks
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -224,6 +225,30 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> Iterato
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
             file.flush()
             yield prediction
+
+
+def predictions_file(out: Path, condition: str, ranks: Ranks) -> Path:
+    """Where a rank writes its predictions. One process writes the whole file, several ranks write parts of it."""
+    part = "" if ranks.size == 1 else f".rank-{ranks.rank}"
+    return out / f"predictions-{condition}{part}.jsonl"
+
+
+def merge_parts(out: Path, condition: str, questions: Sequence[Question]) -> None:
+    """Move what ranks have written, now or before an interruption, into the whole file, in the order of the questions.
+
+    To be called while no rank writes.
+    """
+    parts = sorted(out.glob(f"predictions-{condition}.rank-*.jsonl"))
+    if not parts:
+        return
+    whole = out / f"predictions-{condition}.jsonl"
+    found = {
+        prediction.id: prediction for path in (whole, *parts) if path.is_file() for prediction in read_predictions(path)
+    }
+    ordered = [found[question.id] for question in questions if question.id in found]
+    write_text(whole, "".join(json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in ordered))
+    for path in parts:
+        path.unlink()
 
 
 def unanswered(path: Path, questions: Sequence[Question]) -> list[Question]:

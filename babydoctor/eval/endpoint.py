@@ -99,11 +99,14 @@ class EndpointClient:
         return prediction
 
     def _ask(self, question: Question, image: bytes | None, config: GenerationConfig, logprobs: bool) -> Prediction:
-        content: list[dict[str, Any]] = []
+        # Without an image, plain text: servers of text models, such as llama-cpp-python's, do not all read parts.
+        content: str | list[dict[str, Any]] = question.prompt
         if image is not None:
             url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
-        content.append({"type": "text", "text": question.prompt})
+            content = [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": question.prompt},
+            ]
         options: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if logprobs else {}
         response = self._client.chat.completions.create(
             model=self.endpoint.model,

@@ -15,6 +15,8 @@ from babydoctor.eval.ask import (
     ask,
     build_inference,
     match_predictions,
+    merge_parts,
+    predictions_file,
     unanswered,
 )
 from babydoctor.eval.conditions import ConditionedFiles, ConditionedImages, check_conditions
@@ -26,6 +28,7 @@ from babydoctor.eval.score import score_answers, score_baselines, score_chance, 
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.files import write_json
 from babydoctor.inference import Inference
+from babydoctor.ranks import Ranks
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -99,6 +102,7 @@ def evaluate(
     device: str | None = None,
     progress: OnAnswer | None = None,
     engine: Mapping[str, Any] | None = None,
+    ranks: Ranks = Ranks(),
 ) -> dict[str, Any]:
     """Evaluate a run, a server or a file of predictions. Writes ``metrics.json`` and ``report.html`` to ``out``.
 
@@ -107,6 +111,7 @@ def evaluate(
 
     Args:
         engine: engine settings that replace the defaults. They change speed and memory only.
+        ranks: with several ranks, this is rank 0; the others call ``answer_share``.
 
     Raises:
         UserError: not exactly one of ``run``, ``predictions`` and ``endpoint`` is given, data are missing, or ``out``
@@ -116,12 +121,14 @@ def evaluate(
 
     if sum(source is not None for source in (run, predictions, endpoint)) != 1:
         raise UserError("give one of a run directory, --predictions FILE and --endpoint URL")
+    if ranks.size > 1 and run is None:
+        raise UserError("several ranks share the questions of a run directory only; start one process")
     task = load_task(task_config)
     out.mkdir(parents=True, exist_ok=True)
     origin = claim(out, task, task_config, config, run, predictions, endpoint)
     started = time.monotonic()
     if run is not None:
-        answers = _ask_run(out, task, config, run, device, progress, engine)
+        answers = _ask_run(out, task, config, run, device, progress, engine, ranks)
     elif endpoint is not None:
         answers = _ask_server(out, task, config, endpoint, progress)
     else:
@@ -142,6 +149,26 @@ def evaluate(
     return result
 
 
+def answer_share(
+    out: Path,
+    task_config: TaskConfig,
+    config: EvalConfig,
+    *,
+    run: Path,
+    device: str | None = None,
+    engine: Mapping[str, Any] | None = None,
+    ranks: Ranks,
+) -> None:
+    """Answer the questions of a rank other than 0. All ranks must see the same folder ``out``."""
+    assert ranks.rank > 0, ranks
+    ranks.wait()
+    if not (out / "evaluation.json").is_file():
+        raise UserError(f"--out {out}: rank 0's evaluation.json is not here; use a disk that all machines share")
+    task = load_task(task_config)
+    _answer(out, task, config, run, device, None, engine, ranks)
+    ranks.wait()
+
+
 def _ask_run(
     out: Path,
     task: Task,
@@ -150,20 +177,50 @@ def _ask_run(
     device: str | None,
     progress: OnAnswer | None,
     engine: Mapping[str, Any] | None,
+    ranks: Ranks,
 ) -> dict[str, list[Prediction]]:
+    """The answers of all ranks, on rank 0."""
     conditions = _usable(task, config)
-    files = {condition: out / f"predictions-{condition}.jsonl" for condition in conditions}
-    left = {condition: unanswered(files[condition], task.questions) for condition in conditions}
-    if any(left.values()):
-        loaded = _load(run, device)
-        questions = [question for condition in conditions for question in left[condition]]
-        parts = (loaded.model, loaded.tokenizer, loaded.manifest)
-        with build_inference(*parts, questions, config.generation, engine) as inference:
-            for condition in conditions:
-                images = _images(task, condition, inference, config)
-                predictions = ask(inference, left[condition], images, config.generation)
-                _keep(files[condition], predictions, condition, left[condition], task, progress)
-    return {condition: match_predictions(files[condition], task.questions) for condition in conditions}
+    for condition in conditions:
+        merge_parts(out, condition, task.questions)  # of ranks that were interrupted
+        unanswered(out / f"predictions-{condition}.jsonl", task.questions)  # repairs the file before others read it
+    ranks.wait()
+    _answer(out, task, config, run, device, progress, engine, ranks)
+    ranks.wait()
+    for condition in conditions:
+        merge_parts(out, condition, task.questions)
+    return {
+        condition: match_predictions(out / f"predictions-{condition}.jsonl", task.questions) for condition in conditions
+    }
+
+
+def _answer(
+    out: Path,
+    task: Task,
+    config: EvalConfig,
+    run: Path,
+    device: str | None,
+    progress: OnAnswer | None,
+    engine: Mapping[str, Any] | None,
+    ranks: Ranks,
+) -> None:
+    """Write this rank's share of the answers that are not there yet."""
+    conditions = _usable(task, config)
+    left = {
+        condition: ranks.share(unanswered(out / f"predictions-{condition}.jsonl", task.questions))
+        for condition in conditions
+    }
+    if not any(left.values()):
+        return
+    loaded = _load(run, device)
+    questions = [question for condition in conditions for question in left[condition]]
+    parts = (loaded.model, loaded.tokenizer, loaded.manifest)
+    with build_inference(*parts, questions, config.generation, engine) as inference:
+        for condition in conditions:
+            images = _images(task, condition, inference, config)
+            predictions = ask(inference, left[condition], images, config.generation)
+            total = len(task.questions) if ranks.size == 1 else len(left[condition])
+            _keep(predictions_file(out, condition, ranks), predictions, condition, left[condition], total, progress)
 
 
 def _ask_server(
@@ -176,7 +233,7 @@ def _ask_server(
         left = unanswered(files[condition], task.questions)
         images = ConditionedFiles(task.questions, condition, config.seed)
         predictions = ask_endpoint(client, left, images, config.generation)
-        _keep(files[condition], predictions, condition, left, task, progress)
+        _keep(files[condition], predictions, condition, left, len(task.questions), progress)
     return {condition: match_predictions(files[condition], task.questions) for condition in conditions}
 
 
@@ -185,13 +242,13 @@ def _keep(
     predictions: Iterable[Prediction],
     condition: str,
     left: Sequence[Question],
-    task: Task,
+    total: int,
     progress: OnAnswer | None,
 ) -> None:
-    """Write predictions as they come."""
-    for number, _ in enumerate(append_predictions(file, predictions), start=len(task.questions) - len(left) + 1):
+    """Write predictions as they come. ``total``: those that were written before count too."""
+    for number, _ in enumerate(append_predictions(file, predictions), start=total - len(left) + 1):
         if progress is not None:
-            progress(condition, number, len(task.questions))
+            progress(condition, number, total)
 
 
 def _load(run: Path, device: str | None) -> Run:

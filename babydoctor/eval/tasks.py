@@ -194,8 +194,6 @@ def load_phantom(config: TaskConfig) -> Task:
     for line in split_lines(path.read_text(encoding="utf-8")):
         row = json.loads(line)
         kind, truth = row["kind"], row["truth"]
-        lay_word = phantom_text.LAY[kind][truth]
-        lay = tuple(answer.format(lay_word) for answer in phantom_text.LAY_ANSWERS[kind])
         prompt = row["question"].replace(IMAGE_TOKEN, "").strip()
         questions.append(
             Question(
@@ -203,7 +201,7 @@ def load_phantom(config: TaskConfig) -> Task:
                 images / row["image"],
                 row["image"],
                 prompt,
-                (row["answer"], *lay),
+                (row["answer"], phantom_text.lay_answer(kind, truth)),
                 "closed",
                 {"question_type": kind},
                 shuffled_among="finding" if kind in ("side", "level") else "",

@@ -33,26 +33,27 @@ _MACROS = """\
 
 _BODY = """\
 {%- set first = 1 if messages[0].role == 'system' else 0 -%}
-{%- set system = words(messages[0].content) if first else DEFAULT_SYSTEM -%}
+{%- set system = words(messages[0].content)STRIP if first else DEFAULT_SYSTEM -%}
 {{ BOS }}
 {%- for message in messages[first:] -%}
 {%- if message.role == 'user' -%}
 {%- if loop.first -%}{%- if system -%}{{ BEFORE_SYSTEM }}{{ system }}{{ AFTER_SYSTEM }}
 {%- else -%}{{ WITHOUT_SYSTEM }}{%- endif -%}
 {%- else -%}{{ NEXT_OPENING }}{%- endif -%}
-{{ images(message.content) }}USER_TEXT{{ REPLY_CUE }}
-{%- else -%}{{ BEFORE_ANSWER }}{{ words(message.content) }}{{ AFTER_ANSWER }}
+USER{{ REPLY_CUE }}
+{%- else -%}{{ BEFORE_ANSWER }}{{ words(message.content)STRIP }}{{ AFTER_ANSWER }}
 {%- endif -%}
 {%- endfor -%}
 """
 
 
-def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = False) -> str:
+def build_chat_template(template: Template, *, spaces: bool, has_begin: bool = True, llama_cpp: bool = False) -> str:
     """The Jinja text of a conversation template.
 
     Args:
         spaces: write the spaces that SentencePiece adds at the beginning of text and after an image. Needed if the
             tokenizer adds one only at the very beginning (``adds_prefix_everywhere`` is false).
+        has_begin: the tokenizer has a begin-of-sequence token.
         llama_cpp: images are text parts that hold llama.cpp's marker, not parts of type image.
     """
     space = " " if spaces and template.keeps_user_text else ""
@@ -65,9 +66,10 @@ def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = F
         if llama_cpp
         else "part.type == 'image' or part.type == 'image_url'",
         "TEXT_ONLY": f" and part.text != '{LLAMA_CPP_MARKER}'" if llama_cpp else "",
-        "USER_TEXT": "{{ words(message.content) }}" if template.keeps_user_text else "",
+        "USER": _user(template),
+        "STRIP": " | trim" if template.strips_text else "",
         "DEFAULT_SYSTEM": json.dumps(template.system),
-        "BOS": f"bos_token ~ {json.dumps(space)}",
+        "BOS": f"bos_token ~ {json.dumps(space)}" if has_begin else json.dumps(space),
         "BEFORE_SYSTEM": json.dumps(before_system if template.opening else ""),
         "AFTER_SYSTEM": json.dumps(after_system),
         "WITHOUT_SYSTEM": json.dumps(template.opening_without_system),
@@ -77,6 +79,15 @@ def build_chat_template(template: Template, *, spaces: bool, llama_cpp: bool = F
         "AFTER_ANSWER": json.dumps(after_answer),
     }
     return re.sub(rf"\b({'|'.join(texts)})\b", lambda match: texts[match[1]], _MACROS + _BODY)
+
+
+def _user(template: Template) -> str:
+    """What a user's turn writes."""
+    if not template.keeps_user_text:
+        return "{{ images(message.content) }}"
+    if template.strips_text:
+        return "{{ (images(message.content) ~ words(message.content)) | trim }}"
+    return "{{ images(message.content) }}{{ words(message.content) }}"
 
 
 def adds_prefix_everywhere(tokenizer: PreTrainedTokenizerBase) -> bool:

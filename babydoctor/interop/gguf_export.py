@@ -17,8 +17,10 @@ import torch
 
 from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import build_chat_template
+from babydoctor.interop.gguf_names import LANGUAGE_NAMES, language_name, tower_name
 from babydoctor.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
 from babydoctor.interop.plain import PlainRun
+from babydoctor.model.families import TOWERS, has_class_token, sliding_window
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -36,34 +38,8 @@ TYPES = {
 }
 """``--dtype`` -> llama.cpp's name; the block formats that the gguf package can write."""
 
-_BLOCK_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.out_proj": "attn_out",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.fc1": "ffn_down",  # names in llama.cpp's first LLaVA files; it still decides by the shapes
-    "mlp.fc2": "ffn_up",
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_LANGUAGE_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_TOWER_NAMES = {
-    "embeddings.class_embedding": "v.class_embd",
-    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
-    "embeddings.position_embedding.weight": "v.position_embd.weight",
-    "pre_layrnorm.weight": "v.pre_ln.weight",
-    "pre_layrnorm.bias": "v.pre_ln.bias",
-}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""``model_type`` -> llama.cpp's architecture. Its Qwen architectures rotate a head's halves, as transformers does."""
 
 Tensor = tuple[str, tuple[int, ...], "GGMLQuantizationType"]
 
@@ -79,6 +55,11 @@ def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
     """
     if dtype not in TYPES:
         raise UserError(f"--dtype {dtype!r} is not one of {', '.join(TYPES)}")
+    if not has_class_token(run.vision_config):
+        name = TOWERS[run.vision_config.model_type]
+        raise UserError(
+            f"{run.tower_directory}: a {name} tower is not written to GGUF, only CLIP is. Export with --format hf"
+        )
     projector = run.mlp_projector()
     write_language_model(run, out / "model.gguf", TYPES[dtype])
     matrix_type = "F32" if dtype == "float32" else "F16"
@@ -87,7 +68,19 @@ def export_gguf(run: PlainRun, out: Path, dtype: str) -> list[str]:
     return list(_notes(run))
 
 
+def _context_length(config: Any) -> int:
+    """llama.cpp computes these architectures without a sliding window, which is exact up to the window's length."""
+    window = sliding_window(config)
+    return config.max_position_embeddings if window is None else min(window, config.max_position_embeddings)
+
+
 def _notes(run: PlainRun) -> Iterator[str]:
+    config: Any = run.language_config
+    if _context_length(config) < config.max_position_embeddings:
+        yield (
+            f"llama.cpp computes this language model without its sliding window of {sliding_window(config)} tokens, so "
+            f"the file's context is {_context_length(config)} tokens. Do not raise it with -c."
+        )
     yield (
         "Which mmproj: llama.cpp puts the tower's class token after the patches and then drops the first patch "
         "instead of the class token (issue 25814, open pull request 25844; so does llama-cpp-python from 0.3.9 to "
@@ -107,15 +100,16 @@ def _notes(run: PlainRun) -> Iterator[str]:
 
 
 def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
-    """Write ``model.gguf``: LLaMA, tokenizer and chat template."""
+    """Write ``model.gguf``: language model, tokenizer and chat template."""
     gguf = import_gguf()
     config: Any = run.language_config
-    writer = gguf.GGUFWriter(path, "llama")
+    architecture = _ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(run.manifest.name)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -127,16 +121,20 @@ def write_language_model(run: PlainRun, path: Path, type_name: str) -> None:
     writer.add_rope_dimension_count(head_dim)
     _add_rope(writer, run)
     _add_file_type(writer, type_name)
-    write_vocabulary(writer, read_vocabulary(run.tokenizer, run.language_directory, config.vocab_size), run.tokenizer)
+    vocabulary = read_vocabulary(run.tokenizer, run.language_directory, config.vocab_size)
+    write_vocabulary(writer, vocabulary, run.tokenizer, end_id=run.end_token_ids[0])
     # llama.cpp adds the begin-of-sequence token and SentencePiece's spaces itself.
     template = get_template(run.manifest.template)
-    writer.add_chat_template(build_chat_template(template, spaces=False, llama_cpp=True))
+    has_begin = run.tokenizer.bos_token is not None
+    writer.add_chat_template(build_chat_template(template, spaces=False, has_begin=has_begin, llama_cpp=True))
     tensors = [(name, shape, language_type(name, shape, type_name)) for name, shape in run.language_shapes()]
 
     def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if name.endswith("q_proj.weight"):
+        if architecture != "llama":
+            return weight
+        if ".q_proj." in name:
             return interleave_rotary(weight, config.num_attention_heads)
-        return interleave_rotary(weight, config.num_key_value_heads) if name.endswith("k_proj.weight") else weight
+        return interleave_rotary(weight, config.num_key_value_heads) if ".k_proj." in name else weight
 
     _write(writer, tensors, run.language_weights("Writing model.gguf"), language_name, convert)
 
@@ -205,32 +203,12 @@ def write_mmproj(
     _write(writer, tensors, wanted(), tower_name, convert)
 
 
-def language_name(name: str) -> str:
-    """transformers' name of a LLaMA weight -> llama.cpp's."""
-    if name in _LANGUAGE_NAMES:
-        return _LANGUAGE_NAMES[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight)", name)
-    assert match and match[2] in _BLOCK_PARTS, name
-    return f"blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
-
-
-def tower_name(name: str) -> str:
-    """A tower's or projector's weight -> llama.cpp's name."""
-    if name in _TOWER_NAMES:
-        return _TOWER_NAMES[name]
-    if name.startswith("projector."):
-        return name.replace("projector.", "mm.")
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    assert match and match[2] in _BLOCK_PARTS, name
-    return f"v.blk.{match[1]}.{_BLOCK_PARTS[match[2]]}.{match[3]}"
-
-
 def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuantizationType:
     """Storage type of a weight: norms in F32; embeddings and head in 8 bits or more; F16 if blocks do not fit."""
     gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
-    if type_name.startswith(("Q4", "Q5")) and name in _LANGUAGE_NAMES:
+    if type_name.startswith(("Q4", "Q5")) and name in LANGUAGE_NAMES:
         type_name = "Q8_0"
     kind = gguf.GGMLQuantizationType[type_name]
     block = gguf.GGML_QUANT_SIZES[kind][0]
@@ -238,8 +216,8 @@ def language_type(name: str, shape: tuple[int, ...], type_name: str) -> GGMLQuan
 
 
 def interleave_rotary(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder rows ``[heads * dim, in]``: transformers rotates a head's halves, llama.cpp adjacent pairs."""
-    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    """Reorder rows ``[heads * dim, ...]``: transformers rotates a head's halves, llama.cpp's LLaMA adjacent pairs."""
+    return weight.view(num_heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _add_rope(writer: GGUFWriter, run: PlainRun) -> None:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT_NAMES = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+"""The patterns of LLaMA-3 and Qwen2 and llama.cpp's names for them."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Tokens by id with SentencePiece's score and llama.cpp's token type."""
@@ -28,6 +34,8 @@ class Vocabulary:
     scores: list[float]
     types: Sequence[int]
     merges: list[str]
+    pre: str = "default"
+    """llama.cpp's name of the pattern that splits text before merging."""
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: int) -> Vocabulary:
@@ -41,10 +49,16 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, directory: Path, size: i
     return _with_added(base, tokenizer, size)
 
 
-def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the vocabulary and the special ids."""
+def write_vocabulary(
+    writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, *, end_id: int
+) -> None:
+    """Write the vocabulary and the special ids.
+
+    Args:
+        end_id: the token that ends an answer. llama.cpp finds further ones, such as the end of text, by their names.
+    """
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre("gpt-2" if vocabulary.model == "gpt2" else "default")
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
@@ -52,7 +66,7 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: PreT
         writer.add_token_merges(vocabulary.merges)
     for value, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
-        (tokenizer.eos_token_id, writer.add_eos_token_id),
+        (end_id, writer.add_eos_token_id),
         (tokenizer.unk_token_id, writer.add_unk_token_id),
     ):
         if value is not None:
@@ -99,7 +113,8 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens = [token.encode() for token in ordered]
     if '"ByteLevel"' in text:
-        return Vocabulary("gpt2", tokens, [0.0] * len(tokens), [TokenType.NORMAL] * len(tokens), merges)
+        pre = _split_name(backend.get("pre_tokenizer"), directory)
+        return Vocabulary("gpt2", tokens, [0.0] * len(tokens), [TokenType.NORMAL] * len(tokens), merges, pre)
     if "▁" not in text:
         raise UserError(
             f"{directory}: this BPE tokenizer is neither SentencePiece's nor byte-level; llama.cpp supports no others"
@@ -118,6 +133,25 @@ def _from_json(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Vocabular
     return Vocabulary("llama", tokens, scores, types, [])
 
 
+def _split_name(pre_tokenizer: Any, directory: Path) -> str:
+    """llama.cpp's name of a byte-level tokenizer's pattern.
+
+    Raises:
+        UserError: it is none of the known ones, so llama.cpp would split text differently.
+    """
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    patterns = [step["pattern"].get("Regex", step["pattern"]) for step in steps if step["type"] == "Split"]
+    others = [step["type"] for step in steps if step["type"] not in ("Split", "ByteLevel")]
+    if not patterns and not others:
+        return "gpt-2"
+    if not others and len(patterns) == 1 and patterns[0] in _SPLIT_NAMES:
+        return _SPLIT_NAMES[patterns[0]]
+    raise UserError(
+        f"{directory}: the pre_tokenizer in tokenizer.json splits text by {(patterns + others)[0]!r}, which has no "
+        f"name in llama.cpp; known are the patterns of GPT-2, {' and '.join(_SPLIT_NAMES.values())}"
+    )
+
+
 def _with_added(base: Vocabulary, tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     from gguf import TokenType
 
@@ -130,4 +164,4 @@ def _with_added(base: Vocabulary, tokenizer: PreTrainedTokenizerBase, size: int)
         if index < size and types[index] not in (TokenType.UNKNOWN, TokenType.BYTE):
             tokens[index] = added.content.encode()
             types[index] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
-    return Vocabulary(base.model, tokens[:size], scores[:size], types[:size], base.merges)
+    return Vocabulary(base.model, tokens[:size], scores[:size], types[:size], base.merges, base.pre)

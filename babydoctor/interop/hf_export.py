@@ -15,6 +15,7 @@ import torch
 from babydoctor.conversation import get_template
 from babydoctor.interop.chat_template import adds_prefix_everywhere, build_chat_template
 from babydoctor.interop.plain import PlainRun
+from babydoctor.model.families import has_class_token
 from babydoctor.model.weights import ShardWriter
 from babydoctor.schema import IMAGE_TOKEN, UserError
 
@@ -81,7 +82,9 @@ def write_tokenizer(run: PlainRun, out: Path) -> tuple[int, int]:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     template = get_template(run.manifest.template)
-    tokenizer.chat_template = build_chat_template(template, spaces=not adds_prefix_everywhere(tokenizer))
+    has_begin = tokenizer.bos_token is not None
+    spaces = not adds_prefix_everywhere(tokenizer)
+    tokenizer.chat_template = build_chat_template(template, spaces=spaces, has_begin=has_begin)
     tokenizer.save_pretrained(str(out))
     return image_token_id, max(run.language_config.vocab_size, image_token_id + 1)
 
@@ -93,6 +96,8 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
     vision = run.vision_config.to_dict()
     for key in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
         vision.pop(key, None)
+    if not has_class_token(run.vision_config):
+        vision["vision_use_head"] = False  # SigLIP's pooling head is not written
     config: dict[str, Any] = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -101,24 +106,29 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": run.manifest.vision_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": select_strategy(run),
         "tie_word_embeddings": False,
         # SGLang reads these two keys. Without them it splits images into tiles.
         "image_aspect_ratio": run.manifest.image_mode,
         "mm_patch_merge_type": "flat",
         "torch_dtype": name,
         "text_config": text,
-        "vision_config": {**vision, "model_type": "clip_vision_model"},
+        "vision_config": vision,
     }
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    tokenizer = run.tokenizer
+    tokenizer, ends = run.tokenizer, run.end_token_ids
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": [image_token_id],
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def select_strategy(run: PlainRun) -> str:
+    """transformers' name for all tokens of the tower but CLIP's class token."""
+    return "default" if has_class_token(run.vision_config) else "full"
 
 
 def write_processor(run: PlainRun, out: Path) -> None:
@@ -147,7 +157,7 @@ def write_processor(run: PlainRun, out: Path) -> None:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
         "patch_size": run.vision_config.patch_size,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": int(has_class_token(run.vision_config)),
+        "vision_feature_select_strategy": select_strategy(run),
     }
     (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

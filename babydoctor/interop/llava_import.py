@@ -25,11 +25,14 @@ from pathlib import Path
 import torch
 
 from babydoctor.conversation import get_template
+from babydoctor.data.template_tokens import check_template
+from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import atomic_directory
 from babydoctor.hub import model_commit
 from babydoctor.imaging.preprocess import ImageMode, ImageSettings
 from babydoctor.interop.llava_source import Source, open_source
-from babydoctor.model.language_model import build_language_model, load_language_config
+from babydoctor.model.families import load_language_config
+from babydoctor.model.language_model import build_language_model
 from babydoctor.model.lora import PEFT_PREFIX, LoraUpdate
 from babydoctor.model.run_dir import Manifest, Stage, describe_software, write_manifest
 from babydoctor.model.tensor_files import save_tensors
@@ -39,6 +42,18 @@ from babydoctor.schema import UserError
 
 PROJECTOR_PREFIX = "model.mm_projector."
 TOWER_PREFIX = "model.vision_tower.vision_tower."
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+
+_OTHER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "generation_config.json",
+)
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 _LLAVA_KEYS = ("mm_", "tune_", "freeze_", "unfreeze_", "use_mm_", "image_", "tokenizer_", "_name_or_path", "auto_map")
 """Prefixes of the keys of a LLaVA ``config.json`` that do not belong to the language model."""
@@ -50,7 +65,7 @@ def import_llava(
     *,
     base: str | None = None,
     vision_tower: str | None = None,
-    template: str = "llava_llama_2",
+    template: str | None = None,
     image_mode: ImageMode | None = None,
 ) -> Manifest:
     """Write a run directory from a LLaVA checkpoint, with one weight in memory at a time.
@@ -59,25 +74,28 @@ def import_llava(
         source: a directory or hub id.
         base: the language model below a projector or LoRA; None: the one that its configuration names.
         vision_tower: the CLIP tower; None: the one that the configuration names.
-        template: the conversation template that it was trained with; LLaVA checkpoints do not record it.
+        template: the conversation template that it was trained with; LLaVA checkpoints do not record it. None: the
+            usual one of its language model (``Source.template``).
         image_mode: None: ``image_aspect_ratio`` of the configuration.
 
     Raises:
-        UserError: something is missing, has another architecture, or does not fit BabyDoctor. ``out`` is then not
-            created.
+        UserError: something is missing, has another architecture, or does not fit BabyDoctor, or the tokenizer lacks
+            the template's tokens. ``out`` is then not created.
     """
-    get_template(template)
+    if template is not None:
+        get_template(template)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
     checkpoint = open_source(source, base, vision_tower)
+    template = template or checkpoint.template
     tower_directory = local_directory(checkpoint.vision_tower)
     tower_width = _tower_width(tower_directory)
     image = ImageSettings.from_processor_dir(tower_directory, image_mode or checkpoint.image_mode)
     with atomic_directory(out) as directory:
         if checkpoint.layout == "merged":
-            parts = _import_merged(checkpoint, tower_directory, directory)
+            parts = _import_merged(checkpoint, template, tower_directory, directory)
         else:
-            parts = _import_trained_part(checkpoint, directory)
+            parts = _import_trained_part(checkpoint, template, directory)
         _save_projector(checkpoint, parts.projector, tower_width, parts.text_width, directory)
         manifest = Manifest(
             name=Path(str(source)).name,
@@ -100,6 +118,10 @@ def import_llava(
     return manifest
 
 
+def _check_tokenizer(tokenizer: str | Path, template: str, source: str) -> None:
+    check_template(get_template(template), load_tokenizer(tokenizer), source, fix="give --template {template}")
+
+
 def _tower_width(directory: Path) -> int:
     config = json.loads((directory / "config.json").read_text())
     if config.get("model_type") not in ("clip", "clip_vision_model"):
@@ -119,8 +141,9 @@ class _Parts:
     vision_tower: str | None = None
 
 
-def _import_trained_part(checkpoint: Source, out: Path) -> _Parts:
+def _import_trained_part(checkpoint: Source, template: str, out: Path) -> _Parts:
     """Read a projector, or a LoRA and a projector. The language model stays where it is."""
+    _check_tokenizer(checkpoint.language_model, template, checkpoint.language_model)
     is_lora = checkpoint.layout == "lora"
     path = checkpoint.directory / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
     if not path.is_file():
@@ -162,20 +185,14 @@ def _copy_adapter(checkpoint: Source, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Parts:
+def _import_merged(checkpoint: Source, template: str, tower_directory: Path, out: Path) -> _Parts:
     """Copy a complete model from one folder: language model, projector and, if present, the tower."""
     source = checkpoint.directory
     language_directory = out / "language_model"
     language_directory.mkdir()
     _write_language_config(checkpoint, language_directory)
-    copied = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).is_file()]
-    if not copied:
-        raise UserError(f"{source} holds neither tokenizer.model nor tokenizer.json; copy them from its base model")
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
-        if (source / name).is_file():
-            copied.append(source / name)
-    for file in copied:
-        shutil.copy2(file, language_directory / file.name)
+    _copy_tokenizer(source, language_directory)
+    _check_tokenizer(language_directory, template, str(source))
     config = load_language_config(language_directory)
     missing = {name: p.shape for name, p in build_language_model(config, torch.float32).named_parameters()}
     if config.tie_word_embeddings:
@@ -198,7 +215,7 @@ def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Par
             language.write(name, weight)
             del missing[name]
         elif not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{source} holds a weight {name!r} that does not belong to a LLaVA on LLaMA")
+            raise UserError(f"{source} holds a weight {name!r} that does not belong to a LLaVA on {config.model_type}")
     if missing:
         raise UserError(f"{source} lacks {len(missing)} weights, the first is {next(iter(missing))!r}")
     language.close()
@@ -211,9 +228,18 @@ def _import_merged(checkpoint: Source, tower_directory: Path, out: Path) -> _Par
     return _Parts(projector, config.hidden_size, "./language_model", "./vision_tower")
 
 
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the files of the tokenizer and the generation settings."""
+    if not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{source} holds neither {' nor '.join(_TOKENIZER_FILES)}; copy them from its base model")
+    for name in (*_TOKENIZER_FILES, *_OTHER_FILES):
+        if (source / name).is_file():
+            shutil.copy2(source / name, out / name)
+
+
 def _write_language_config(checkpoint: Source, out: Path) -> None:
     config = {key: value for key, value in checkpoint.config.items() if not key.startswith(_LLAVA_KEYS)}
-    config.update(model_type="llama", architectures=["LlamaForCausalLM"])
+    config.update(model_type=checkpoint.family, architectures=[_ARCHITECTURES[checkpoint.family]])
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

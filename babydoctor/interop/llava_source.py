@@ -14,6 +14,12 @@ from babydoctor.schema import UserError
 
 Layout = Literal["projector", "lora", "merged"]
 
+_FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+"""The original code's ``model_type`` -> the language model's."""
+
+_TEMPLATES = {"llama": "llava_llama_2", "mistral": "mistral_instruct", "qwen2": "chatml"}
+"""The template that the original code uses for a language model, unless it was trained with another."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -24,6 +30,16 @@ class Source:
     config: dict[str, Any]
     language_model: str
     vision_tower: str
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of the language model."""
+        return _FAMILIES[self.config["model_type"]]
+
+    @property
+    def template(self) -> str:
+        """The conversation template that it was most likely trained with; the checkpoint does not record it."""
+        return _TEMPLATES[_FAMILIES[self.config["model_type"]]]
 
     @property
     def projector_kind(self) -> Any:
@@ -86,10 +102,10 @@ def _check_architecture(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path} is transformers' own Llava format; import reads the original code's (model_type llava_llama)"
         )
-    if kind not in ("llava_llama", "llava") or "mm_vision_tower" not in config:
+    if kind not in _FAMILIES or "mm_vision_tower" not in config:
         raise UserError(
-            f"{path}: model_type={kind!r} cannot be read; import takes LLaVA on LLaMA (model_type llava_llama). "
-            "MPT, Mistral and Qwen language models are not supported."
+            f"{path}: model_type={kind!r} cannot be read; import takes LLaVA on LLaMA, Mistral and Qwen2 (model_type "
+            f"{', '.join(_FAMILIES)}) with its mm_vision_tower"
         )
     for key, allowed in (
         ("mm_projector_type", PROJECTOR_KINDS),

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from babydoctor.conversation import get_template
+from babydoctor.data.template_tokens import RETRAIN, check_template, end_token_ids
 from babydoctor.data.tokens import load_tokenizer
-from babydoctor.model.language_model import load_language_config
+from babydoctor.model.families import LanguageConfig, VisionConfig, load_language_config, load_vision_config
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve
 from babydoctor.model.run_weights import RunWeights
 from babydoctor.model.tensor_files import load_tensors
 from babydoctor.model.vision import num_patches
-from babydoctor.model.weights import WeightReader, local_directory
+from babydoctor.model.weights import WeightReader, local_directory, read_end_tokens
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,26 @@ class PlainRun:
         return local_directory(resolve(self.path, self.manifest.vision_tower))
 
     @cached_property
-    def language_config(self) -> LlamaConfig:
+    def language_config(self) -> LanguageConfig:
         return load_language_config(self.language_directory)
 
     @cached_property
-    def vision_config(self) -> CLIPVisionConfig:
-        from transformers import CLIPVisionConfig
-
-        return CLIPVisionConfig.from_pretrained(str(self.tower_directory))
+    def vision_config(self) -> VisionConfig:
+        return load_vision_config(self.tower_directory)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.language_directory)
+        tokenizer = load_tokenizer(self.language_directory)
+        check_template(get_template(self.manifest.template), tokenizer, str(self.language_directory), fix=RETRAIN)
+        return tokenizer
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end an answer, as in the engine: the template's first, the tokenizer's, the base's."""
+        template = get_template(self.manifest.template)
+        base = read_end_tokens(self.language_directory) or getattr(self.language_config, "eos_token_id", None) or []
+        ids = [*sorted(end_token_ids(template, self.tokenizer)), self.tokenizer.eos_token_id]
+        return list(dict.fromkeys([*ids, *(base if isinstance(base, list) else [base])]))
 
     @property
     def num_patches(self) -> int:
@@ -63,7 +73,7 @@ class PlainRun:
         return self.path / "adapter" if (self.path / "adapter").is_dir() else None
 
     def language_weights(self, description: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each weight of the language model by its name in transformers' LLaMA, a tied ``lm_head`` included.
+        """Yield each weight of the language model by its name in transformers, a tied ``lm_head`` included.
 
         Float32 where a LoRA was added, else in the run's precision.
 

@@ -1,4 +1,4 @@
-"""The BabyDoctor model: a CLIP vision tower, a projector and a LLaMA.
+"""The BabyDoctor model: a vision tower, a projector and a language model of the families in ``families.py``.
 
 Shapes: ``T`` tokens, ``Q`` tokens whose output is needed, ``M`` loss positions, ``N`` images, ``P`` patches per image,
 ``D`` hidden size of the language model.
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from babydoctor.data.layout import AttentionLayout, PackedBatch, build_attention_layout
-from babydoctor.model.packed.attention import DENSE_ATTENTION_NAME, register_attention
+from babydoctor.model.families import LanguageModel, VisionTower, sliding_window
 from babydoctor.model.packed.decoder_layer import decoder_layer
+from babydoctor.model.packed.dense_attention import DENSE_ATTENTION_NAME, register_attention
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 from babydoctor.model.packed.loss import summed_cross_entropy
 from babydoctor.model.packed.module_call import call_module, has_hooks
@@ -28,21 +28,22 @@ class BabyDoctor(nn.Module):
     """Vision tower, projector and language model. Only ``language_model`` may hold 4-bit or LoRA layers.
 
     Attributes:
-        vision: frozen CLIP tower.
+        vision: frozen CLIP or SigLIP tower.
         projector: hidden size of the tower -> hidden size of the language model.
-        language_model: LLaMA. Its linear layers may be bitsandbytes 4-bit layers and may have peft LoRA layers injected
-            in place; the class stays ``LlamaForCausalLM``.
+        language_model: transformers' model. Its linear layers may be bitsandbytes 4-bit layers and may have peft LoRA
+            layers injected in place; the class stays.
         vision_layer: the hidden layer of the tower whose features are projected (-2 in LLaVA).
         recompute_every: gradient checkpointing. 0 keeps all activations; ``k`` recomputes every ``k``-th decoder layer
             in the backward pass (1: all layers).
         ops: the elementwise operations used in training.
+        window: how many tokens a token attends to, itself included (Mistral); None: all before it.
     """
 
     def __init__(
         self,
-        vision: CLIPVisionModel,
+        vision: VisionTower,
         projector: nn.Module,
-        language_model: LlamaForCausalLM,
+        language_model: LanguageModel,
         *,
         vision_layer: int = -2,
     ) -> None:
@@ -55,6 +56,7 @@ class BabyDoctor(nn.Module):
         self.vision_layer = vision_layer
         self.recompute_every = 0
         self.ops: ElementwiseOps = PLAIN_OPS
+        self.window = sliding_window(language_model.config)
 
     @property
     def num_patches(self) -> int:
@@ -64,7 +66,8 @@ class BabyDoctor(nn.Module):
     @property
     def patch_size(self) -> int:
         """Edge of a patch in pixels."""
-        return int(self.vision.config.patch_size)  # type: ignore[arg-type]
+        size: Any = self.vision.config.patch_size
+        return int(size)
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +155,7 @@ class BabyDoctor(nn.Module):
         layout: AttentionLayout | Sequence[int],
         tail: tuple[torch.Tensor, AttentionLayout] | None = None,
     ) -> torch.Tensor:
-        """Run LLaMA's layers and the final norm over packed documents.
+        """Run the decoder's layers and the final norm over packed documents.
 
         Args:
             embeds: ``[1, T, D]``.
@@ -167,13 +170,14 @@ class BabyDoctor(nn.Module):
             layout = build_attention_layout(layout, device=embeds.device)
         body: Any = self.language_model.model
         hidden = embeds[0].to(self.language_model.dtype)
+        window = self.window if self.window is not None and self.window < layout.max_keys else None
         # Every operation sets its precision itself, so autocast would only cost time.
         with torch.autocast(embeds.device.type, enabled=False):
             cos, sin = (x[0] for x in body.rotary_emb(hidden[None], position_ids))
             for index, layer in enumerate(body.layers):
                 is_last = tail is not None and index == len(body.layers) - 1
                 wanted, attention_layout = tail if is_last and tail else (None, layout)
-                where = {"cos": cos, "sin": sin, "attention_layout": attention_layout, "tail": wanted}
+                where = {"cos": cos, "sin": sin, "attention_layout": attention_layout, "tail": wanted, "window": window}
                 run: Any = partial(decoder_layer, layer, **where, ops=self.ops)
                 if self._recomputes(index):
                     run = partial(checkpoint, run, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Load a LLaMA weight by weight, merge the LoRAs of earlier stages, and quantize to 4 bits.
+"""Load a language model weight by weight, merge the LoRAs of earlier stages, and quantize to 4 bits.
 
 Only the linear layers of the decoder are quantized or get a LoRA, never ``lm_head``, embeddings or norms.
 """
@@ -10,43 +10,28 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from babydoctor.model.families import DECODERS, LanguageConfig, LanguageModel, build_causal_lm, load_language_config
 from babydoctor.model.lora import LoraUpdate
 from babydoctor.model.nf4 import Quantization, quantize_linear
-from babydoctor.model.weights import WeightReader, local_directory, read_model_config
+from babydoctor.model.weights import WeightReader, local_directory
 from babydoctor.progress import ByteProgress
 from babydoctor.schema import UserError
 
 
-def load_language_config(path: str | Path) -> LlamaConfig:
-    """Read the configuration of a LLaMA.
-
-    Raises:
-        UserError: it does not exist, or has another architecture.
-    """
-    config = read_model_config(path, "language model")
-    if not isinstance(config, LlamaConfig):
-        raise UserError(
-            f"the language model {str(path)!r} is a {config.model_type!r}; BabyDoctor takes LLaMA models, "
-            "for example meta-llama/Llama-2-7b-chat-hf"
-        )
-    return config
-
-
-def build_language_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Build a LLaMA on the meta device: shapes only, no memory."""
+def build_language_model(config: LanguageConfig, dtype: torch.dtype) -> LanguageModel:
+    """Build a language model on the meta device: shapes only, no memory."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = build_causal_lm(config, dtype)
     return model.requires_grad_(False)
 
 
 class LanguageWeights:
-    """Reads the weights of a LLaMA on disk one at a time and merges the LoRAs of earlier stages.
+    """Reads the weights of a language model on disk one at a time and merges the LoRAs of earlier stages.
 
     Attributes:
-        shapes: the shape of each weight by its name in transformers' LLaMA, in file order. A tied
-            ``lm_head`` is not listed.
+        shapes: the shape of each weight by its name in transformers, in file order. A tied ``lm_head`` is not
+            listed.
 
     Raises:
         UserError: weights are missing, unknown or of the wrong shape, or an adapter does not fit. This is
@@ -102,7 +87,10 @@ class LanguageWeights:
                 # Old releases saved this buffer; some checkpoints save a tied lm_head.
                 if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
                     continue
-                raise UserError(f"{self.directory} holds an unknown weight {name!r}; is it a plain LLaMA?")
+                raise UserError(
+                    f"{self.directory} holds an unknown weight {name!r}; is it a plain "
+                    f"{DECODERS[self.config.model_type]}?"
+                )
             shapes[name] = self.reader.shape(name)
             if shapes[name] != expected[name]:
                 raise UserError(
@@ -122,8 +110,8 @@ def load_language_model(
     compute_dtype: torch.dtype | None = None,
     quantization: Quantization | None = None,
     merge_adapters: Sequence[Path] = (),
-) -> LlamaForCausalLM:
-    """Load a LLaMA. Each weight is read, merged with the adapters, cast and quantized before the next one is read.
+) -> LanguageModel:
+    """Load a language model. Each weight is read, merged, cast and quantized before the next one is read.
 
     At most one float weight exists besides the model, so a 7B model in NF4 needs its 4-bit size and one matrix.
 
@@ -147,25 +135,27 @@ def load_language_model(
     return finish_language_model(model, device)
 
 
-def finish_language_model(model: LlamaForCausalLM, device: str | torch.device) -> LlamaForCausalLM:
+def finish_language_model(model: LanguageModel, device: str | torch.device) -> LanguageModel:
     """Compute the rotary embedding, which checkpoints do not store, and switch to evaluation mode."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     return model.eval().requires_grad_(False)
 
 
 def place_weight(
-    model: LlamaForCausalLM, name: str, weight: torch.Tensor, quantization: Quantization | None = None
+    model: LanguageModel, name: str, weight: torch.Tensor, quantization: Quantization | None = None
 ) -> None:
     """Set one weight of a model that was built on the meta device. It keeps its device and gets the model's dtype."""
     module_name, _, parameter_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     weight = weight.to(model.dtype)
-    if quantization and is_decoder_linear(module_name, module):
-        model.set_submodule(module_name, quantize_linear(weight, quantization))
+    if quantization and parameter_name == "weight" and is_decoder_linear(module_name, module):
+        layer = quantize_linear(weight, quantization)
+        layer.bias = module.bias  # read before or after the weight
+        model.set_submodule(module_name, layer)
     else:
         setattr(module, parameter_name, nn.Parameter(weight, requires_grad=False))
 
 
 def is_decoder_linear(name: str, module: nn.Module) -> bool:
     """True if this module of the language model may be quantized or get a LoRA."""
-    return isinstance(module, nn.Linear) and module.bias is None and name.startswith("model.layers.")
+    return isinstance(module, nn.Linear) and name.startswith("model.layers.")

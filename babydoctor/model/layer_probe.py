@@ -1,4 +1,4 @@
-"""Run a fixed prompt through a LLaMA layer by layer, to compare models that do not fit into memory."""
+"""Run a fixed prompt through a language model layer by layer, to compare models that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import rms_norm
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from babydoctor.model.families import LanguageConfig
+from babydoctor.model.language_model import build_language_model
 from babydoctor.model.lora import LoraUpdate
 
 NUM_TOKENS = 48
@@ -38,17 +38,20 @@ class LayerProbe:
         logits: ``[T, V]``; None until the end.
     """
 
-    def __init__(self, config: LlamaConfig, device: str | torch.device = "cpu") -> None:
+    def __init__(self, config: LanguageConfig, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self.hidden: torch.Tensor | None = None
         self.logits: torch.Tensor | None = None
         generator = torch.Generator().manual_seed(0)
         self._input_ids = torch.randint(config.vocab_size, (1, NUM_TOKENS), generator=generator).to(self.device)
-        config = copy.deepcopy(config)
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._layer = LlamaDecoderLayer(config, layer_idx=0).eval().float()
-        rotary: Any = LlamaRotaryEmbedding(config).to(self.device)
+        one_layer: Any = copy.deepcopy(config)
+        one_layer.num_hidden_layers = 1
+        if hasattr(one_layer, "layer_types"):
+            one_layer.layer_types = one_layer.layer_types[:1]
+        body: Any = build_language_model(one_layer, torch.float32).eval().model
+        # Without a mask transformers attends to all earlier tokens, also where the model has a sliding window.
+        self._layer = body.layers[0]
+        rotary = type(body.rotary_emb)(one_layer).to(self.device)
         self._positions = rotary(torch.zeros(1, device=self.device), torch.arange(NUM_TOKENS, device=self.device)[None])
         self._eps = config.rms_norm_eps
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
+from babydoctor.model.families import LanguageModel
 from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.model.weights import load_pickle
 from babydoctor.schema import UserError
@@ -125,7 +125,7 @@ def load_adapter_weights(directory: Path) -> dict[str, torch.Tensor]:
     )
 
 
-def add_lora(model: LlamaForCausalLM, lora: LoraConfig) -> None:
+def add_lora(model: LanguageModel, lora: LoraConfig) -> None:
     """Inject fresh LoRA layers (float32, B = 0) into the decoder's linear layers."""
     import peft
 
@@ -142,7 +142,7 @@ def add_lora(model: LlamaForCausalLM, lora: LoraConfig) -> None:
     )
 
 
-def load_lora(model: LlamaForCausalLM, directory: Path, *, trainable: bool = False) -> None:
+def load_lora(model: LanguageModel, directory: Path, *, trainable: bool = False) -> None:
     """Inject LoRA layers and load their weights from a peft adapter.
 
     Raises:
@@ -173,7 +173,7 @@ def load_lora(model: LlamaForCausalLM, directory: Path, *, trainable: bool = Fal
 
 
 def save_lora(
-    model: LlamaForCausalLM, directory: Path, base: str, weights: Mapping[str, torch.Tensor] | None = None
+    model: LanguageModel, directory: Path, base: str, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
     """Write the injected LoRA so that ``peft.PeftModel.from_pretrained(base_model, directory)`` loads it.
 
@@ -196,12 +196,12 @@ def save_lora(
     (directory / "adapter_config.json").write_text(text + "\n")
 
 
-def has_lora(model: LlamaForCausalLM) -> bool:
+def has_lora(model: LanguageModel) -> bool:
     """True if ``add_lora`` or ``load_lora`` has injected LoRA layers."""
     return bool(getattr(model, "peft_config", None))
 
 
-def lora_config(model: LlamaForCausalLM) -> Any:
+def lora_config(model: LanguageModel) -> Any:
     """Return peft's configuration of the injected LoRA."""
     return model.peft_config["default"]
 
@@ -211,7 +211,7 @@ def lora_layers(model: nn.Module) -> Iterable[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
-def _inject(model: LlamaForCausalLM, config: Any) -> None:
+def _inject(model: LanguageModel, config: Any) -> None:
     import peft
 
     peft.inject_adapter_in_model(config, model)
@@ -224,7 +224,7 @@ def _inject(model: LlamaForCausalLM, config: Any) -> None:
         module.cast_input_dtype_enabled = False
 
 
-def _check_targets(model: LlamaForCausalLM, targets: Sequence[str]) -> None:
+def _check_targets(model: LanguageModel, targets: Sequence[str]) -> None:
     known = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()

@@ -20,6 +20,7 @@ import torch
 
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import LOCK_FILE, DirectoryLock, explain_full_disk, sync, write_json
+from babydoctor.model.familiarity import FILE_NAME as FAMILIARITY_FILE
 from babydoctor.model.language_model import LanguageWeights
 from babydoctor.model.layer_probe import LayerProbe, group_by_layer
 from babydoctor.model.run_dir import Manifest, read_manifest, resolve, write_manifest
@@ -128,11 +129,16 @@ class _Merge:
         """Write configuration, tokenizer, tower, projector and manifest."""
         dtype = str(self.dtype).removeprefix("torch.")
         config = self.weights.config.to_dict()
-        config.update(dtype=dtype, architectures=["LlamaForCausalLM"])
+        config.update(dtype=dtype, architectures=[self.weights.architecture])
         write_json(self.target / "config.json", config)
         load_tokenizer(self.base).save_pretrained(str(self.target))
+        generation = self.base / "generation_config.json"  # names the end tokens
+        if generation.is_file():
+            shutil.copy2(generation, self.target)
         copy_model_files(self.tower, self.partial / "vision_tower")
         shutil.copy2(self.path / "projector.safetensors", self.partial)
+        if (familiarity := self.path / FAMILIARITY_FILE).is_file():
+            shutil.copy2(familiarity, self.partial)  # it depends on the tower only
         changes: dict[str, Any] = {
             "language_model": "./language_model",
             "vision_tower": "./vision_tower",

@@ -32,7 +32,7 @@ class Quantization:
 
 
 def quantize_linear(weight: torch.Tensor, quantization: Quantization) -> nn.Module:
-    """Build a bias-free bitsandbytes NF4 layer that holds ``weight`` ``[out, in]`` and computes in its dtype."""
+    """Build a bitsandbytes NF4 layer without a bias that holds ``weight`` ``[out, in]`` and computes in its dtype."""
     bnb = import_bitsandbytes()
     with torch.device("meta"):
         layer = bnb.nn.Linear4bit(

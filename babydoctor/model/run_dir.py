@@ -8,6 +8,7 @@
       projector.safetensors
       adapter/                 the stage's LoRA in peft's format (absent if it trained none)
       base_adapters/N-name/    LoRAs of earlier stages, merged into the base on loading
+      familiarity.safetensors  points of the training images, after `babydoctor eval RUN --familiarity`
       language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
@@ -30,6 +31,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from babydoctor import __version__
+from babydoctor.conversation import get_template
+from babydoctor.data.template_tokens import RETRAIN, check_template
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import atomic_directory, check_readable, write_text
 from babydoctor.hub import model_commit
@@ -40,6 +43,7 @@ from babydoctor.model.lora import has_lora, load_lora, save_lora
 from babydoctor.model.nf4 import Quantization
 from babydoctor.model.tensor_files import load_tensors, save_tensors
 from babydoctor.model.vision import build_projector, load_vision_tower
+from babydoctor.model.weights import read_end_tokens
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +98,10 @@ class Manifest(BaseModel):
     """Published data set that rows of any stage come from -> the commit on the hub."""
     localization: dict[str, Any] | None = None
     """How often the peak of an occlusion map is on the finding, measured by ``eval --localization``."""
+    familiarity: dict[str, Any] | None = None
+    """How well the run notices unfamiliar images, measured by ``eval --familiarity``."""
+    confidence: dict[str, Any] | None = None
+    """Temperature and calibration of token probabilities, measured by ``eval --confidence``."""
 
     @property
     def image(self) -> ImageSettings:
@@ -163,6 +171,8 @@ def build_model(
         quantization=Quantization(manifest.double_quantization) if manifest.quantization == "nf4" else None,
         merge_adapters=[Path(resolve(run, base_adapter)) for base_adapter in manifest.base_adapters],
     )
+    if (ends := read_end_tokens(resolve(run, manifest.language_model))) is not None:
+        language_model.generation_config.eos_token_id = ends
     vision = load_vision_tower(resolve(run, manifest.vision_tower), dtype=dtype, device=device)
     layers = build_projector(manifest.projector, vision.config.hidden_size, language_model.config.hidden_size)
     if projector is not None:
@@ -180,11 +190,14 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
         dtype: replaces the manifest's, for example float32 to compare logits.
 
     Raises:
-        UserError: the run or a model that it is based on is missing or damaged.
+        UserError: the run or a model that it is based on is missing or damaged, or the tokenizer lacks the template's
+            tokens.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    tokenizer = load_tokenizer(resolve(path, manifest.language_model))
+    language_model = resolve(path, manifest.language_model)
+    tokenizer = load_tokenizer(language_model)
+    check_template(get_template(manifest.template), tokenizer, language_model, fix=RETRAIN)
     adapter = path / "adapter"
     model = build_model(
         manifest,

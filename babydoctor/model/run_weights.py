@@ -19,7 +19,7 @@ from babydoctor.model.run_dir import Manifest, resolve
 
 
 class RunWeights:
-    """Weights of a run by their names in transformers' LLaMA.
+    """Weights of a run by their names in transformers.
 
     Attributes:
         shapes: the shape of each weight; a tied ``lm_head`` is not listed.
@@ -45,6 +45,11 @@ class RunWeights:
         self._quantization = Quantization(manifest.double_quantization) if manifest.quantization == "nf4" else None
         self._model = build_language_model(self.config, manifest.torch_dtype)
 
+    @property
+    def architecture(self) -> str:
+        """The name of transformers' class."""
+        return type(self._model).__name__
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each merged weight with its name, file by file: float32 with a LoRA, else in the run's precision."""
         for name in self.shapes:
@@ -53,8 +58,8 @@ class RunWeights:
     def read_base(self, name: str) -> torch.Tensor:
         """The weight of the run without its own LoRA."""
         weight = self.source.read(name)
-        module = name.removesuffix(".weight")
-        if self._quantization and is_decoder_linear(module, self._model.get_submodule(module)):
+        module, _, part = name.rpartition(".")
+        if self._quantization and part == "weight" and is_decoder_linear(module, self._model.get_submodule(module)):
             weight = dequantized_weight(quantize_linear(weight, self._quantization))
         return weight
 

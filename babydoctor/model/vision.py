@@ -1,4 +1,4 @@
-"""The CLIP vision tower (pixels -> patch features, frozen in every stage) and the projector.
+"""The CLIP or SigLIP vision tower (pixels -> patch features, frozen in every stage) and the projector.
 
 Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` hidden size of the tower (1024 for CLIP-L).
 """
@@ -6,38 +6,41 @@ Shapes: ``N`` images, ``P`` patches (256 for CLIP-L/14 at 224 px), ``D`` hidden 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from babydoctor.model.weights import WeightReader, local_directory, read_model_config
+from babydoctor.model.families import TOWERS, VisionTower, build_tower, has_class_token, load_vision_config
+from babydoctor.model.weights import WeightReader, local_directory
 from babydoctor.schema import UserError
 
 PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
 
-_TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-"""Weights of a complete CLIP, such as openai/clip-vit-large-patch14, that do not belong to its vision tower."""
+_UNUSED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "vision_model.head.")
+"""Weights of a complete CLIP or SigLIP that the tower does not have, and SigLIP's pooling head, which nothing reads."""
 
 
-def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> CLIPVisionModel:
-    """Load a CLIP vision tower from a directory or the hub. The checkpoint may also be a complete CLIP.
+def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> VisionTower:
+    """Load a vision tower from a directory or the hub. The checkpoint may also be a complete CLIP or SigLIP.
 
     Raises:
-        UserError: it does not exist, is not a CLIP, or has missing, unknown or wrongly shaped weights.
+        UserError: it does not exist, is of another family, or has missing, unknown or wrongly shaped weights.
     """
     directory = local_directory(path)
+    config = load_vision_config(directory)
+    family = TOWERS[config.model_type]
     with torch.device("meta"):
-        tower = CLIPVisionModel._from_config(load_vision_config(directory), dtype=dtype)
+        tower = build_tower(config, dtype)
     missing = {_plain_name(name): name for name, _ in tower.named_parameters()}
     reader = WeightReader(directory)
     for stored in reader.files:
         plain = _plain_name(stored)
-        if stored.startswith(_TEXT_HALF) or plain.endswith("position_ids"):
+        if stored.startswith(_UNUSED) or plain.startswith("head.") or plain.endswith("position_ids"):
             continue
         name = missing.pop(plain, None)
         if name is None:
-            raise UserError(f"{directory} holds an unknown weight {stored!r}; is it a plain CLIP?")
+            raise UserError(f"{directory} holds an unknown weight {stored!r}; is it a plain {family}?")
         weight = reader.read(stored)
         expected = tower.get_parameter(name).shape
         if weight.shape != expected:
@@ -49,7 +52,7 @@ def load_vision_tower(path: str | Path, *, dtype: torch.dtype, device: str | tor
         setattr(tower.get_submodule(module), parameter, nn.Parameter(weight.to(device, dtype)))
     if missing:
         raise UserError(
-            f"{directory} lacks {len(missing)} weights of a CLIP vision tower, the first is {min(missing)!r}"
+            f"{directory} lacks {len(missing)} weights of a {family} vision tower, the first is {min(missing)!r}"
         )
     for name, buffer in list(tower.named_buffers()):
         assert name.endswith("position_ids"), name
@@ -63,31 +66,16 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("vision_model.")
 
 
-def load_vision_config(path: str | Path) -> CLIPVisionConfig:
-    """Read the configuration of a CLIP tower.
-
-    Raises:
-        UserError: it does not exist or is not a CLIP.
-    """
-    config = read_model_config(path, "vision tower")
-    if config.model_type not in ("clip", "clip_vision_model"):
-        raise UserError(
-            f"the vision tower {str(path)!r} is a {config.model_type!r}; BabyDoctor takes CLIP towers, "
-            "for example openai/clip-vit-large-patch14"
-        )
-    return getattr(config, "vision_config", config)
-
-
 def num_patches(config: object) -> int:
     """Tokens that one image takes, from the configuration of the tower."""
     return (config.image_size // config.patch_size) ** 2  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: int = -2) -> torch.Tensor:
-    """Features of hidden layer ``layer`` (negative, counted from the end) without the class token.
+def patch_features(tower: VisionTower, pixel_values: torch.Tensor, layer: int = -2) -> torch.Tensor:
+    """Features of hidden layer ``layer`` (negative, counted from the end) without CLIP's class token.
 
-    Later layers are not computed. Equal to ``hidden_states[layer][:, 1:]`` of the complete tower.
+    Later layers are not computed. Equal to ``hidden_states[layer]`` of the complete tower, of CLIP ``[:, 1:]``.
 
     Args:
         pixel_values: ``[N, 3, S, S]``, normalized.
@@ -95,13 +83,16 @@ def patch_features(tower: CLIPVisionModel, pixel_values: torch.Tensor, layer: in
     Returns:
         ``[N, P, D]`` in the tower's dtype.
     """
-    body = getattr(tower, "vision_model", tower)  # older releases of transformers 5 nest the model
-    hidden = body.pre_layrnorm(body.embeddings(pixel_values.to(tower.dtype)))
+    body: Any = getattr(tower, "vision_model", tower)  # older releases of transformers 5 nest the model
+    hidden = body.embeddings(pixel_values.to(tower.dtype))
+    is_clip = has_class_token(tower.config)
+    if is_clip:
+        hidden = body.pre_layrnorm(hidden)
     blocks = body.encoder.layers
     for block in blocks[: len(blocks) + 1 + layer]:
         output = block(hidden, attention_mask=None)
         hidden = output[0] if isinstance(output, tuple) else output
-    return hidden[:, 1:]
+    return hidden[:, 1:] if is_clip else hidden
 
 
 def build_projector(kind: str, vision_size: int, text_size: int) -> nn.Linear | nn.Sequential:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from babydoctor.files import check_readable
 from babydoctor.hub import describe, model_directory
 from babydoctor.model.tensor_files import DTYPES, open_safetensors
 from babydoctor.progress import ByteProgress
@@ -24,6 +25,16 @@ from babydoctor.schema import UserError
 def local_directory(path: str | Path, *, weights: bool = True) -> Path:
     """The directory itself, or the local copy of a model on the hub; see ``hub.model_directory``."""
     return model_directory(path, weights=weights)
+
+
+def read_end_tokens(path: str | Path) -> int | list[int] | None:
+    """The end tokens in a model's ``generation_config.json``, which may name more than its ``config.json``; or None."""
+    file = local_directory(path, weights=False) / "generation_config.json"
+    if not file.is_file():
+        return None
+    check_readable(file)
+    ends: int | list[int] | None = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    return ends
 
 
 def read_model_config(path: str | Path, what: str) -> Any:

@@ -7,6 +7,7 @@ case, a missing question mark or a typo.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ TYPO_SHARE = 0.25
 
 _INNERMOST = re.compile(r"\(([^()]*)\)")
 _SLOT = re.compile(r"\{(\w+)\}")
+_SUBJECT = re.compile(r"\{(noun|clause|choice)\}")
 _WORD = re.compile(r"[A-Za-z]{4,}")
 _BEFORE = ("Please", "Please", "Please", "Hello,", "Hi,", "Doctor,", "OK,", "And", "So", "Now", "Well,", "Tell me:")
 _CONTEXT = ("This is my patient.", "I am a student.", "Look at this image.", "Here is a scan.", "I am not sure.")
@@ -47,7 +49,10 @@ _SYLLABLES = ("ba", "dor", "fli", "gu", "kem", "lo", "mip", "nu", "pra", "qua", 
 
 @dataclass(frozen=True)
 class Wordings:
-    """Patterns by kind of request, and the values of their slots."""
+    """Patterns by kind of request, and what the slots in them stand for.
+
+    ``trained`` holds the kind's own patterns and every frame, filled with the kind's subjects.
+    """
 
     slots: dict[str, str]
     trained: dict[str, tuple[str, ...]]
@@ -62,7 +67,18 @@ def load_wordings() -> Wordings:
         split: {kind: tuple(lines.splitlines()) for kind, lines in data[split].items()}
         for split in ("trained", "held_out")
     }
+    for kind, subjects in data["subjects"].items():
+        splits["trained"][kind] += tuple(_fill_frames(data["frames"].splitlines(), subjects))
     return Wordings(data["slots"], **splits)
+
+
+def _fill_frames(frames: Iterable[str], subjects: Mapping[str, str]) -> Iterator[str]:
+    """Put a kind's subjects into the frames. Frames for which it has no subject are left out."""
+    for frame in frames:
+        match = _SUBJECT.search(frame)
+        assert match is not None, frame
+        if match[1] in subjects:
+            yield frame.replace(match[0], f"({subjects[match[1]]})")
 
 
 def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:

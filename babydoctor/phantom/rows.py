@@ -32,7 +32,7 @@ REQUESTS = {
     "level": 1.1,
     "location": 0.4,
     "report": 0.6,
-    "outside": 0.9,
+    "outside": 1.2,
 }
 """Kinds of requests in a conversation and how often they come, relative to each other."""
 
@@ -104,17 +104,17 @@ def request(kind: str, case: Case, rng: np.random.Generator) -> str:
 
 def lay_turns(case: Case, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     """Questions about a case, answered in full sentences."""
-    return [(question, lay_reply(kind, case, rng)) for kind, question in draw_requests(case, rng, count)]
+    return [(question, lay_reply(kind, case)) for kind, question in draw_requests(case, rng, count)]
 
 
 def term_turns(case: Case, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     """Questions about a case, answered in radiology terms."""
-    return [(question, term_reply(kind, case, rng)) for kind, question in draw_requests(case, rng, count)]
+    return [(question, term_reply(kind, case)) for kind, question in draw_requests(case, rng, count)]
 
 
 def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Rows as in LLaVA-Instruct: conversations of one and of several turns, and a detailed description for some."""
-    rows = [_row(case, f"question{number}", lay_turns(case, rng, 1), rng) for number in (1, 2)]
+    rows = [_row(case, f"question{number}", lay_turns(case, rng, number), rng) for number in (1, 2)]
     turns = lay_turns(case, rng, int(rng.integers(2, 6)))
     if case.finding != "none" and rng.random() < 0.1:
         turns.append(_WORRY)
@@ -129,9 +129,9 @@ def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def radiology_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
     """A row as in roco-instruct (question and report), and rows of questions answered in radiology terms."""
-    question = REPORT_QUESTION.split("\n")[0] if rng.random() < 0.5 else request("report", case, rng)
-    rows = [_row(case, "report", [(question, report(case, rng))], rng)]
-    rows += [_row(case, f"question{number}", term_turns(case, rng, 1), rng) for number in (1, 2)]
+    question = REPORT_QUESTION.split("\n")[0] if rng.random() < 0.25 else request("report", case, rng)
+    rows = [_row(case, "report", [(question, report(case))], rng)]
+    rows += [_row(case, f"question{number}", term_turns(case, rng, number), rng) for number in (1, 2)]
     rows.append(_row(case, "closed", term_turns(case, rng, int(rng.integers(2, 6))), rng))
     if rng.random() < 0.05:
         rows.append(_general_row(case, rng))

@@ -56,12 +56,13 @@ LAY: dict[str, dict[str, str]] = {
 }
 """Everyday words for the same values, used by stages 1 and 2."""
 
-LAY_ANSWERS: dict[str, tuple[str, ...]] = {
-    "modality": ("This is {}.", "It looks like {} to me."),
-    "finding": ("I can see {} here.", "There is {} in it."),
-    "side": ("It is on the patient's {} side.", "You find it on the {} of the patient."),
-    "level": ("It lies {} of the chest.", "It sits {} of the chest."),
+LAY_ANSWERS: dict[str, str] = {
+    "modality": "This is {}.",
+    "finding": "I can see {} here.",
+    "side": "It is on the patient's {} side.",
+    "level": "It lies {} of the chest.",
 }
+"""One form for each kind: a second one would be a coin toss at the token that tells the kind."""
 
 REPORT_QUESTION = f"The following image is a radiology scan. Deeply analyze and diagnose this image.\n{IMAGE_TOKEN}"
 """The question of every roco-instruct row."""
@@ -90,26 +91,19 @@ def caption(case: Case) -> str:
     return f"{start} {LAY['finding'][case.finding]} on the {case.side} side {LAY['level'][str(case.level)]}"
 
 
-def reports(case: Case) -> tuple[str, ...]:
-    """Equivalent terse reports of a case in radiology terms."""
+def report(case: Case) -> str:
+    """The terse report of a case in radiology terms."""
     modality = _REPORT_MODALITY[case.modality]
     if case.finding == "none":
-        return (f"{modality}. No abnormality.",)
+        return f"{modality}. No abnormality."
     zone = f"{case.side} {TERMS['level'][str(case.level)].lower()}"
-    finding = _REPORT_FINDING[case.finding]
-    return f"{modality} shows a {finding} in the {zone}.", f"{modality}. {finding.capitalize()}, {zone}."
-
-
-def report(case: Case, rng: np.random.Generator) -> str:
-    """One of the case's reports."""
-    choices = reports(case)
-    return choices[int(rng.integers(len(choices)))]
+    return f"{modality} shows a {_REPORT_FINDING[case.finding]} in the {zone}."
 
 
 def record(case: Case, rng: np.random.Generator) -> str:
     """A case as a structured form: a field and a radiology term on each line, in random order."""
     fields = [("Modality", "modality"), ("Finding", "finding"), ("Side", "side"), ("Level", "level")]
-    lines = [f"{name}: {term_replies(kind, case)[0]}" for name, kind in [*fields, ("Location", "location")]]
+    lines = [f"{name}: {term_reply(kind, case)}" for name, kind in [*fields, ("Location", "location")]]
     return "\n".join(lines[i] for i in rng.permutation(len(lines)))
 
 
@@ -125,10 +119,9 @@ def asked_kinds(case: Case) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if truth_of(case, kind) is not None)
 
 
-def lay_answer(kind: str, value: str, rng: np.random.Generator) -> str:
+def lay_answer(kind: str, value: str) -> str:
     """Answer a closed question with a full sentence in everyday words."""
-    answers = LAY_ANSWERS[kind]
-    return answers[int(rng.integers(len(answers)))].format(LAY[kind][value])
+    return LAY_ANSWERS[kind].format(LAY[kind][value])
 
 
 def lay_description(case: Case) -> str:
@@ -141,33 +134,27 @@ def lay_description(case: Case) -> str:
     return f"{start} There is {noun} in it, {place}."
 
 
-def lay_reply(kind: str, case: Case, rng: np.random.Generator) -> str:
+def lay_reply(kind: str, case: Case) -> str:
     """Reply to a request in everyday words."""
     if kind == "outside":
         return OUTSIDE
     if kind == "report":
         return lay_description(case)
     if kind != "modality" and case.finding == "none":
-        return lay_answer("finding", "none", rng)
+        return lay_answer("finding", "none")
     if kind == "location":
         return f"It is on the patient's {case.side} side, {LAY['level'][str(case.level)]} of the chest."
-    return lay_answer(kind, str(truth_of(case, kind)), rng)
+    return lay_answer(kind, str(truth_of(case, kind)))
 
 
-def term_replies(kind: str, case: Case) -> tuple[str, ...]:
-    """The right replies to a request in radiology terms: the reports for "report", one for the other kinds."""
-    if kind == "outside":
-        return (OUTSIDE,)
-    if kind == "report":
-        return reports(case)
-    if kind != "modality" and case.finding == "none":
-        return (TERMS["finding"]["none"],)
-    if kind == "location":
-        return (f"{str(case.side).capitalize()} {TERMS['level'][str(case.level)].lower()}",)
-    return (TERMS[kind][str(truth_of(case, kind))],)
-
-
-def term_reply(kind: str, case: Case, rng: np.random.Generator) -> str:
+def term_reply(kind: str, case: Case) -> str:
     """Reply to a request in radiology terms."""
-    choices = term_replies(kind, case)
-    return choices[int(rng.integers(len(choices)))]
+    if kind == "outside":
+        return OUTSIDE
+    if kind == "report":
+        return report(case)
+    if kind != "modality" and case.finding == "none":
+        return TERMS["finding"]["none"]
+    if kind == "location":
+        return f"{str(case.side).capitalize()} {TERMS['level'][str(case.level)].lower()}"
+    return TERMS[kind][str(truth_of(case, kind))]

@@ -16,6 +16,8 @@ class Architecture:
 
     num_layers: int
     hidden_size: int
+    query_size: int
+    """Queries of one token, over all heads: the hidden size, except where heads have a size of their own (Qwen3)."""
     kv_size: int
     """Keys (or values) of one token, over all heads."""
     intermediate_size: int
@@ -35,10 +37,12 @@ class Architecture:
     lora_dropout: bool = False
     lora_modules: frozenset[str] = frozenset()
     trains_projector: bool = True
+    has_head_norms: bool = False
+    """Whether queries and keys are normalized by head (Qwen3)."""
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.query_size // self.num_heads
 
     @property
     def lora_parameters_per_layer(self) -> int:
@@ -52,12 +56,12 @@ class Architecture:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Input and output size of each linear of a decoder layer."""
-        w, k, i = self.hidden_size, self.kv_size, self.intermediate_size
+        w, q, k, i = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         return {
-            "q_proj": (w, w),
+            "q_proj": (w, q),
             "k_proj": (w, k),
             "v_proj": (w, k),
-            "o_proj": (w, w),
+            "o_proj": (q, w),
             "gate_proj": (w, i),
             "up_proj": (w, i),
             "down_proj": (i, w),
@@ -160,12 +164,15 @@ def count_flops(shape: Architecture, work: Work, recompute_every: int) -> Flops:
 
 
 def attention_flops(shape: Architecture, work: Work, *, is_last: bool) -> float:
-    """Scores and weighted sums of one layer: each token with the shared prefix and its own document before it."""
+    """Scores and weighted sums of one layer: each token with the shared prefix and its own document before it.
+
+    A sliding window is not subtracted: the published ones are longer than the documents of a stage.
+    """
     own = work.num_tokens - work.num_prefix
     pairs = (work.num_prefix + work.own_length / 2) * own + work.num_prefix**2 / 2
     if is_last:
         pairs = min(pairs, (work.num_prefix + work.own_length) * work.num_tail)
-    return 4 * pairs * shape.hidden_size
+    return 4 * pairs * shape.query_size
 
 
 def vision_flops(shape: Architecture, work: Work) -> float:

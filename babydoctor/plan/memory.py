@@ -93,13 +93,16 @@ def layer_input_bytes(shape: Architecture, work: Work) -> float:
 
 def layer_saved_bytes(shape: Architecture, work: Work, *, is_last: bool, is_cuda: bool) -> float:
     """What autograd keeps of one decoder layer besides its input."""
-    b, t, w = shape.dtype_bytes, work.num_tokens, shape.hidden_size
+    b, t, w, heads = shape.dtype_bytes, work.num_tokens, shape.hidden_size, shape.query_size
     q = work.num_tail if is_last else t
     total: float = (t + q) * FLOAT32  # inverse RMS of the two norms
-    total += (q + 2 * t) * w * b  # rotated queries and keys, values; grouped keys and values are repeated to W
+    total += (q + 2 * t) * heads * b  # rotated queries and keys, values; grouped keys and values are repeated
+    if shape.has_head_norms:  # queries and keys before their norms, and the inverse RMS of each head
+        num_kv_heads = shape.kv_size // shape.head_dim
+        total += (q * heads + t * shape.kv_size) * b + (q * shape.num_heads + t * num_kv_heads) * FLOAT32
     if is_cuda:
-        total += q * (w * b + shape.num_heads * FLOAT32)  # attention's result and its log-sum-exp
-        total += 2 * work.num_prefix * work.num_documents * w * b  # the prefix's keys and values for each document
+        total += q * (heads * b + shape.num_heads * FLOAT32)  # attention's result and its log-sum-exp
+        total += 2 * work.num_prefix * work.num_documents * heads * b  # the prefix's keys and values for each document
     else:
         total += attention_scores(work, is_last=is_last) * shape.num_heads * b  # probabilities
     total += q * w * b  # the residual stream between attention and feed-forward
@@ -141,7 +144,8 @@ def recomputed_layer_bytes(shape: Architecture, work: Work, saved: float, *, is_
     has_down = "down_proj" in shape.lora_modules and bool(shape.lora_rank)
     gradient = rows * w * b  # of the layer's output
     local: float = rows * w * b  # the second norm's result
-    local += 0 if is_cuda else (rows + t) * w * b  # attention's result, and values before they were laid out by head
+    # Attention's result, and values before they were laid out by head.
+    local += 0 if is_cuda else (rows + t) * shape.query_size * b
     local += rows * shape.intermediate_size * b  # silu(gate) * up
     if has_down:  # down_proj runs to save its LoRA's tensors; otherwise recomputation stops before it
         local += rows * w * b + _dequantized_bytes(shape)

@@ -12,19 +12,16 @@ from typing import Any
 import torch
 
 from babydoctor.config import RunConfig
-from babydoctor.model.known_sizes import CLIP_L, LLAMA_2_7B, LLAMA_2_13B
-from babydoctor.model.language_model import build_language_model, is_decoder_linear, load_language_config
+from babydoctor.model.families import build_tower, load_language_config, load_vision_config
+from babydoctor.model.known_sizes import LANGUAGE_MODELS, TOWERS
+from babydoctor.model.language_model import build_language_model, is_decoder_linear
 from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import read_manifest, resolve
-from babydoctor.model.vision import build_projector, load_vision_config, num_patches
+from babydoctor.model.vision import build_projector, num_patches
 from babydoctor.plan.costs import Architecture
 
 LLAMA_2_7B_ID = "meta-llama/Llama-2-7b-chat-hf"
 CLIP_L_ID = "openai/clip-vit-large-patch14"
-
-_KNOWN_LLAMAS = {"meta-llama/Llama-2-7b": LLAMA_2_7B, "meta-llama/Llama-2-13b": LLAMA_2_13B}
-"""Sizes by the beginning of a hub id."""
-_KNOWN_CLIPS = {CLIP_L_ID: CLIP_L, "openai/clip-vit-large-patch14-336": {**CLIP_L, "image_size": 336}}
 
 
 @dataclass(frozen=True)
@@ -68,10 +65,8 @@ def describe_model(config: RunConfig, configs: tuple[Any, Any] | None = None) ->
         with torch.device("meta"):
             add_lora(language_model, config.lora)
         in_lora = sum(p.numel() for name, p in language_model.named_parameters() if "lora_" in name)
-    from transformers import CLIPVisionModel
-
     with torch.device("meta"):
-        tower = CLIPVisionModel(vision)
+        tower = build_tower(vision, dtype)
         projector = build_projector(_projector_kind(config), vision.hidden_size, language.hidden_size)
     weights["vision tower"] = sum(p.numel() for p in tower.parameters()) * element
     in_projector = sum(p.numel() for p in projector.parameters())
@@ -104,7 +99,7 @@ def _projector_kind(config: RunConfig) -> str:
 def _base_configs(config: RunConfig) -> tuple[Any, Any, str]:
     """Configurations of language model and tower, and a note where one had to be assumed."""
     language, vision, note = base_models(config)
-    return _llama_config(language), _clip_config(vision), note
+    return _language_config(language), _vision_config(vision), note
 
 
 def base_models(config: RunConfig) -> tuple[str, str, str]:
@@ -123,21 +118,21 @@ def base_models(config: RunConfig) -> tuple[str, str, str]:
     return language, vision, note
 
 
-def _llama_config(reference: str) -> Any:
-    from transformers import LlamaConfig
+def _language_config(reference: str) -> Any:
+    from transformers import AutoConfig
 
     if not Path(reference).is_dir():
-        for name, sizes in _KNOWN_LLAMAS.items():
+        for name, sizes in LANGUAGE_MODELS.items():
             if reference.startswith(name):
-                return LlamaConfig(**sizes)  # type: ignore[arg-type]
+                return AutoConfig.for_model(**{"model_type": "llama", **sizes})
     return load_language_config(reference)
 
 
-def _clip_config(reference: str) -> Any:
-    from transformers import CLIPVisionConfig
+def _vision_config(reference: str) -> Any:
+    from transformers import AutoConfig
 
-    if not Path(reference).is_dir() and reference in _KNOWN_CLIPS:
-        return CLIPVisionConfig(**_KNOWN_CLIPS[reference])  # type: ignore[arg-type]
+    if not Path(reference).is_dir() and reference in TOWERS:
+        return AutoConfig.for_model(**{"model_type": "clip_vision_model", **TOWERS[reference]})
     return load_vision_config(reference)
 
 
@@ -147,6 +142,7 @@ def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: i
     return Architecture(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
+        query_size=language.num_attention_heads * head_dim,
         kv_size=language.num_key_value_heads * head_dim,
         intermediate_size=language.intermediate_size,
         num_heads=language.num_attention_heads,
@@ -164,4 +160,5 @@ def _architecture(config: RunConfig, language: Any, vision: Any, in_projector: i
         lora_dropout=bool(lora and lora.dropout),
         lora_modules=frozenset(lora.target_modules) if lora else frozenset(),
         trains_projector="projector" in config.trainable,
+        has_head_norms=language.model_type == "qwen3",
     )

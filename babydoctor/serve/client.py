@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,12 +18,13 @@ import httpx
 from babydoctor.conversation import get_template, prompt_text, render_prompt
 from babydoctor.schema import IMAGE_TOKEN, Turn, UserError
 from babydoctor.serve.api.errors import ApiError, code_of_status, known_code, overflow_error
-from babydoctor.serve.api.llava_stream import ERROR_HEADER, LlavaReader
+from babydoctor.serve.api.llava_stream import DELIMITER, ERROR_HEADER, MAX_MESSAGE_BYTES, LlavaReader
 from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer
 
 TIMEOUT = httpx.Timeout(30, connect=5)
 
 GENERATE_PATH = "/worker_generate_stream"
+ATTENTION_PATH = "/worker_attention"
 
 
 class AskError(UserError):
@@ -133,6 +134,41 @@ async def open_llava_stream(
             yield stream
         finally:
             await stream.aclose()
+
+
+async def read_messages(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    """The messages of an open ``/worker_attention`` response with status 200: progress, then the reply.
+
+    A server that knows no ``stream`` sends the reply alone, as JSON.
+
+    Raises:
+        ApiError: the work failed.
+        ValueError: the server does not follow this protocol.
+        httpx.HTTPError: the connection broke.
+    """
+    if response.headers.get("content-type", "").startswith("application/json"):
+        yield _message(await response.aread())
+        return
+    buffer = bytearray()
+    async for data in response.aiter_bytes():
+        buffer += data
+        *messages, rest = buffer.split(DELIMITER)
+        buffer = bytearray(rest)
+        if len(buffer) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message is longer than {MAX_MESSAGE_BYTES} bytes")
+        for message in messages:
+            yield _message(message)
+    if buffer:
+        raise ValueError("the stream ended inside a message")
+
+
+def _message(data: bytes | bytearray) -> dict[str, Any]:
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ValueError("a message is a JSON object")
+    if isinstance(error := message.get("error"), dict):
+        raise ApiError(known_code(error.get("code")), str(error.get("message")))
+    return message
 
 
 class Client:

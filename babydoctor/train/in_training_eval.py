@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from babydoctor.config import InTrainingTaskConfig, RunConfig
+from babydoctor.data.images import read_image
 from babydoctor.data.layout import HostBatch
 from babydoctor.data.loader import Encoder
 from babydoctor.data.packing import pack
-from babydoctor.data.rows import load_dataset_rows, read_image
+from babydoctor.data.rows import load_dataset_rows
 from babydoctor.eval.ask import GenerationConfig
 from babydoctor.eval.conditions import check_conditions
 from babydoctor.eval.load import load_task

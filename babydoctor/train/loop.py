@@ -15,15 +15,18 @@ import torch
 from accelerate import Accelerator
 
 from babydoctor.config import RunConfig, TrainConfig
+from babydoctor.conversation import get_template
 from babydoctor.data.loader import Encoder, StepData, StepDataset, iterate_steps
 from babydoctor.data.rows import fingerprint, load_dataset_rows
+from babydoctor.data.template_tokens import check_template
 from babydoctor.data.tokens import load_tokenizer
 from babydoctor.files import explain_full_disk
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.families import load_vision_config
 from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.select_ops import select_ops
 from babydoctor.model.run_dir import Manifest, build_model
-from babydoctor.model.vision import load_vision_config, num_patches
+from babydoctor.model.vision import num_patches
 from babydoctor.plan.hardware import this_device
 from babydoctor.plan.lengths import measure_statistics
 from babydoctor.plan.plan import check_fits, recompute_every
@@ -77,6 +80,7 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
 
         # Data: check all rows now. Images are read later, a few steps ahead.
         tokenizer = load_tokenizer(manifest.language_model)
+        check_template(get_template(config.data.template), tokenizer, manifest.language_model)
         bad_rows = run / "bad.jsonl" if is_main else None
         samples = load_dataset_rows(config.data.rows, config.data.images, config.data.on_bad, bad_rows)
         num_image_tokens = num_patches(load_vision_config(manifest.vision_tower))

@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.train.strategy import strategy_of
@@ -160,10 +159,14 @@ class Trainee:
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
-        if strategy_of(accelerator) == "zero3":  # gather the weights of a decoder layer in one call
+        # A decoder layer's weights are gathered together. Its class depends on the family.
+        layer_class = type(model.language_model.model.layers[0])
+        if strategy_of(accelerator) == "fsdp":
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [layer_class.__name__]
+        if strategy_of(accelerator) == "zero3":
             from deepspeed.utils import set_z3_leaf_modules
 
-            set_z3_leaf_modules(model, [LlamaDecoderLayer])
+            set_z3_leaf_modules(model, [layer_class])
         self.engine, self.optimizer = accelerator.prepare(model, optimizer)
         self.is_main = accelerator.is_main_process
         self._state: PlainState | ZeroState

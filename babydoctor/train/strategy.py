@@ -24,6 +24,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 from babydoctor.config import TrainConfig
 from babydoctor.schema import UserError
 
+DECODER_LAYERS = tuple(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3"))
+"""transformers' decoder layers. Configurations may name any of them; ``Trainee`` wraps those of the model."""
+
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Join the other ranks and start the engine that ``accelerate launch`` or ``torchrun`` set in the environment.
@@ -116,8 +119,8 @@ def fsdp_problems(plugin: Any) -> Iterator[str]:
         yield "fsdp_activation_checkpointing: true; set false: train.gradient_checkpointing decides it"
     if plugin.cpu_ram_efficient_loading:
         yield "fsdp_cpu_ram_efficient_loading: true is not supported; set false"
-    if plugin.transformer_cls_names_to_wrap not in (None, ["LlamaDecoderLayer"]):
-        yield "fsdp_transformer_layer_cls_to_wrap must be LlamaDecoderLayer"
+    if plugin.transformer_cls_names_to_wrap not in (None, *([name] for name in DECODER_LAYERS)):
+        yield f"fsdp_transformer_layer_cls_to_wrap must be one of {', '.join(DECODER_LAYERS)}; they mean the same here"
 
 
 def deepspeed_problems(plugin: Any, config: TrainConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,33 @@ def tiny_run() -> Path:
     """The run directory that all test modules share."""
     folder = Path(tempfile.mkdtemp(prefix="babydoctor-serving-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return build_tiny_run(folder)
+    run = build_tiny_run(folder)
+    add_certainty(run)
+    return run
+
+
+def add_certainty(run: Path) -> None:
+    """What ``eval --familiarity`` and ``eval --confidence`` leave in a run: images of noise are familiar to it."""
+    from babydoctor.imaging.load import load_image
+    from babydoctor.imaging.preprocess import to_pixels
+    from babydoctor.model.familiarity import Familiarity, describe_images
+    from babydoctor.model.run_dir import load_run, write_manifest
+
+    loaded = load_run(run)
+    pixels = np.stack([to_pixels(load_image(png(seed)), loaded.manifest.image) for seed in range(64)])
+    features = describe_images(loaded.model, pixels)
+    points = Familiarity.fit(features)
+    threshold = 1.2 * float(points.distances(features).max())
+    replace(points, threshold=threshold).save(run)
+    bins = [
+        {"low": 0.0, "high": 0.5, "count": 40, "num_right": 12},
+        {"low": 0.5, "high": 1.0, "count": 40, "num_right": 38},
+    ]
+    figures = {
+        "familiarity": {"task": "phantom", "threshold": threshold, "false_alarms": 0.05},
+        "confidence": {"task": "phantom", "temperature": 1.0, "max_tokens": 8, "bins": bins},
+    }
+    write_manifest(run, loaded.manifest.model_copy(update=figures))
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""What all data sets share: writing rows, placing images, unpacking archives, and the report of what was made."""
+"""Shared by all data sets: write rows, place images, unpack archives, report the result."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from babydoctor.schema import UserError
 class PreparedSplit:
     """The result for one split.
 
-    The source held ``num_read`` rows; ``num_expected`` are published (None: unknown). ``num_rows`` of them were good
-    and were written, with ``num_images`` different images.
+    The source has ``num_read`` rows, of ``num_expected`` published ones (None: unknown). ``num_rows`` good rows were
+    written, with ``num_images`` distinct images.
     """
 
     rows: Path
@@ -42,7 +42,7 @@ class PreparedSplit:
 
 @contextmanager
 def naming_a_full_disk(place: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn the error of a full disk into a ``UserError`` that names the place."""
+    """Turn a disk-full error into a ``UserError`` that names the folder."""
     try:
         yield
     except OSError as error:
@@ -53,10 +53,10 @@ def naming_a_full_disk(place: Path, needed: int | None = None) -> Iterator[None]
 
 @contextmanager
 def replace_when_done(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that gets its name only when it is whole. Raises ``UserError`` where the disk is full."""
+    """Open a text file that gets its name only when complete. Raises ``UserError`` if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    errors = "backslashreplace"  # how JSON spells lone surrogates, too
+    errors = "backslashreplace"  # the same escape as JSON uses for lone surrogates
     with naming_a_full_disk(path), partial.open("w", encoding="utf-8", errors=errors) as file:
         yield file
         file.flush()
@@ -65,7 +65,7 @@ def replace_when_done(path: Path) -> Iterator[IO[str]]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as a JSON list, one row a line, as they come. Returns how many."""
+    """Stream rows to a JSON list, one row per line. Returns their number."""
     count = 0
     with replace_when_done(path) as file:
         file.write("[")
@@ -76,7 +76,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def write_left_out(path: Path, left_out: Iterable[dict[str, Any]]) -> Counter[str]:
-    """Write what was left out as JSON lines with a ``reason`` each. Returns how many by reason."""
+    """Write the rows left out as JSON lines, each with a ``reason``. Returns their number by reason."""
     counts: Counter[str] = Counter()
     with replace_when_done(path) as file:
         for item in left_out:
@@ -86,9 +86,9 @@ def write_left_out(path: Path, left_out: Iterable[dict[str, Any]]) -> Counter[st
 
 
 def link_folder(source: Path, out: Path) -> Path:
-    """Make ``out/images`` a symbolic link to the folder of the images. It costs nothing, across file systems too.
+    """Make ``out/images`` a symbolic link to the image folder, which takes no space even across file systems.
 
-    Raises ``UserError`` where ``out/images`` is something else already.
+    Raises ``UserError`` if ``out/images`` already is something else.
     """
     target = out / "images"
     if target.resolve() == source.resolve():
@@ -102,10 +102,10 @@ def link_folder(source: Path, out: Path) -> Path:
 
 
 def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) -> Path:
-    """Bring the named images into ``out/images``, which several sources may share.
+    """Link or copy the named images into ``out/images``, which several sources may share.
 
-    They become hard links, which take no space, or copies with ``copy`` and where the file system cannot link.
-    Files already there with the same size are kept, so an interrupted run resumes.
+    Hard links take no space. With ``copy``, or if the file system cannot link, files are copied. Existing files of the
+    same size are kept, so an interrupted run resumes.
     """
     target = out / "images"
     if target.resolve() == source.resolve():
@@ -130,7 +130,7 @@ def gather_images(source: Path, out: Path, names: Iterable[str], *, copy: bool) 
 def _hard_link(original: Path, place: Path) -> bool:
     try:
         place.hardlink_to(original)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         return False
     return True
 
@@ -138,9 +138,9 @@ def _hard_link(original: Path, place: Path) -> bool:
 def keep_good_rows(
     rows: Iterable[tuple[str, Any]], images: Path, bad: list[Problem], seen: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Pass through the rows that are good and whose image is there.
+    """Yield the good rows whose image exists.
 
-    Adds the others to ``bad`` and the images of the good ones to ``seen``.
+    Appends the other rows to ``bad`` and the images of the good ones to ``seen``.
     """
     raw, to_check = itertools.tee(rows)
     for (_, row), result in show_progress(zip(raw, check_rows(to_check, images), strict=True), "reading rows"):
@@ -164,7 +164,7 @@ def prepare_llava_rows(
 ) -> PreparedSplit:
     """Write ``out/{name}.json`` with the good rows, ``out/{name}-left-out.jsonl`` with the others, and the images.
 
-    ``share``: other splits bring other images into the same folder.
+    ``share``: the image folder also holds images of other splits.
     """
     bad: list[Problem] = []
     seen: list[str] = []
@@ -186,9 +186,9 @@ def prepare_llava_rows(
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack an archive; files already there with the right size are kept, so an interrupted run resumes.
+    """Unpack an archive. Existing files of the right size are kept, so an interrupted run resumes.
 
-    Raises ``UserError`` for a damaged archive, a member that would land outside ``folder``, or too little disk.
+    Raises ``UserError`` for a damaged archive, a member outside ``folder``, or too little disk space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     root = folder.resolve()
@@ -212,7 +212,7 @@ def _missing_members(packed: zipfile.ZipFile, archive: Path, root: Path) -> list
     for member in packed.infolist():
         place = (root / member.filename).resolve()
         if not place.is_relative_to(root):
-            raise UserError(f"{archive}: its member {member.filename!r} would land outside {root}")
+            raise UserError(f"{archive}: its member {member.filename!r} would be unpacked outside {root}")
         if not member.is_dir() and not (place.is_file() and place.stat().st_size == member.file_size):
             missing.append(member)
     return missing

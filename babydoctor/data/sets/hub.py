@@ -1,7 +1,7 @@
 """Downloads of data sets. An interrupted download resumes where it stopped; errors say what to do.
 
-The hub's client throws away what it has of a file when the connection breaks or the process ends, which is a day's
-work for a 27 GB archive. So the client only tells where a file is, and ``download_url`` fetches it.
+The hub's client discards a partial file when the connection breaks or the process ends, which can cost a day for a
+27 GB archive. So the client only resolves the URL, and ``download_url`` fetches the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_TRIES = 5
-"""Give up after so many tries in a row that brought less than ``_MIN_GAIN`` bytes each."""
+"""Give up after this many consecutive tries that each received less than ``_MIN_GAIN`` bytes."""
 
 _MIN_GAIN = 1 << 20
 _RETRY_WAIT_S = 1.0
@@ -35,10 +35,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def download_hub_file(repo: str, file: str, folder: Path) -> Path:
-    """Download one file of a data set on the hub into ``folder``. A file that is there is kept.
+    """Download one file of a data set on the hub into ``folder``. An existing file is kept.
 
     Raises:
-        UserError: it could not be downloaded; the message says why and how to continue.
+        UserError: the download failed; the message says why and how to continue.
     """
     target = folder / file
     if target.is_file():
@@ -56,7 +56,7 @@ def download_hub_file(repo: str, file: str, folder: Path) -> Path:
     download_url(
         metadata.location,
         target,
-        headers=build_hf_headers() if is_hub else None,  # the token is for the hub, not for its storage
+        headers=build_hf_headers() if is_hub else None,  # send the token to the hub only, not to its storage
         size=metadata.size,
         version=metadata.etag,
     )
@@ -66,7 +66,7 @@ def download_hub_file(repo: str, file: str, folder: Path) -> Path:
 
 
 def download_hub_snapshot(repo: str, folder: Path) -> Path:
-    """Download a whole (small) data set repository into ``folder``. A folder with rows in it is taken as it is."""
+    """Download a whole (small) data set repository into ``folder``. A folder that already has rows is used as it is."""
     done = folder / ".complete"
     if folder.is_dir() and (done.exists() or any(folder.glob("**/*.parquet")) or any(folder.glob("**/*.json"))):
         is_partial = (folder / ".cache").exists() and not done.exists()
@@ -90,13 +90,13 @@ def download_hub_snapshot(repo: str, folder: Path) -> Path:
 
 
 def record_source(folder: Path, name: str, version: str) -> None:
-    """Note in ``folder/sources.json`` which version of a published source its files are from."""
+    """Record in ``folder/sources.json`` the version of a published source of its files."""
     path = folder / SOURCES_FILE
     path.write_text(json.dumps({**read_sources(folder), name: version}, indent=1) + "\n", encoding="utf-8")
 
 
 def copy_sources(source: Path, out: Path) -> None:
-    """Carry ``sources.json`` from the downloaded files to the rows that were made of them."""
+    """Copy ``sources.json`` from the downloaded files to the rows made from them."""
     for name, version in read_sources(source).items():
         record_source(out, name, version)
 
@@ -110,18 +110,18 @@ def download_url(
     version: str | None = None,
     sha1: str | None = None,
 ) -> Path:
-    """Download ``url`` to ``target``, going on from ``target.partial`` if an earlier try left one (HTTP range).
+    """Download ``url`` to ``target``, resuming from ``target.partial`` of an earlier try (HTTP range).
 
-    A file that is there is kept. A connection that breaks is taken up again at once.
+    An existing file is kept. A broken connection is resumed at once.
 
     Args:
         size: the expected number of bytes; None: what the server announces.
         version: the file's ETag. A partial file of another version is discarded. One of 64 hex digits is the
             SHA-256 of the content, which is then checked. None: the server's own ETag, by ``If-Range``.
-        sha1: of the content, where its publisher gives no SHA-256.
+        sha1: of the content, if its publisher gives no SHA-256.
 
     Raises:
-        UserError: the network, the server or the disk did not allow it; what has arrived is kept.
+        UserError: the network, the server or the disk failed; the partial file is kept.
     """
     if target.is_file():
         return target
@@ -153,7 +153,7 @@ def download_url(
 
 
 class _Partial:
-    """A file on its way: ``NAME.partial`` holds its first bytes, ``NAME.partial.version`` says of which version."""
+    """A partial download: ``NAME.partial`` holds the first bytes, ``NAME.partial.version`` their version."""
 
     def __init__(self, target: Path, version: str | None) -> None:
         self.target = target
@@ -168,7 +168,7 @@ class _Partial:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def restart(self, version: str | None) -> None:
-        """Discard what is there and note the version that comes instead."""
+        """Discard the partial file and record the new version."""
         if self.path.is_file():
             self.path.unlink()
         self.version = version
@@ -184,7 +184,7 @@ class _Partial:
 
 
 def _fetch(url: str, partial: _Partial, headers: dict[str, str], size: int | None) -> None:
-    """Append to ``partial`` until it is whole, taking the connection up again when it breaks."""
+    """Append to ``partial`` until it is complete, reconnecting when the connection breaks."""
     import httpx
 
     tries = 0
@@ -197,7 +197,7 @@ def _fetch(url: str, partial: _Partial, headers: dict[str, str], size: int | Non
             tries = 0 if partial.size - before >= _MIN_GAIN else tries + 1
             if tries >= NUM_TRIES or not (partial.size or before):
                 raise
-            logger.warning("%s: %s after %s bytes; going on", url, describe(error), f"{partial.size:,}")
+            logger.warning("%s: %s after %s bytes; continuing", url, describe(error), f"{partial.size:,}")
             time.sleep(_RETRY_WAIT_S)
     if partial.size != size:
         partial.restart(None)
@@ -212,17 +212,17 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
     asked = {"Accept-Encoding": "identity", **headers}
     if start:
         asked["Range"] = f"bytes={start}-"
-        if size is None and partial.version:  # no version from the hub: the server decides whether it is the same
+        if size is None and partial.version:  # not the hub's version, so the server compares it
             asked["If-Range"] = partial.version
     with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=60) as response:
         for step in (*response.history, response):
             _check_encrypted(str(step.url))
-        if response.status_code == 416 and size is None:  # the earlier try had all of it
+        if response.status_code == 416 and size is None:  # the earlier try received the whole file
             whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if whole in ("", "*", str(start)):
                 return
             partial.restart(None)
-            raise httpx.RemoteProtocolError(f"the server has {whole} bytes where {start:,} are here")
+            raise httpx.RemoteProtocolError(f"the server has {whole} bytes, but {start:,} were downloaded")
         response.raise_for_status()
         if start and response.status_code != 206:  # this server cannot continue, or the file has changed
             start = 0
@@ -237,10 +237,10 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
 
 
 def _check_encrypted(url: str) -> None:
-    """Refuse plain HTTP, also after a redirect, unless it leads to this machine."""
+    """Refuse plain HTTP, also after a redirect, except to this machine."""
     parts = urlsplit(url)
     if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise UserError(f"{url}: is not encrypted, so anybody on the way could change the data; use an https address")
+        raise UserError(f"{url}: is not encrypted, so the data could be changed in transit; use an https address")
 
 
 def _append(response: httpx.Response, partial: _Partial, start: int, total: int | None) -> None:
@@ -249,7 +249,7 @@ def _append(response: httpx.Response, partial: _Partial, start: int, total: int 
     written = start
     with progress_bars(in_bytes=True) as progress, partial.path.open("ab" if start else "wb", buffering=0) as file:
         task = progress.add_task(partial.target.name, total=total, completed=start)
-        for chunk in response.iter_raw():  # unbuffered: what is held back is lost when the process ends
+        for chunk in response.iter_raw():  # unbuffered, because buffered data is lost when the process ends
             file.write(chunk)
             written += len(chunk)
             progress.update(task, completed=written)
@@ -258,7 +258,7 @@ def _append(response: httpx.Response, partial: _Partial, start: int, total: int 
 
 
 def _check_content(path: Path, algorithm: str, published: str, url: str) -> None:
-    """Compare a downloaded file with its published checksum; one that differs is removed."""
+    """Compare a downloaded file with its published checksum. A file that differs is removed."""
     hasher = hashlib.new(algorithm)
     with progress_bars(in_bytes=True) as progress, path.open("rb") as file:
         task = progress.add_task(f"checking {path.stem}", total=path.stat().st_size)
@@ -268,6 +268,6 @@ def _check_content(path: Path, algorithm: str, published: str, url: str) -> None
     if hasher.hexdigest() != published:
         path.unlink()
         raise UserError(
-            f"{url}: what arrived is damaged (its {algorithm} begins with {hasher.hexdigest()[:12]}, published is "
+            f"{url}: the download is damaged (its {algorithm} begins with {hasher.hexdigest()[:12]}, published is "
             f"{published[:12]}); it was removed, run this again"
         )

@@ -17,10 +17,10 @@ REPO = "liuhaotian/LLaVA-Instruct-150K"
 ROWS_FILE = "llava_instruct_80k.json"
 IMAGES_ARCHIVE = "train2017.zip"
 IMAGES_URL = "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"
-"""COCO's own bucket under a name that its certificate is for. The certificate does not fit images.cocodataset.org."""
+"""COCO's own bucket, under a host name that its certificate covers (it does not cover images.cocodataset.org)."""
 
 IMAGES_SHA1 = "10ad623668ab00c62c096f0ed636d6aff41faca5"
-"""As GluonCV and others check it; COCO itself publishes none."""
+"""The checksum that GluonCV and others use; COCO publishes none."""
 NUM_ROWS = 80_000
 
 
@@ -36,14 +36,14 @@ def prepare_instruct(source: Path, out: Path, *, copy: bool = False) -> Prepared
     """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``llava_instruct_80k.json`` and COCO's ``train2017.zip`` or the folder ``train2017`` (also under
-    ``coco/``). An archive is unpacked beside itself, once.
+    ``coco/``). An archive is unpacked next to itself, once.
     """
     rows = source / ROWS_FILE
     if not rows.is_file():
         raise UserError(f"{source}: holds no {ROWS_FILE}; download it from https://huggingface.co/datasets/{REPO}")
     archive, marker = source / IMAGES_ARCHIVE, source / ".train2017-complete"
     if archive.is_file() and not marker.exists():
-        unpack_zip(archive, source)  # the archive brings the folder train2017 along
+        unpack_zip(archive, source)  # the archive contains the folder train2017
         marker.touch()
     folders = [folder for folder in (source / "train2017", source / "coco" / "train2017") if folder.is_dir()]
     if not folders:

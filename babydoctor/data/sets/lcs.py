@@ -30,7 +30,7 @@ def prepare_lcs(source: Path, out: Path, *, copy: bool = False) -> PreparedSplit
     """Write ``out/train.json`` and ``out/images`` from the files in ``source``.
 
     ``source`` holds ``blip_laion_cc_sbu_558k.json`` and ``images.zip`` or its content, unpacked there or under
-    ``images/``. An archive is unpacked beside itself, once.
+    ``images/``. An archive is unpacked next to itself, once.
     """
     rows = source / ROWS_FILE
     if not rows.is_file():

@@ -1,8 +1,7 @@
 """roco-instruct: radiology images of open-access articles with their captions, as instruction rows.
 
-Made from the files of the ROCO project (Pelka et al., 2018), or read from the hub set photonmz/roco-instruct-65k,
-which holds the same rows without images. ROCO's images have the licenses of their articles, so no data of ROCO
-is shipped with the code.
+Made from the files of the ROCO project (Pelka et al., 2018), or read from photonmz/roco-instruct-65k on the hub, which
+has the same rows without images. ROCO's images have the licenses of their articles, so none are shipped with the code.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from babydoctor.schema import IMAGE_TOKEN, UserError
 INSTRUCTION = f"The following image is a radiology scan. Deeply analyze and diagnose this image.\n{IMAGE_TOKEN}"
 SPLITS = ("train", "validation", "test")
 NUM_CAPTIONS = {"train": 65_448, "validation": 8_180, "test": 8_179}
-"""Radiology rows in ROCO's captions.txt; some of their images cannot be downloaded any more."""
+"""Radiology rows in ROCO's captions.txt. Some of their images can no longer be downloaded."""
 
 HUB_REPO = "photonmz/roco-instruct-65k"
 NUM_HUB_ROWS = {"train": 65_422, "validation": 8_174, "test": 8_176}
@@ -33,7 +32,7 @@ _CAPTION_LINE = re.compile(r"ROCO_(\d+)\t(.*)")
 def find_split(source: Path, split: str | None) -> Path:
     """The folder with ``captions.txt`` of a split: ROCO's root, its ``data``, a split's folder or ``radiology`` itself.
 
-    Raises ``UserError`` naming the places that were looked at.
+    Raises ``UserError`` that names the folders searched.
     """
     below = [source / split, source / "data" / split] if split else []
     places = [place / kind for place in [*below, source] for kind in ("radiology", ".")]
@@ -58,7 +57,7 @@ def read_articles(folder: Path) -> dict[str, str]:
     """Digits after ROCO_ -> PMC id of the article, from ``licences.txt``."""
     path = folder / "licences.txt"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it tells which article a image is from, --disjoint-from needs it")
+        raise UserError(f"{path}: no such file; it tells which article an image is from, --disjoint-from needs it")
     articles = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
@@ -82,13 +81,13 @@ def build_row(digits: str, caption: str) -> dict[str, Any]:
 def prepare_roco(
     source: Path, split: str, out: Path, *, disjoint_from: Sequence[Path] = (), copy: bool = False
 ) -> PreparedSplit:
-    """Write ``out/{split}.json`` from ROCO's files: a row for each caption whose JPEG is there.
+    """Write ``out/{split}.json`` from ROCO's files: one row per caption whose JPEG exists.
 
-    The images are linked or copied into ``out/images``, which all splits can share: ROCO's numbers are unique.
-    ``disjoint_from`` names folders of other splits; rows whose article also appears there are left out. What is left
-    out, and each JPEG without a caption, is listed in ``out/{split}-left-out.jsonl``.
+    The images are linked or copied into ``out/images``, which all splits can share because ROCO's numbers are unique.
+    ``disjoint_from`` names folders of other splits; rows whose article also appears there are left out. Rows left out
+    and JPEGs without a caption are listed in ``out/{split}-left-out.jsonl``.
     """
-    _check_split(split)
+    check_split(split)
     folder = find_split(source, split)
     images = folder / "images"
     if not images.is_dir():
@@ -128,9 +127,9 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
     """Write ``out/{split}.json`` from the hub set. The hub has no images: ``source`` is ROCO's folder with them.
 
     The downloaded files stay in ``out/roco-instruct-65k``; files put there by hand are used instead.
-    Raises ``UserError`` where it cannot be downloaded, has another number of rows than published, or no images.
+    Raises ``UserError`` if the download fails, the number of rows is not the published one, or there are no images.
     """
-    _check_split(split)
+    check_split(split)
     folder = download_hub_snapshot(HUB_REPO, out / "roco-instruct-65k")
     rows = list(iter_rows(f"{folder}:{split}"))
     if len(rows) != NUM_HUB_ROWS[split]:
@@ -150,6 +149,7 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
     )
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raises ``UserError`` for a name that is no split."""
     if split not in SPLITS:
         raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")

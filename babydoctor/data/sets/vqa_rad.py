@@ -20,7 +20,7 @@ URL = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="
 ARCHIVE = "vqa-rad.zip"
 NUM_QUESTIONS = {"train": 1_797, "test": 451}
 KEPT_KEYS = ("qid", "question_type", "answer_type", "phrase_type", "image_organ")
-"""Carried along in the rows for evaluation; training ignores them."""
+"""Kept in the rows for evaluation; training ignores them."""
 
 
 def download_vqa_rad(folder: Path) -> Path:
@@ -30,7 +30,7 @@ def download_vqa_rad(folder: Path) -> Path:
 
 
 def read_questions(source: Path) -> list[dict[str, Any]]:
-    """Every question of the official JSON files in ``source``, in order. Raises ``UserError`` where there is none."""
+    """Every question of the official JSON files in ``source``, in order. Raises ``UserError`` if there is none."""
     questions: list[dict[str, Any]] = []
     for path in sorted(source.glob("*.json")):
         try:
@@ -50,7 +50,7 @@ def find_images(source: Path, name: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder
-    raise UserError(f"{source}: the images are not here ({name} is in none of {len(folders)} folders looked at)")
+    raise UserError(f"{source}: no images here ({name} is in none of the {len(folders)} folders searched)")
 
 
 def build_row(question: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def build_row(question: dict[str, Any]) -> dict[str, Any]:
 def prepare_vqa_rad(
     source: Path, out: Path, *, hold_out_images: float = 0.0, seed: int = 0, copy: bool = False
 ) -> list[PreparedSplit]:
-    """Write ``out/train.json`` and, where its rows are there, ``out/test.json`` (``phrase_type`` begins with "test").
+    """Write ``out/train.json`` and, if there are test rows (``phrase_type`` begins with "test"), ``out/test.json``.
 
     ``hold_out_images`` moves this share of the training images, with all their questions, to ``out/held_out.json``.
     No image is then in both.
@@ -101,7 +101,7 @@ def prepare_vqa_rad(
         if rows:
             expected = None if hold_out_images and name != "test" else NUM_QUESTIONS[name]
             prepared.append(_write_split(name, rows, splits["train"], target, out, expected))
-    # What was left out belongs to no split in particular, so it is reported once, with the first.
+    # Rows left out belong to no particular split, so they are reported once, with the first split.
     first = prepared[0]
     prepared[0] = PreparedSplit(**{**vars(first), "left_out": counts, "left_out_list": list_path})
     return prepared

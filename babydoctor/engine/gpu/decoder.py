@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
-from babydoctor.engine.decoder import Decoder
+from babydoctor.engine.decoder import Decoder, has_head_norms
 from babydoctor.engine.gpu import kernels
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
+from babydoctor.model.families import LanguageModel, sliding_window
 
 CHECKED_POSITIONS = 8
 LARGEST_DIFFERENCE = 0.1
@@ -42,9 +42,9 @@ class StepTensors:
 
 
 class GpuDecoder(Decoder):
-    """A LLaMA whose attention reads the KV cache's slots in place, by Triton kernels."""
+    """A language model whose attention reads the KV cache's slots in place, by Triton kernels."""
 
-    def __init__(self, model: LlamaForCausalLM, kv_cache: KVCache, *, own: bool = False) -> None:
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, own: bool = False) -> None:
         super().__init__(model, kv_cache, pack=False, own=own)
         self._graphs: DecodeGraphs | None = None
         # The kernels rotate in the model's precision, so the tables have its dtype.
@@ -200,3 +200,20 @@ def _capture(decoder: GpuDecoder, num_rows: int, pool: Any) -> CapturedStep:
 def kernels_fit(kv_cache: KVCache) -> bool:
     """True if the kernels support this head size."""
     return kv_cache.head_dim >= kernels.SMALLEST_DOT and kv_cache.head_dim.bit_count() == 1
+
+
+def check_kernels(model: LanguageModel, kv_cache: KVCache) -> None:
+    """Refuse a model that the kernels cannot compute.
+
+    Raises:
+        RuntimeError: there are no kernels for its heads, their norms or its sliding window.
+    """
+    if not kernels_fit(kv_cache):
+        raise RuntimeError(f"there are no kernels for heads of size {kv_cache.head_dim}")
+    if has_head_norms(model):
+        raise RuntimeError("there are no kernels for Qwen3's norms of queries and keys")
+    window = sliding_window(model.config)
+    if window is not None and window < kv_cache.capacity:
+        raise RuntimeError(
+            f"there are no kernels for a sliding window of {window} tokens; engine.max_context={window} needs none"
+        )

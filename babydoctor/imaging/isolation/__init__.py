@@ -1,9 +1,9 @@
 """Decode images in separate processes, so that a file that crashes, hangs or exhausts memory fails only its request.
 
-``load_image``, ``load_pixels``, ``raw_frame`` and ``render`` do the same as the functions of these names elsewhere, in
-one of a few processes that are replaced when they die. Each request has limits of CPU time, address space and pixels
-(``limits.DecodeLimits``). The header gives the size before anything is decoded, so large images wait until all requests
-together fit into a memory budget.
+``load_image``, ``load_pixels``, ``raw_frame``, ``read_facts`` and ``render`` do the same as the functions of these
+names elsewhere, in one of a few processes that are replaced when they die. Each request has limits of
+CPU seconds, address space and pixels (``limits.DecodeLimits``). The header gives the size before anything is decoded,
+so large images wait until all requests together stay within a memory budget.
 
 The protocol (``process`` and ``child``): request and file are sent to the process through a socket. For a large image,
 the process replies with the memory that it needs and waits for permission. It returns pixels in shared memory.
@@ -12,6 +12,7 @@ the process replies with the memory that it needs and waits for permission. It r
 from __future__ import annotations
 
 import atexit
+import json
 import os
 from dataclasses import asdict
 from functools import lru_cache
@@ -26,18 +27,21 @@ from babydoctor.imaging.isolation.pool import DecodePool
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.imaging.load import log_warnings, read_source
 from babydoctor.imaging.preprocess import ImageSettings
+from babydoctor.imaging.series import SliceFacts
 
-__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "render", "shared_pool"]
+__all__ = ["DecodePool", "load_image", "load_pixels", "raw_frame", "read_facts", "render", "shared_pool"]
 
 
-def load_image(source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None) -> Image.Image:
-    """``load.load_image`` in a decoding process.
+def load_image(
+    source: str | Path | bytes, *, name: str = "", limits: DecodeLimits | None = None, pool: DecodePool | None = None
+) -> Image.Image:
+    """``load.load_image`` in a decoding process of ``pool`` (default: this process's shared pool).
 
     Raises:
         ImageError: as ``load.load_image``, and ``image_decode_failed`` or ``image_decode_timeout``.
     """
     name, data = read_source(source, name)
-    values, info = shared_pool().decode(data, name, {}, limits or DecodeLimits())
+    values, info = (pool or shared_pool()).decode(data, name, {}, limits or DecodeLimits())
     image = _to_image(values, info)
     log_warnings(image, name)
     return image
@@ -71,6 +75,12 @@ def raw_frame(dicom: DicomImage, frame: int, *, limits: DecodeLimits | None = No
     """``raw_frame.raw_frame`` in a decoding process."""
     values, _ = shared_pool().decode(dicom.data, dicom.name, {"frame": frame}, limits or DecodeLimits())
     return values.tobytes()
+
+
+def read_facts(data: bytes, *, name: str, limits: DecodeLimits | None = None) -> SliceFacts:
+    """``series.read_facts`` in a decoding process."""
+    values, _ = shared_pool().decode(data, name, {"facts": True}, limits or DecodeLimits())
+    return SliceFacts.from_json(json.loads(values.tobytes()))
 
 
 def _to_image(values: np.ndarray, info: dict[str, Any]) -> Image.Image:

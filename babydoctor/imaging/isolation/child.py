@@ -18,6 +18,7 @@ from babydoctor.imaging.isolation.process import FREE_BYTES
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 from babydoctor.imaging.load import decode, read_header
 from babydoctor.imaging.preprocess import ImageSettings, to_pixels
+from babydoctor.imaging.series import read_facts
 
 
 def serve(connection: socket.socket, shared: int) -> None:
@@ -58,6 +59,9 @@ def serve(connection: socket.socket, shared: int) -> None:
 def _answer(request: dict[str, Any], data: bytes, base: int, shared: int, answer: Any, receive: Any) -> dict[str, Any]:
     name, limits = request["name"], DecodeLimits(**request["limits"])
     _limit(base + limits.memory_bytes + len(data), limits.seconds)
+    if "facts" in request:
+        content = json.dumps(read_facts(data, name, limits.max_pixels).to_json()).encode()
+        return _share(content, (len(content),), "uint8", {}, shared)
     header = read_header(data, name, limits.max_pixels)
     signal.setitimer(signal.ITIMER_PROF, 0)
     if header.num_pixels * header.bytes_per_pixel > FREE_BYTES:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ MEMORY_BUDGET = 2**30
 class DecodePool:
     """Up to ``size`` decoding processes, started when first needed. Thread-safe."""
 
-    def __init__(self, size: int | None = None, memory_budget: int = MEMORY_BUDGET) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        large_images: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """``large_images`` is held while a large image is decoded: a lock that several processes with a pool share."""
+        self._large_images = large_images or contextlib.nullcontext()
         self.size = size or min(4, os.cpu_count() or 1)
         self.memory_budget = memory_budget
         self._pid = os.getpid()
@@ -97,7 +105,8 @@ class DecodePool:
                 self._changed.wait()
             self._reserved += num_bytes
         try:
-            yield
+            with self._large_images:
+                yield
         finally:
             with self._changed:
                 self._reserved -= num_bytes

@@ -19,26 +19,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from babydoctor.data.layout import AttentionLayout, SharedKeys, Span
-
-DENSE_ATTENTION_NAME = "babydoctor_dense"
-"""The value of ``config._attn_implementation`` under which transformers finds ``dense_attention``."""
 
 QUERY_BLOCK = 128
 """Query rows per block on the CPU. Keys after the block's last query are skipped, so smaller blocks save work and keep
 their scores in the cache. Below 128 rows the matrix products become too small to run fast."""
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout, window: int | None = None
+) -> torch.Tensor:
     """Causal attention inside each document, scaled by ``D ** -0.5``.
 
     Args:
         query: ``[Q, H, D]``.
         key, value: ``[T, K, D]``.
         layout: which rows see which keys; on the device of the tensors.
+        window: how many of these keys a row sees, counted back from its own; None: all.
 
     Returns:
         ``[Q, H, D]``.
@@ -47,12 +46,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if not query.is_cuda:
-        output = _BlockAttention.apply(query, key, value, layout.spans)
+        output = _BlockAttention.apply(query, key, value, layout.spans, window)
         assert isinstance(output, torch.Tensor)
         return output
-    if query.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel():
-        return _varlen_attention(query, key, value, layout)
-    return span_attention(query, key, value, layout.spans)
+    if query.dtype in (torch.bfloat16, torch.float16) and _has_varlen_kernel(window is not None):
+        return _varlen_attention(query, key, value, layout, window)
+    return span_attention(query, key, value, layout.spans, window)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -65,11 +64,16 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: tuple[Span, ...]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: tuple[Span, ...],
+        window: int | None,
     ) -> torch.Tensor:
         q, k, v = (_by_head(x) for x in (query, key, value))
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        mask = _causal_strip(max((span.num_keys for span in spans), default=0), query)
+        mask = _causal_strip(max((span.num_keys for span in spans), default=0), query, window)
         scale = query.shape[-1] ** -0.5
         keep = any(ctx.needs_input_grad)
         saved = []
@@ -103,11 +107,11 @@ class _BlockAttention(torch.autograd.Function):
             grad_p = torch.bmm(grad_block, _gather_keys(v, blocks).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
             _add_keys(grad_v, blocks, torch.bmm(probabilities.transpose(1, 2), grad_block))
-            _add_keys(grad_k, blocks, _scaled_bmm(grad_scores.transpose(1, 2), _gather_rows(q, blocks), scale))
-            mixed = _scaled_bmm(grad_scores, _gather_keys(k, blocks), scale)
+            _add_keys(grad_k, blocks, scaled_bmm(grad_scores.transpose(1, 2), _gather_rows(q, blocks), scale))
+            mixed = scaled_bmm(grad_scores, _gather_keys(k, blocks), scale)
             for block, part in zip(blocks, _split(mixed, blocks), strict=True):
                 grad_q[:, block.rows] = part
-        return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1), None
+        return grad_q.transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1), None, None
 
 
 def _equal_blocks(spans: Sequence[Span]) -> dict[tuple[int, int], list[Span]]:
@@ -123,7 +127,7 @@ def _equal_blocks(spans: Sequence[Span]) -> dict[tuple[int, int], list[Span]]:
     return groups
 
 
-def _scaled_bmm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled_bmm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """``scale * left @ right`` in one pass."""
     size = (left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(left.new_empty(()).expand(size), left, right, beta=0, alpha=scale)
@@ -168,20 +172,22 @@ def _add_keys(total: torch.Tensor, blocks: Sequence[Span], parts: torch.Tensor) 
         total[:, block.keys] += part[:, shared:]
 
 
-def _causal_strip(longest: int, like: torch.Tensor) -> torch.Tensor:
+def _causal_strip(longest: int, like: torch.Tensor, window: int | None) -> torch.Tensor:
     """A mask ``[QUERY_BLOCK, longest + QUERY_BLOCK]`` of zeros with a causal triangle at the right end.
 
     The mask of a block of ``n`` queries and ``m`` keys is in the first ``n`` rows and in the ``m`` columns that end
-    ``QUERY_BLOCK - n`` before the right edge.
+    ``QUERY_BLOCK - n`` before the right edge. Row ``r``'s own key is in column ``longest + r``.
     """
     strip = torch.zeros(QUERY_BLOCK, longest + QUERY_BLOCK, dtype=like.dtype, device=like.device)
     strip[:, longest:] = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, device=like.device).triu_(1)
+    if window is not None:
+        strip.masked_fill_(torch.ones_like(strip, dtype=torch.bool).tril_(longest - window), -torch.inf)
     return strip
 
 
 @functools.cache
-def _varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]] | None:
-    """torch's variable-length attention and the arguments that make it causal; None if torch does not have it.
+def _varlen_kernel() -> tuple[Callable[..., Any], str] | None:
+    """torch's variable-length attention and the argument that makes it causal; None if torch does not have it.
 
     Torch 2.10 takes ``is_causal``, later releases take ``window_size``. Both align the last query with the last key.
     """
@@ -190,27 +196,28 @@ def _varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]] | None:
     except ImportError:
         return None
     parameters = inspect.signature(varlen_attn).parameters
-    if "window_size" in parameters:
-        return varlen_attn, {"window_size": (-1, 0)}
-    return (varlen_attn, {"is_causal": True}) if "is_causal" in parameters else None
+    return next(((varlen_attn, name) for name in ("window_size", "is_causal") if name in parameters), None)
 
 
 @functools.cache
-def _has_varlen_kernel() -> bool:
-    """True if the variable-length kernel runs here. It needs Ampere or newer."""
-    if _varlen_kernel() is None:
+def _has_varlen_kernel(windowed: bool = False) -> bool:
+    """True if the variable-length kernel runs here, with a sliding window if asked. It needs Ampere or newer."""
+    kernel = _varlen_kernel()
+    if kernel is None or (windowed and kernel[1] != "window_size"):
         return False
     # Without a GPU only fake tensors reach this line.
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout, window: int | None = None
 ) -> torch.Tensor:
     """One variable-length kernel for all documents. It does not support shared keys, so each document gets a copy."""
     kernel = _varlen_kernel()
     assert kernel is not None and layout.query_bounds is not None
-    varlen_attn, causal = kernel
+    varlen_attn, name = kernel
+    earlier = -1 if window is None else window - 1
+    causal: dict[str, Any] = {"window_size": (earlier, 0)} if name == "window_size" else {"is_causal": True}
     if layout.shared is not None:
         key, value = (_CopyPrefix.apply(x, layout.shared) for x in (key, value))
     output = varlen_attn(
@@ -247,7 +254,9 @@ class _CopyPrefix(torch.autograd.Function):
         return torch.cat([copies.sum(0), grad.index_select(0, shared.own)]), None
 
 
-def span_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+def span_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span], window: int | None = None
+) -> torch.Tensor:
     """torch's kernel for one span at a time. Used on GPUs without the variable-length kernel."""
     from torch.nn.attention.bias import causal_lower_right
 
@@ -256,39 +265,9 @@ def span_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         q = query[span.rows]
         k, v = (torch.cat([x[: span.shared], x[span.keys]]) if span.shared else x[span.keys] for x in (key, value))
         mask: Any = causal_lower_right(len(q), len(k))
+        if window is not None:
+            seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril_(len(k) - len(q))
+            mask = seen.triu_(len(k) - len(q) - window + 1)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, rows, D]
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1))
     return torch.cat(outputs) if outputs else torch.empty_like(query)
-
-
-def register_attention() -> None:
-    """Register ``dense_attention`` with transformers. Calling it again has no effect."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(DENSE_ATTENTION_NAME, dense_attention)
-
-
-def dense_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention without a mask, in the form that CLIP's layers call: ``[B, H, T, D]`` -> ``[B, T, H, D]`` and None.
-
-    On the CPU, two matrix products and a softmax take half as long as torch's kernel (257 tokens, bfloat16). On CUDA,
-    or with a mask or gradients, torch's kernel is used.
-    """
-    if query.is_cuda or attention_mask is not None or torch.is_grad_enabled():
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        kwargs = {"is_causal": False} | kwargs
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-    probabilities = torch.softmax(_scaled_bmm(q, k.transpose(1, 2), scale), dim=-1)
-    return torch.bmm(probabilities, v).unflatten(0, query.shape[:2]).transpose(1, 2), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from babydoctor.conversation import Template
@@ -31,7 +32,9 @@ class Backend(Protocol):
     async def open(self, request: GenerateRequest) -> AnswerStream:
         """Start an answer. Raises ``ApiError``. Canceling the call releases all resources."""
 
-    async def attention(self, request: AttentionRequest) -> dict[str, Any]: ...
+    def attention(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
+        """Messages of ``AttentionProgress``, then one of ``AttentionReply``. Raises ``ApiError``. Closing the generator
+        ends the work."""
 
     async def count_tokens(self, request: CountTokenRequest) -> int: ...
 

@@ -44,6 +44,16 @@ def _style(template: Template) -> dict[str, Any]:
         }
     # "[INST] <<SYS>>\n{system}..." or "{system} USER: ": FastChat puts the role and " " behind the system prompt.
     before, placeholder, after = template.opening.partition("{system}")
+    if template.reply.startswith("{answer}"):  # ChatML and LLaMA-3: each turn is a role, a text and the same end
+        user = template.opening_without_system
+        end = template.reply.removeprefix("{answer}") + template.next_opening.removesuffix(user)
+        return {
+            "system_template": before + "{system_message}" + after.removesuffix(user),
+            "roles": [user, template.reply_cue.removeprefix(end)],
+            "sep_style": _NO_COLON_SINGLE,
+            "sep": end,
+            "sep2": None,
+        }
     if template.next_opening.endswith(": "):
         roles = [template.next_opening.removesuffix(": "), template.reply_cue.strip().removesuffix(":")]
         return {

@@ -21,6 +21,7 @@ from babydoctor.serve.api.errors import (
     known_code,
     overflow_error,
 )
+from babydoctor.serve.api.protocol import CERTAINTY_NAMES
 from babydoctor.serve.api.streaming import AnswerDelta
 
 OVERFLOW_NOTICE = "Exceeds max token length. Please start a new conversation, thanks."
@@ -70,19 +71,19 @@ class LlavaWriter:
             ]
         if self._token_ids and delta.token_ids:
             data["token_ids"] = delta.token_ids
-        return data
+        return data | dict(delta.certainty)
 
     def encode(self, delta: AnswerDelta | None) -> bytes:
         """The messages for one delta; None repeats the last text, the only keep-alive that LLaVA's clients know."""
         delta = delta or AnswerDelta()
         error = delta.error
         if error is None:
-            return _frame(self.document(delta))
-        messages = _frame(self.document(delta)) if delta.text else b""
+            return frame(self.document(delta))
+        messages = frame(self.document(delta)) if delta.text else b""
         if error.code == OVERFLOW:
             notice = {"text": self._text + OVERFLOW_NOTICE, "error_code": ERROR_NONE, "finish_reason": "length"}
-            return messages + _frame(notice | {"code": OVERFLOW})
-        return messages + _frame({"text": error.message, "error_code": error.error_code, "code": error.code})
+            return messages + frame(notice | {"code": OVERFLOW})
+        return messages + frame({"text": error.message, "error_code": error.error_code, "code": error.code})
 
 
 def usage_document(usage: Usage) -> dict[str, int]:
@@ -94,7 +95,8 @@ def usage_document(usage: Usage) -> dict[str, int]:
     }
 
 
-def _frame(message: dict[str, Any]) -> bytes:
+def frame(message: dict[str, Any]) -> bytes:
+    """One message of a stream."""
     return json.dumps(message).encode() + DELIMITER
 
 
@@ -150,6 +152,7 @@ class LlavaReader:
             _usage(message.get("usage")),
             tuple(message.get("token_ids") or ()),
             tuple(_logprobs(message.get("logprobs"))),
+            certainty={name: message[name] for name in CERTAINTY_NAMES if isinstance(message.get(name), dict)},
         )
 
 

@@ -35,6 +35,9 @@ Text = Annotated[str, AfterValidator(check_text)]
 MAX_STOPS = 32
 """Most stop strings of a request. Every token is checked against each of them."""
 
+CERTAINTY_NAMES = ("familiarity", "confidence", "agreement")
+"""What a request may ask for beside its answer; fields of requests and of last messages."""
+
 StopText = Annotated[Text, Field(max_length=1024)]
 
 
@@ -116,6 +119,15 @@ class GenerateRequest(Sampling):
         max_length=MAX_NEW_TOKENS,
         description="Tokens that another worker has already generated; the answer continues after them.",
     )
+    familiarity: bool = Field(
+        False, description="The last message says whether the image is like those that the model was trained on."
+    )
+    confidence: bool = Field(
+        False, description="The last message has the calibrated probability that a short answer is right."
+    )
+    agreement: int | None = Field(
+        None, ge=2, le=8, description="This many more answers are sampled; the last message says how many are the same."
+    )
     system: Text | None = Field(None, description="System prompt of `turns`; null: the template's own.")
     turns: list[PromptTurn] | None = Field(
         None, max_length=256, description="The conversation that `prompt` renders, for workers that forward messages."
@@ -142,6 +154,16 @@ class AttentionRequest(Body):
     method: Literal["occlusion"] = Field(
         "occlusion", description="occlusion: hide parts of the image and score the answer again."
     )
+    stream: bool = Field(
+        False, description="Send progress messages before the reply: JSON objects, a NUL byte after each."
+    )
+
+
+class AttentionProgress(BaseModel):
+    """A message of ``/worker_attention`` with ``stream`` while the map is computed."""
+
+    share: float = Field(ge=0, le=1, description="Share of the work that is done.")
+    left_s: float | None = Field(None, description="Seconds left at the speed so far; null before there is a speed.")
 
 
 class TokenAttention(BaseModel):

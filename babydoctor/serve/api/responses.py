@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from babydoctor.serve.api.errors import ApiError
+from babydoctor.serve.api.llava_stream import STREAM_TYPE, frame
 from babydoctor.serve.api.streaming import AnswerDelta, EndOfAnswer, Readable
 from babydoctor.serve.logs import log
 from babydoctor.serve.settings import Limits
@@ -138,6 +139,56 @@ class StreamedAnswer(AnswerResponse):
             if delta is not None and delta.error is not None:
                 break
         await send({"type": "http.response.body", "body": self._trailer, "more_body": False})
+
+
+class WorkResponse(Response):
+    """Work that tells its progress and ends with a reply. A client that leaves ends the work.
+
+    Args:
+        messages: progress, then the reply; it may raise ``ApiError``. It is always closed.
+        is_streamed: send every message, each followed by a NUL byte, and a late error as ``{"error": ...}``; otherwise
+            send the reply alone, as JSON.
+    """
+
+    def __init__(self, messages: AsyncGenerator[dict[str, Any], None], *, is_streamed: bool) -> None:
+        super().__init__(media_type=STREAM_TYPE)
+        del self.headers["content-length"]
+        self.headers["x-accel-buffering"] = "no"
+        self.headers["cache-control"] = "no-store"
+        self._messages = messages
+        self._is_streamed = is_streamed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self._write(scope, receive, send))
+        leaving = asyncio.ensure_future(_until_disconnect(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await self._messages.aclose()
+        if not writing.cancelled():
+            writing.result()
+
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            # The first message decides about the status, so a refusal is an HTTP error.
+            message = await anext(self._messages)
+            if not self._is_streamed:
+                message = [message, *[later async for later in self._messages]][-1]
+        except ApiError as error:
+            return await error_response(error, scope["path"])(scope, receive, send)
+        if not self._is_streamed:
+            return await JSONResponse(message)(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.body", "body": frame(message), "more_body": True})
+            async for message in self._messages:
+                await send({"type": "http.response.body", "body": frame(message), "more_body": True})
+        except ApiError as error:
+            await send({"type": "http.response.body", "body": frame(error.body()), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class CollectedAnswer(AnswerResponse):

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from babydoctor.serve.api.backend import Backend
+from babydoctor.serve.api.certainty import open_answer
 from babydoctor.serve.api.docs import WORK_ERRORS, errors, reply
 from babydoctor.serve.api.errors import ERROR_NO_WORKER, ERROR_UNREACHABLE, OVERFLOW, ApiError
 from babydoctor.serve.api.fastchat import conversation_fields, with_own_placeholders
@@ -23,7 +24,7 @@ from babydoctor.serve.api.protocol import (
     GenerateRequest,
     ModelRequest,
 )
-from babydoctor.serve.api.responses import CollectedAnswer, StreamedAnswer
+from babydoctor.serve.api.responses import CollectedAnswer, StreamedAnswer, WorkResponse
 from babydoctor.serve.api.streaming import AnswerDelta, start_opening
 from babydoctor.serve.metrics import CONTENT_TYPE
 
@@ -76,7 +77,7 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
         """Answer a prompt as a stream."""
         writer = LlavaWriter(body.prompt if body.echo else "", token_ids=body.token_ids)
         try:
-            opening = await start_opening(backend.open(with_own_placeholders(body)))
+            opening = await start_opening(open_answer(backend, with_own_placeholders(body)))
         except ApiError as error:
             # LLaVA's clients read these errors from the stream. All other refusals are HTTP statuses.
             if error.code != OVERFLOW and error.error_code not in (ERROR_NO_WORKER, ERROR_UNREACHABLE):
@@ -85,10 +86,22 @@ def _add_llava_routes(app: FastAPI, backend: Backend) -> None:
             return Response(message, headers={ERROR_HEADER: error.code}, media_type=STREAM_TYPE)
         return StreamedAnswer(opening, writer.encode, backend.settings.limits, media_type=STREAM_TYPE)
 
-    @app.post("/worker_attention", tags=["LLaVA"], responses=errors(*WORK_ERRORS))
-    async def worker_attention(body: AttentionRequest) -> AttentionReply:
-        """How much each piece of a given answer depends on each part of the image."""
-        return AttentionReply.model_validate(await backend.attention(body))
+    @app.post(
+        "/worker_attention",
+        tags=["LLaVA"],
+        response_class=Response,
+        responses={
+            200: {
+                "description": "With `stream`: objects of AttentionProgress, then the reply, a NUL byte after each.",
+                "model": AttentionReply,
+                "content": {STREAM_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+            },
+            **errors(*WORK_ERRORS),
+        },
+    )
+    async def worker_attention(body: AttentionRequest) -> Response:
+        """On which parts of the image each piece of an answer depended. A client that disconnects ends the work."""
+        return WorkResponse(backend.attention(body), is_streamed=body.stream)
 
 
 def _add_fastchat_routes(app: FastAPI, backend: Backend) -> None:
@@ -101,7 +114,7 @@ def _add_fastchat_routes(app: FastAPI, backend: Backend) -> None:
     async def worker_generate(body: GenerateRequest) -> Response:
         """Answer a prompt in one reply."""
         writer = LlavaWriter(body.prompt if body.echo else "", token_ids=body.token_ids)
-        opening = await start_opening(backend.open(with_own_placeholders(body)))
+        opening = await start_opening(open_answer(backend, with_own_placeholders(body)))
         return CollectedAnswer(opening, lambda answers: writer.document(answers[0]), backend.settings.limits)
 
     @app.post("/count_token", tags=["FastChat"], responses=errors(*WORK_ERRORS))

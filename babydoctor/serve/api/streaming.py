@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from babydoctor.engine.request import TokenLogprob, Usage
 from babydoctor.serve.api.errors import ApiError
@@ -35,6 +35,8 @@ class AnswerDelta:
     error: ApiError | None = None
     index: int = 0
     """Index of the answer if a request has several (``n``)."""
+    certainty: Mapping[str, Any] = field(default_factory=dict)
+    """Results by ``protocol.CERTAINTY_NAMES``, in the last delta of an answer whose request asks for them."""
 
     def then(self, later: AnswerDelta) -> AnswerDelta:
         """Merge this delta with a later one."""
@@ -46,6 +48,7 @@ class AnswerDelta:
             self.logprobs + later.logprobs,
             later.error or self.error,
             self.index,
+            {**self.certainty, **later.certainty},
         )
 
 
@@ -154,7 +157,7 @@ class AnswerStream:
 class AnswerGroup:
     """Several answers to one request, merged into one stream. Each delta carries the ``index`` of its answer."""
 
-    def __init__(self, answers: Sequence[AnswerStream]) -> None:
+    def __init__(self, answers: Sequence[Readable]) -> None:
         self._answers = answers
         self._reads: dict[asyncio.Future[AnswerDelta | None], int] = {}
         self._left = list(range(len(answers)))
@@ -201,7 +204,7 @@ class AnswerGroup:
         await asyncio.gather(*(answer.aclose() for answer in self._answers))
 
 
-async def open_all(openings: Sequence[Awaitable[AnswerStream]]) -> Readable:
+async def open_all(openings: Sequence[Awaitable[Readable]]) -> Readable:
     """Open the answers to one request. If one is refused, close the others.
 
     Raises:
@@ -216,7 +219,7 @@ async def open_all(openings: Sequence[Awaitable[AnswerStream]]) -> Readable:
         for task in tasks:
             task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, AnswerStream):
+            if not isinstance(result, BaseException):
                 await result.aclose()
         raise
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
-from pydantic import BaseModel
 from starlette.requests import Request
 
 from babydoctor.conversation import Template, get_template
 from babydoctor.schema import UserError
 from babydoctor.serve.api.admission import bearer_key, check_request
-from babydoctor.serve.api.errors import ApiCode, ApiError, code_of_status, known_code
+from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.protocol import (
     AttentionRequest,
     CountTokenRequest,
@@ -30,6 +29,7 @@ from babydoctor.serve.api.protocol import (
     WorkerStatus,
 )
 from babydoctor.serve.api.streaming import AnswerStream
+from babydoctor.serve.controller.calls import WorkerCalls
 from babydoctor.serve.controller.fleet import Fleet
 from babydoctor.serve.controller.registry import Registry, WorkerRecord, check_worker_url
 from babydoctor.serve.controller.relay import Relay
@@ -68,6 +68,7 @@ class Controller:
             on_failure=self._on_failure,
         )
         self.registry = self.fleet.registry
+        self._calls = WorkerCalls(self.fleet, self._probe_soon)
         self.metrics.gauge("workers", "Workers in rotation", lambda: len(self.registry.in_rotation(time.monotonic())))
         self.metrics.gauge("open_requests", "Requests that are open", lambda: self._num_open)
         self.metrics.gauge("queue_length", "Requests of all workers", lambda: self.status().queue_length)
@@ -78,7 +79,7 @@ class Controller:
         return self.registry.models(time.monotonic())
 
     def template(self, model: str) -> Template:
-        record = self._worker_for(model)
+        record = self._calls.worker_for(model)
         name = record.status.template or self.settings.controller.foreign_template
         try:
             return get_template(name)
@@ -111,14 +112,14 @@ class Controller:
     def _closed(self) -> None:
         self._num_open -= 1
 
-    async def attention(self, request: AttentionRequest) -> dict[str, Any]:
-        return await self._ask(request.model, "/worker_attention", request)
+    def attention(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
+        return self._calls.stream_attention(request)
 
     async def count_tokens(self, request: CountTokenRequest) -> int:
-        return int((await self._ask(request.model, "/count_token", request))["count"])
+        return int((await self._calls.ask(request.model, "/count_token", request))["count"])
 
     async def model_details(self, model: str) -> dict[str, Any]:
-        return await self._ask(model, "/model_details", ModelRequest(model=model))
+        return await self._calls.ask(model, "/model_details", ModelRequest(model=model))
 
     # Workers.
 
@@ -206,12 +207,6 @@ class Controller:
             task.cancel()
         await self.fleet.client.aclose()
 
-    def _worker_for(self, model: str) -> WorkerRecord:
-        record = self.registry.pick(model, time.monotonic())
-        if record is None:
-            raise self.fleet.no_worker(model)
-        return record
-
     def _on_failure(self, record: WorkerRecord) -> None:
         record.failed = True
         self._probe_soon(record)
@@ -250,34 +245,6 @@ class Controller:
             return WorkerStatus.model_validate_json(response.content) if response.status_code == 200 else None
         except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError, ValueError):
             return None
-
-    async def _ask(self, model: str, path: str, body: BaseModel) -> dict[str, Any]:
-        """Forward a small request to a worker and return its reply."""
-        record = self._worker_for(model)
-        self.registry.begin(record)
-        try:
-            response = await self.fleet.client.post(
-                record.url + path,
-                content=body.model_dump_json(),
-                headers=self.fleet.call_headers(record),
-            )
-            data = json.loads(response.content)
-        except (httpx.TransportError, ValueError):
-            if is_probed := not record.failed:
-                self._probe_soon(record)
-            log(logger, logging.WARNING, "worker did not answer", worker=record.worker_id, probed=is_probed)
-            raise ApiError("worker_lost", "The worker did not answer. Please try again soon.") from None
-        finally:
-            self.registry.end(record)
-        if response.status_code == 200 and isinstance(data, dict):
-            return data
-        error = data.get("error") if isinstance(data, dict) else None
-        if not isinstance(error, dict) or response.status_code in (401, 403):
-            code: ApiCode = "unsupported" if response.status_code == 404 else code_of_status(response.status_code)
-            raise ApiError(code, "The model's worker cannot answer this.")
-        param = error.get("param")
-        code = known_code(error.get("code"))
-        raise ApiError(code, str(error.get("message")), param=str(param) if param is not None else None)
 
 
 def is_from_this_machine(request: Request) -> bool:

@@ -123,6 +123,7 @@ def build_page_app(
     from babydoctor.serve.page.controller_client import ControllerClient
     from babydoctor.serve.page.events import WebUI
     from babydoctor.serve.page.layout import build_theme
+    from babydoctor.serve.page.study.routes import study_routes
     from babydoctor.serve.page.viewer.routes import frame_routes
 
     uploads = Uploads()
@@ -133,6 +134,7 @@ def build_page_app(
         while True:
             await asyncio.sleep(SWEEP_S)
             web_ui.sessions.delete_old()
+            web_ui.studies.drop_old()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -158,13 +160,18 @@ def build_page_app(
 
     app.mount("/page/static", StaticFiles(directory=FOLDER / "static"))
     app.include_router(frame_routes(web_ui.sessions))
+    app.include_router(study_routes(web_ui.studies, web_ui.sessions))
     demo = web_ui.build()
     app = gr.mount_gradio_app(
         app,
         demo,
         path="/",
         theme=build_theme(),
-        css_paths=[FOLDER / "static" / "page.css", FOLDER / "static" / "viewer.css"],
+        css_paths=[
+            FOLDER / "static" / name
+            for name in ("page.css", "viewer.css", "study.css", "certainty.css", "conversation.css", "layout.css")
+        ],
+        head='<link rel="stylesheet" href="page/static/frame.css">',
         footer_links=[],
         run_history=False,
         ssr_mode=False,

@@ -1,8 +1,9 @@
-"""Handlers of the conversation and of a finished answer: ask, stop, where it looked, feedback, export."""
+"""Handlers of the conversation and of a finished answer: ask, stop, feedback, export."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -21,10 +22,9 @@ from babydoctor.serve.page.handlers import (
     shows_errors_async,
 )
 from babydoctor.serve.page.layout import Layout
-from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Sessions
-from babydoctor.serve.page.texts import PageError, localization_note
+from babydoctor.serve.page.texts import PageError
 
 Number = float | None
 """Of a number box, which may be empty."""
@@ -54,7 +54,11 @@ class ConversationHandlers(Handlers):
         self._check(session, question, model, sampling)
         hidden = await self.text.search(session)
         exchange = self._check(session, question, model, sampling)
-        return self._start(session, exchange) | {self.ui.question: ""} | hidden
+        index, box = session.editing, ""
+        if index is not None:
+            # The edited question takes the place of the old one and of what followed; the earlier draft comes back.
+            session.editing, box = None, session.draft
+        return self._start(session, exchange, index) | {self.ui.question: box} | hidden
 
     @shows_errors_async
     async def on_again(
@@ -67,8 +71,7 @@ class ConversationHandlers(Handlers):
             raise PageError("no_answer")
         hidden = await self.text.search(session)
         exchange = self._check(session, last.question, model, _sampling(temperature, top_p, max_tokens))
-        session.exchanges.pop()
-        return self._start(session, exchange) | hidden
+        return self._start(session, exchange, len(session.exchanges) - 1) | hidden
 
     async def on_follow(self, question: str, request: gr.Request) -> Changes:
         """The answer so far; the last call also shows how it ended."""
@@ -79,16 +82,32 @@ class ConversationHandlers(Handlers):
         return {self.ui.chat: show.chat(session)} if session.is_answering else self.finished(session, question)
 
     def finished(self, session: Session, question: str) -> Changes:
-        """The conversation at rest. A question that got no answer goes back into its box, if that is empty."""
+        """The conversation at rest.
+
+        A question that got no answer goes back into its box, if that is empty, and what it should have replaced comes
+        back. After an answer that broke off, the replaced one can be brought back with "Undo".
+        """
         changes: Changes = {}
         last = session.last
+        if last is not None and last.ended and last.shown_s is None:
+            last.shown_s = time.monotonic()
+        replaced, session.replaced = session.replaced, []
         if session.problem:
             error = PageError(session.problem, retry_after_s=session.problem_retry_s)
             changes[self.ui.status] = self.sentence(error)
-            if last is not None and not last.answer and not (question or "").strip():
+            if last is not None and not last.answer:
                 session.exchanges.pop()
-                changes[self.ui.question] = last.question
+                session.exchanges += replaced
+                is_again = bool(replaced) and replaced[0].question == last.question
+                if (question or "").strip():
+                    session.exchanges.append(last)
+                elif not is_again:
+                    changes[self.ui.question] = last.question
+                replaced = []
             session.problem = ""
+        if replaced and last is not None and (last.ended in ("error", "stopped") or len(replaced) > 1):
+            session.earlier = [*session.exchanges[:-1], *replaced]
+            session.undo_note = "What the new answer replaced can come back."
         return self.chat(session) | changes
 
     async def on_stop(self, request: gr.Request) -> Changes:
@@ -103,7 +122,10 @@ class ConversationHandlers(Handlers):
     def on_clear(self, request: gr.Request) -> Changes:
         """Begin a new conversation about the same image."""
         session = self.sessions.accepted(request.session_hash)
+        earlier = list(session.exchanges) if not session.is_answering else []
         session.start_over()
+        if earlier:
+            session.earlier, session.undo_note = earlier, "The conversation was cleared."
         return self.chat(session) | self.no_overlay()
 
     def on_starter(self, event: gr.EventData) -> str:
@@ -124,7 +146,12 @@ class ConversationHandlers(Handlers):
             raise PageError("still_answering")
         return Exchange(question, model, sampling, session.view, session.image_name)
 
-    def _start(self, session: Session, exchange: Exchange) -> Changes:
+    def _start(self, session: Session, exchange: Exchange, index: int | None = None) -> Changes:
+        """Begin to answer. ``index``: the question takes the place of this exchange and of all that follow it."""
+        session.cancel_map("")
+        session.forget_earlier()
+        if index is not None:
+            session.exchanges, session.replaced = session.exchanges[:index], session.exchanges[index:]
         turns = session.turns(exchange.question)
         session.exchanges.append(exchange)
         session.words = []
@@ -166,42 +193,6 @@ class AnswerHandlers(Handlers):
             return {self.ui.exported: export_session(session)}
         except PageError as error:
             return {self.ui.exported: "", self.ui.status: self.sentence(error)}
-
-    @shows_errors_async
-    async def on_look(self, request: gr.Request) -> Changes:
-        """Fetch the occlusion map of the last answer and show it for the whole answer."""
-        session = self.sessions.accepted(request.session_hash)
-        exchange = session.last
-        if exchange is None or not exchange.answer:
-            raise PageError("no_answer")
-        if not exchange.ended:
-            raise PageError("still_answering")
-        reply = await self.client.attention(exchange)
-        session.image_mode = await self.client.image_mode(exchange.model)
-        session.words = group_words(reply["tokens"], *reply["grid"])
-        session.overlay_note = localization_note(reply.get("localization"))
-        if not session.words:
-            raise PageError("no_answer")
-        buttons = show.word_buttons([word for word, _ in session.words])
-        return {self.ui.words: buttons, self.ui.overlay: self._overlay(session, exchange, 0)}
-
-    @shows_errors
-    def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """Another word of the answer was chosen."""
-        session = self.sessions.accepted(request.session_hash)
-        word = str(event_values(event).get("word", 0))
-        if not word.isdecimal():
-            raise PageError("bad_event")
-        index = int(word[:9])
-        if session.last is None or not 0 <= index < len(session.words):
-            raise PageError("no_answer")
-        return {self.ui.overlay: self._overlay(session, session.last, index)}
-
-    def _overlay(self, session: Session, exchange: Exchange, index: int) -> str:
-        view = exchange.view
-        word, grid = session.words[index]
-        weights = place_on_image(grid, view.width, view.height, session.image_mode)
-        return show.overlay(view, to_data_url(weights), word, session.overlay_note)
 
     @shows_errors
     def on_save(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from babydoctor.conversation import Template, get_template, prompt_text, render_
 from babydoctor.schema import Turn, UserError
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.streaming import EndOfAnswer
-from babydoctor.serve.client import LlavaStream, open_llava_stream, refusal_of
+from babydoctor.serve.client import ATTENTION_PATH, LlavaStream, open_llava_stream, read_messages, refusal_of
 from babydoctor.serve.page.session import Exchange
 from babydoctor.serve.page.texts import PageError
 
@@ -55,6 +56,12 @@ class ControllerClient:
         """How the model makes a picture square: ``pad`` or ``square``."""
         return str((await self._post("/model_details", {"model": model})).get("image_mode", "pad"))
 
+    async def image_mean(self, model: str) -> tuple[float, float, float]:
+        """The color that the model sees as nothing, from 0 to 1; gray where its worker does not say."""
+        details = await self._post("/model_details", {"model": model})
+        red, green, blue = details.get("image_mean") or (0.5, 0.5, 0.5)
+        return float(red), float(green), float(blue)
+
     async def shows_attention(self, model: str) -> bool:
         """True where the model's worker can tell where it looked. Workers for other servers cannot."""
         try:
@@ -63,24 +70,48 @@ class ControllerClient:
             return False
         return int(details.get("image_tokens") or 0) > 0
 
-    async def attention(self, exchange: Exchange) -> dict[str, Any]:
-        """On which parts of the image each piece of an answer depended, see ``protocol.AttentionReply``."""
+    async def attention(self, exchange: Exchange) -> AsyncGenerator[dict[str, Any], None]:
+        """On which parts of the image each piece of an answer depended: messages of ``protocol.AttentionProgress``,
+        then one of ``protocol.AttentionReply``. Closing the generator ends the work in the engine.
+
+        Raises:
+            PageError: it was refused or broke off.
+        """
         body = {
+            "stream": True,
             "model": exchange.model,
             "prompt": exchange.prompt,
             "answer": exchange.answer,
             "images": [base64.b64encode(exchange.view.png).decode()],
         }
-        return await self._post("/worker_attention", body)
+        try:
+            async with self._http.stream("POST", ATTENTION_PATH, json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise refusal_of(response)
+                async with aclosing(read_messages(response)) as messages:
+                    async for message in messages:
+                        yield message
+        except ApiError as error:
+            raise _page_error(error) from None
+        except ValueError:
+            raise PageError("worker_lost") from None
+        except httpx.HTTPError as error:
+            raise _transport_error(error, has_begun=False) from None
 
-    async def answer(self, exchange: Exchange, turns: Sequence[Turn]) -> AsyncIterator[None]:
+    async def answer(
+        self, exchange: Exchange, turns: Sequence[Turn], agreement: int | None = None
+    ) -> AsyncIterator[None]:
         """Fill ``exchange`` with the model's answer; yields after each change.
+
+        ``agreement`` samples this many more answers, which ``exchange.certainty`` then compares.
 
         Leaving the iteration, or ``exchange.stop_requested``, closes the connection, and that stops the model.
 
         Raises:
             PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
         """
+        exchange.turns = tuple(turns)
         template = await self.template(exchange.model)
         exchange.prompt = prompt_text(render_prompt(turns, template))
         sampling = exchange.sampling
@@ -94,6 +125,9 @@ class ControllerClient:
             "max_new_tokens": sampling.max_new_tokens,
             "stop": template.stop,
             "echo": False,
+            "familiarity": True,
+            "confidence": True,
+            "agreement": agreement,
         }
         try:
             async with open_llava_stream(self._http, body) as stream:
@@ -134,6 +168,7 @@ async def _read(stream: LlavaStream, exchange: Exchange) -> AsyncIterator[None]:
             return
         if delta is not None:
             exchange.answer += delta.text
+            exchange.certainty |= delta.certainty
             changed = changed or bool(delta.text)
             exchange.ended = delta.finish_reason or exchange.ended
             if delta.error is not None:

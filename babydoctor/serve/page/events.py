@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,12 @@ import gradio as gr
 
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.certainty.handlers import CertaintyHandlers
 from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHandlers
 from babydoctor.serve.page.controller_client import ControllerClient
+from babydoctor.serve.page.conversation.look import LookHandlers
+from babydoctor.serve.page.conversation.stored import kept_boxes, stored_settings, tab_values, typed_texts
+from babydoctor.serve.page.conversation.wiring import connect_draft, connect_look, connect_turns, look_outputs
 from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
 from babydoctor.serve.page.image_handlers import ImageHandlers
@@ -20,6 +23,8 @@ from babydoctor.serve.page.layout import Layout, script
 from babydoctor.serve.page.pacs.handlers import PacsHandlers, StoreHandlers
 from babydoctor.serve.page.privacy.search import TextHandlers
 from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.study.handlers import StudyHandlers
+from babydoctor.serve.page.study.uploads import StudyUploads
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Uploads
 from babydoctor.serve.page.viewer.handlers import ViewerHandlers
@@ -61,6 +66,7 @@ class WebUI:
         self.client = client
         self.uploads = uploads
         self.feedback_file = feedback_file
+        self.studies = StudyUploads()
         self.sessions = Sessions()
         self.examples = {example.key: example for example in build_examples()}
 
@@ -71,6 +77,7 @@ class WebUI:
             self.images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
             self.text = TextHandlers(self.ui, self.sessions, self.client)
             self.talk = ConversationHandlers(self.ui, self.sessions, self.client, self.text)
+            self.look = LookHandlers(self.ui, self.sessions, self.client)
             self._connect_tab(demo)
             self._connect_image()
             self._connect_chat()
@@ -82,20 +89,22 @@ class WebUI:
     def _image(self) -> list[Any]:
         ui = self.ui
         image = [ui.viewer, ui.text_boxes, ui.window_group, ui.preset, ui.center, ui.width, ui.frame, ui.facts]
-        return [*image, ui.image_status]
+        return [*image, ui.study.list, ui.study.state, ui.image_status]
 
     @property
     def _chat(self) -> list[Any]:
         ui = self.ui
-        return [ui.chat, ui.question, ui.send, ui.stop, ui.follow, ui.status, ui.overlay, ui.words]
+        chat = [ui.chat, ui.turn_note, ui.question, ui.send, ui.stop, ui.follow, ui.status]
+        return [*chat, ui.overlay, ui.words, ui.look_status, ui.certainty.result]
 
     def _connect_tab(self, demo: gr.Blocks) -> None:
         ui = self.ui
-        tab = TabHandlers(ui, self.sessions, self.client, self.images, self.talk)
+        tab = TabHandlers(ui, self.sessions, self.client, self.images, self.talk, self.look)
         models = [ui.model, ui.model_status, ui.look_panel]
         settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
         gate = [ui.gate, ui.main, ui.passed, *models]
-        restored = list(dict.fromkeys([*gate, *settings, *self._image, *self._chat]))
+        kept = kept_boxes(ui)
+        restored = list(dict.fromkeys([*gate, *settings, *self._image, *self._chat, *look_outputs(ui), *kept]))
         demo.load(
             tab.on_load,
             [ui.passed, ui.preferences, ui.tab],
@@ -117,7 +126,8 @@ class WebUI:
     def _connect_image(self) -> None:
         ui = self.ui
         loaded = [*self._image, *self._chat]
-        uploaded = ui.drop.upload(self.images.on_upload, None, loaded, **PRIVATE)
+        study = StudyHandlers(ui, self.sessions, self.client, self.images, self.studies)
+        uploaded = ui.drop.upload(study.on_upload, None, loaded, **PRIVATE)
         canvas = ViewerHandlers(ui, self.sessions, self.client, self.images)
         changed = [
             uploaded.then(None, js=script("uploadDone()", "...none")),
@@ -125,6 +135,8 @@ class WebUI:
             ui.frame.input(self.images.on_frame, [ui.frame], self._image, **LATEST),
             ui.preset.input(self.images.on_preset, [ui.preset], self._image, **LATEST),
             ui.canvas.change(canvas.on_arrange, None, self._image, **LATEST),
+            ui.study.list.select(study.on_choose, None, loaded, **PRIVATE),
+            ui.study.canvas.select(study.on_second, None, loaded, **PRIVATE),
         ]
         # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
         moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
@@ -135,22 +147,15 @@ class WebUI:
         ui.text_boxes.select(self.text.on_box, None, text, **PRIVATE)
 
     def _connect_pacs(self) -> None:
-        handlers = PacsHandlers(self.ui, self.sessions, self.client, self.images, self.pacs)
+        handlers = PacsHandlers(self.ui, self.sessions, self.client, self.studies, self.pacs)
         panel, store = self.ui.pacs, self.ui.store
         form = [panel.server, panel.patient, panel.accession, panel.date]
         searches = [panel.search.click, panel.patient.submit, panel.accession.submit, panel.date.submit]
         gr.on(searches, handlers.on_search, form, [panel.results, panel.status], **ONCE)
-        picked = [panel.results, panel.status, panel.image, panel.patient, panel.accession, panel.form]
-        loaded = [*self._image, *self._chat]
-        text = [self.ui.viewer, self.ui.text_boxes, self.ui.image_status]
-        loads = [
-            panel.results.select(handlers.on_pick, None, [*picked, *loaded], **ONCE),
-            panel.image.input(handlers.on_image, [panel.image], [panel.status, *loaded], **LATEST),
-        ]
-        for load in loads:
-            load.then(self.text.on_view, None, text, **LATEST)
-        shown = [panel.image, panel.status]
-        gr.on([self.ui.drop.upload, self.ui.gallery.select], handlers.on_shown, None, shown, **PRIVATE)
+        picked = [panel.results, panel.status, panel.ticket, panel.patient, panel.accession, panel.form]
+        panel.results.select(handlers.on_pick, None, picked, **ONCE).then(
+            None, [panel.ticket], [panel.ticket], js=script("loadTicket(ticket)", "ticket")
+        )
         storing = StoreHandlers(self.ui, self.sessions, self.client)
         store.store.click(storing.on_store, [store.agree], [store.agree, store.status], **ONCE)
 
@@ -172,8 +177,12 @@ class WebUI:
         ui.export.click(answers.on_export, None, [ui.exported, ui.status], **PRIVATE).then(
             None, [ui.exported], None, js=script("download(text)", "text")
         )
-        ui.look.click(answers.on_look, None, [ui.overlay, ui.words, ui.status], **PRIVATE)
-        ui.words.select(answers.on_word, None, [ui.overlay, ui.status], **PRIVATE)
+        connect_look(ui, self.look, PRIVATE)
+        connect_turns(ui, self.sessions, self.client, self._chat, PRIVATE)
+        connect_draft(ui, self.sessions, self.client, PRIVATE)
+        sure = CertaintyHandlers(ui, self.sessions, self.client)
+        ui.certainty.sample.click(sure.on_sample, None, [ui.certainty.result, ui.status], **ONCE)
+        ui.certainty.hide.click(sure.on_hide, None, [ui.certainty.result, ui.status], **ONCE)
         feedback = [ui.verdict, ui.errors, ui.comment, ui.consent, ui.with_image]
         ui.save.click(answers.on_save, feedback, [*feedback, ui.saved, ui.status], **PRIVATE)
 
@@ -184,6 +193,7 @@ class TabHandlers(Handlers):
     Args:
         images: shows the image again after a reload.
         talk: shows the conversation again.
+        look: shows "Where it looked" again.
     """
 
     def __init__(
@@ -193,10 +203,12 @@ class TabHandlers(Handlers):
         client: ControllerClient,
         images: ImageHandlers,
         talk: ConversationHandlers,
+        look: LookHandlers,
     ) -> None:
         super().__init__(ui, sessions, client)
         self.images = images
         self.talk = talk
+        self.look = look
 
     @property
     def status(self) -> Any:
@@ -205,17 +217,20 @@ class TabHandlers(Handlers):
     @shows_errors_async
     async def on_load(self, passed: bool, preferences: Any, tab: str, request: gr.Request) -> Changes:
         """A tab was opened or reloaded. A reload shows everything that the session holds."""
-        values = _tab_values(tab)
+        values = tab_values(tab)
         session = self.sessions.attach(request.session_hash, str(values.get("token", "")))
+        typed = typed_texts(self.ui, values)
         if passed is not True:
-            return {self.ui.gate: gr.Column(visible=True)}
+            return {self.ui.gate: gr.Column(visible=True)} | typed
         was_known = session.has_accepted
-        model, settings = self._settings(preferences)
-        changes = settings | await self._open(session, model)
+        model, settings = stored_settings(self.ui, preferences)
+        changes = settings | await self._open(session, model) | typed
         if was_known:
             draft = str(values.get("draft") or "")
-            changes |= {self.ui.question: draft} | self.images.show_scan(session)
+            changes |= self.images.show_scan(session) | self.look.shown(session)
             changes |= self.chat(session) if session.is_answering else self.talk.finished(session, draft)
+        elif values.get("copied"):
+            changes[self.ui.status] = show.status(texts.SENTENCES["second_tab"], "info")
         elif values.get("reloaded"):
             changes[self.ui.status] = show.status(texts.SENTENCES["session_gone"], "warning")
         return changes
@@ -269,25 +284,3 @@ class TabHandlers(Handlers):
             self.ui.model_status: note,
             self.ui.look_panel: gr.Accordion(visible=shows_attention),
         }
-
-    def _settings(self, preferences: Any) -> tuple[str | None, Changes]:
-        """The model and the settings that this browser has used before."""
-        if not isinstance(preferences, list) or len(preferences) != 4:
-            return None, {}
-        model, *numbers = preferences
-        boxes = (self.ui.temperature, self.ui.top_p, self.ui.max_tokens)
-        changes: Changes = {
-            box: float(number)
-            for box, number in zip(boxes, numbers, strict=True)
-            if isinstance(number, (int, float)) and box.minimum <= number <= box.maximum
-        }
-        return (model if isinstance(model, str) and model else None), changes
-
-
-def _tab_values(text: Any) -> dict[str, Any]:
-    """What ``restore`` in ``page.js`` says about the tab."""
-    try:
-        values = json.loads(text)
-    except (TypeError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

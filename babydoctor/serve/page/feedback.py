@@ -7,6 +7,7 @@ import datetime
 import fcntl
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from babydoctor.serve.page import html as show
 from babydoctor.serve.page.scan import describe
 from babydoctor.serve.page.session import Exchange, Session
 from babydoctor.serve.page.texts import RESEARCH_NOTICE, PageError
+from babydoctor.serve.page.viewer.record import pixel_hash
 
 VERDICTS = {"up": "Good", "down": "Bad"}
 
@@ -40,7 +42,10 @@ MAX_FILE_BYTES = 2**30
 def build_row(
     session: Session, exchange: Exchange, *, verdict: str | None, errors: Sequence[str], comment: str, with_image: bool
 ) -> dict[str, Any]:
-    """One line of feedback. Nothing in it says who gave it or from where."""
+    """One line of feedback. Nothing in it says who gave it or from where.
+
+    ``seconds`` is the time from the moment that the whole answer was shown to the feedback.
+    """
     facts = session.scan.facts if session.scan else {}
     row: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
@@ -55,6 +60,7 @@ def build_row(
         "verdict": verdict,
         "errors": [kind for kind in ERROR_KINDS if kind in errors],
         "comment": comment.strip()[:MAX_COMMENT_CHARS],
+        "seconds": None if exchange.shown_s is None else round(time.monotonic() - exchange.shown_s, 1),
     }
     if with_image:
         row["image_png_base64"] = base64.b64encode(exchange.view.png).decode()
@@ -112,7 +118,16 @@ def export_session(session: Session) -> str:
         "exported_at": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "notice": RESEARCH_NOTICE,
         "image": dict(facts),
-        "views": [{"caption": view.caption, "width": view.width, "height": view.height} for view in views],
+        "views": [
+            {
+                "caption": view.caption,
+                "width": view.width,
+                "height": view.height,
+                "pixels_sha256": pixel_hash(view.png),
+                "state": view.record.to_json(),
+            }
+            for view in views
+        ],
         "exchanges": [
             {
                 "asked_at": exchange.asked_at,
@@ -121,8 +136,10 @@ def export_session(session: Session) -> str:
                 "image": exchange.image_name,
                 "view": views.index(exchange.view),
                 "question": exchange.question,
+                "turns": [{"role": turn.role, "text": turn.text} for turn in exchange.turns],
                 "answer": exchange.answer,
                 "ended": exchange.ended,
+                "certainty": exchange.certainty,
             }
             for exchange in session.exchanges
         ],
@@ -135,6 +152,7 @@ def export_session(session: Session) -> str:
         exchanges.append(
             {
                 "new_view": exchange.view if exchange.view is not shown else None,
+                "view": views.index(exchange.view),
                 "question": exchange.question,
                 "answer": exchange.answer,
                 "ending": _ENDINGS.get(exchange.ended, ""),

@@ -54,14 +54,15 @@ class Handlers:
         is_answering = session.is_answering
         return {
             self.ui.chat: show.chat(session),
+            self.ui.turn_note: show.turn_note(session),
             self.ui.send: gr.Button(visible=not is_answering),
             self.ui.stop: gr.Button(visible=is_answering),
             self.ui.follow: gr.Timer(active=is_answering),
         }
 
     def no_overlay(self) -> Changes:
-        """Clear "Where it looked"."""
-        return {self.ui.overlay: "", self.ui.words: ""}
+        """Clear "Where it looked" and "How sure is it?"."""
+        return {self.ui.overlay: "", self.ui.words: "", self.ui.look_status: "", self.ui.certainty.result: ""}
 
 
 def event_values(event: gr.EventData) -> dict[str, Any]:

@@ -14,10 +14,15 @@ from markupsafe import Markup
 
 from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
+from babydoctor.serve.page.certainty.texts import lines_under_answer
+from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
 from babydoctor.serve.page.scan import Scan, View, describe
 from babydoctor.serve.page.session import Exchange, Session
+from babydoctor.serve.page.study.reasons import UNREAD
+from babydoctor.serve.page.study.study import Study
+from babydoctor.serve.page.viewer.state import viewer_state
 
 OVERLAY_HEIGHT_PX = 380
 
@@ -57,17 +62,17 @@ def markdown(text: str) -> Markup:
 
 
 def banner() -> str:
-    """The notice that stays on top."""
-    return _render("banner.html", notice=texts.RESEARCH_NOTICE)
+    """The notice that stays on top, and the line about a lost connection, which ``connection.js`` fills."""
+    return _render("banner.html", notice=texts.RESEARCH_NOTICE, sentences=texts.CONNECTION)
 
 
 def title() -> str:
     return _render("title.html")
 
 
-def drop_zone(max_bytes: int) -> str:
-    """The place for a file, with the progress of its upload."""
-    return _render("drop.html", max_bytes=max_bytes)
+def drop_zone(max_bytes: int, max_study_bytes: int) -> str:
+    """The place for files, with the progress of their upload."""
+    return _render("drop.html", max_bytes=max_bytes, max_study_bytes=max_study_bytes)
 
 
 def gallery(examples: Sequence[ExampleCase]) -> str:
@@ -94,9 +99,22 @@ def viewer(view: View | None, scan: Scan | None = None, state: Mapping[str, Any]
     return _render("viewer.html", **shown, boxes=boxes, size=view.source_size)
 
 
-def canvas() -> str:
-    """The viewer's canvas and its buttons; ``viewer.js`` fills it."""
-    return _render("canvas.html")
+def canvas(*, is_second: bool = False) -> str:
+    """The canvas and buttons of a viewer; ``viewer.js`` or ``viewer_second.js`` fills it."""
+    return _render("canvas.html", is_second=is_second)
+
+
+def study(study: Study | None) -> str:
+    """The series of a study as buttons, how the chosen one is sorted, and what could not be read."""
+    return _render("study.html", study=study, reasons=UNREAD)
+
+
+def second(study: Study | None) -> str:
+    """How the series in the second viewport is shown, for its canvas."""
+    if study is None or study.second is None:
+        return _render("second.html", state="")
+    scan = study.series[study.second].scan
+    return _render("second.html", state=json.dumps(viewer_state(scan, View(b"", 0, 0, ""))))
 
 
 def text_boxes(scan: Scan, is_searched: bool) -> str:
@@ -141,7 +159,38 @@ def pacs_series(series: Sequence[PacsSeries]) -> str:
 def chat(session: Session | None) -> str:
     """The conversation. Each answer names the image, frame, window and model that it belongs to."""
     messages = [_message(exchange) for exchange in session.exchanges] if session else []
-    return _render("chat.html", messages=messages, placeholder=texts.CHAT_PLACEHOLDER)
+    has_buttons = session is not None and not session.is_answering
+    editing = session.editing if session else None
+    return _render(
+        "chat.html",
+        messages=messages,
+        placeholder=texts.CHAT_PLACEHOLDER,
+        has_buttons=has_buttons,
+        editing=editing,
+    )
+
+
+def turn_note(session: Session) -> str:
+    """Which question is being edited, or what can be undone; empty for neither."""
+    if session.editing is not None:
+        later = len(session.exchanges) - session.editing - 1
+        return _render("turn_note.html", number=session.editing + 1, later=later, undo="")
+    return _render("turn_note.html", number=0, later=0, undo=session.undo_note) if session.undo_note else ""
+
+
+def map_progress(running: RunningMap) -> str:
+    """How far an occlusion map is, with the time left."""
+    return _render("map_progress.html", share=running.share, left_s=running.left_s)
+
+
+def report(sections: Sequence[tuple[str, str]], views: Sequence[View], origin: str) -> str:
+    """A report draft as one HTML document."""
+    notices = {"mark": texts.NOT_CLINICAL, "notice": texts.RESEARCH_NOTICE}
+    return _render("report.html", sections=sections, views=views, origin=origin, css=Markup(_export_css()), **notices)
+
+
+def _export_css() -> str:
+    return (files("babydoctor.serve.page") / "static" / "export.css").read_text(encoding="utf-8")
 
 
 def _message(exchange: Exchange) -> dict[str, Any]:
@@ -150,10 +199,23 @@ def _message(exchange: Exchange) -> dict[str, Any]:
         "question": exchange.question,
         "answer": markdown(answer or ("(no words)" if exchange.ended else "…")),
         "note": texts.ENDINGS.get(exchange.ended, ""),
+        "certainty": lines_under_answer(exchange.certainty),
         "thumbnail": exchange.view.thumbnail,
         "source": exchange.source,
         "copy_text": answer if exchange.ended else "",
     }
+
+
+def sampled_answers(question: str, sentence: str, groups: Sequence[tuple[str, int]]) -> str:
+    """Sampled answers to a question, each distinct text with its count."""
+    answers = [(f"{count} time{'s' if count > 1 else ''}", text) for text, count in groups]
+    return _render("certainty.html", question=question, sentence=sentence, answers=answers)
+
+
+def answer_without_image(question: str, answer: str, hidden: str, sentence: str) -> str:
+    """An answer beside the answer to the same question without the image."""
+    answers = [("With the image", answer), ("Without the image", hidden)]
+    return _render("certainty.html", question=question, sentence=sentence, answers=answers)
 
 
 def chips(labels: Iterable[str]) -> str:
@@ -182,7 +244,6 @@ def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
 
 def export(data: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -> str:
     """A session as one HTML document; ``data`` is also inside as JSON."""
-    css = (files("babydoctor.serve.page") / "static" / "export.css").read_text(encoding="utf-8")
     # "</" inside a script element would end it.
     block = json.dumps(data, ensure_ascii=False, indent=1).replace("<", "\\u003c")
-    return _render("export.html", data=data, exchanges=exchanges, css=Markup(css), block=Markup(block))
+    return _render("export.html", data=data, exchanges=exchanges, css=Markup(_export_css()), block=Markup(block))

@@ -47,11 +47,8 @@ class ImageHandlers(Handlers):
     def status(self) -> Any:
         return self.ui.image_status
 
-    @shows_errors
-    def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """A file has arrived, or its upload failed."""
-        session = self.sessions.accepted(request.session_hash)
-        values = event_values(event)
+    def load_upload(self, session: Session, values: Mapping[str, Any]) -> Changes:
+        """Show a file that has arrived. Raises ``PageError`` if its upload failed."""
         if "token" not in values:
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
         return self.load(session, open_scan(self.uploads.take(str(values["token"]))))
@@ -114,11 +111,16 @@ class ImageHandlers(Handlers):
         if scan is None:
             return {self.ui.viewer: show.viewer(None)}
         return self.show_arranged(session) | {
+            self.ui.study.list: show.study(session.study),
+            self.ui.study.state: show.second(session.study),
             self.ui.facts: show.facts(scan),
             self.ui.window_group: gr.Group(visible=scan.has_window),
             self.ui.preset: gr.Dropdown(choices=scan.presets, value=_choice(scan)),
             self.ui.frame: gr.Slider(
-                maximum=max(2, scan.num_frames), value=scan.frame + 1, visible=scan.num_frames > 1
+                label=scan.noun.capitalize(),
+                maximum=max(2, scan.num_frames),
+                value=scan.frame + 1,
+                visible=scan.num_frames > 1,
             ),
         }
 

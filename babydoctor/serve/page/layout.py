@@ -9,12 +9,16 @@ import gradio as gr
 
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS
 from babydoctor.serve.page import html as show
+from babydoctor.serve.page.certainty.panel import CertaintyPanel
+from babydoctor.serve.page.conversation.draft import MAX_SECTION_CHARS
 from babydoctor.serve.page.examples import ExampleCase
 from babydoctor.serve.page.feedback import ERROR_KINDS, VERDICTS
 from babydoctor.serve.page.pacs.panel import PacsPanel, StorePanel
 from babydoctor.serve.page.scan import FILE_WINDOW
 from babydoctor.serve.page.session import KEEP_MIN
-from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS
+from babydoctor.serve.page.study.archive import MAX_STUDY_BYTES
+from babydoctor.serve.page.study.panel import StudyPanel
+from babydoctor.serve.page.texts import GATE_TEXT, OVERLAY_NOTE, QUESTIONS, REPORT_NOTE
 from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
 from babydoctor.serve.settings import DicomWebServer
 
@@ -104,11 +108,14 @@ class Layout:
         self.model_status = _html("", "bd-model-status")
         self._build_gate()
         with gr.Row(visible=False, elem_id="bd-main", equal_height=False) as self.main:
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=5, min_width=340, elem_id="bd-column-image"):
                 self._build_image(examples, pacs)
-            with gr.Column(scale=6, min_width=340):
+            with gr.Column(scale=6, min_width=340, elem_id="bd-column-chat"):
                 self._build_chat()
+            with gr.Column(scale=4, min_width=280, elem_id="bd-column-side"):
+                self.certainty = CertaintyPanel()
                 self._build_look_and_settings()
+                self._build_report()
                 self._build_feedback(takes_feedback)
                 self.store = StorePanel(pacs)
 
@@ -119,11 +126,14 @@ class Layout:
             self.enter = gr.Button("Continue", variant="primary", interactive=False, elem_id="bd-enter")
 
     def _build_image(self, examples: Sequence[ExampleCase], pacs: Sequence[DicomWebServer]) -> None:
-        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES), "bd-drop", "dropZone(element, trigger)")
+        self.drop = _html(show.drop_zone(MAX_UPLOAD_BYTES, MAX_STUDY_BYTES), "bd-drop", "dropZone(element, trigger)")
         self.image_status = _html("", "bd-image-status")
         self.pacs = PacsPanel(pacs, script(BUTTONS))
         self.gallery = _html(show.gallery(examples), "bd-gallery", BUTTONS)
-        self.canvas = _html(show.canvas(), "bd-canvas", "viewer(element, trigger)", "viewer.js")
+        self.study = StudyPanel(script(BUTTONS))
+        with gr.Row(elem_id="bd-panes"):
+            self.canvas = _html(show.canvas(), "bd-canvas", "viewer(element, trigger)", "viewer.js")
+            self.study.build_second(script("second(element, trigger)", file="viewer_second.js"))
         self.viewer = _html(show.viewer(None), "bd-viewer")
         self.text_boxes = _html("", "bd-text-boxes", BUTTONS)
         with gr.Group(visible=False, elem_id="bd-window") as self.window_group:
@@ -139,7 +149,8 @@ class Layout:
         self.facts = _html("", "bd-facts")
 
     def _build_chat(self) -> None:
-        self.chat = _html(show.chat(None), "bd-chat", "chat(element)")
+        self.chat = _html(show.chat(None), "bd-chat", "chat(element, trigger)", "conversation.js")
+        self.turn_note = _html("", "bd-turn-note", "turnNote(element, trigger)", "conversation.js")
         self.status = _html("", "bd-status")
         self.starters = _html(show.chips(QUESTIONS), "bd-starters", BUTTONS)
         with gr.Row(elem_id="bd-ask"):
@@ -155,8 +166,9 @@ class Layout:
             )
             self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
             self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
-        with gr.Row():
+        with gr.Row(elem_id="bd-turns"):
             self.again = gr.Button("Regenerate", size="sm", min_width=96, elem_id="bd-again")
+            self.copy_all = gr.Button("Copy all", size="sm", min_width=96, elem_id="bd-copy-all")
             self.clear = gr.Button("Clear chat", size="sm", min_width=96, elem_id="bd-clear")
             self.export = gr.Button("Export session", size="sm", min_width=110, elem_id="bd-export")
         self.exported = gr.Textbox(visible=False)
@@ -164,6 +176,10 @@ class Layout:
     def _build_look_and_settings(self) -> None:
         with gr.Accordion("Where it looked", open=False, elem_id="bd-look-panel", visible=False) as self.look_panel:
             self.look = gr.Button("Show for the last answer", size="sm", elem_id="bd-look")
+            self.look_progress = _html("", "bd-look-progress")
+            self.look_cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="bd-look-cancel")
+            self.look_status = _html("", "bd-look-status")
+            self.look_timer = gr.Timer(FOLLOW_S, active=False)
             self.overlay = _html("", "bd-overlay")
             self.words = _html("", "bd-words", BUTTONS)
             gr.Markdown(OVERLAY_NOTE, elem_classes="bd-note")
@@ -175,6 +191,20 @@ class Layout:
             self.max_tokens = gr.Slider(
                 16, MAX_NEW_TOKENS, 256, step=16, label="Longest answer, in tokens", info="about ¾ of a word each"
             )
+
+    def _build_report(self) -> None:
+        with gr.Accordion("Report draft", open=False, elem_id="bd-report") as self.report_panel:
+            self.assemble = gr.Button("Take the answers into the draft", size="sm", elem_id="bd-assemble")
+            self.technique = _section("Technique", 2)
+            self.findings = _section("Findings", 4)
+            self.impression = _section("Impression", 2)
+            gr.Markdown(REPORT_NOTE, elem_classes="bd-note")
+            with gr.Row():
+                self.save_text = gr.Button("Save as text", size="sm", min_width=80, elem_id="bd-report-text")
+                self.save_html = gr.Button("Save as HTML", size="sm", min_width=80, elem_id="bd-report-html")
+                self.save_dicom = gr.Button("Save as DICOM SR", size="sm", min_width=80, elem_id="bd-report-dicom")
+            self.report_status = _html("", "bd-report-status")
+            self.report_file = gr.Textbox(visible=False)
 
     def _build_feedback(self, takes_feedback: bool) -> None:
         with gr.Accordion("Feedback on the last answer", open=False, elem_id="bd-feedback", visible=takes_feedback):
@@ -188,11 +218,20 @@ class Layout:
                 label="Comment", lines=2, max_length=4000, info="no names, please", elem_id="bd-comment"
             )
             self.consent = gr.Checkbox(
-                False, label="Save my feedback with this question and answer on the server", elem_id="bd-consent"
+                False,
+                label="Save my feedback with this question and answer on the server",
+                info="and how many seconds passed since the answer",
+                elem_id="bd-consent",
             )
             self.with_image = gr.Checkbox(False, label="Save the image, too", elem_id="bd-with-image")
             self.save = gr.Button("Save feedback", size="sm", elem_id="bd-save")
             self.saved = _html("", "bd-saved")
+
+
+def _section(title: str, lines: int) -> gr.Textbox:
+    """A section of the report draft."""
+    name = f"bd-report-{title.lower()}"
+    return gr.Textbox(label=title, lines=lines, max_lines=12, max_length=MAX_SECTION_CHARS, elem_id=name)
 
 
 def _html(value: str, elem_id: str, call: str = "", file: str = "page.js") -> gr.HTML:

@@ -14,15 +14,19 @@ from typing import Any
 
 from PIL import Image
 
-from babydoctor.errors import UserErrorCode
 from babydoctor.imaging.burned_in import hide
 from babydoctor.imaging.dicom import DicomImage, harmless_facts, identifying_tags, is_dicom, read_dicom
+from babydoctor.imaging.dicom.values import text
 from babydoctor.imaging.isolation import load_image, render
+from babydoctor.imaging.series import hash_of
 from babydoctor.imaging.windows import CT_PRESETS
 from babydoctor.schema import UserError
 from babydoctor.serve.page.privacy.pixel_text import PixelText
+from babydoctor.serve.page.study.stack import FILE_NAME, Stack
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.viewer.arrangement import Arrangement
+from babydoctor.serve.page.viewer.image_errors import dicom_error, picture_error
+from babydoctor.serve.page.viewer.record import ViewRecord
 from babydoctor.serve.page.viewer.view import View, to_view
 
 FILE_WINDOW = "as stored in the file"
@@ -39,19 +43,6 @@ MAX_WINDOW = 1e6
 
 _NARROWEST = 1e-12
 """Smallest width that is windowed; 0 would divide by zero."""
-
-_FILE_NAME = "the file"
-
-_PAGE_CODES: dict[UserErrorCode, str] = {
-    "image_too_large": "too_many_pixels",
-    "image_bad_shape": "odd_shape",
-    "dicom_without_image": "dicom_without_image",
-    "dicom_without_decoder": "dicom_without_decoder",
-    "image_decode_failed": "image_decode_failed",
-    "image_decode_timeout": "image_decode_timeout",
-    "image_decoder_down": "image_decode_failed",
-}
-"""The web UI's codes for those of ``UserError``."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
@@ -80,7 +71,11 @@ class WindowRange:
 
 @dataclass
 class Scan:
-    """The loaded image. ``dicom`` is None for plain pictures."""
+    """The loaded image, or a series of images.
+
+    ``dicom`` is None for plain pictures. Of a series, ``stack`` holds all images, and ``dicom`` or ``picture`` is the
+    first one. ``frame`` counts frames of one file or images of a series. ``file`` is the SHA-256 of a single file.
+    """
 
     dicom: DicomImage | None
     picture: Image.Image | None
@@ -98,6 +93,9 @@ class Scan:
     """Names the scan in the address of its frames."""
     change: int = 0
     """Number of the last change that came from the canvas."""
+    stack: Stack | None = field(default=None, repr=False)
+    label: str = ""
+    file: str = ""
     own_windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     """(center, width) of the window that a frame brings, by frame."""
 
@@ -109,7 +107,37 @@ class Scan:
 
     @property
     def num_frames(self) -> int:
+        if self.stack is not None:
+            return len(self.stack)
         return self.dicom.num_frames if self.dicom else 1
+
+    @property
+    def noun(self) -> str:
+        """What ``frame`` counts."""
+        return self.stack.noun if self.stack is not None else "frame"
+
+    def source(self) -> tuple[DicomImage, int]:
+        """The DICOM file that is shown, and the frame in it.
+
+        Raises:
+            UserError: an image of a series cannot be parsed.
+        """
+        if self.stack is not None:
+            return self.stack.dicom(self.frame)
+        assert self.dicom is not None
+        return self.dicom, self.frame
+
+    def record(self) -> ViewRecord:
+        """What is shown and how."""
+        file, instance, series, frame = self.file, "", "", self.frame
+        if self.stack is not None:
+            shown, frame = self.stack.file(self.frame)
+            file, instance, series = shown.sha256, shown.facts.instance, shown.facts.series
+        elif self.dicom is not None:
+            uids = (text(self.dicom.dataset, keyword) for keyword in ("SOPInstanceUID", "SeriesInstanceUID"))
+            instance, series = map(hash_of, uids)
+        hidden = tuple(self.text.hidden(self.frame))
+        return ViewRecord(file, instance, series, frame, self.preset, self.center, self.width, self.arrangement, hidden)
 
     @property
     def has_window(self) -> bool:
@@ -152,13 +180,13 @@ class Scan:
         Raises:
             PageError: the frame cannot be decoded.
         """
-        frame = self.frame
+        record = self.record()
         image, caption = self.rendered()
-        hidden = tuple(self.text.hidden(frame))
+        hidden = record.hidden
         note = f"{len(hidden)} text{'s' if len(hidden) > 1 else ''} hidden" if hidden else ""
         shown = self.arrangement.apply(hide(image, hidden), self.facts["columns"], self.facts["rows"])
         caption = " · ".join(part for part in (caption, self.arrangement.caption, note) if part)
-        return replace(to_view(shown, caption), source_size=image.size, hidden=hidden)
+        return replace(to_view(shown, caption), source_size=image.size, hidden=hidden, record=record)
 
     def rendered(self) -> tuple[Image.Image, str]:
         """The chosen frame under the chosen window with all its text, and one line that says how it was made.
@@ -166,17 +194,17 @@ class Scan:
         Raises:
             PageError: the frame cannot be decoded.
         """
-        if self.dicom is None:
-            assert self.picture is not None
-            return self.picture, ""
+        number = f"{self.noun} {self.frame + 1} of {self.num_frames}" if self.num_frames > 1 else ""
         try:
-            image = render(self.dicom, self.frame, self.center, self.width, self.preset)
+            if self.dicom is None:
+                assert self.picture is not None
+                return (self.stack.picture(self.frame) if self.stack is not None else self.picture), number
+            image = render(*self.source(), self.center, self.width, self.preset)
         except UserError as error:
-            raise dicom_error(error) from None
+            raise (dicom_error(error) if self.dicom else picture_error(error, True)) from None
         window = str(image.info.get("window", ""))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
-        frame = f"frame {self.frame + 1} of {self.num_frames}, " if self.num_frames > 1 else ""
-        return image, frame + window
+        return image, ", ".join(part for part in (number, window) if part)
 
     def window_range(self) -> WindowRange:
         """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""
@@ -203,7 +231,7 @@ class Scan:
 
     def _read_own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
-        found = _WINDOW.search(str(render(self.dicom, self.frame).info.get("window", "")))
+        found = _WINDOW.search(str(render(*self.source()).info.get("window", "")))
         if found:  # a VOI LUT has no center and width
             return float(found[1]), float(found[2])
         bits = int(self.dicom.dataset.get("BitsStored") or 12)
@@ -225,32 +253,19 @@ def open_scan(data: bytes) -> Scan:
         picture = load_image(data)
     except UserError as error:
         raise picture_error(error, looks_like_image) from None
-    return Scan(None, picture, {"rows": picture.height, "columns": picture.width})
+    return Scan(None, picture, {"rows": picture.height, "columns": picture.width}, file=hash_of(data))
 
 
 def _open_dicom(data: bytes) -> Scan:
     try:
         # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
-        load_image(data, name=_FILE_NAME)
-        dicom = read_dicom(data, name=_FILE_NAME)
-        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)))
+        load_image(data, name=FILE_NAME)
+        dicom = read_dicom(data, name=FILE_NAME)
+        scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)), file=hash_of(data))
         scan.preset = scan.default_preset
         return scan
     except UserError as error:
         raise dicom_error(error) from None
-
-
-def picture_error(error: UserError, looks_like_image: bool) -> PageError:
-    """The web UI's error for one of ``load_image``."""
-    code = _PAGE_CODES.get(error.code)
-    return PageError(code or ("damaged_image" if looks_like_image else "not_an_image"))
-
-
-def dicom_error(error: UserError) -> PageError:
-    """The web UI's error for one of ``read_dicom`` or ``render``."""
-    if error.code == "dicom_unsupported":  # these reasons hold no text of the file, only coded values
-        return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{_FILE_NAME}: "))
-    return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))
 
 
 def describe(scan: Scan) -> list[tuple[str, str]]:
@@ -271,7 +286,7 @@ def describe(scan: Scan) -> list[tuple[str, str]]:
     else:
         rows.append(("Pixel spacing", "not stated"))
     if scan.num_frames > 1:
-        rows.append(("Frames", str(scan.num_frames)))
+        rows.append((f"{scan.noun.capitalize()}s", str(scan.num_frames)))
     if facts.get("photometric") == "MONOCHROME1":
         rows.append(("Gray scale", "MONOCHROME1: low values are bright; shown that way"))
     return rows

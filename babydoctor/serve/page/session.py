@@ -13,12 +13,15 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from babydoctor.schema import IMAGE_TOKEN, Turn
+from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.pacs.picker import PacsPicker
 from babydoctor.serve.page.scan import Scan, View
+from babydoctor.serve.page.study.study import Study
 from babydoctor.serve.page.texts import PageError
 
 MAX_SESSIONS = 256
@@ -55,10 +58,16 @@ class Exchange:
     view: View
     image_name: str = ""
     prompt: str = ""
+    turns: tuple[Turn, ...] = ()
+    """The conversation that the model got, this question included."""
     answer: str = ""
     ended: str = ""
     """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
     stop_requested: bool = False
+    shown_s: float | None = None
+    """When the whole answer was first shown (``time.monotonic``)."""
+    certainty: dict[str, Any] = field(default_factory=dict)
+    """What the API said beside the answer, see ``serve/api/certainty.py``."""
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )
@@ -76,8 +85,21 @@ class Session:
     has_accepted: bool = False
     scan: Scan | None = None
     view: View | None = None
+    study: Study | None = None
+    """The study that ``scan`` belongs to."""
     num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
+    earlier: list[Exchange] | None = None
+    """The conversation before something of it was deleted or replaced, for one undo."""
+    undo_note: str = ""
+    """What was done to ``earlier``; shown beside "Undo"."""
+    replaced: list[Exchange] = field(default_factory=list)
+    """What the running answer replaces; it comes back if the question gets no answer."""
+    editing: int | None = None
+    """Index of the exchange whose question is being edited."""
+    draft: str = ""
+    """What stood in the question box before the editing began."""
+    map: RunningMap | None = None
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     overlay_note: str = ""
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
@@ -101,11 +123,17 @@ class Session:
     @property
     def num_bytes(self) -> int:
         """Memory that the image and its views take."""
-        views = {id(each.view): each.view for each in self.exchanges}
+        views = {id(each.view): each.view for each in [*self.exchanges, *(self.earlier or ()), *self.replaced]}
         if self.view is not None:
             views[id(self.view)] = self.view
         total = sum(len(view.png) + len(view.thumbnail) for view in views.values())
+        total += self.study.num_bytes if self.study else 0
         return total + (self.scan.num_bytes if self.scan else 0)
+
+    @property
+    def scans(self) -> list[Scan]:
+        """Every image that the tab may show."""
+        return [one.scan for one in self.study.series] if self.study else [self.scan] if self.scan else []
 
     @property
     def is_answering(self) -> bool:
@@ -120,7 +148,7 @@ class Session:
         """The image as named under an answer. The file's own name is never known here."""
         if self.scan is None:
             return ""
-        kind = self.scan.title or str(self.scan.facts.get("modality") or "picture")
+        kind = self.scan.title or self.scan.label or str(self.scan.facts.get("modality") or "picture")
         return f"Image {self.num_images}: {kind}"
 
     def stop(self) -> None:
@@ -131,15 +159,30 @@ class Session:
     def load(self, scan: Scan) -> None:
         """Take a new image, which begins a new conversation."""
         self.start_over()
-        self.scan = scan
+        self.scan, self.study = scan, None
         self.num_images += 1
 
     def start_over(self) -> None:
         """Delete the conversation; the image stays."""
         self.stop()
-        self.exchanges = []
+        self.cancel_map("")
+        self.exchanges, self.replaced = [], []
+        self.forget_earlier()
+        self.editing = None
         self.words = []
         self.problem = ""
+
+    def cancel_map(self, problem: str) -> None:
+        """End the map that is being computed. ``problem`` is the code of the sentence that says so."""
+        if self.map is not None:
+            self.map.cancel(problem)
+
+    def keep_earlier(self, note: str) -> None:
+        """Remember the conversation as it is, before something of it is deleted."""
+        self.earlier, self.undo_note = list(self.exchanges), note
+
+    def forget_earlier(self) -> None:
+        self.earlier, self.undo_note = None, ""
 
     def turns(self, question: str) -> list[Turn]:
         """The conversation with one more question; the image stands in the first one, as in training."""
@@ -205,7 +248,7 @@ class Sessions:
 
     def scan(self, key: str) -> Scan | None:
         """The image with this key, where a tab whose user has accepted the notice still shows it."""
-        scans = [each.scan for each in list(self._sessions.values()) if each.has_accepted and each.scan]
+        scans = [scan for each in list(self._sessions.values()) if each.has_accepted for scan in each.scans]
         return next((scan for scan in scans if secrets.compare_digest(scan.key.encode(), key.encode())), None)
 
     def leave(self, connection: str | None) -> None:
@@ -215,6 +258,7 @@ class Sessions:
             session.connections.discard(connection or "")
             if not session.connections:
                 session.left_at_s = time.monotonic()
+                session.cancel_map("map_left")
         self.delete_old()
 
     def delete_old(self) -> None:
@@ -225,9 +269,10 @@ class Sessions:
             self._delete(key)
 
     def stop_all(self) -> None:
-        """Stop all running answers."""
+        """Stop all running answers and maps."""
         for session in self._sessions.values():
             session.stop()
+            session.cancel_map("map_left")
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -246,4 +291,6 @@ class Sessions:
             self._delete(token)
 
     def _delete(self, token: str) -> None:
-        self._sessions.pop(token).stop()
+        session = self._sessions.pop(token)
+        session.stop()
+        session.cancel_map("map_left")

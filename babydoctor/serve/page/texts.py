@@ -16,6 +16,18 @@ RESEARCH_NOTICE = (
     "answers for diagnosis, treatment or any other decision about a patient."
 )
 
+NOT_CLINICAL = "RESEARCH ONLY - NOT FOR CLINICAL USE."
+
+CONNECTION = {
+    "lost": (
+        "The connection to the server is lost. What you type stays here; send a question again when the connection is "
+        "back."
+    ),
+    "back": "The connection to the server was lost for a while and is back. What you typed is still here.",
+    "failed": "The server failed at this. Please try again; if it fails again, tell the person who runs it.",
+}
+"""Shown by ``connection.js``."""
+
 GATE_TEXT = """
 ## Before you begin
 
@@ -63,6 +75,11 @@ OVERLAY_NOTE = (
     "Color shows which parts of the image the answer depended on: each part was hidden in turn, and the answer became "
     "less likely by that much, scaled to the largest drop. It does **not** show that the answer is right: a wrong "
     "answer can depend on the right place, and a right one on another. It is coarse and does not outline a finding."
+)
+
+REPORT_NOTE = (
+    "A draft for research, **not for clinical use**: check every word. Your browser saves the file; the server keeps "
+    "none. A DICOM SR needs a DICOM image and carries that file's patient attributes."
 )
 
 LOCALIZATION = (
@@ -132,6 +149,7 @@ SENTENCES: dict[str, str] = {
     "no_question": "Please write a question first.",
     "image_in_question": "The question holds the text “<image>”, which the model uses as a mark. Please leave it out.",
     "no_answer": "There is no answer yet. Ask a question first.",
+    "cannot_sample": "The model's server cannot ask the question several times. Nothing was compared.",
     "still_answering": "The model is still answering. Wait for the end, or press “Stop” first.",
     "session_lost": "The server was restarted and has lost your image and conversation. Please reload this tab.",
     "session_gone": "The server no longer has the image and the conversation of this tab. Please load the image again.",
@@ -149,7 +167,22 @@ SENTENCES: dict[str, str] = {
     "damaged_image": "The image file is damaged or cut off. Please export it again.",
     "too_many_pixels": "The image has too many pixels. Please load a smaller version of it.",
     "odd_shape": "The image is a very thin strip, which the model cannot use. Please load another one.",
+    # Codes of a study.
+    "study_too_large": "These files hold more than 512 MB together. Load one series at a time.",
+    "study_too_many": "These are more than 5000 files. Load one series at a time.",
+    "study_empty": "None of these files is an image that can be read here.",
+    "study_gone": "The images were not fetched in time. Please load them again.",
+    "directory_alone": "A DICOMDIR only lists other files. Load the folder that it lies in.",
+    "zip_damaged": "The ZIP archive is damaged or of an unusual kind. Please pack it again.",
+    "zip_bomb": "The ZIP archive would unpack to far more than images need. Please load the files themselves.",
     "bad_window": "Level and width may be up to 1,000,000, and the width must be at least 1. Nothing was changed.",
+    "second_tab": "This tab is a copy of another one, so its conversation begins anew. The other tab keeps its own.",
+    "map_canceled": "Canceled. The model has stopped computing where it looked.",
+    "map_lost": "The model stopped while it computed where it looked. Please try again.",
+    "map_left": "Computing where it looked was stopped because this tab was closed, reloaded or lost its connection.",
+    "empty_report": "The report draft is empty. Write something, or take the answers into it.",
+    "report_needs_dicom": "The image is not a DICOM file, so no DICOM report can refer to it. Save text or HTML.",
+    "no_dicom_writer": "This server cannot write DICOM reports: the extra “pacs” is not installed. Save text or HTML.",
     # Codes of the PACS.
     "pacs_no_query": "Please enter a patient ID, an accession number or a study date.",
     "pacs_date": "Please write the study date like 2024-05-31, or two dates with “to” between them.",

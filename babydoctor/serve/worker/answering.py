@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from babydoctor.engine.request import Delta, Event, Finished, GenerationHandle, Usage
+from babydoctor.engine.request import Delta, Event, Finished, GenerationHandle, TokenLogprob, Usage
 from babydoctor.serve.api.errors import ApiError, model_failed_error
 from babydoctor.serve.api.protocol import GenerateRequest
 from babydoctor.serve.api.responses import late_error
@@ -36,6 +38,12 @@ class AnsweredRequest:
     num_tokens: int = 0
     cached_tokens: int = 0
     handle: GenerationHandle | None = None
+    certainty: dict[str, Any] = field(default_factory=dict)
+    """Goes into the last delta."""
+    confidence_of: Callable[[Sequence[TokenLogprob], bool], dict[str, Any]] | None = None
+    """The confidence of the tokens of an answer that is whole, or not; None: the request does not ask for it."""
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """All tokens so far, where the request asks for confidence."""
 
     def take_delta(self, delta: Delta) -> None:
         """Append new tokens to the answer."""
@@ -43,7 +51,9 @@ class AnsweredRequest:
             self.first_token_s = time.monotonic()
         self.num_tokens += len(delta.token_ids)
         text = delta.text if self.resumed is None else self.resumed.add(delta.token_ids)
-        self._put(AnswerDelta(text, token_ids=delta.token_ids, logprobs=delta.logprobs))
+        if self.confidence_of is not None:
+            self.scored += delta.logprobs
+        self._put(AnswerDelta(text, token_ids=delta.token_ids, logprobs=self._asked_for(delta.logprobs)))
         if self.resumed is not None and self.resumed.ended and self.handle is not None:
             # The stop string began in the lost worker's tokens, so the engine saw only its end and continued.
             self._end("stop")
@@ -67,6 +77,13 @@ class AnsweredRequest:
             self.answer.fail(model_failed_error() if finished.error is None else api_error(finished.error))
         self.answer.finish()
 
+    def _asked_for(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
+        """What the client wants of them: confidence may need more."""
+        if not self.request.logprobs:
+            return ()
+        num_top = int(self.request.logprobs) - 1
+        return tuple(dataclasses.replace(token, top=token.top[:num_top]) for token in logprobs)
+
     def _put(self, delta: AnswerDelta) -> None:
         if not self.answer.ended:
             self.text += delta.text
@@ -74,7 +91,10 @@ class AnsweredRequest:
 
     def _end(self, reason: str) -> None:
         usage = Usage(self.prompt_tokens, self.num_tokens, self.cached_tokens)
-        self._put(AnswerDelta(finish_reason=reason, usage=usage))
+        certainty = dict(self.certainty)
+        if self.confidence_of is not None:
+            certainty["confidence"] = self.confidence_of(self.scored, reason == "stop" and self.resumed is None)
+        self._put(AnswerDelta(finish_reason=reason, usage=usage, certainty=certainty))
         self.answer.finish()
 
 

@@ -33,6 +33,8 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
     """
     import torch
 
+    from babydoctor.conversation import get_template
+    from babydoctor.data.template_tokens import end_token_ids
     from babydoctor.engine.engine import Engine
     from babydoctor.engine.settings import build_settings
     from babydoctor.model.run_dir import load_run
@@ -44,7 +46,8 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
     max_queue = max(256, settings.limits.max_queue)
     engine_settings = build_settings(settings.engine, max_queue=max_queue, on_start=on_start, own_weights=True)
     run = load_run(path, device=device)
-    engine = Engine(run.model, run.tokenizer, engine_settings).start()
+    ends = end_token_ids(get_template(run.manifest.template), run.tokenizer)
+    engine = Engine(run.model, run.tokenizer, engine_settings, template_ends=ends).start()
     name = settings.worker.model_name or path.resolve().name
     return Worker(run, engine, settings, name)
 

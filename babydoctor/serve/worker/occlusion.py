@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import asyncio
 import hashlib
-import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from babydoctor.conversation import split_images
 from babydoctor.data.tokens import encode
@@ -28,9 +28,18 @@ if TYPE_CHECKING:
 NUM_KEPT = 64
 """Cached replies, so that asking again costs nothing."""
 
+PROGRESS_S = 0.2
+"""Seconds between two progress messages."""
+
 
 class OcclusionMaps:
-    """Computes maps for one run. ``load`` decodes a request's image; ``to_api_error`` converts the engine's errors."""
+    """Maps of one run.
+
+    Args:
+        load: decodes an image of a request.
+        to_api_error: translates the engine's errors.
+        timeout_s: longest time for one map, waiting included.
+    """
 
     def __init__(
         self,
@@ -47,30 +56,37 @@ class OcclusionMaps:
         self._timeout_s = timeout_s
         self._drops_first_space = drops_first_space(run.tokenizer)
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        # Image decoding and tokenization of maps must not delay those of questions.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
 
-    def reply(self, request: AttentionRequest) -> dict[str, Any]:
-        """How much each word of an answer depends on each part of the image, as an ``AttentionReply``. Blocks.
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def stream(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
+        """Progress messages, then the reply: how much each word of an answer depended on each part of the image.
+
+        Closing the generator ends the work in the engine.
 
         Raises:
-            ApiError: the request is not valid, or the engine is too busy or closed.
+            ApiError: the map cannot be computed.
         """
         key = hashlib.sha256(repr((request.prompt, request.answer, request.images)).encode()).hexdigest()
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        reply = self._compute(request)
-        with self._lock:
-            self._kept[key] = reply
+        if key not in self._kept:
+            loop = asyncio.get_running_loop()
+            task = await loop.run_in_executor(self._thread, self._task, request)
+            job = OcclusionMap(self._run.model, task)
+            async with aclosing(self._run_between_steps(job)) as progress:
+                async for message in progress:
+                    yield message
+            self._kept[key] = await loop.run_in_executor(self._thread, self._reply, request, job)
             while len(self._kept) > NUM_KEPT:
                 self._kept.popitem(last=False)
-        return reply
+        self._kept.move_to_end(key)
+        yield self._kept[key]
 
-    def _compute(self, request: AttentionRequest) -> dict[str, Any]:
-        task = self._task(request)
-        drops = self._run_between_steps(OcclusionMap(self._run.model, task))  # [A, cells, cells]
-        answer_ids = task.answer_ids.tolist()
+    def _reply(self, request: AttentionRequest, job: OcclusionMap) -> dict[str, Any]:
+        drops = job.result()  # [A, cells, cells]
+        answer_ids = job.task.answer_ids.tolist()
         rows = drops.reshape(len(drops), -1)
         return {
             "grid": list(drops.shape[1:]),
@@ -79,19 +95,25 @@ class OcclusionMaps:
             "localization": self._run.manifest.localization,
         }
 
-    def _run_between_steps(self, job: OcclusionMap) -> np.ndarray:
+    async def _run_between_steps(self, job: OcclusionMap) -> AsyncGenerator[dict[str, Any], None]:
+        """Give the job to the engine; yields its progress until it has ended."""
+        deadline = time.monotonic() + self._timeout_s
         try:
             running = self._engine.start_job(job)
         except EngineError as error:
             raise self._to_api_error(error) from None
+        ended = asyncio.wrap_future(running.ended)
         try:
-            running.ended.result(self._timeout_s)
+            while not ended.done():
+                yield {"share": running.share, "left_s": running.left_s}
+                await asyncio.wait({ended}, timeout=PROGRESS_S)
+                if not ended.done() and time.monotonic() > deadline:
+                    raise ApiError("deadline", "The model was too busy to compute where it looked.")
+            ended.result()
         except EngineError as error:
             raise self._to_api_error(error) from None
-        except (TimeoutError, concurrent.futures.TimeoutError):  # the same class from Python 3.11 on
-            running.ended.cancel()
-            raise ApiError("deadline", "The model was too busy to compute where it looked.") from None
-        return job.result()
+        finally:
+            running.ended.cancel()  # has no effect on a job that has ended
 
     def _task(self, request: AttentionRequest) -> OcclusionTask:
         """Tokens and pixels of the request. The answer is encoded as supervised, so labels mark its tokens."""

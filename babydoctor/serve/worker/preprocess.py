@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from babydoctor.conversation import get_template, render_continuation, render_prompt, split_images
+from babydoctor.conversation import get_template, move_image_first, render_continuation, render_prompt, split_images
 from babydoctor.data.tokens import encode
 from babydoctor.engine.request import (
     EngineClosedError,
@@ -22,6 +22,7 @@ from babydoctor.engine.request import (
 )
 from babydoctor.engine.tokens.constraint import JsonConstraint, JsonGrammars
 from babydoctor.errors import UserError
+from babydoctor.eval.certainty.calibration import NUM_TOP
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
 from babydoctor.schema import Example, Turn
@@ -66,7 +67,13 @@ class Preprocessor:
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def encode(self, prompt: str) -> Example:
-        """Encode a prompt with ``<image>`` for each image to ids and an image mask."""
+        """A prompt with ``<image>`` for each image -> ids and image positions.
+
+        Some clients write the begin-of-sequence token of the published chat template, which ``tokens.encode`` adds. A
+        single image moves to the front of the first question, where LLaVA's training and its clients put it.
+        """
+        template = get_template(self._run.manifest.template)
+        prompt = move_image_first(prompt.removeprefix(template.begin), template)
         return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
@@ -124,7 +131,7 @@ class Preprocessor:
             logit_bias=tuple((request.logit_bias or {}).items()),
             stop=request.stops,
             seed=request.seed,
-            logprobs=min(20, int(request.logprobs) - 1) if request.logprobs else None,
+            logprobs=_num_logprobs(request),
             timeout_s=self._limits.request_timeout_s,
             ignore_eos=request.ignore_eos,
             constraint=self._constraint(request.json_schema, resume_ids),
@@ -168,6 +175,12 @@ class Preprocessor:
             while len(self._pixels) > PIXEL_CACHE_SIZE:
                 self._pixels.popitem(last=False)
         return ImageInput(key, pixels)
+
+
+def _num_logprobs(request: GenerateRequest) -> int | None:
+    """Alternatives of each token that the client or its confidence needs; None: no log-probabilities."""
+    asked = min(20, int(request.logprobs) - 1) if request.logprobs else None
+    return max(asked or 0, NUM_TOP) if request.confidence else asked
 
 
 def _last_text_ids(example: Example) -> tuple[int, ...]:

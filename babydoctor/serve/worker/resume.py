@@ -34,7 +34,7 @@ class ResumedText:
         self._filter = StopFilter(stops)
         self.ended = bool(token_ids) and token_ids[-1] in eos
         self._unread = ""
-        self._unread = self.add(token_ids)
+        self._unread = self.add(token_ids[:-1] if self.ended else token_ids)
 
     def add(self, token_ids: Iterable[int]) -> str:
         """Append tokens and return the new text. The first call also returns the text of the constructor's tokens.

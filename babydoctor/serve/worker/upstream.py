@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ class UpstreamWorker(SingleModelBackend):
             raise passed.error
         return passed.answer
 
-    async def attention(self, request: AttentionRequest) -> dict[str, Any]:
+    def attention(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
         raise ApiError("unsupported", "This worker's model runs on a server that cannot compute attention maps.")
 
     async def count_tokens(self, request: CountTokenRequest) -> int:

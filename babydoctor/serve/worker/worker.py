@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from babydoctor.serve.logs import REQUEST_ID, log
 from babydoctor.serve.settings import ServeSettings
 from babydoctor.serve.worker.answering import AnsweredRequest, EventPump
 from babydoctor.serve.worker.backend import SingleModelBackend, draining_error
+from babydoctor.serve.worker.certainty import CertaintyMeter
 from babydoctor.serve.worker.health import Health
 from babydoctor.serve.worker.occlusion import OcclusionMaps
 from babydoctor.serve.worker.preprocess import Preprocessor, api_error
@@ -55,14 +57,12 @@ class Worker(SingleModelBackend):
         self._preprocessor = Preprocessor(run, engine, settings.limits)
         timeout_s = settings.limits.request_timeout_s
         self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
+        self._certainty = CertaintyMeter(run, engine, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
-        # Attention requests wait for the engine. In their own thread they do not block preprocessing.
-        self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="attention")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None
-        retention_dir = settings.worker.retention_dir
-        self._retention = Retention(retention_dir) if retention_dir else None
+        self._retention = Retention(folder) if (folder := settings.worker.retention_dir) else None
         self._add_gauges()
 
     # The methods of a backend that the common routes call.
@@ -88,7 +88,7 @@ class Worker(SingleModelBackend):
             raise
         return answered.answer
 
-    async def attention(self, request: AttentionRequest) -> dict[str, Any]:
+    async def attention(self, request: AttentionRequest) -> AsyncGenerator[dict[str, Any], None]:
         self._check_model(request.model)
         check_image_count(request.prompt, request.images, self.settings.limits)
         if len(request.images) != 1:
@@ -98,8 +98,9 @@ class Worker(SingleModelBackend):
         self.slots.take()
         started_s = time.monotonic()
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._attention_thread, self._occlusion_maps.reply, request)
+            async with aclosing(self._occlusion_maps.stream(request)) as messages:
+                async for message in messages:
+                    yield message
         finally:
             self.slots.free(time.monotonic() - started_s)
 
@@ -120,11 +121,9 @@ class Worker(SingleModelBackend):
         return {
             "context_length": self.engine.max_context,
             "model": self.name,
-            "template": manifest.template,
-            "image_size": manifest.image_size,
-            "image_mode": manifest.image_mode,
             "image_tokens": self.run.model.num_patches,
-            "localization": manifest.localization,
+            **{name: getattr(manifest, name) for name in ("template", "image_size", "image_mode", "image_mean")},
+            **{name: getattr(manifest, name) for name in ("localization", "familiarity", "confidence")},
             "stages": [stage.name for stage in manifest.lineage],
         }
 
@@ -175,7 +174,7 @@ class Worker(SingleModelBackend):
         if self._watching is not None:
             self._watching.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._attention_thread.shutdown(wait=False, cancel_futures=True)
+        self._occlusion_maps.close()
         self.engine.close()
 
     def _check_not_draining(self) -> None:
@@ -202,6 +201,7 @@ class Worker(SingleModelBackend):
             images=prepared.images if self._retention else (),
             num_tokens=len(request.resume_ids or ()),
             received_s=received_s,
+            **self._certainty.measure(request, prepared),
         )
         answered.answer = AnswerStream(lambda: self._stop(answered))
         self._open.add(answered)

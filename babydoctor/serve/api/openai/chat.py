@@ -6,13 +6,14 @@ Source: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from babydoctor.conversation import Template
 from babydoctor.engine.request import TokenLogprob, Usage
+from babydoctor.serve.api.certainty import CertaintyFields
 from babydoctor.serve.api.errors import ApiError
 from babydoctor.serve.api.openai.common import (
     ResponseFormat,
@@ -44,7 +45,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ChatRequest(SamplingBody):
+class ChatRequest(SamplingBody, CertaintyFields):
     """Body of ``/v1/chat/completions``. If the last message is the assistant's, the answer continues it."""
 
     model_config = ConfigDict(
@@ -95,6 +96,8 @@ async def to_generate(request: ChatRequest, template: Template, fetch: FetchImag
     refuse_unknown(request)
     if request.top_logprobs and not request.logprobs:
         raise unsupported("top_logprobs", "needs logprobs: true")
+    if request.agreement and num_answers(request.n) > 1:
+        raise ApiError("bad_request", "agreement needs n = 1: it samples its own answers.", param="agreement")
     conversation = await read_messages(request.messages, fetch)
     if conversation.continues and request.continue_final_message is False:
         message = "The last message is the assistant's, and continue_final_message is false; end with the user's."
@@ -108,6 +111,7 @@ async def to_generate(request: ChatRequest, template: Template, fetch: FetchImag
         "stop": stop_strings(request.stop, template.stop),
         "logprobs": (request.top_logprobs or 0) + 1 if request.logprobs else None,
         "json_schema": schema_of(request.response_format),
+        **request.certainty_fields(),
     }
     return [GenerateRequest(**common, **request.sampling(index)) for index in range(num_answers(request.n))]
 
@@ -144,7 +148,7 @@ class ChatWriter:
         if part or delta.logprobs:
             events += sse(self._chunk(delta.index, part, None, delta.logprobs))
         if delta.finish_reason is not None:
-            events += sse(self._chunk(delta.index, {}, delta.finish_reason, ()))
+            events += sse(self._chunk(delta.index, {}, delta.finish_reason, (), delta.certainty))
             self._usages.append(delta.usage)
             if self._wants_usage and len(self._usages) == self._num_answers:
                 last: dict[str, Any] = {"choices": [], "usage": total_usage(self._usages)}
@@ -159,6 +163,7 @@ class ChatWriter:
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
                 "finish_reason": answer.finish_reason or "stop",
                 "logprobs": self._logprobs(answer.logprobs),
+                **answer.certainty,
             }
             for index, answer in enumerate(answers)
         ]
@@ -169,9 +174,15 @@ class ChatWriter:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _chunk(
-        self, index: int, part: dict[str, Any], finish_reason: str | None, logprobs: Sequence[TokenLogprob]
+        self,
+        index: int,
+        part: dict[str, Any],
+        finish_reason: str | None,
+        logprobs: Sequence[TokenLogprob],
+        certainty: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": part, "finish_reason": finish_reason, "logprobs": self._logprobs(logprobs)}
+        choice |= certainty or {}
         usage: dict[str, Any] = {"usage": None} if self._wants_usage else {}
         return self._head("chat.completion.chunk") | {"choices": [choice]} | usage
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from babydoctor.conversation import Template
 from babydoctor.engine.request import Usage
+from babydoctor.serve.api.certainty import CertaintyFields
 from babydoctor.serve.api.openai.common import (
     JsonSchemaFormat,
     ResponseFormat,
@@ -73,7 +74,7 @@ class TextSettings(Body):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(SamplingBody):
+class ResponsesRequest(SamplingBody, CertaintyFields):
     """Body of ``/v1/responses``."""
 
     model_config = ConfigDict(
@@ -108,6 +109,7 @@ async def to_generate(request: ResponsesRequest, template: Template, fetch: Fetc
         "stop": stop_strings(None, template.stop),
         "logprobs": request.top_logprobs + 1 if request.top_logprobs else None,
         "json_schema": schema_of(_response_format(request)),
+        **request.certainty_fields(),
     }
     return [GenerateRequest(**fields, **request.sampling())]
 
@@ -207,7 +209,8 @@ class ResponseWriter:
         status = "incomplete" if is_cut else "completed"
         response = self._response(status, [self._item(status)])
         details = {"reason": "max_output_tokens"} if is_cut else None
-        return response | {"incomplete_details": details, "usage": _usage(self._answer.usage)}
+        more = {"incomplete_details": details, "usage": _usage(self._answer.usage)}
+        return response | more | dict(self._answer.certainty)
 
     def _item(self, status: str) -> dict[str, Any]:
         part = {

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from babydoctor.serve.api.backend import Backend
+from babydoctor.serve.api.certainty import open_answer
 from babydoctor.serve.api.docs import WORK_ERRORS, errors, reply
 from babydoctor.serve.api.errors import model_not_found
 from babydoctor.serve.api.openai import chat
@@ -52,7 +53,7 @@ def add_openai_routes(app: FastAPI, backend: Backend) -> None:
         return await fetch_image(url, backend.settings.remote_images)
 
     async def answer(requests: list[GenerateRequest], writer: Writer, stream: bool | None, trailer: bytes) -> Response:
-        opening = await start_opening(open_all([backend.open(request) for request in requests]))
+        opening = await start_opening(open_all([open_answer(backend, request) for request in requests]))
         limits = backend.settings.limits
         if not stream:
             return CollectedAnswer(opening, writer.document, limits, num_answers=len(requests))

@@ -1,4 +1,4 @@
-"""Handlers of the PACS: search, pick a series, another image of it, store an answer."""
+"""Handlers of the PACS: search, pick a series, store an answer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from babydoctor.schema import UserError
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
-from babydoctor.serve.page.image_handlers import ImageHandlers
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.pacs.client import PacsClient, StudyQuery
-from babydoctor.serve.page.scan import open_scan
-from babydoctor.serve.page.session import Session, Sessions
+from babydoctor.serve.page.session import Sessions
+from babydoctor.serve.page.study.pacs_files import PacsFiles
+from babydoctor.serve.page.study.uploads import StudyUploads
 from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.settings import DicomWebServer
 
@@ -24,7 +24,7 @@ class PacsHandlers(Handlers):
     """Handlers of the PACS. What they show of a patient is in the picker alone.
 
     Args:
-        images: shows what was loaded.
+        uploads: takes series that are to be fetched.
         servers: the PACS of ``page.dicomweb``.
     """
 
@@ -33,11 +33,11 @@ class PacsHandlers(Handlers):
         ui: Layout,
         sessions: Sessions,
         client: ControllerClient,
-        images: ImageHandlers,
+        uploads: StudyUploads,
         servers: Sequence[DicomWebServer],
     ) -> None:
         super().__init__(ui, sessions, client)
-        self.images = images
+        self.uploads = uploads
         self.pacs = {server.name: PacsClient(server) for server in servers}
 
     @property
@@ -58,7 +58,7 @@ class PacsHandlers(Handlers):
 
     @shows_errors
     def on_pick(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """A study or a series was chosen. The image in the middle of the series is loaded."""
+        """A study or a series was chosen. The tab then asks for the series by a ticket and shows how far that is."""
         session = self.sessions.accepted(request.session_hash)
         picker, values = session.pacs, event_values(event)
         if picker.client is None:
@@ -69,41 +69,14 @@ class PacsHandlers(Handlers):
             picker.series = picker.client.series(_chosen(picker.studies, values["study"]))
             return {self.ui.pacs.results: show.pacs_series(picker.series)}
         series = _chosen(picker.series, values.get("series"))
-        picker.instances = picker.client.instances(series)
-        if not picker.instances:
+        instances = picker.client.instances(series)
+        if not instances:
             raise PageError("pacs_no_images")
-        changes = self._load(session, len(picker.instances) // 2)
+        source = PacsFiles(picker.client, instances, max(series.num_instances, len(instances)))
         picker.forget_patients()
-        number = len(picker.instances)
-        slider = gr.Slider(maximum=max(2, number), value=picker.image + 1, visible=number > 1)
         panel = self.ui.pacs
         emptied = {panel.results: "", panel.patient: "", panel.accession: ""}
-        return changes | emptied | {panel.image: slider, panel.form: gr.Accordion(open=False)}
-
-    @shows_errors
-    def on_image(self, number: float | None, request: gr.Request) -> Changes:
-        """Another image of the series."""
-        session = self.sessions.accepted(request.session_hash)
-        if not session.pacs.instances:
-            raise PageError("session_lost")
-        last = len(session.pacs.instances)
-        return self._load(session, int(min(max(number or 1, 1), last)) - 1)
-
-    @shows_errors
-    def on_shown(self, request: gr.Request) -> Changes:
-        """Another image was shown: the number of an image in a series only belongs to images of a PACS."""
-        session = self.sessions.accepted(request.session_hash)
-        if session.scan is session.pacs.origin:
-            return {}
-        session.pacs.instances = []
-        return {self.ui.pacs.image: gr.Slider(visible=False)}
-
-    def _load(self, session: Session, image: int) -> Changes:
-        picker = session.pacs
-        assert picker.client is not None
-        scan = open_scan(picker.client.fetch(picker.instances[image]))
-        picker.image, picker.origin = image, scan
-        return self.images.load(session, scan)
+        return emptied | {panel.ticket: self.uploads.sources.put(source), panel.form: gr.Accordion(open=False)}
 
 
 class StoreHandlers(Handlers):
@@ -119,8 +92,9 @@ class StoreHandlers(Handlers):
         from babydoctor.serve.page.pacs.report import build_report
 
         session = self.sessions.accepted(request.session_hash)
-        scan, client, last = session.scan, session.pacs.client, session.last
-        if scan is None or scan.dicom is None or client is None or scan is not session.pacs.origin:
+        scan, last = session.scan, session.last
+        client = session.study.origin if session.study is not None else None
+        if scan is None or scan.dicom is None or client is None:
             raise PageError("pacs_not_from_here")
         if not client.server.write_back:
             raise PageError("pacs_read_only")
@@ -129,13 +103,14 @@ class StoreHandlers(Handlers):
         if last is None or not last.answer or session.is_answering:
             raise PageError("no_answer")
         try:
+            dicom, frame = scan.source()
             report = build_report(
-                scan.dicom.dataset,
+                dicom.dataset,
                 question=last.question,
                 answer=last.answer.strip(),
                 model=last.model,
                 view=last.view.caption or "as stored",
-                frame=scan.frame,
+                frame=frame,
             )
         except UserError:  # its text may quote the file
             raise PageError("pacs_no_report") from None

@@ -10,7 +10,9 @@ from babydoctor.serve.settings import DicomWebServer
 
 
 class PacsPanel:
-    """Search form, results and image number; all hidden where no PACS is set up. Made inside ``gr.Blocks``.
+    """Search form, results and the ticket of a chosen series; all hidden where no PACS is set up.
+
+    Made inside ``gr.Blocks``.
 
     Args:
         servers: the PACS to choose from.
@@ -28,9 +30,7 @@ class PacsPanel:
             self.search = gr.Button("Search", size="sm", elem_id="bd-pacs-search")
             self.status = gr.HTML("", elem_id="bd-pacs-status", apply_default_css=False)
             self.results = gr.HTML("", js_on_load=buttons, elem_id="bd-pacs-results", apply_default_css=False)
-        self.image = gr.Slider(
-            1, 2, 1, step=1, label="Image of the series", visible=False, elem_id="bd-pacs-image", buttons=[]
-        )
+        self.ticket = gr.Textbox(visible=False)
 
 
 class StorePanel:

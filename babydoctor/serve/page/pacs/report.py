@@ -1,8 +1,9 @@
-"""An answer as a DICOM structured report that says it is research and not for clinical use."""
+"""An answer or a report draft as a DICOM structured report that says it is research and not for clinical use."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,40 @@ def build_report(source: Dataset, *, question: str, answer: str, model: str, vie
         ImageError: the image lacks an attribute that the standard requires.
     """
     import highdicom as hd
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import ExplicitVRLittleEndian
 
     question_name = hd.sr.CodedConcept("question", "99BABYDOCTOR", "Question to the research model")
     answer_name = hd.sr.CodedConcept("answer", "99BABYDOCTOR", "Answer of the research model")
+    return _build(source, [(question_name, question), (answer_name, answer)], model=model, view=view, frame=frame)
+
+
+def build_draft_report(
+    source: Dataset, *, sections: Mapping[str, str], model: str, view: str, frame: int = 0
+) -> Dataset:
+    """A report draft about one image as a Comprehensive SR, see ``build_report``.
+
+    Args:
+        sections: text by title: ``Technique``, ``Findings``, ``Impression``.
+
+    Raises:
+        ImageError: the image lacks an attribute that the standard requires.
+    """
+    from pydicom.sr.codedict import codes
+
+    names = {
+        "Technique": codes.DCM.ProcedureDescription,
+        "Findings": codes.DCM.Finding,
+        "Impression": codes.DCM.Impression,
+    }
+    texts = [(names[title], text) for title, text in sections.items()]
+    return _build(source, texts, model=model, view=view, frame=frame)
+
+
+def _build(source: Dataset, texts: Sequence[tuple[Any, str]], *, model: str, view: str, frame: int) -> Dataset:
+    """A report that contains ``texts``, each a coded name and a text."""
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import ExplicitVRLittleEndian
+
     observer = hd.sr.ObserverContext(
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
@@ -51,12 +81,11 @@ def build_report(source: Dataset, *, question: str, answer: str, model: str, vie
     )
     language = hd.sr.LanguageOfContentItemAndDescendants(hd.sr.CodedConcept("en", "RFC5646", "English"))
     items: list[Any] = [*language, *observer]
-    texts = (
+    texts = [
         (codes.DCM.Comment, f"NOT FOR CLINICAL USE. {RESEARCH_NOTICE}"),
-        (question_name, question),
-        (answer_name, answer),
+        *texts,
         (codes.DCM.Comment, f"Image as shown to the model: {view}"),
-    )
+    ]
     items += [hd.sr.TextContentItem(name=name, value=text, relationship_type=contains) for name, text in texts]
     with warnings.catch_warnings(), reading_values("the image"):
         warnings.simplefilter("ignore")  # highdicom quotes a patient's name that it finds odd

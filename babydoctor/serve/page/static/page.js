@@ -1,10 +1,13 @@
-// Browser side of the web UI. Gradio components import this module by `_script` in layout.py.
-// Nothing here talks to another server, and nothing is stored but a random tab token, a draft, and the theme.
+// Browser side of the web UI. Gradio components import this module by `script` in layout.py.
+// Nothing here talks to another server. Stored are a random tab token, what the user is typing, and the theme.
+
+import {keptTexts} from './conversation.js';
+import {isOpenElsewhere, watchConnection} from './connection.js';
+import {chosenFiles, droppedFiles, fetchTicket, isStudy, sendStudy} from './study.js';
 
 const TAB_KEY = 'babydoctor-tab';
 const DRAFT_KEY = 'babydoctor-draft';
 const THEME_KEY = 'babydoctor-theme';
-const NEAR_END_PX = 24;
 
 const read = (storage, key) => {
   try { return storage.getItem(key); } catch { return null; }
@@ -31,15 +34,19 @@ const keepNumbers = () => {
 };
 
 // Called on load: applies the stored theme and tells the server which tab this is.
-export const restore = (passed, preferences) => {
+// A browser copies the token with a tab, and two tabs must not write into one conversation: the copy takes a new token.
+export const restore = async (passed, preferences) => {
   keepNumbers();
+  watchConnection();
   const theme = read(localStorage, THEME_KEY);
   if (theme) document.body.classList.toggle('dark', theme === 'dark');
   const stored = read(sessionStorage, TAB_KEY);
-  const token = stored ?? newToken();
+  const copied = stored !== null && await isOpenElsewhere(stored);
+  const token = stored === null || copied ? newToken() : stored;
   write(sessionStorage, TAB_KEY, token);
+  isOpenElsewhere.answerFor(token);
   const draft = read(sessionStorage, DRAFT_KEY) ?? '';
-  return [passed, preferences, JSON.stringify({token, draft, reloaded: stored !== null})];
+  return [passed, preferences, JSON.stringify({token, draft, texts: keptTexts(), copied, reloaded: stored !== null})];
 };
 
 export const toggleTheme = () => {
@@ -74,22 +81,32 @@ export const dropZone = (element, trigger) => {
   const input = element.querySelector('input');
   const bar = element.querySelector('progress');
   const label = element.querySelector('.bd-progress span');
-  const send = async (file) => {
-    if (!file) return;
+  const folder = element.querySelector('#bd-folder');
+  const show = (share, text) => {
+    drop.setAttribute('aria-busy', 'true');
+    bar.value = share;
+    label.textContent = text;
+  };
+  const showFile = (share) => show(share, share < 1 ? `Uploading: ${Math.round(100 * share)}%` : 'Reading the image…');
+  const send = async (files) => {
+    if (!files.length) return;
     let result = {error: 'upload_too_large'};
-    if (file.size <= Number(drop.dataset.maxBytes)) {
-      drop.setAttribute('aria-busy', 'true');
-      const show = (share) => {
-        bar.value = share;
-        label.textContent = share < 1 ? `Uploading: ${Math.round(100 * share)}%` : 'Reading the image…';
-      };
-      show(0);
-      result = await upload(file, show);
+    if (await isStudy(files)) {
+      show(0, 'Uploading…');
+      result = await sendStudy(files, Number(drop.dataset.maxStudyBytes), show);
+    } else if (files[0].size <= Number(drop.dataset.maxBytes)) {
+      showFile(0);
+      result = await upload(files[0], showFile);
     }
-    input.value = '';
+    input.value = folder.value = '';
     trigger('upload', result);
   };
-  input.addEventListener('change', () => send(input.files[0]));
+  for (const each of [input, folder]) each.addEventListener('change', () => send(chosenFiles(each)));
+  element.querySelector('[data-folder]').addEventListener('click', () => folder.click());
+  drop.addEventListener('bd-ticket', async ({detail}) => {
+    show(0, 'Fetching…');
+    trigger('upload', await fetchTicket(detail, show));
+  });
   for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event) => {
     event.preventDefault();
     drop.classList.add('over');
@@ -97,8 +114,18 @@ export const dropZone = (element, trigger) => {
   for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'));
   drop.addEventListener('drop', (event) => {
     event.preventDefault();
-    send(event.dataTransfer.files[0]);
+    // A folder that cannot be read counts as nothing that arrived.
+    droppedFiles(event.dataTransfer).then(
+      (files) => (files.length ? send(files) : trigger('upload', {error: 'study_empty'})),
+      () => trigger('upload', {error: 'upload_broken'}),
+    );
   });
+};
+
+// Load what waits under a ticket, with the progress of an upload.
+export const loadTicket = (ticket) => {
+  if (ticket) document.querySelector('.bd-drop')?.dispatchEvent(new CustomEvent('bd-ticket', {detail: ticket}));
+  return '';
 };
 
 // The server has answered: the image or a sentence stands beside the drop zone.
@@ -114,23 +141,5 @@ export const buttons = (element, trigger) => {
         other.setAttribute('aria-pressed', String(other === button)));
     }
     trigger('select', {...button.dataset});
-  });
-};
-
-// Follow a growing answer only while the reader is at its end. Also handles "Copy".
-export const chat = (element) => {
-  const box = document.getElementById('bd-chat');
-  let atEnd = true;
-  box.addEventListener('scroll', () => {
-    atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < NEAR_END_PX;
-  });
-  const follow = () => { if (atEnd) box.scrollTop = box.scrollHeight; };
-  new MutationObserver(follow).observe(box, {childList: true, subtree: true, characterData: true});
-  follow();
-  element.addEventListener('click', async (event) => {
-    const button = event.target.closest('button[data-copy]');
-    if (!button) return;
-    await navigator.clipboard?.writeText(button.dataset.copy);
-    button.textContent = 'Copied';
   });
 };

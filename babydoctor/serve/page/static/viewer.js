@@ -9,7 +9,9 @@ const REST_MS = 200;
 const SETTLE_MS = 8000;
 const SHOWN = ['frame', 'preset', 'center', 'width', 'is_inverted', 'is_mirrored', 'quarter_turns', 'region'];
 const CINE_MS = 100;
-const current = {viewer: null};
+
+// The viewers of this tab.
+export const current = {viewer: null, second: null};
 
 export const viewer = (element, trigger) => {
   current.viewer?.close();
@@ -22,9 +24,11 @@ export const settled = async (inputs) => {
   return inputs;
 };
 
-class Viewer {
-  constructor(screen, trigger) {
+// `source` is the id of the element that holds what the server says about the image.
+export class Viewer {
+  constructor(screen, trigger, source = 'bd-viewer') {
     this.screen = screen;
+    this.source = source;
     this.trigger = trigger;
     this.canvas = screen.querySelector('canvas');
     this.picture = document.createElement('canvas');
@@ -52,7 +56,7 @@ class Viewer {
 
   // Take what the server shows, unless the canvas has changed since.
   read() {
-    const box = document.getElementById('bd-viewer');
+    const box = document.getElementById(this.source);
     const text = box?.querySelector('[data-viewer]')?.dataset.viewer ?? '';
     if (text === this.text) return;
     this.text = text;
@@ -77,6 +81,7 @@ class Viewer {
     this.stop();
     this.frames = new Frames(state.key);
     this.frame = null;
+    this.told = null;
     this.ruler = null;
     this.choose('window');
     this.place.fit();
@@ -104,13 +109,18 @@ class Viewer {
       this.timer = setTimeout(() => this.send(), REST_MS);
       return;
     }
+    this.trigger('change', this.shown());
+  }
+
+  // What the server needs to render the same picture.
+  shown() {
     const shown = Object.fromEntries(SHOWN.map((name) => [name, this.state[name]]));
-    this.trigger('change', {key: this.state.key, change: this.state.change, ...shown});
+    return {key: this.state.key, change: this.state.change, ...shown};
   }
 
   isSettled(value) {
     this.screen.dataset.sync = value ? 'done' : 'waiting';
-    document.getElementById('bd-viewer')?.classList.toggle('bd-waiting', !value);
+    document.getElementById(this.source)?.classList.toggle('bd-waiting', !value);
     if (value) this.whenSettled?.();
   }
 
@@ -139,6 +149,10 @@ class Viewer {
   // Show a frame; until it has come, the one before stays.
   async show(number) {
     const {frames, state} = this;
+    if (this.told !== number) { // the other viewer follows
+      this.told = number;
+      document.dispatchEvent(new CustomEvent('bd-shown', {detail: this}));
+    }
     try {
       const frame = frames.peek(number) ?? await frames.get(number);
       if (frames !== this.frames || number !== this.state.frame) return;

@@ -176,9 +176,10 @@ export const listen = (viewer) => {
     larger: () => zoom(1.25),
     smaller: () => zoom(0.8),
   };
+  const run = (name) => (viewer.actions?.[name] ?? actions[name])?.();
   const keys = {
     b: 'region', m: 'ruler', i: 'invert', t: 'turn', h: 'mirror', v: 'upside', f: 'fit', z: 'actual', ' ': 'cine',
-    r: 'reset', Escape: 'cancel', '+': 'larger', '=': 'larger', '-': 'smaller',
+    r: 'reset', l: 'link', Escape: 'cancel', '+': 'larger', '=': 'larger', '-': 'smaller',
   };
   const steps = {ArrowUp: -1, ArrowLeft: -1, PageUp: -10, ArrowDown: 1, ArrowRight: 1, PageDown: 10, Home: -1e9, End: 1e9};
 
@@ -189,12 +190,12 @@ export const listen = (viewer) => {
     else if (/^\d$/.test(key) && viewer.state.has_window && Number(key) <= viewer.state.presets.length) {
       const preset = key === '0' ? null : viewer.state.presets[Number(key) - 1][0];
       viewer.change({preset, center: null, width: null});
-    } else if (keys[key]) actions[keys[key]]();
+    } else if (keys[key]) run(keys[key]);
     else return;
     event.preventDefault();
   });
   screen.addEventListener('click', (event) => {
     const name = event.target.closest('button[data-do]')?.dataset.do;
-    if (name && viewer.frame) actions[name]();
+    if (name && (viewer.frame || name === 'close')) run(name);
   });
 };

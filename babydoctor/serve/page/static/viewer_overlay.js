@@ -19,7 +19,7 @@ export class Overlay {
     this.svg.setAttribute('viewBox', `0 0 ${canvas.width} ${canvas.height}`);
     place.marks(frame.marks).forEach((letters, i) => text(this.marks[i], letters));
     const window = viewer.window ?? (frame.values ? frame : null);
-    const parts = state.frames > 1 ? [`frame ${viewer.drawn + 1} of ${state.frames}`] : [];
+    const parts = state.frames > 1 ? [`${state.noun} ${viewer.drawn + 1} of ${state.frames}`] : [];
     if (window) parts.push(`level ${short(window.center)}, width ${short(window.width)}`);
     parts.push(`${Math.round(100 * place.scale)}%`);
     if (frame.step > 1) parts.push(`every ${frame.step}th pixel is shown`);
@@ -78,10 +78,13 @@ export class Overlay {
       region: tool === 'region', ruler: tool === 'ruler', invert: state.is_inverted, mirror: state.is_mirrored,
       cine: Boolean(playing),
     };
-    for (const [name, value] of Object.entries(pressed)) this.button(name).setAttribute('aria-pressed', String(value));
-    this.button('whole').hidden = state.region === null;
-    this.button('cine').hidden = state.frames < 2;
-    text(this.button('cine'), playing ? 'Stop playing' : 'Play');
+    for (const [name, value] of Object.entries(pressed)) this.button(name)?.setAttribute('aria-pressed', String(value));
+    const [whole, cine] = [this.button('whole'), this.button('cine')];
+    if (whole) whole.hidden = state.region === null;
+    if (cine) { // the second viewer has neither
+      cine.hidden = state.frames < 2;
+      text(cine, playing ? 'Stop playing' : 'Play');
+    }
     // A picture without a window that fits has nothing to drag, so a finger scrolls the tab.
     this.screen.dataset.drags = String(Boolean(frame.values) || tool !== 'window');
   }

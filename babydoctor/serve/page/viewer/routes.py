@@ -9,9 +9,10 @@ from fastapi import APIRouter, Response
 from babydoctor.imaging.dicom.raw_frame import picture_block
 from babydoctor.imaging.isolation import raw_frame
 from babydoctor.schema import UserError
-from babydoctor.serve.page.scan import Scan, dicom_error
+from babydoctor.serve.page.scan import Scan
 from babydoctor.serve.page.session import Sessions
 from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.viewer.image_errors import dicom_error
 
 MAX_AT_ONCE = 4
 """Frames that are prepared at the same time; others wait. A block has up to ``raw_frame.MAX_BYTES``."""
@@ -40,10 +41,10 @@ def frame_routes(sessions: Sessions) -> APIRouter:
 
 
 def _block(scan: Scan, frame: int) -> bytes:
-    if scan.dicom is None:
-        assert scan.picture is not None
-        return picture_block(scan.picture)
     try:
-        return raw_frame(scan.dicom, frame)
+        if scan.dicom is None:
+            assert scan.picture is not None
+            return picture_block(scan.stack.picture(frame) if scan.stack is not None else scan.picture)
+        return raw_frame(*(scan.stack.dicom(frame) if scan.stack is not None else (scan.dicom, frame)))
     except UserError as error:
         raise dicom_error(error) from None

@@ -27,6 +27,7 @@ def viewer_state(scan: Scan, view: View) -> dict[str, Any]:
         "columns": scan.facts["columns"],
         "frames": scan.num_frames,
         "frame": scan.frame,
+        "noun": scan.noun,
         "frame_ms": _frame_ms(scan),
         "has_window": scan.has_window,
         "step": scan.window_range().step if scan.has_window else 1,

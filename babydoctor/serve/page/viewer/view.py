@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from babydoctor.imaging.burned_in import TextBox
+from babydoctor.serve.page.viewer.record import ViewRecord
 
 MAX_VIEW_EDGE = 1536
 """Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
@@ -21,7 +22,7 @@ class View:
     """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL.
 
     ``source_size`` is the (width, height) before it was shrunk; ``hidden`` are texts that it does not show, in pixels
-    of that size.
+    of that size. ``record`` says how to render it again.
     """
 
     png: bytes = field(repr=False)
@@ -31,6 +32,7 @@ class View:
     thumbnail: str = field(default="", repr=False)
     source_size: tuple[int, int] = (0, 0)
     hidden: tuple[TextBox, ...] = ()
+    record: ViewRecord = field(default=ViewRecord(), repr=False)
 
     @property
     def data_url(self) -> str:

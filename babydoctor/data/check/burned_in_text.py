@@ -1,4 +1,4 @@
-"""Which images of a data set show text that may identify a person."""
+"""Find images of a data set that show text that may identify a person."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
-from babydoctor.data.rows import ImageFolder, read_image
 from babydoctor.imaging.burned_in import TextBox, TextReader, TextSearchError
 from babydoctor.progress import named_progress
 from babydoctor.schema import Sample, UserError
@@ -19,7 +19,7 @@ Reference = str | bytes
 def find_burned_in_text(samples: Sequence[Sample], folder: ImageFolder) -> list[Problem]:
     """Search each image once for names, dates and numbers, on all cores.
 
-    Images that cannot be decoded are left to the caller's own check. Problems give kinds and places, never the text.
+    Images that cannot be decoded are skipped; the caller reports them. Problems give kinds and positions, not the text.
 
     Raises:
         TextSearchError: the extra ``ocr`` is not installed.
@@ -33,7 +33,7 @@ def find_burned_in_text(samples: Sequence[Sample], folder: ImageFolder) -> list[
 
 
 def _search(references: Iterable[Reference], folder: ImageFolder) -> Iterator[tuple[Reference, tuple[str, str]]]:
-    """(Image, (reason, detail)) of each image that identifies somebody or could not be searched."""
+    """(image, (reason, detail)) of each image that may identify a person or could not be searched."""
     distinct = list(dict.fromkeys(references))
     num_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     reader = TextReader(num_processes, num_threads=1)
@@ -62,7 +62,7 @@ def _search(references: Iterable[Reference], folder: ImageFolder) -> Iterator[tu
 
 
 def describe(boxes: Sequence[TextBox]) -> str:
-    """Kinds and places of texts, for example ``1 name, 1 date at 12,8-90,20 12,30-95,41`` (left,top-right,bottom)."""
+    """Kinds and positions of texts, for example ``1 name at 12,8-90,20`` (left,top-right,bottom)."""
     counts = Counter(box.kind for box in boxes)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     return f"{kinds} at " + " ".join(f"{box.left},{box.top}-{box.right},{box.bottom}" for box in boxes)

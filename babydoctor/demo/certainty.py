@@ -1,0 +1,29 @@
+"""The demo's last measurements: does the trained model notice unfamiliar images, and is its confidence calibrated?
+
+They take some seconds and leave their figures in the run's manifest, where serving and the web UI find them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from babydoctor.config import TaskConfig
+from babydoctor.eval.certainty.confidence import evaluate_confidence
+from babydoctor.eval.certainty.familiarity import evaluate_familiarity
+from babydoctor.progress import named_progress
+
+NUM_REFERENCES = 2000
+NUM_QUESTIONS = 800
+
+
+def measure_certainty(phantoms: Path, run: Path, out: Path) -> None:
+    """Write ``familiarity.json`` and ``confidence.json`` to ``out``, and the figures into the run."""
+    task = TaskConfig(task="phantom", data=str(phantoms))
+    with named_progress() as update:
+        evaluate_familiarity(run, task, out, max_references=NUM_REFERENCES, progress=update)
+        evaluate_confidence(
+            run,
+            task.model_copy(update={"max_questions": NUM_QUESTIONS}),
+            out,
+            progress=lambda done, total: update("closed questions", done, total),
+        )

@@ -1,0 +1,1 @@
+"""The engine's step on a CPU as one compiled operator."""

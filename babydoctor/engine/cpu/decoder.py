@@ -1,0 +1,150 @@
+"""An engine step on a CPU: decoding rows by one call of a compiled operator, prompt chunks by PyTorch.
+
+Shapes as in ``engine/decoder.py``. Weights are bfloat16 or int8, keys and values bfloat16, sums float32. With int8
+weights each row of a product's input is rounded to eight bits as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from babydoctor.engine.cpu.library import Operator, StepLayer, StepModel, StepProduct, layer_array, load_operator
+from babydoctor.engine.decoder import Decoder, LayerWeights, has_head_norms
+from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.layout import Chunk, DecodeRows
+from babydoctor.model.families import LanguageModel, sliding_window
+
+BLOCK = 64
+"""Outputs per block of packed weights."""
+
+LANES = 16
+"""Sizes must be multiples of this: the operator's vectors hold 16 numbers."""
+
+MAX_HEAD_DIM = 512
+
+
+class PackedProduct:
+    """Linear modules with the same input as one packed product: bfloat16 ``[M, in] -> [M, out]``.
+
+    Args:
+        weights: ``[out, in]`` each; their outputs are concatenated.
+        is_int8: round each output's weights to eight bits with a scale of their own.
+    """
+
+    def __init__(self, operator: Operator, weights: Sequence[torch.Tensor], *, is_int8: bool) -> None:
+        self._operator = operator
+        joined = torch.cat([weight.detach() for weight in weights])
+        outputs, inputs = joined.shape
+        padded = torch.nn.functional.pad(joined, (0, 0, 0, -outputs % BLOCK))
+        self._tensors: list[torch.Tensor] = []
+        scales = sums = None
+        group = 4 if is_int8 else 2
+        if is_int8:
+            scales = (padded.float().abs().amax(1) / 127).clamp_min(1e-12)
+            padded = (padded.float() / scales[:, None]).round().to(torch.int8)
+            sums = padded.sum(1, dtype=torch.int32)
+        packed = padded.view(-1, BLOCK, inputs // group, group).transpose(1, 2).contiguous()
+        self._tensors += [tensor for tensor in (packed, scales, sums) if tensor is not None]  # the pointers' owners
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (packed, scales, sums)]
+        self.structure = StepProduct(*pointers, outputs, inputs)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.contiguous()
+        output = rows.new_empty(len(rows), self.structure.outputs)
+        pointers = (rows.data_ptr(), output.data_ptr())
+        self._operator.multiply(self.structure, torch.get_num_threads(), len(rows), *pointers)
+        return output
+
+
+class CpuDecoder(Decoder):
+    """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied."""
+
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False) -> None:
+        super().__init__(model, kv_cache, pack=False)
+        operator = load_operator()
+        assert operator is not None and fits(model), "checked by the caller"
+        self._operator = operator
+
+        def pack(*modules: nn.Module) -> PackedProduct:
+            weights: list[Any] = [module.weight for module in modules]
+            return PackedProduct(operator, weights, is_int8=is_int8)
+
+        self.layers = [
+            LayerWeights(
+                layer.input_layernorm.weight.detach(),
+                pack(attention.q_proj, attention.k_proj, attention.v_proj),
+                pack(attention.o_proj),
+                layer.post_attention_layernorm.weight.detach(),
+                pack(mlp.gate_proj, mlp.up_proj),
+                pack(mlp.down_proj),
+            )
+            for layer in model.model.layers
+            for attention, mlp in [(layer.self_attn, layer.mlp)]
+        ]
+        head = pack(model.lm_head)
+        self.lm_head, self._vocab_size = head, head.structure.outputs
+        self._tables = [table[:, 0].float().contiguous() for table in (self.cos, self.sin)]  # [C, W]
+        self._layers = layer_array([self._layer(index) for index in range(len(self.layers))])
+        self._model = StepModel(
+            len(self.layers),
+            model.config.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            kv_cache.capacity,
+            1,
+            self.eps,
+            self.scale,
+            self.embed_tokens.weight.data_ptr(),
+            self.final_norm.data_ptr(),
+            *(table.data_ptr() for table in self._tables),
+            head.structure,
+            self._layers,
+        )
+
+    def _layer(self, index: int) -> StepLayer:
+        layer: Any = self.layers[index]
+        products = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
+        keys, values = self.kv_cache.keys[index], self.kv_cache.values[index]
+        return StepLayer(
+            layer.input_norm.data_ptr(),
+            layer.post_norm.data_ptr(),
+            *(product.structure for product in products),
+            keys.data_ptr(),
+            values.data_ptr(),
+        )
+
+    @torch.inference_mode()
+    def forward(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> torch.Tensor:
+        num_rows = len(rows.tokens)
+        parts = []
+        if num_rows:
+            logits = torch.empty(num_rows, self._vocab_size)
+            numbers = torch.tensor([rows.tokens, rows.slots, rows.positions])
+            self._model.threads = torch.get_num_threads()
+            pointers = [part.data_ptr() for part in (*numbers, logits)]
+            self._operator.step(self._model, num_rows, pointers)
+            parts.append(logits)
+        if chunks:
+            parts.append(super().forward(DecodeRows([], [], []), chunks).float())
+        return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part.numel()])
+
+
+def fits(model: LanguageModel) -> bool:
+    """Whether the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = (config.hidden_size, config.intermediate_size, head_dim)
+    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    return (
+        all(parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters())
+        and all(type(module) is nn.Linear and module.bias is None for module in linears)
+        and all(size % LANES == 0 for size in sizes)
+        and head_dim <= MAX_HEAD_DIM
+        and sliding_window(config) is None
+        and not has_head_norms(model)
+    )

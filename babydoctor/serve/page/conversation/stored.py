@@ -1,0 +1,47 @@
+"""What the browser keeps for a tab: its token, what the user has typed, settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from babydoctor.serve.page.handlers import Changes
+from babydoctor.serve.page.layout import Layout
+
+
+def tab_values(text: Any) -> dict[str, Any]:
+    """What ``restore`` in ``page.js`` says about the tab; empty where it is malformed."""
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def kept_boxes(ui: Layout) -> list[Any]:
+    """The text boxes besides the question that a reload brings back, in the order of ``keepTexts``."""
+    return [ui.technique, ui.findings, ui.impression, ui.comment]
+
+
+def typed_texts(ui: Layout, values: Mapping[str, Any]) -> Changes:
+    """What the user has typed, whether or not the server still knows the tab."""
+    boxes = kept_boxes(ui)
+    texts = values.get("texts")
+    texts = texts if isinstance(texts, list) and len(texts) == len(boxes) else [""] * len(boxes)
+    typed: Changes = {ui.question: str(values.get("draft") or "")}
+    return typed | {box: str(text or "") for box, text in zip(boxes, texts, strict=True)}
+
+
+def stored_settings(ui: Layout, preferences: Any) -> tuple[str | None, Changes]:
+    """The model and the settings that this browser has used before."""
+    if not isinstance(preferences, list) or len(preferences) != 4:
+        return None, {}
+    model, *numbers = preferences
+    boxes = (ui.temperature, ui.top_p, ui.max_tokens)
+    changes: Changes = {
+        box: float(number)
+        for box, number in zip(boxes, numbers, strict=True)
+        if isinstance(number, (int, float)) and box.minimum <= number <= box.maximum
+    }
+    return (model if isinstance(model, str) and model else None), changes

@@ -1,0 +1,3 @@
+"""Render the images of an exported session again, and ask its questions again."""
+
+from __future__ import annotations

@@ -1,0 +1,88 @@
+// Says in the web UI's own words that the connection to the server is lost or back, and knows copies of a tab.
+
+const LOST_KEY = 'babydoctor-lost';
+const AGAIN_MS = 1000;
+const SHOWN_MS = 15000;
+const REPLY_MS = 200;
+
+const line = () => document.getElementById('bd-connection');
+let isLost = false;
+let hiding = 0;
+
+const say = (name) => {
+  const element = line();
+  if (!element) return;
+  clearTimeout(hiding);
+  element.textContent = element.dataset[name];
+  element.classList.toggle('info', name === 'back');
+  element.classList.toggle('warning', name !== 'back');
+  element.hidden = false;
+  if (name !== 'lost') hiding = setTimeout(hide, SHOWN_MS);
+};
+
+const hide = () => {
+  line().hidden = true;
+  try { sessionStorage.removeItem(LOST_KEY); } catch { /* storage is switched off */ }
+};
+
+// Gradio reloads the page when the connection is back, so a mark tells the new page that it was lost.
+const watchConnectionOnce = () => {
+  const fetchPlainly = window.fetch.bind(window);
+  // A page that is being left breaks its own requests off.
+  let isLeaving = false;
+  window.addEventListener('pagehide', () => { isLeaving = true; });
+  window.addEventListener('pageshow', () => { isLeaving = false; });
+  const probe = async () => {
+    try {
+      await fetchPlainly(new URL('healthz', document.baseURI), {cache: 'no-store'});
+      isLost = false;
+      say('back');
+    } catch { setTimeout(probe, AGAIN_MS); }
+  };
+  const lost = () => {
+    if (isLost) return;
+    isLost = true;
+    try { sessionStorage.setItem(LOST_KEY, '1'); } catch { /* as above */ }
+    say('lost');
+    setTimeout(probe, AGAIN_MS);
+  };
+  window.fetch = async (...request) => {
+    const url = String(request[0]?.url ?? request[0]);
+    try {
+      const response = await fetchPlainly(...request);
+      if (response.status >= 500 && url.includes('/run/predict')) say('failed');
+      return response;
+    } catch (error) {
+      if (error.name !== 'AbortError' && !isLeaving && new URL(url, document.baseURI).origin === location.origin) lost();
+      throw error;
+    }
+  };
+  window.addEventListener('offline', lost);
+  try { if (sessionStorage.getItem(LOST_KEY)) say('back'); } catch { /* as above */ }
+};
+
+let isWatching = false;
+export const watchConnection = () => {
+  if (!isWatching) watchConnectionOnce();
+  isWatching = true;
+};
+
+// Tabs of this browser tell each other their tokens. A tab that was copied finds the original, one that was reloaded
+// finds nobody.
+const channel = 'BroadcastChannel' in window ? new BroadcastChannel('babydoctor-tabs') : null;
+
+export const isOpenElsewhere = (token) => new Promise((resolve) => {
+  if (!channel) return resolve(false);
+  const hear = ({data}) => { if (data?.taken === token) done(true); };
+  const done = (result) => {
+    channel.removeEventListener('message', hear);
+    resolve(result);
+  };
+  channel.addEventListener('message', hear);
+  channel.postMessage({asked: token});
+  setTimeout(() => done(false), REPLY_MS);
+});
+
+isOpenElsewhere.answerFor = (token) => channel?.addEventListener('message', ({data}) => {
+  if (data?.asked === token) channel.postMessage({taken: token});
+});

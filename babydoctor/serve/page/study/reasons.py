@@ -1,0 +1,47 @@
+"""What the web UI says of files of a study that it cannot show, and of how a series is sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from babydoctor.errors import UserErrorCode
+from babydoctor.imaging.series import Order
+
+UNREAD: Mapping[str, str] = {
+    "no_image": "no image: neither DICOM nor PNG, JPEG, TIFF, WebP, BMP or GIF",
+    "dicom_without_image": "DICOM without an image, such as a report, a plan or a presentation state",
+    "unsupported": "a kind of DICOM that cannot be read here",
+    "damaged": "damaged",
+    "empty": "empty (0 bytes)",
+    "too_large": "too large",
+    "timeout": "takes too long to read, may be damaged",
+    "nested_archive": "an archive inside; unpack it first",
+    "encrypted": "protected by a password",
+    "zip_method": "compressed in a way that is not read here; pack the archive again as an ordinary ZIP",
+    "copy": "an exact copy of another image",
+    "not_sent": "listed in the DICOMDIR, but not among the files",
+    "not_fetched": "in the PACS, but not sent by it",
+}
+"""Why a file is not shown, by code."""
+
+CODES: Mapping[UserErrorCode, str] = {
+    "image_empty": "empty",
+    "image_unreadable": "no_image",
+    "image_too_large": "too_large",
+    "image_bad_shape": "unsupported",
+    "dicom_unreadable": "damaged",
+    "dicom_unsupported": "unsupported",
+    "dicom_without_image": "dicom_without_image",
+    "dicom_without_decoder": "unsupported",
+    "image_decode_failed": "damaged",
+    "image_decode_timeout": "timeout",
+    "image_decoder_down": "damaged",
+}
+"""Codes of ``UNREAD`` for those of ``ImageError``."""
+
+ORDERS: Mapping[Order, str] = {
+    "position": "sorted by position",
+    "number": "sorted by image number, because positions are missing",
+    "planes": "sorted by image number, because the images lie in several planes",
+    "file": "in the order of the files, because positions and image numbers are missing",
+}

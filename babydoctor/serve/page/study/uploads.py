@@ -1,0 +1,185 @@
+"""Files of a study on their way from the browser, an archive or a PACS to a session: in memory only.
+
+Several files come as one body: for each, its length (uint32, little-endian) and its content. Their names stay in the
+browser. While files are read, the reply says how far that is, one JSON object a line: ``{"read": 3, "of": 120}``; the
+last line is ``{"study": TOKEN}`` or ``{"error": CODE}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from babydoctor.serve.page.handlers import as_page_error
+from babydoctor.serve.page.study.archive import MAX_FILES, MAX_STUDY_BYTES, Archive, Refused, is_zip
+from babydoctor.serve.page.study.pacs_files import PacsFiles
+from babydoctor.serve.page.study.study import Study, StudyReader
+from babydoctor.serve.page.texts import PageError
+
+MAX_ARRIVING_BYTES = 2 * MAX_STUDY_BYTES
+"""Of all studies that arrive or are read at the same time."""
+
+MAX_WAITING_BYTES = 2 * MAX_STUDY_BYTES
+MAX_WAITING = 16
+LIFE_S = 60.0
+ARRIVAL_S = 900.0
+"""For all files of a study to arrive."""
+
+PROGRESS_S = 0.2
+"""Shortest time between two lines of progress."""
+
+_LENGTH_BYTES = 4
+
+Kept = TypeVar("Kept")
+
+
+class FileSource(Protocol):
+    """Files that are read one after the other; ``files`` may block."""
+
+    def __len__(self) -> int: ...
+
+    def files(self) -> Iterator[bytes | Refused]: ...
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Files that have arrived."""
+
+    contents: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def files(self) -> Iterator[bytes | Refused]:
+        return iter(self.contents)
+
+
+class Waiting(Generic[Kept]):
+    """Things that are kept for ``LIFE_S`` seconds and taken once; the oldest make room."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[float, int, Kept]] = OrderedDict()
+
+    def put(self, thing: Kept, num_bytes: int = 0) -> str:
+        """Returns a token for ``take``. ``num_bytes`` is the memory that the thing takes."""
+        self.drop_old()
+        while self._kept and not self._has_room(num_bytes):
+            self._kept.popitem(last=False)
+        token = secrets.token_urlsafe(16)
+        self._kept[token] = (time.monotonic(), num_bytes, thing)
+        return token
+
+    def take(self, token: str) -> Kept:
+        """Raises ``PageError`` if it is not there any more."""
+        self.drop_old()
+        if token not in self._kept:
+            raise PageError("study_gone")
+        return self._kept.pop(token)[2]
+
+    def drop_old(self) -> None:
+        """Delete what was not taken in time."""
+        oldest_s = time.monotonic() - LIFE_S
+        for token in [token for token, (since_s, _, _) in self._kept.items() if since_s < oldest_s]:
+            del self._kept[token]
+
+    def _has_room(self, num_bytes: int) -> bool:
+        total = sum(size for _, size, _ in self._kept.values())
+        return len(self._kept) < MAX_WAITING and total + num_bytes <= MAX_WAITING_BYTES
+
+
+class StudyUploads:
+    """Studies that no session has taken yet, and sources that a session wants to have read."""
+
+    def __init__(self) -> None:
+        self.studies: Waiting[Study] = Waiting()
+        self.sources: Waiting[FileSource] = Waiting()
+        self._num_arriving = 0
+
+    async def receive(self, chunks: AsyncIterator[bytes]) -> FileSource:
+        """The files of a request's body: an archive, or files with their lengths.
+
+        Raises:
+            PageError: they are too many or too large, or the body is damaged or broke off.
+        """
+        counted = [0]
+        try:
+            source = await asyncio.wait_for(self._receive(chunks, counted), ARRIVAL_S)
+        except BaseException as error:
+            self._release(counted[0])
+            if isinstance(error, PageError) or not isinstance(error, Exception):
+                raise
+            raise PageError("upload_broken") from None  # too slow, or the browser has left
+        weakref.finalize(source, self._release, counted[0])  # it may never be read
+        return source
+
+    def drop_old(self) -> None:
+        """Delete what was not taken in time."""
+        self.studies.drop_old()
+        self.sources.drop_old()
+
+    def _release(self, num_bytes: int) -> None:
+        self._num_arriving -= num_bytes
+
+    async def _receive(self, chunks: AsyncIterator[bytes], counted: list[int]) -> FileSource:
+        files: list[bytes] = []
+        buffer = bytearray()
+        is_packed: bool | None = None
+        async for chunk in chunks:
+            buffer += chunk
+            counted[0] += len(chunk)
+            self._num_arriving += len(chunk)
+            if counted[0] > MAX_STUDY_BYTES + _LENGTH_BYTES * MAX_FILES:
+                raise PageError("study_too_large")
+            if self._num_arriving > MAX_ARRIVING_BYTES:
+                raise PageError("uploads_busy")
+            if is_packed is None and len(buffer) >= _LENGTH_BYTES:
+                is_packed = is_zip(bytes(buffer[:_LENGTH_BYTES]))
+            if is_packed is False:
+                _cut(buffer, files)
+        if is_packed:
+            return await asyncio.to_thread(Archive, bytes(buffer))
+        if buffer:
+            raise PageError("upload_broken")
+        return FileList(files)
+
+    async def read(self, source: FileSource) -> AsyncIterator[bytes]:
+        """Read all files, and keep the study for a session. Yields the lines of the reply."""
+        reader, files = StudyReader(), source.files()
+        num_read, told_s = 0, 0.0
+        try:
+            while (file := await asyncio.to_thread(next, files, None)) is not None:
+                await asyncio.to_thread(reader.add, file)
+                num_read += 1
+                if time.monotonic() - told_s > PROGRESS_S:
+                    told_s = time.monotonic()
+                    yield _line(read=num_read, of=len(source))
+            study = await asyncio.to_thread(reader.study)
+            study.origin = source.client if isinstance(source, PacsFiles) else None
+            yield _line(study=self.studies.put(study, study.num_bytes))
+        except Exception as error:
+            yield _line(error=as_page_error(error).code)
+
+
+def _cut(buffer: bytearray, files: list[bytes]) -> None:
+    """Move the files that have arrived as a whole from the buffer to the list."""
+    at = 0
+    while len(buffer) - at >= _LENGTH_BYTES:
+        end = at + _LENGTH_BYTES + int.from_bytes(buffer[at : at + _LENGTH_BYTES], "little")
+        if end > len(buffer):
+            break
+        files.append(bytes(buffer[at + _LENGTH_BYTES : end]))
+        at = end
+    del buffer[:at]
+    if len(files) > MAX_FILES:
+        raise PageError("study_too_many")
+
+
+def _line(**values: object) -> bytes:
+    return json.dumps(values).encode() + b"\n"
