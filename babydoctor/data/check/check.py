@@ -1,8 +1,7 @@
 """``babydoctor data check``: read every row, decode every image once, and find what is bad, on all cores.
 
-This process reads the rows and hands them to the workers in chunks. The results of the chunks are taken in the order
-of the rows, so the report does not depend on the number of workers. Rows are read only as fast as images are decoded.
-Memory: about 500 bytes for each row (digest, location and id), and what is in progress.
+This process reads rows, as fast as images are decoded, and sends them to the workers in chunks. It takes the results
+in the order of the rows, so the report does not depend on the workers. Memory: about 500 bytes per row.
 """
 
 from __future__ import annotations
