@@ -14,7 +14,7 @@ from babydoctor.schema import UserError
 T = TypeVar("T")
 
 _WAIT = datetime.timedelta(days=30)
-"""A rank may finish hours before another. No shorter limit is needed: if one dies, the launcher ends all of them."""
+"""A rank may finish hours before another. If a rank dies, the launcher ends all, so no shorter limit is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Ranks:
     size: int = 1
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold in the same order."""
+        """This rank's share of items that all ranks have in the same order."""
         return list(items[self.rank :: self.size])
 
     def wait(self) -> None:
