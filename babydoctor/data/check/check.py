@@ -90,11 +90,7 @@ def check_sources(
 
 
 def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
-    """A template by name, and a tokenizer by folder or hub id.
-
-    Raises:
-        UserError: one does not exist, or the tokenizer lacks the template's tokens.
-    """
+    """A template and a tokenizer. Raises ``UserError`` if one does not exist, or the tokenizer lacks tokens for it."""
     from babydoctor.data.template_tokens import check_template
     from babydoctor.data.tokens import load_tokenizer
 
