@@ -14,18 +14,18 @@ from babydoctor.schema import UserError
 T = TypeVar("T")
 
 _WAIT = datetime.timedelta(days=30)
-"""A rank may finish hours before another. No shorter limit is needed: if one dies, the launcher ends all of them."""
+"""A rank may finish hours before another. If a rank dies, the launcher ends all, so no shorter limit is needed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class LaunchRanks:
     """This process's number among ``size`` of them."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold in the same order."""
+        """This rank's share of items that all ranks have in the same order."""
         return list(items[self.rank :: self.size])
 
     def wait(self) -> None:
@@ -47,7 +47,7 @@ def check_alone(what: str, environment: Mapping[str, str] = os.environ) -> None:
 
 
 @contextmanager
-def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[LaunchRanks]:
     """Join the launch that this process belongs to; alone, there is one rank.
 
     Raises:
@@ -55,7 +55,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield LaunchRanks()
         return
     for flag, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if environment.get(flag, "false").lower() in ("1", "true", "yes"):
@@ -65,7 +65,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
             )
     import torch.distributed as dist
 
-    ranks = Ranks(int(environment["RANK"]), size)
+    ranks = LaunchRanks(int(environment["RANK"]), size)
     dist.init_process_group("gloo", timeout=_WAIT)  # only ``wait`` uses it, so gloo does on GPUs too
     try:
         yield ranks

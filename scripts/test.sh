@@ -34,4 +34,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# Tests compute in one thread, so each core runs one file. `-n 0` runs all of them in this process.
+exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -52,7 +52,7 @@ def default_floating_point_mode() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``llama/`` (64 wide, 2 layers, with a tokenizer) and ``clip/`` (32 wide, 28 px, 4 patches), random weights."""
+    """``llama/`` (hidden size 64, 2 layers, with a tokenizer) and ``clip/`` (32, 28 px, 4 patches), random weights."""
     return write_base_models(
         tmp_path_factory.mktemp("tiny_base"),
         llama={

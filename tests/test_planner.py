@@ -133,7 +133,7 @@ def test_predicted_memory_holds_for_heads_of_their_own_size_and_norms(monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "instruct", "radiology"])
 def test_predicted_memory_holds_at_the_widths_of_7b(stage, monkeypatch):
-    """The shipped configurations at LLaMA-2-7B's and CLIP-L's widths, with two layers of each."""
+    """The shipped configurations at LLaMA-2-7B's and CLIP-L's hidden sizes, with two layers of each."""
     wide = {
         "language": PRESETS["7b"]["language"] | {"num_hidden_layers": 2},
         "vision": PRESETS["7b"]["vision"] | {"num_hidden_layers": 2},

@@ -1,4 +1,4 @@
-"""The shipped configurations at LLaMA-2-7B's and CLIP-L's widths with few layers: kill -9, resume, bit-equal."""
+"""The shipped configurations at LLaMA-2-7B's and CLIP-L's hidden sizes with few layers: kill -9, resume, bit-equal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``llama/`` (4096 wide, one layer) and ``clip/`` (1024 wide, three layers, 4 patches), random, in bfloat16."""
+    """``llama/`` (hidden size 4096, one layer) and ``clip/`` (1024, three layers, 4 patches), random, in bfloat16."""
     return write_base_models(
         tmp_path_factory.mktemp("wide_base"),
         llama=LLAMA_2_7B | {"num_hidden_layers": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},

@@ -1,4 +1,4 @@
-"""The demo's last measurements: does the trained model notice unfamiliar images, and is its confidence calibrated?
+"""The demo's last measurements: whether the model notices unfamiliar images, and whether its confidence is calibrated.
 
 They take some seconds and leave their figures in the run's manifest, where serving and the web UI find them.
 """

@@ -1,6 +1,6 @@
 """The tiny preset's vision tower: a small CLIP, trained from scratch on the phantoms' captions.
 
-Shapes: ``B`` images, ``P`` patches, ``D`` vision width, ``E`` width of the shared embedding space, ``C`` captions.
+Shapes: ``B`` images, ``P`` patches, ``D`` hidden size, ``E`` size of the shared embedding space, ``C`` captions.
 """
 
 from __future__ import annotations

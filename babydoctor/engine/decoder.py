@@ -23,6 +23,9 @@ from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, RowGroup,
 from babydoctor.engine.linear import Linear, build_linear, packing_pays
 from babydoctor.model.families import LanguageModel, sliding_window
 
+QUERY_BLOCK = 128
+"""Rows of a prompt chunk that attend together. Scores of keys that come after a block are not computed."""
+
 MAX_KEPT_VIEWS = 64
 """Number of runs whose views of the KV cache are kept; see ``Decoder._views``."""
 
@@ -223,12 +226,24 @@ class Decoder:
     def _attend_chunk(self, index: int, query: torch.Tensor, slot: int, mask: torch.Tensor) -> torch.Tensor:
         """Attention of a prompt chunk: ``[T, H, W] -> [T, H * W]``; ``mask`` ``[T, L]``."""
         num_rows, length = mask.shape
-        groups = self.num_heads // self.num_kv_heads
-        rows = query.to(self.dtype).view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
-        rows = rows.reshape(self.num_kv_heads, groups * num_rows, self.head_dim)  # [K, G * T, W]
         # With a float32 cache and a bfloat16 model (CPU), one cast per chunk makes the products twice as fast.
         keys = self.kv_cache.keys[index][slot, :, :length].to(self.dtype)
         values = self.kv_cache.values[index][slot, :, :length].to(self.dtype)
+        outputs = []
+        for start in range(0, num_rows, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, num_rows))
+            reach = length - num_rows + rows.stop  # no row of the block sees a later key
+            outputs.append(self._attend_block(query[rows], keys[:, :reach], values[:, :reach], mask[rows, :reach]))
+        return _join(outputs)
+
+    def _attend_block(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """``[T, H, W] -> [T, H * W]`` over keys and values ``[K, L, W]``; ``mask`` ``[T, L]``."""
+        num_rows, length = mask.shape
+        groups = self.num_heads // self.num_kv_heads
+        rows = query.to(self.dtype).view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
+        rows = rows.reshape(self.num_kv_heads, groups * num_rows, self.head_dim)  # [K, G * T, W]
         scores = torch.bmm(rows, keys.transpose(1, 2)).view(self.num_kv_heads, groups, num_rows, length)
         weights = torch.softmax(torch.add(mask, scores, alpha=self.scale), dim=-1).to(self.dtype)
         output = torch.bmm(weights.flatten(1, 2), values)

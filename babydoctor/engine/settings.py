@@ -173,7 +173,7 @@ def preferred_kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def kv_shape(config: LanguageConfig) -> tuple[int, int, int]:
-    """Layers, key/value heads and head width of a model's keys and values."""
+    """Number of layers, number of key/value heads and head size of a model's keys and values."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads or config.num_attention_heads, head_dim
 

@@ -113,7 +113,7 @@ def load_vision_config(path: str | Path) -> VisionConfig:
 
 
 def has_class_token(config: Any) -> bool:
-    """Whether the tower puts a class token before the patches: CLIP does, SigLIP does not."""
+    """True if the tower puts a class token before the patches, as CLIP does and SigLIP does not."""
     return config.model_type == "clip_vision_model"
 
 

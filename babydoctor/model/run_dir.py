@@ -12,8 +12,7 @@
       language_model/ vision_tower/   plain weights, after `babydoctor merge` and `babydoctor import`
       metrics.jsonl tensorboard/ checkpoints/step-N/
 
-Directories are written under a temporary name, flushed to disk and renamed, so a directory with its final name is
-complete.
+A directory with its final name is complete: it is written under a temporary name, flushed to disk and renamed.
 """
 
 from __future__ import annotations

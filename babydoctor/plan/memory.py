@@ -28,7 +28,7 @@ FRAGMENTATION = 0.04
 CPU_PROCESS_BYTES = 2**30
 """Allowance for what a process on the CPU holds besides tensors: 0.4 GiB for Python, torch and transformers, the rest
 for compiled kernels, oneDNN's packed operands and freed memory that the C library keeps. Measured with two layers at
-7B's widths: 0.8 to 1.0 GiB in all three stages."""
+7B's sizes: 0.8 to 1.0 GiB in all three stages."""
 
 LINEAR_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears that read the same input and share its dropout mask."""

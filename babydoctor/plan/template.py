@@ -1,4 +1,4 @@
-"""Before a stage starts: does the tokenizer of its base model have the tokens of its conversation template?"""
+"""Check before a stage starts that the base model's tokenizer has the tokens of the conversation template."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """``babydoctor data check``: read every row, decode every image once, and find what is bad, on all cores.
 
-This process reads the rows and hands them to the workers in chunks. The results of the chunks are taken in the order
-of the rows, so the report does not depend on the number of workers. Rows are read only as fast as images are decoded.
-Memory: about 500 bytes for each row (digest, location and id), and what is in progress.
+This process reads rows, as fast as images are decoded, and sends them to the workers in chunks. It takes the results
+in the order of the rows, so the report does not depend on the workers. Memory: about 500 bytes per row.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
 from babydoctor.data.rows import CheckedRow, Duplicates, check_row
 from babydoctor.data.sources import iter_sources
-from babydoctor.data.template_tokens import check_template
 from babydoctor.imaging.isolation import DecodePool
 from babydoctor.progress import named_progress
 from babydoctor.schema import Example, Sample, UserError
@@ -92,10 +90,8 @@ def check_sources(
 
 
 def load_template(template: str, tokenizer: str) -> tuple[Template, Any]:
-    """A template by name, and a tokenizer by folder or hub id.
-
-    Raises ``UserError`` if one does not exist, or the tokenizer lacks the template's tokens.
-    """
+    """A template and a tokenizer. Raises ``UserError`` if one does not exist, or the tokenizer lacks tokens for it."""
+    from babydoctor.data.template_tokens import check_template
     from babydoctor.data.tokens import load_tokenizer
 
     chosen, loaded = get_template(template), load_tokenizer(tokenizer)

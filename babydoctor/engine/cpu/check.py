@@ -1,4 +1,4 @@
-"""The compiled operator against PyTorch's operations, on a tiny model, before it serves a real one."""
+"""Compare the compiled operator with PyTorch's operations on a tiny model before it serves a real one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_DIFFERENCE = {False: 0.03, True: 0.15}
 
 @functools.cache
 def operator_works() -> bool:
-    """Whether the operator can be built here and computes a step as PyTorch does. A log message says why not."""
+    """True if the operator can be built here and computes a step like PyTorch. If not, the reason is logged."""
     if load_operator() is None:
         return False
     differences = {is_int8: difference_from_pytorch(is_int8=is_int8) for is_int8 in LARGEST_DIFFERENCE}

@@ -135,7 +135,7 @@ class CpuDecoder(Decoder):
 
 
 def fits(model: LanguageModel) -> bool:
-    """Whether the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
+    """True if the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = (config.hidden_size, config.intermediate_size, head_dim)

@@ -102,7 +102,7 @@ def load_operator() -> Operator | None:
 
 
 def _build() -> Path:
-    """Path of the built library. Its name holds what it depends on: source, flags, compiler and processor."""
+    """Path of the built library. Its name contains a digest of source, flags, compiler and processor."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++")

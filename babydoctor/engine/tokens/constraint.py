@@ -20,7 +20,7 @@ class JsonGrammars:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        vocab_size: width of the model's logits, at least the tokenizer's.
+        vocab_size: size of the logits' last dimension, at least the tokenizer's vocabulary.
         eos: the tokens that end an answer.
     """
 

@@ -23,7 +23,7 @@ MIN_P = 0.05
 
 
 def measure_agreement(answer: str, samples: Sequence[str]) -> dict[str, Any]:
-    """How many samples say the same as the answer.
+    """Count the samples that mean the same as the answer.
 
     Returns:
         ``num_samples``, ``num_agreeing``, ``word_overlap`` (mean F1 of the words, 0 to 1), and ``groups``: each

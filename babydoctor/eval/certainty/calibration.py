@@ -85,7 +85,7 @@ def equal_count_bins(
 
 
 def explain_confidence(figures: Mapping[str, Any], tokens: Sequence[TokenLogprob], vocab_size: int) -> dict[str, Any]:
-    """The confidence of one answer, with how often answers like it were right, or why there is none.
+    """The confidence of one answer and how often similar answers were right, or the reason why there is none.
 
     Args:
         figures: ``confidence`` of the manifest.

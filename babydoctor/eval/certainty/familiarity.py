@@ -1,4 +1,4 @@
-"""``babydoctor eval RUN --familiarity``: does the run notice images unlike those it was trained on?
+"""``babydoctor eval RUN --familiarity``: measure whether a run notices images unlike its training images.
 
 The training images become reference points (``model/familiarity.py``). One half of the task's images sets the
 threshold, at 5% false alarms; the other half measures the false alarms. Upside-down images, noise, pages of text and,

@@ -1,4 +1,4 @@
-"""What grouping and sorting need of one file. Identifiers are kept as hashes; free text is not read at all."""
+"""The facts about one file that grouping and sorting need. Identifiers become hashes; free text is not read."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ several planes, or the order in which the files came."""
 
 _SAME_MM = 1e-3
 _GAP = 1.5
-"""A distance of this many times the usual one between two neighbors counts as a gap."""
+"""A distance between neighbors of this many times the usual one counts as a gap."""
 
 
 @dataclass(frozen=True)

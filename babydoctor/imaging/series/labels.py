@@ -27,7 +27,7 @@ _PLANES = ("sagittal", "coronal", "axial")
 
 
 def plane_of(normal: tuple[float, float, float] | None) -> str:
-    """``axial``, ``coronal``, ``sagittal``, ``oblique``, or empty where the orientation is not known."""
+    """``axial``, ``coronal``, ``sagittal``, ``oblique``, or empty if the orientation is not known."""
     if normal is None:
         return ""
     sizes = [abs(value) for value in normal]

@@ -1,4 +1,4 @@
-"""Calls to one worker besides answers, which ``relay`` passes on: attention, token counts, properties of a model."""
+"""Forward small requests to one worker: attention, token counts, properties of a model. ``relay`` forwards answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerCalls:
-    """Passes requests on to a worker of the model and its replies back.
+    """Forwards requests to a worker of the model and returns its replies.
 
     Args:
-        probe: checks soon whether a worker is alive.
+        probe: schedules a check whether a worker is alive.
     """
 
     def __init__(self, fleet: Fleet, probe: Callable[[WorkerRecord], None]) -> None:
@@ -102,7 +102,7 @@ class WorkerCalls:
 
 
 def _refusal(response: httpx.Response, content: bytes) -> ApiError:
-    """What a worker's response with an error means for a client of the controller."""
+    """The controller's error for a worker's error response."""
     try:
         data = json.loads(content)
     except ValueError:

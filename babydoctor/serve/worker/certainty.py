@@ -1,4 +1,4 @@
-"""What a worker says beside an answer: is the image like the training images, and how sure is a short answer."""
+"""What a worker adds to an answer: whether the image is like the training images, and the answer's confidence."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class CertaintyMeter:
         }
 
     def confidence(self, tokens: Sequence[TokenLogprob], is_whole: bool) -> dict[str, Any]:
-        """How sure the model is of an answer.
+        """The model's confidence in an answer.
 
         Args:
             tokens: the tokens of the answer with ``NUM_TOP`` alternatives each.
