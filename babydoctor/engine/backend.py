@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
-    """Whether the compiled operator computes the steps of a model. It keeps keys and values in bfloat16.
+    """True if the compiled operator computes the steps of a model. It keeps keys and values in bfloat16.
 
     Raises:
         UserError: ``engine.weights=int8`` where the operator cannot run.

@@ -53,7 +53,7 @@ class Decoder:
     """
 
     has_graphs = False
-    """Whether steps are replayed as CUDA graphs."""
+    """True if steps are replayed as CUDA graphs."""
 
     def __init__(self, model: LanguageModel, kv_cache: KVCache, *, pack: bool | None = None, own: bool = False) -> None:
         config = model.config
@@ -258,7 +258,7 @@ class Decoder:
 
 
 def has_head_norms(model: LanguageModel) -> bool:
-    """Whether queries and keys are normalized by head."""
+    """True if queries and keys are normalized by head."""
     return hasattr(model.model.layers[0].self_attn, "q_norm")
 
 

@@ -38,7 +38,7 @@ class Architecture:
     lora_modules: frozenset[str] = frozenset()
     trains_projector: bool = True
     has_head_norms: bool = False
-    """Whether queries and keys are normalized by head (Qwen3)."""
+    """True if queries and keys are normalized by head (Qwen3)."""
 
     @property
     def head_dim(self) -> int:

@@ -30,7 +30,7 @@ class SliceFacts:
 
     Attributes:
         kind: ``dicom``, ``picture``, or ``directory`` for a DICOMDIR.
-        patient, study, series, instance, space: SHA-256 of the identifier, empty where the file has none. ``space`` is
+        patient, study, series, instance, space: SHA-256 of the identifier, empty if the file has none. ``space`` is
             the frame of reference: positions of one space can be compared.
         day: the study date as a proleptic ordinal, to tell older studies from newer ones. It is not shown.
         number: InstanceNumber.

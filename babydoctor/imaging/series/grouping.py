@@ -27,8 +27,8 @@ class SliceGroup:
         slices: index of each image's file, in order.
         order: what they are sorted by. The frames of a multi-frame file keep the file's order.
         normal: direction in which the images follow each other: head to feet, front to back, or right to left for the
-            planes nearest to these; None where the orientation is not known.
-        centers: middle of each image, or of each frame of a multi-frame file, in mm; empty where one is not known.
+            planes nearest to these; None if the orientation is not known.
+        centers: middle of each image, or of each frame of a multi-frame file, in mm; empty if one is not known.
         num_gaps: places where images seem to be missing.
         num_repeated: images at the position of the one before them.
     """

@@ -147,7 +147,7 @@ def _is_4bit(base: nn.Module) -> bool:
 
 
 def _is_gathered(base: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the weight only during the layer's passes; autograd must not keep it in between."""
+    """True if ZeRO-3 holds the weight only during the layer's passes; autograd must not keep it in between."""
     return hasattr(base.weight, "ds_id")
 
 

@@ -28,5 +28,5 @@ def call_module(module: nn.Module, function: Callable[[torch.Tensor], torch.Tens
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs before or after the module's forward pass."""
+    """True if something runs before or after the module's forward pass."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
