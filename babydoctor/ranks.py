@@ -18,7 +18,7 @@ _WAIT = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class SharedWork:
     """This process's number among ``size`` of them."""
 
     rank: int = 0
@@ -47,7 +47,7 @@ def check_alone(what: str, environment: Mapping[str, str] = os.environ) -> None:
 
 
 @contextmanager
-def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[SharedWork]:
     """Join the launch that this process belongs to; alone, there is one rank.
 
     Raises:
@@ -55,7 +55,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield SharedWork()
         return
     for flag, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if environment.get(flag, "false").lower() in ("1", "true", "yes"):
@@ -65,7 +65,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
             )
     import torch.distributed as dist
 
-    ranks = Ranks(int(environment["RANK"]), size)
+    ranks = SharedWork(int(environment["RANK"]), size)
     dist.init_process_group("gloo", timeout=_WAIT)  # only ``wait`` uses it, so gloo does on GPUs too
     try:
         yield ranks
