@@ -19,7 +19,7 @@ _WAIT = datetime.timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class SharedWork:
-    """This process's number among ``size`` of them."""
+    """Work that ``size`` processes share; this one is number ``rank``."""
 
     rank: int = 0
     size: int = 1
