@@ -18,8 +18,8 @@ _WAIT = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchRanks:
-    """This process's number among ``size`` of them."""
+class SharedWork:
+    """Work that ``size`` processes share; this one is number ``rank``."""
 
     rank: int = 0
     size: int = 1
@@ -47,7 +47,7 @@ def check_alone(what: str, environment: Mapping[str, str] = os.environ) -> None:
 
 
 @contextmanager
-def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[LaunchRanks]:
+def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[SharedWork]:
     """Join the launch that this process belongs to; alone, there is one rank.
 
     Raises:
@@ -55,7 +55,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[LaunchRa
     """
     size = int(environment.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield LaunchRanks()
+        yield SharedWork()
         return
     for flag, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if environment.get(flag, "false").lower() in ("1", "true", "yes"):
@@ -65,7 +65,7 @@ def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[LaunchRa
             )
     import torch.distributed as dist
 
-    ranks = LaunchRanks(int(environment["RANK"]), size)
+    ranks = SharedWork(int(environment["RANK"]), size)
     dist.init_process_group("gloo", timeout=_WAIT)  # only ``wait`` uses it, so gloo does on GPUs too
     try:
         yield ranks

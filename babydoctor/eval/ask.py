@@ -18,7 +18,7 @@ from babydoctor.eval.metrics import parse_yes_no, yes_no_confidence
 from babydoctor.eval.tasks import Question
 from babydoctor.files import split_lines, write_text
 from babydoctor.inference import Inference, Query, user_turn
-from babydoctor.ranks import LaunchRanks
+from babydoctor.ranks import SharedWork
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> Iterato
             yield prediction
 
 
-def predictions_file(out: Path, condition: str, ranks: LaunchRanks) -> Path:
+def predictions_file(out: Path, condition: str, ranks: SharedWork) -> Path:
     """Where a rank writes its predictions. One process writes the whole file, several ranks write parts of it."""
     part = "" if ranks.size == 1 else f".rank-{ranks.rank}"
     return out / f"predictions-{condition}{part}.jsonl"

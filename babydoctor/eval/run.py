@@ -28,7 +28,7 @@ from babydoctor.eval.score import score_answers, score_baselines, score_chance, 
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.files import write_json
 from babydoctor.inference import Inference
-from babydoctor.ranks import LaunchRanks
+from babydoctor.ranks import SharedWork
 from babydoctor.schema import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def evaluate(
     device: str | None = None,
     progress: OnAnswer | None = None,
     engine: Mapping[str, Any] | None = None,
-    ranks: LaunchRanks = LaunchRanks(),
+    ranks: SharedWork = SharedWork(),
 ) -> dict[str, Any]:
     """Evaluate a run, a server or a file of predictions. Writes ``metrics.json`` and ``report.html`` to ``out``.
 
@@ -157,7 +157,7 @@ def answer_share(
     run: Path,
     device: str | None = None,
     engine: Mapping[str, Any] | None = None,
-    ranks: LaunchRanks,
+    ranks: SharedWork,
 ) -> None:
     """Answer the questions of a rank other than 0. All ranks must see the same folder ``out``."""
     assert ranks.rank > 0, ranks
@@ -177,7 +177,7 @@ def _ask_run(
     device: str | None,
     progress: OnAnswer | None,
     engine: Mapping[str, Any] | None,
-    ranks: LaunchRanks,
+    ranks: SharedWork,
 ) -> dict[str, list[Prediction]]:
     """The answers of all ranks, on rank 0."""
     conditions = _usable(task, config)
@@ -202,7 +202,7 @@ def _answer(
     device: str | None,
     progress: OnAnswer | None,
     engine: Mapping[str, Any] | None,
-    ranks: LaunchRanks,
+    ranks: SharedWork,
 ) -> None:
     """Write this rank's share of the answers that are not there yet."""
     conditions = _usable(task, config)
