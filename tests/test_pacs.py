@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -20,6 +22,8 @@ from pydicom.examples import get_path
 from babydoctor.imaging.limits import ImageError
 from babydoctor.serve.page.pacs.client import PacsClient, PacsInstance, PacsSeries, PacsStudy, StudyQuery, first_part
 from babydoctor.serve.page.scan import open_scan
+from babydoctor.serve.page.study.pacs_files import PacsFiles
+from babydoctor.serve.page.study.uploads import StudyUploads
 from babydoctor.serve.page.texts import SENTENCES, PageError
 from babydoctor.serve.settings import DicomWebServer, load_settings
 
@@ -88,6 +92,24 @@ def test_a_series_is_fetched_in_order_and_unchanged(orthanc: Orthanc) -> None:
     assert [instance.uid for instance in instances] == ["1.2.3.4.1", "1.2.3.4.2", "1.2.3.4.10"]
     scan, own = open_scan(pacs.fetch(instances[1])), open_scan(ct(2))
     assert np.array_equal(np.asarray(scan.rendered()[0]), np.asarray(own.rendered()[0]))
+
+
+@needs_orthanc
+def test_a_series_becomes_a_study_as_files_do(orthanc: Orthanc) -> None:
+    pacs = client(orthanc.dicomweb_url)
+    (study,) = pacs.search(StudyQuery(patient_id="P-4711"))
+    (series,) = [one for one in pacs.series(study) if one.modality == "CT"]
+    instances = pacs.instances(series)
+    uploads = StudyUploads()
+    ticket = uploads.sources.put(PacsFiles(pacs, instances, len(instances) + 1))
+
+    async def lines() -> list[dict[str, Any]]:
+        return [json.loads(line) async for line in uploads.read(uploads.sources.take(ticket))]
+
+    found = asyncio.run(lines())
+    loaded = uploads.studies.take(found[-1]["study"])
+    assert found[0]["of"] == 4 and loaded.unread == {"not_fetched": 1} and loaded.origin is pacs
+    assert [one.size for one in loaded.series] == ["3 images"]
 
 
 @needs_orthanc

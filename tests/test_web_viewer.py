@@ -353,6 +353,7 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     expect(second_where).to_contain_text("image 2 of 4")
     key(tab, "ArrowDown")
     expect(second_where).to_contain_text("image 3 of 4")
+    settle(tab)
     # The model gets the prior instead; the viewports change places.
     second.get_by_role("button", name="Ask about this series").click()
     expect(tab.locator("#bd-viewer")).to_contain_text("image 3 of 4")
