@@ -53,7 +53,7 @@ class LookHandlers(Handlers):
         session.words = []
         session.map = running = RunningMap()
         running.task = asyncio.create_task(self._compute(session, running, exchange))
-        return self.shown(session)
+        return self.shown(session) | {self.status: ""}
 
     @shows_errors
     def on_follow(self, request: gr.Request) -> Changes:
@@ -89,7 +89,8 @@ class LookHandlers(Handlers):
             self.ui.look: gr.Button(visible=not is_running),
             self.ui.look_cancel: gr.Button(visible=is_running),
             self.ui.look_timer: gr.Timer(active=is_running),
-            self.status: "",
+            # A sentence stays until the next map: a late reply to the timer must not clear it.
+            self.status: gr.skip(),
         }
         if running is not None and not is_running:
             session.map = None
