@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from babydoctor.config import TaskConfig
-from babydoctor.data.rows import ImageFolder, load_dataset_rows, read_image
+from babydoctor.data.images import ImageFolder, read_image
+from babydoctor.data.rows import load_dataset_rows
 from babydoctor.eval.certainty.unfamiliar import (
     draw_many,
     noise_picture,
