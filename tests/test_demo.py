@@ -47,18 +47,18 @@ def made_up(right: float, in_terms: float, shuffled: dict[str, float] | None = N
 
 
 def test_each_threshold_of_the_check() -> None:
-    lay = made_up(0.9, 0.0)
-    assert shortfalls(made_up(0.9, 0.9), lay) == []
-    (weak,) = shortfalls(made_up(0.8, 0.8), lay)
-    assert weak == "accuracy in radiology terms is 80.0%, below 90%"
+    lay = made_up(0.94, 0.0)
+    assert shortfalls(made_up(0.94, 0.94), lay) == []
+    (weak,) = shortfalls(made_up(0.94, 0.8), lay)
+    assert weak == "accuracy in radiology terms is 80.0%, below 93%"
     assert len(shortfalls(made_up(0.7, 0.7), lay)) == 1 + len(KINDS)
-    (leak,) = shortfalls(made_up(0.9, 0.9, {"side": 0.6}), lay)
+    (leak,) = shortfalls(made_up(0.94, 0.94, {"side": 0.6}), lay)
     assert leak == "side: 60.0% with shuffled images is more than 8% from chance (50.0%)"
-    (overall,) = shortfalls(made_up(0.9, 0.9, {"all": 0.4}), lay)
+    (overall,) = shortfalls(made_up(0.94, 0.94, {"all": 0.4}), lay)
     assert overall.startswith("all: 40.0% with shuffled images")
-    (words,) = shortfalls(made_up(0.9, 0.5), lay)
+    (words,) = shortfalls(made_up(0.94, 0.5), lay)
     assert words.startswith("accuracy in radiology terms is 50.0%")
-    (early,) = shortfalls(made_up(0.9, 0.9), made_up(0.9, 0.2))
+    (early,) = shortfalls(made_up(0.94, 0.94), made_up(0.94, 0.2))
     assert early.startswith("20.0% are in radiology terms before")
 
 
@@ -72,9 +72,9 @@ def made_up_robustness(changed: dict[str, float] | None = None) -> dict[str, Any
 def test_each_threshold_of_wording_size_and_temperature() -> None:
     assert robustness_shortfalls(made_up_robustness()) == []
     (words,) = robustness_shortfalls(made_up_robustness({"held-out/side": 0.0, "held-out/level": 0.2}))
-    assert words == "accuracy with held-out wordings is 53.0%, below 75% of the 96.0% with trained ones"
-    (declined,) = robustness_shortfalls(made_up_robustness({"held-out/outside": 0.7}))
-    assert declined == "70.0% of the outside questions in held-out wordings are declined, below 80%"
+    assert words == "accuracy with held-out wordings is 53.0%, below 80% of the 96.0% with trained ones"
+    (declined,) = robustness_shortfalls(made_up_robustness({"held-out/outside": 0.6}))
+    assert declined == "60.0% of the outside questions in held-out wordings are declined, below 65%"
     (size,) = robustness_shortfalls(made_up_robustness({"512 px/finding": 0.8}))
     assert size == "accuracy at 512 px is 92.0%, more than 3% from the 96.0% at 84 px"
     (sampled,) = robustness_shortfalls(made_up_robustness({"temperature 1/level": 0.2}))

@@ -89,7 +89,7 @@ def test_llama_cpp_gives_the_same_answers(
     for case, answer, (text, written, _) in zip(cases, ours, answers, strict=True):
         if text.strip() == answer:
             continue
-        # Stage 2 knows several wordings of each answer. Where two are equally likely, rounding may choose between them.
+        # Where two answers are about equally likely, rounding may choose between them.
         pixels = torch.from_numpy(to_pixels(load(case), run.manifest.image))
         below = max(regret(run, pixels, written, f"{IMAGE_TOKEN}\n{case.prompt}"))
         assert stage == "instruct" and below < ROUNDING[dtype], (case, answer, text, below)
