@@ -36,6 +36,9 @@ REQUESTS = {
 }
 """Kinds of requests in a conversation and how often they come, relative to each other."""
 
+REPORT_REQUESTS = (REPORT_QUESTION.split("\n")[0], "Describe the image.", "What does the image show?")
+"""roco-instruct's question, and those that the web UI offers."""
+
 _DESCRIBE = ("Please describe this picture.", "Can you explain to me what this picture shows?")
 _WORRY = ("Should I worry about it?", "Please show it to a doctor. I am a research model and no doctor.")
 
@@ -96,9 +99,10 @@ def draw_requests(case: Case, rng: np.random.Generator, count: int) -> list[tupl
 
 
 def request(kind: str, case: Case, rng: np.random.Generator) -> str:
-    """A question of one kind in a training wording, often the one that the evaluation uses."""
-    if kind in QUESTIONS and rng.random() < 0.2:
-        return QUESTIONS[kind][int(rng.integers(len(QUESTIONS[kind])))]
+    """A question of one kind in a training wording, often one that the web UI or the evaluation uses."""
+    ready_made = REPORT_REQUESTS if kind == "report" else QUESTIONS.get(kind, ())
+    if ready_made and rng.random() < 0.3:
+        return ready_made[int(rng.integers(len(ready_made)))]
     return ask(kind, case.finding, rng)
 
 
@@ -129,8 +133,7 @@ def instruct_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def radiology_rows(case: Case, rng: np.random.Generator) -> list[dict[str, Any]]:
     """A row as in roco-instruct (question and report), and rows of questions answered in radiology terms."""
-    question = REPORT_QUESTION.split("\n")[0] if rng.random() < 0.25 else request("report", case, rng)
-    rows = [_row(case, "report", [(question, report(case))], rng)]
+    rows = [_row(case, "report", [(request("report", case, rng), report(case))], rng)]
     rows += [_row(case, f"question{number}", term_turns(case, rng, number), rng) for number in (1, 2)]
     rows.append(_row(case, "closed", term_turns(case, rng, int(rng.integers(2, 6))), rng))
     if rng.random() < 0.05:
