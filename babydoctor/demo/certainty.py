@@ -12,8 +12,8 @@ from babydoctor.eval.certainty.confidence import evaluate_confidence
 from babydoctor.eval.certainty.familiarity import evaluate_familiarity
 from babydoctor.progress import named_progress
 
-NUM_REFERENCES = 2000
-NUM_QUESTIONS = 800
+NUM_REFERENCES = 1500
+NUM_QUESTIONS = 600
 
 
 def measure_certainty(phantoms: Path, run: Path, out: Path) -> None:
