@@ -49,10 +49,13 @@ def quiet_libraries() -> None:
     """Silence messages of libraries that a user cannot act on. For all commands; imports nothing heavy.
 
     - bitsandbytes advises on the CPU to install a package that downloads kernels. 4-bit layers work without it.
+    - DeepSpeed, if it is installed, says on import that there is no GPU.
     - transformers warns about its own loading, generation and processors. This package reads configurations and weights
       itself and reports what is wrong with them as errors. ``TRANSFORMERS_VERBOSITY`` brings the warnings back.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # DeepSpeed sets the level of its logger itself when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
