@@ -216,7 +216,7 @@ def test_phantom_answers_count_in_radiology_and_everyday_words(tmp_path: Path) -
     write_phantoms(tmp_path, num_train=1, num_held_out=4, seed=0, size=56)
     task = load_task(TaskConfig(task="phantom", data=str(tmp_path)))
     modality = next(q for q in task.questions if q.groups["question_type"] == "modality")
-    assert len(modality.references) == 3
+    assert len(modality.references) == 2
     assert modality.references[1].startswith("This is ")
     for trick in ("CT MRI", "CT or MRI", "", "This is"):
         assert not is_right(modality, trick), trick

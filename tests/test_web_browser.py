@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,9 @@ def _export(tab, parts: Parts) -> None:
     # The same model gives the same answers again.
     session = read_session(Path(download.value.path()))
     views = replay_views(session, None)
-    new = ask_server(parts.controller.url, session.answers, views, model=None, api_key=None, tell=lambda num_done: None)
+    with ThreadPoolExecutor(1) as pool:  # Playwright's event loop runs in this thread
+        options = {"model": None, "api_key": None, "tell": lambda num_done: None}
+        new = pool.submit(ask_server, parts.controller.url, session.answers, views, **options).result()
     assert [view.status for view in views] == ["from_export"]
     assert [answer.text for answer in new] == [answer.answer.strip() for answer in session.answers]
 

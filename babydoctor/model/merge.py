@@ -134,7 +134,7 @@ class _Merge:
         load_tokenizer(self.base).save_pretrained(str(self.target))
         generation = self.base / "generation_config.json"  # names the end tokens
         if generation.is_file():
-            shutil.copy2(generation, self.target)
+            shutil.copyfile(generation, self.target / generation.name)
         copy_model_files(self.tower, self.partial / "vision_tower")
         shutil.copy2(self.path / "projector.safetensors", self.partial)
         if (familiarity := self.path / FAMILIARITY_FILE).is_file():

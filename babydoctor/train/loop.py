@@ -134,8 +134,10 @@ def train(config: RunConfig, *, resume: bool = False, on_memory_stable: Callable
                     save(run, trainee, state, config.train)
                 if schedule.is_due(state.step):
                     evaluate(evaluation, trainee, state, reporter, stop)
-                stop.received = ranks.any_signal(stop.received)  # the other ranks wait here for rank 0
-                if stop.received is not None and state.step < total_steps:
+                # Other ranks wait here for rank 0. A signal that arrives during the call is seen after the next step.
+                number = ranks.any_signal(stop.received)
+                if number is not None and state.step < total_steps:
+                    stop.received = number
                     if not is_saved:
                         save(run, trainee, state, config.train)
                     raise stop.stopped_after(state.step, total_steps, run)
