@@ -166,6 +166,7 @@ def test_a_report_draft_from_answers_to_three_files(tab: Any, scripted: Scripted
 
 def test_a_map_shows_its_progress_and_can_be_canceled(tab: Any, parts: Parts):
     enter(tab)
+    choose_model(tab, "tiny")
     load_example(tab)
     ask(tab, "What is it?")
     wait_for_answer(tab)
@@ -246,6 +247,7 @@ def test_a_copied_tab_begins_anew_and_keeps_what_was_typed(browser: Any, parts: 
 def _open_everything(tab: Any) -> None:
     """An open image, two answers and the overlay."""
     enter(tab)
+    choose_model(tab, "tiny")
     load(tab, patient_dicom())
     expect(tab.locator("#bd-preset")).to_be_visible()
     ask(tab, "What is it?")
