@@ -54,10 +54,10 @@ class Thresholds:
     from_chance: float = 0.05
     from_chance_per_kind: float = 0.08
     in_terms_before: float = 0.05
-    held_out_wordings: float = 0.8
+    held_out_wordings: float = 0.7
     declined: float = 0.65
     between_sizes: float = 0.03
-    at_temperature_1: float = 0.8
+    at_temperature_1: float = 0.85
 
 
 def accuracies(metrics: Mapping[str, Any], condition: str) -> dict[str, float]:
