@@ -30,9 +30,9 @@ REQUESTS = {
     "finding": 1.4,
     "side": 1.1,
     "level": 1.1,
-    "location": 0.4,
+    "location": 0.7,
     "report": 0.6,
-    "outside": 1.2,
+    "outside": 1.8,
 }
 """Kinds of requests in a conversation and how often they come, relative to each other."""
 
