@@ -221,7 +221,7 @@ class TabHandlers(Handlers):
         session = self.sessions.attach(request.session_hash, str(values.get("token", "")))
         typed = typed_texts(self.ui, values)
         if passed is not True:
-            return {self.ui.gate: gr.Column(visible=True)} | typed
+            return typed  # the gate is shown from the start; a late reply must not bring it back
         was_known = session.has_accepted
         model, settings = stored_settings(self.ui, preferences)
         changes = settings | await self._open(session, model) | typed

@@ -19,6 +19,18 @@ const write = (storage, key, value) => {
 const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 
+// On a loaded machine, Gradio was seen to drop the reply to "Continue". It is then asked again while the notice stands.
+const CONTINUE_AGAIN_MS = 5000;
+const continueAgain = () => {
+  document.addEventListener('click', ({target}) => {
+    const button = target.closest?.('#bd-enter');
+    if (!button) return;
+    setTimeout(() => {
+      if (button.isConnected && button.offsetParent && !button.disabled) button.click();
+    }, CONTINUE_AGAIN_MS);
+  }, true);
+};
+
 // A number box that is left empty gets its number back. Gradio would put the end of the slider there.
 const keepNumbers = () => {
   const isNumber = (element) => element.matches?.('input[type=number]');
@@ -37,6 +49,7 @@ const keepNumbers = () => {
 // A browser copies the token with a tab, and two tabs must not write into one conversation: the copy takes a new token.
 export const restore = async (passed, preferences) => {
   keepNumbers();
+  continueAgain();
   watchConnection();
   const theme = read(localStorage, THEME_KEY);
   if (theme) document.body.classList.toggle('dark', theme === 'dark');
