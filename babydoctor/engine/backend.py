@@ -10,7 +10,7 @@ from babydoctor.engine.cpu.check import operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, fits
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.kv_cache import FeatureCache, KVCache
-from babydoctor.engine.linear import available_memory_bytes
+from babydoctor.engine.linear import has_room_for_copy
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
 from babydoctor.model.families import LanguageModel
@@ -40,16 +40,20 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
     if not fits(model):
         return "it takes a LLaMA with plain bfloat16 weights (no LoRA, no 4-bit layers) on a CPU"
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if num_bytes > available_memory_bytes() // 2:
-        return f"a second copy of the weights takes {num_bytes:,} bytes, too much for this machine"
+    if not has_room_for_copy(model.parameters()):
+        return "a second copy of the weights takes too much of this machine's memory"
     if not operator_works():
         return "the operator could not be built or gives wrong numbers here, see the log; is g++ installed?"
     return ""
 
 
-def build_decoder(model: LanguageModel, kv_cache: KVCache, settings: EngineSettings) -> Decoder:
+def build_decoder(
+    model: LanguageModel, kv_cache: KVCache, settings: EngineSettings, *, on_cpu_operator: bool = False
+) -> Decoder:
     """Build the fastest decoder for the KV cache's device.
+
+    Args:
+        on_cpu_operator: what ``uses_cpu_operator`` says.
 
     Raises:
         UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.
@@ -58,7 +62,7 @@ def build_decoder(model: LanguageModel, kv_cache: KVCache, settings: EngineSetti
     if kv_cache.device.type != "cuda":
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
-        if kv_cache.dtype == torch.bfloat16 and uses_cpu_operator(model, settings):
+        if on_cpu_operator:
             return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8")
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from babydoctor.engine.kv_cache import KVCache
@@ -66,26 +67,25 @@ class Decoder:
         self.eps = config.rms_norm_eps
         self.device = kv_cache.device
         body = model.model
-        if pack is None:
-            pack = packing_pays(list(model.parameters()))
-        dtype = body.norm.weight.dtype
+        self.dtype = body.norm.weight.dtype
+        self._pack = packing_pays(list(model.parameters())) if pack is None else pack
+        self._own = own
         self.embed_tokens = body.embed_tokens
         self.layers = [
             LayerWeights(
                 layer.input_layernorm.weight.detach(),
-                build_linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype, pack=pack, own=own),
-                build_linear([attention.o_proj], dtype, pack=pack, own=own),
+                self._build_linear([attention.q_proj, attention.k_proj, attention.v_proj]),
+                self._build_linear([attention.o_proj]),
                 layer.post_attention_layernorm.weight.detach(),
-                build_linear([layer.mlp.gate_proj, layer.mlp.up_proj], dtype, pack=pack, own=own),
-                build_linear([layer.mlp.down_proj], dtype, pack=pack, own=own),
+                self._build_linear([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                self._build_linear([layer.mlp.down_proj]),
                 self._head_norm(attention) if has_head_norms(model) else None,
             )
             for layer in body.layers
             for attention in [layer.self_attn]
         ]
         self.final_norm = body.norm.weight.detach()
-        self.lm_head = build_linear([model.lm_head], dtype, pack=pack, own=own)
-        self.dtype = dtype
+        self.lm_head = self._build_linear([model.lm_head])
         positions = torch.arange(kv_cache.capacity, device=self.device)[None]
         # In the KV cache's dtype, so that queries and keys are rotated in the precision of the cache.
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=kv_cache.dtype, device=self.device), positions)
@@ -98,6 +98,10 @@ class Decoder:
             for keys, values in zip(kv_cache.keys, kv_cache.values, strict=True)
         ]
         self._run_views: dict[tuple[int, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _build_linear(self, modules: Sequence[nn.Module]) -> Linear:
+        """One product for linear modules with the same input."""
+        return build_linear(modules, self.dtype, pack=self._pack, own=self._own)
 
     def _head_norm(self, attention: Any) -> torch.Tensor:
         """The norms' weights of all query and key heads, ``[H + K, W]``."""

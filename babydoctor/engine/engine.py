@@ -59,9 +59,10 @@ class Engine:
         self.tokenizer = tokenizer
         language_model = model.language_model
         norm = language_model.model.norm.weight
-        kv_dtype = torch.bfloat16 if uses_cpu_operator(language_model, self.settings) else None
+        on_operator = uses_cpu_operator(language_model, self.settings)
+        kv_dtype = torch.bfloat16 if on_operator else None
         self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
-        self.decoder = build_decoder(language_model, self.kv_cache, self.settings)
+        self.decoder = build_decoder(language_model, self.kv_cache, self.settings, on_cpu_operator=on_operator)
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer) | frozenset(template_ends)
         self._core = EngineCore(

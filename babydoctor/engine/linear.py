@@ -7,7 +7,7 @@ packed, which is memory bandwidth. Sixteen rows times ``[1536, 512]`` take 131 Â
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ def packing_pays(weights: Sequence[torch.Tensor]) -> bool:
         return False
     if any(weight.dtype == torch.bfloat16 for weight in weights) and not cpu_multiplies_bfloat16():
         return False
+    return has_room_for_copy(weights)
+
+
+def has_room_for_copy(weights: Iterable[torch.Tensor]) -> bool:
+    """True if a second copy of the weights takes less than half of the memory that is available."""
     return sum(weight.numel() * weight.element_size() for weight in weights) < available_memory_bytes() // 2
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from babydoctor.engine.cpu.library import Operator, StepLayer, StepModel, StepProduct, layer_array, load_operator
-from babydoctor.engine.decoder import Decoder, LayerWeights, has_head_norms
+from babydoctor.engine.decoder import Decoder, has_head_norms
 from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
+from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
 
 BLOCK = 64
@@ -40,16 +41,16 @@ class PackedProduct:
         joined = torch.cat([weight.detach() for weight in weights])
         outputs, inputs = joined.shape
         padded = torch.nn.functional.pad(joined, (0, 0, 0, -outputs % BLOCK))
-        self._tensors: list[torch.Tensor] = []
         scales = sums = None
-        group = 4 if is_int8 else 2
+        group = 2
         if is_int8:
+            group = 4
             scales = (padded.float().abs().amax(1) / 127).clamp_min(1e-12)
             padded = (padded.float() / scales[:, None]).round().to(torch.int8)
             sums = padded.sum(1, dtype=torch.int32)
         packed = padded.view(-1, BLOCK, inputs // group, group).transpose(1, 2).contiguous()
-        self._tensors += [tensor for tensor in (packed, scales, sums) if tensor is not None]  # the pointers' owners
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (packed, scales, sums)]
+        self._tensors = (packed, scales, sums)  # the pointers' owners
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
         self.structure = StepProduct(*pointers, outputs, inputs)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -64,29 +65,12 @@ class CpuDecoder(Decoder):
     """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied."""
 
     def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False) -> None:
-        super().__init__(model, kv_cache, pack=False)
         operator = load_operator()
         assert operator is not None and fits(model), "checked by the caller"
-        self._operator = operator
-
-        def pack(*modules: nn.Module) -> PackedProduct:
-            weights: list[Any] = [module.weight for module in modules]
-            return PackedProduct(operator, weights, is_int8=is_int8)
-
-        self.layers = [
-            LayerWeights(
-                layer.input_layernorm.weight.detach(),
-                pack(attention.q_proj, attention.k_proj, attention.v_proj),
-                pack(attention.o_proj),
-                layer.post_attention_layernorm.weight.detach(),
-                pack(mlp.gate_proj, mlp.up_proj),
-                pack(mlp.down_proj),
-            )
-            for layer in model.model.layers
-            for attention, mlp in [(layer.self_attn, layer.mlp)]
-        ]
-        head = pack(model.lm_head)
-        self.lm_head, self._vocab_size = head, head.structure.outputs
+        self._operator, self._is_int8 = operator, is_int8
+        super().__init__(model, kv_cache, pack=False)
+        head: Any = self.lm_head
+        self._vocab_size = head.structure.outputs
         self._tables = [table[:, 0].float().contiguous() for table in (self.cos, self.sin)]  # [C, W]
         self._layers = layer_array([self._layer(index) for index in range(len(self.layers))])
         self._model = StepModel(
@@ -105,6 +89,10 @@ class CpuDecoder(Decoder):
             head.structure,
             self._layers,
         )
+
+    def _build_linear(self, modules: Sequence[nn.Module]) -> PackedProduct:
+        weights: list[Any] = [module.weight for module in modules]
+        return PackedProduct(self._operator, weights, is_int8=self._is_int8)
 
     def _layer(self, index: int) -> StepLayer:
         layer: Any = self.layers[index]
@@ -137,7 +125,7 @@ class CpuDecoder(Decoder):
 def fits(model: LanguageModel) -> bool:
     """True if the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = kv_shape(config)[2]
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
     linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     return (

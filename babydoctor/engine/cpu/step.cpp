@@ -40,10 +40,8 @@ static void store(float* p, F v) { *(F*)p = v; }
 static F widen(const bf16* p) { return (F)(__builtin_convertvector(*(const H*)p, U) << 16); }
 static uint32_t read32(const void* p) { uint32_t u; memcpy(&u, p, 4); return u; }
 static F spread(float x) { return F{} + x; }
-static void narrow(bf16* p, F v) {  // to the nearest, ties to even
-  U u = (U)v;
-  *(H*)p = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, H);
-}
+template <class T> static T rounded(T bits) { return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; }  // ties to even
+static void narrow(bf16* p, F v) { *(H*)p = __builtin_convertvector(rounded((U)v), H); }
 static float total(F v) {
   typedef float F8 __attribute__((vector_size(32)));
   typedef float F4 __attribute__((vector_size(16)));
@@ -288,10 +286,7 @@ extern "C" void multiply(const Product* product, int64_t threads, int64_t rows, 
       input.put(*product, r, row.get());
     }
     compute(*product, input, rows, omp_get_thread_num(), omp_get_num_threads(), [&](int64_t r, int64_t first, int64_t count, const float* values) {
-      for (int64_t i = 0; i < count; i++) {
-        const uint32_t u = read32(values + i);
-        out[r * product->out + first + i] = (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-      }
+      for (int64_t i = 0; i < count; i++) out[r * product->out + first + i] = (bf16)rounded(read32(values + i));
     });
   }
 }
