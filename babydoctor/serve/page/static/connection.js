@@ -4,6 +4,7 @@ const LOST_KEY = 'babydoctor-lost';
 const AGAIN_MS = 1000;
 const SHOWN_MS = 15000;
 const REPLY_MS = 200;
+const LOCKED_MS = 5000;
 
 const line = () => document.getElementById('bd-connection');
 let isLost = false;
@@ -67,22 +68,37 @@ export const watchConnection = () => {
   isWatching = true;
 };
 
-// Tabs of this browser tell each other their tokens. A tab that was copied finds the original, one that was reloaded
-// finds nobody.
+// Each tab holds a lock with its token's name, and answers when another tab asks for its token. A tab that was copied
+// gets an answer; one that was reloaded gets the lock. Without https, browsers have locks on this machine only.
 const channel = 'BroadcastChannel' in window ? new BroadcastChannel('babydoctor-tabs') : null;
+const hold = (token, options, onHeld = () => {}) => {
+  const keep = (lock) => {
+    if (!lock) return null;
+    onHeld();
+    return new Promise(() => {});
+  };
+  navigator.locks?.request(`babydoctor-tab-${token}`, options, keep).catch(() => {});
+};
 
 export const isOpenElsewhere = (token) => new Promise((resolve) => {
   if (!channel) return resolve(false);
+  const waiting = new AbortController();
   const hear = ({data}) => { if (data?.taken === token) done(true); };
   const done = (result) => {
     channel.removeEventListener('message', hear);
+    if (result) waiting.abort();
     resolve(result);
   };
   channel.addEventListener('message', hear);
   channel.postMessage({asked: token});
-  setTimeout(() => done(false), REPLY_MS);
+  hold(token, {signal: waiting.signal}, () => done(false));
+  // A tab that keeps its lock and does not answer is open, too.
+  setTimeout(() => done(Boolean(navigator.locks)), navigator.locks ? LOCKED_MS : REPLY_MS);
 });
 
-isOpenElsewhere.answerFor = (token) => channel?.addEventListener('message', ({data}) => {
-  if (data?.asked === token) channel.postMessage({taken: token});
-});
+isOpenElsewhere.answerFor = (token) => {
+  hold(token, {ifAvailable: true});
+  channel?.addEventListener('message', ({data}) => {
+    if (data?.asked === token) channel.postMessage({taken: token});
+  });
+};
