@@ -134,6 +134,7 @@ def build_page_app(
         while True:
             await asyncio.sleep(SWEEP_S)
             web_ui.sessions.delete_old()
+            uploads.waiting.drop_old()
             web_ui.studies.drop_old()
 
     @asynccontextmanager

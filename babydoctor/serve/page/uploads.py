@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from typing import Generic, TypeVar
 
 from fastapi import Request
 
@@ -14,19 +15,60 @@ from babydoctor.serve.page.texts import PageError
 MAX_UPLOAD_BYTES = 128 * 2**20
 """Room for a multi-frame DICOM file. The model gets one frame of it as a PNG."""
 
-MAX_WAITING_UPLOADS = 16
+MAX_WAITING = 16
 MAX_WAITING_BYTES = 2 * MAX_UPLOAD_BYTES
 MAX_ARRIVING_BYTES = 2 * MAX_UPLOAD_BYTES
-UPLOAD_LIFE_S = 60.0
+LIFE_S = 60.0
 UPLOAD_S = 300.0
 """For one upload to arrive."""
+
+
+Kept = TypeVar("Kept")
+
+
+class Waiting(Generic[Kept]):
+    """Things that are kept for about ``LIFE_S`` seconds and taken once; the oldest make room.
+
+    Args:
+        max_bytes: memory of all of them.
+        gone: code of the error for one that is not there any more.
+    """
+
+    def __init__(self, max_bytes: int, gone: str) -> None:
+        self._max_bytes, self._gone = max_bytes, gone
+        self._kept: OrderedDict[str, tuple[float, int, Kept]] = OrderedDict()
+
+    def put(self, thing: Kept, num_bytes: int = 0) -> str:
+        """Returns a token for ``take``. ``num_bytes`` is the memory that the thing takes."""
+        self.drop_old()
+        while self._kept and not self._has_room(num_bytes):
+            self._kept.popitem(last=False)
+        token = secrets.token_urlsafe(16)
+        self._kept[token] = (time.monotonic(), num_bytes, thing)
+        return token
+
+    def take(self, token: str) -> Kept:
+        """Raises ``PageError`` if it is not there any more."""
+        if token not in self._kept:
+            raise PageError(self._gone)
+        return self._kept.pop(token)[2]
+
+    def drop_old(self) -> None:
+        """Delete what was not taken in time."""
+        oldest_s = time.monotonic() - LIFE_S
+        for token in [token for token, (since_s, _, _) in self._kept.items() if since_s < oldest_s]:
+            del self._kept[token]
+
+    def _has_room(self, num_bytes: int) -> bool:
+        total = sum(size for _, size, _ in self._kept.values())
+        return len(self._kept) < MAX_WAITING and total + num_bytes <= self._max_bytes
 
 
 class Uploads:
     """Uploaded files that no session has taken yet."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self.waiting: Waiting[bytes] = Waiting(MAX_WAITING_BYTES, "upload_gone")
         self._num_arriving = 0
 
     async def read(self, request: Request) -> bytes:
@@ -59,26 +101,9 @@ class Uploads:
                 raise PageError("uploads_busy")
 
     def put(self, data: bytes) -> str:
-        """Keep a file for ``UPLOAD_LIFE_S`` seconds; the oldest make room. Returns a token for ``take``."""
-        now_s = time.monotonic()
-        for token in [token for token, (since_s, _) in self._waiting.items() if now_s - since_s > UPLOAD_LIFE_S]:
-            del self._waiting[token]
-        while self._waiting and not self._has_room(len(data)):
-            self._waiting.popitem(last=False)
-        token = secrets.token_urlsafe(16)
-        self._waiting[token] = (now_s, data)
-        return token
+        """Keep a file. Returns a token for ``take``."""
+        return self.waiting.put(data, len(data))
 
     def take(self, token: str) -> bytes:
-        """The file of a token, once.
-
-        Raises:
-            PageError: the file is not there any more.
-        """
-        if token not in self._waiting:
-            raise PageError("upload_gone")
-        return self._waiting.pop(token)[1]
-
-    def _has_room(self, num_bytes: int) -> bool:
-        total = sum(len(data) for _, data in self._waiting.values())
-        return len(self._waiting) < MAX_WAITING_UPLOADS and total + num_bytes <= MAX_WAITING_BYTES
+        """The file of a token, once. Raises ``PageError`` if it is not there any more."""
+        return self.waiting.take(token)

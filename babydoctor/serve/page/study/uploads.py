@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from babydoctor.serve.page.handlers import as_page_error
 from babydoctor.serve.page.study.archive import MAX_FILES, MAX_STUDY_BYTES, Archive, Refused, is_zip
 from babydoctor.serve.page.study.pacs_files import PacsFiles
 from babydoctor.serve.page.study.study import Study, StudyReader
 from babydoctor.serve.page.texts import PageError
+from babydoctor.serve.page.uploads import Waiting
 
 MAX_ARRIVING_BYTES = 2 * MAX_STUDY_BYTES
 """Of all studies that arrive or are read at the same time."""
 
 MAX_WAITING_BYTES = 2 * MAX_STUDY_BYTES
-MAX_WAITING = 16
-LIFE_S = 60.0
 ARRIVAL_S = 900.0
 """For all files of a study to arrive."""
 
@@ -36,8 +33,6 @@ PROGRESS_S = 0.2
 """Shortest time between two lines of progress."""
 
 _LENGTH_BYTES = 4
-
-Kept = TypeVar("Kept")
 
 
 class FileSource(Protocol):
@@ -61,45 +56,12 @@ class FileList:
         return iter(self.contents)
 
 
-class Waiting(Generic[Kept]):
-    """Things that are kept for ``LIFE_S`` seconds and taken once; the oldest make room."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[float, int, Kept]] = OrderedDict()
-
-    def put(self, thing: Kept, num_bytes: int = 0) -> str:
-        """Returns a token for ``take``. ``num_bytes`` is the memory that the thing takes."""
-        self.drop_old()
-        while self._kept and not self._has_room(num_bytes):
-            self._kept.popitem(last=False)
-        token = secrets.token_urlsafe(16)
-        self._kept[token] = (time.monotonic(), num_bytes, thing)
-        return token
-
-    def take(self, token: str) -> Kept:
-        """Raises ``PageError`` if it is not there any more."""
-        self.drop_old()
-        if token not in self._kept:
-            raise PageError("study_gone")
-        return self._kept.pop(token)[2]
-
-    def drop_old(self) -> None:
-        """Delete what was not taken in time."""
-        oldest_s = time.monotonic() - LIFE_S
-        for token in [token for token, (since_s, _, _) in self._kept.items() if since_s < oldest_s]:
-            del self._kept[token]
-
-    def _has_room(self, num_bytes: int) -> bool:
-        total = sum(size for _, size, _ in self._kept.values())
-        return len(self._kept) < MAX_WAITING and total + num_bytes <= MAX_WAITING_BYTES
-
-
 class StudyUploads:
     """Studies that no session has taken yet, and sources that a session wants to have read."""
 
     def __init__(self) -> None:
-        self.studies: Waiting[Study] = Waiting()
-        self.sources: Waiting[FileSource] = Waiting()
+        self.studies: Waiting[Study] = Waiting(MAX_WAITING_BYTES, "study_gone")
+        self.sources: Waiting[FileSource] = Waiting(MAX_WAITING_BYTES, "study_gone")
         self._num_arriving = 0
 
     async def receive(self, chunks: AsyncIterator[bytes]) -> FileSource:
