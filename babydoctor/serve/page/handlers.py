@@ -70,6 +70,18 @@ def event_values(event: gr.EventData) -> dict[str, Any]:
     return event._data if isinstance(event._data, dict) else {}
 
 
+def chosen_index(value: Any, count: int) -> int:
+    """The index that a pressed button sends.
+
+    Raises:
+        PageError: there is no such item (any more).
+    """
+    text = str(value)
+    if len(text) > 9 or not text.isdecimal() or int(text) >= count:
+        raise PageError("bad_event")
+    return int(text)
+
+
 def as_page_error(error: Exception) -> PageError:
     """The error itself, or ``internal`` for one that nobody expected, which is logged."""
     if isinstance(error, PageError):

@@ -100,8 +100,8 @@ class Session:
     draft: str = ""
     """What stood in the question box before the editing began."""
     map: RunningMap | None = None
-    words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     overlay_note: str = ""
+    words: list[tuple[str, np.ndarray]] = field(default_factory=list)
     """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
     pacs: PacsPicker = field(default_factory=PacsPicker, repr=False)
     image_mode: str = "pad"
@@ -119,6 +119,15 @@ class Session:
     @property
     def last(self) -> Exchange | None:
         return self.exchanges[-1] if self.exchanges else None
+
+    def last_answer(self) -> Exchange:
+        """The last exchange. Raises ``PageError`` if it has no answer, or its answer has not ended."""
+        exchange = self.last
+        if exchange is None or not exchange.answer:
+            raise PageError("no_answer")
+        if not exchange.ended:
+            raise PageError("still_answering")
+        return exchange
 
     @property
     def num_bytes(self) -> int:
@@ -236,11 +245,7 @@ class Sessions:
         return session
 
     def accepted(self, connection: str | None) -> Session:
-        """The session of a tab whose user has accepted the notice.
-
-        Raises:
-            PageError: see ``get``.
-        """
+        """The session of a tab whose user has accepted the notice. Raises ``PageError`` as ``get`` does."""
         session = self.get(connection)
         if not session.has_accepted:
             raise PageError("session_lost")
@@ -264,8 +269,7 @@ class Sessions:
     def delete_old(self) -> None:
         """Delete the sessions of tabs that were closed ``KEEP_MIN`` minutes ago."""
         oldest_s = time.monotonic() - KEEP_MIN * 60
-        old = [key for key, each in self._sessions.items() if each.left_at_s is not None and each.left_at_s < oldest_s]
-        for key in old:
+        for key in [key for key, each in self._sessions.items() if (each.left_at_s or oldest_s) < oldest_s]:
             self._delete(key)
 
     def stop_all(self) -> None:

@@ -24,7 +24,7 @@ class CertaintyHandlers(Handlers):
     async def on_sample(self, request: gr.Request) -> Changes:
         """Sample more answers to the last question and show how many say the same."""
         session = self.sessions.accepted(request.session_hash)
-        exchange = _last_answer(session)
+        exchange = session.last_answer()
         asked = _again(exchange)
         await self._ask(session, asked, NUM_SAMPLES)
         agreement = asked.certainty.get("agreement") or {}
@@ -41,7 +41,7 @@ class CertaintyHandlers(Handlers):
     async def on_hide(self, request: gr.Request) -> Changes:
         """Ask the last question with the image hidden and show both answers."""
         session = self.sessions.accepted(request.session_hash)
-        exchange = _last_answer(session)
+        exchange = session.last_answer()
         color = await self.client.image_mean(exchange.model)
         asked = replace(_again(exchange), view=hide_image(exchange.view, color))
         await self._ask(session, asked)
@@ -70,15 +70,6 @@ def hide_image(view: View, color: tuple[float, float, float]) -> View:
     buffer = io.BytesIO()
     Image.new("RGB", (view.width, view.height), (red, green, blue)).save(buffer, "PNG")
     return replace(view, png=buffer.getvalue())
-
-
-def _last_answer(session: Session) -> Exchange:
-    exchange = session.last
-    if exchange is None or not exchange.answer:
-        raise PageError("no_answer")
-    if not exchange.ended:
-        raise PageError("still_answering")
-    return exchange
 
 
 def _again(exchange: Exchange) -> Exchange:

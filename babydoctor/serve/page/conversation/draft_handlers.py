@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
 from babydoctor.serve.page.conversation.draft import ReportDraft, as_dicom, as_html, as_text, assemble
 from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors
+from babydoctor.serve.page.session import Session
 
 MIME_TYPES = {"txt": "text/plain", "html": "text/html", "dcm": "application/dicom"}
 
@@ -35,24 +37,23 @@ class DraftHandlers(Handlers):
 
     @shows_errors
     def on_text(self, technique: str, findings: str, impression: str, request: gr.Request) -> Changes:
-        self.sessions.accepted(request.session_hash)
         draft = ReportDraft(technique, findings, impression)
-        draft.check()
-        return self._file("txt", as_text(draft).encode())
+        return self._save("txt", draft, lambda session: as_text(draft).encode(), request)
 
     @shows_errors
     def on_html(self, technique: str, findings: str, impression: str, request: gr.Request) -> Changes:
-        session = self.sessions.accepted(request.session_hash)
         draft = ReportDraft(technique, findings, impression)
-        draft.check()
-        return self._file("html", as_html(draft, session).encode())
+        return self._save("html", draft, lambda session: as_html(draft, session).encode(), request)
 
     @shows_errors
     def on_dicom(self, technique: str, findings: str, impression: str, request: gr.Request) -> Changes:
-        session = self.sessions.accepted(request.session_hash)
         draft = ReportDraft(technique, findings, impression)
+        return self._save("dcm", draft, lambda session: as_dicom(draft, session), request)
+
+    def _save(self, ending: str, draft: ReportDraft, write: Callable[[Session], bytes], request: gr.Request) -> Changes:
+        session = self.sessions.accepted(request.session_hash)
         draft.check()
-        return self._file("dcm", as_dicom(draft, session))
+        return self._file(ending, write(session))
 
     def _file(self, ending: str, data: bytes) -> Changes:
         """A file for the browser to save. Nothing is written on the server."""

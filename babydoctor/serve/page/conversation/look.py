@@ -44,11 +44,7 @@ class LookHandlers(Handlers):
     async def on_look(self, request: gr.Request) -> Changes:
         """Begin to compute the map of the last answer."""
         session = self.sessions.accepted(request.session_hash)
-        exchange = session.last
-        if exchange is None or not exchange.answer:
-            raise PageError("no_answer")
-        if not exchange.ended:
-            raise PageError("still_answering")
+        exchange = session.last_answer()
         session.cancel_map("")
         session.words = []
         session.map = running = RunningMap()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import gradio as gr
 
 from babydoctor.serve.page.conversation.draft import add_answer
-from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
+from babydoctor.serve.page.handlers import Changes, Handlers, chosen_index, event_values, shows_errors
 from babydoctor.serve.page.session import Session
 from babydoctor.serve.page.texts import PageError
 
@@ -26,17 +23,17 @@ class TurnHandlers(Handlers):
         if session.is_answering:
             raise PageError("still_answering")
         if "edit" in values:
-            index = _index(session, values, "edit")
+            index = chosen_index(values["edit"], len(session.exchanges))
             if session.editing is None:
                 session.draft = question or ""
             session.editing = index
             return {self.ui.question: session.exchanges[index].question} | self.chat(session)
         if "delete" in values:
-            return self._delete(session, _index(session, values, "delete"), question)
+            return self._delete(session, chosen_index(values["delete"], len(session.exchanges)), question)
         sections = {"findings": (self.ui.findings, findings), "impression": (self.ui.impression, impression)}
         for name, (box, text) in sections.items():
             if name in values:
-                exchange = session.exchanges[_index(session, values, name)]
+                exchange = session.exchanges[chosen_index(values[name], len(session.exchanges))]
                 return {box: add_answer(text, exchange), self.ui.report_panel: gr.Accordion(open=True)}
         raise PageError("bad_event")
 
@@ -69,15 +66,3 @@ class TurnHandlers(Handlers):
         session.cancel_map("")
         session.words = []
         return self.no_overlay()
-
-
-def _index(session: Session, values: Mapping[str, Any], name: str) -> int:
-    """Index of the exchange whose button was pressed.
-
-    Raises:
-        PageError: there is no such exchange (any more).
-    """
-    text = str(values[name])
-    if not text.isdecimal() or int(text[:9]) >= len(session.exchanges):
-        raise PageError("bad_event")
-    return int(text)

@@ -10,7 +10,7 @@ import gradio as gr
 from babydoctor.schema import UserError
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
-from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
+from babydoctor.serve.page.handlers import Changes, Handlers, chosen_index, event_values, shows_errors
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.pacs.client import PacsClient, StudyQuery
 from babydoctor.serve.page.session import Sessions
@@ -66,9 +66,9 @@ class PacsHandlers(Handlers):
         if "back" in values:
             return {self.ui.pacs.results: show.pacs_studies(picker.studies)}
         if "study" in values:
-            picker.series = picker.client.series(_chosen(picker.studies, values["study"]))
+            picker.series = picker.client.series(picker.studies[chosen_index(values["study"], len(picker.studies))])
             return {self.ui.pacs.results: show.pacs_series(picker.series)}
-        series = _chosen(picker.series, values.get("series"))
+        series = picker.series[chosen_index(values.get("series"), len(picker.series))]
         instances = picker.client.instances(series)
         if not instances:
             raise PageError("pacs_no_images")
@@ -117,14 +117,3 @@ class StoreHandlers(Handlers):
         client.store(report)
         note = f"Stored in {client.server.name} as a research report, marked “not for clinical use”."
         return {self.ui.store.agree: False, self.status: show.status(note, "info")}
-
-
-def _chosen(items: Sequence[Any], index: Any) -> Any:
-    """The item of a pressed button.
-
-    Raises:
-        PageError: there is no such item (any more).
-    """
-    if not str(index).isdecimal() or int(str(index)) >= len(items):
-        raise PageError("bad_event")
-    return items[int(str(index))]

@@ -12,7 +12,14 @@ import gradio as gr
 from babydoctor.imaging.burned_in import TextSearchError, find_text, is_available
 from babydoctor.serve.logs import log
 from babydoctor.serve.page import html as show
-from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors, shows_errors_async
+from babydoctor.serve.page.handlers import (
+    Changes,
+    Handlers,
+    chosen_index,
+    event_values,
+    shows_errors,
+    shows_errors_async,
+)
 from babydoctor.serve.page.scan import Scan
 from babydoctor.serve.page.session import Session
 from babydoctor.serve.page.texts import PageError
@@ -87,10 +94,8 @@ class TextHandlers(Handlers):
         choice, boxes = str(event_values(event).get("text")), scan.text.identifying(scan.frame)
         if choice == "marks":
             scan.text.hides_marks = not scan.text.hides_marks
-        elif choice.isdecimal() and int(choice) < len(boxes):
-            scan.text.toggle(boxes[int(choice)])
         else:
-            raise PageError("bad_event")
+            scan.text.toggle(boxes[chosen_index(choice, len(boxes))])
         return self._show(session)
 
     def _show(self, session: Session) -> Changes:

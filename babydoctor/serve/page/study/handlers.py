@@ -9,7 +9,7 @@ import gradio as gr
 
 from babydoctor.serve.page import html as show
 from babydoctor.serve.page.controller_client import ControllerClient
-from babydoctor.serve.page.handlers import Changes, Handlers, event_values, shows_errors
+from babydoctor.serve.page.handlers import Changes, Handlers, chosen_index, event_values, shows_errors
 from babydoctor.serve.page.image_handlers import ImageHandlers
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.session import Session, Sessions
@@ -54,9 +54,9 @@ class StudyHandlers(Handlers):
         values = event_values(event)
         study = _study(session)
         if "compare" in values:
-            study.second = _index(study, values["compare"])
+            study.second = chosen_index(values["compare"], len(study.series))
             return self._show_list(session)
-        return self._show(session, study, _index(study, values.get("series")))
+        return self._show(session, study, chosen_index(values.get("series"), len(study.series)))
 
     @shows_errors
     def on_second(self, event: gr.EventData, request: gr.Request) -> Changes:
@@ -101,10 +101,3 @@ def _study(session: Session) -> Study:
     if session.study is None:
         raise PageError("no_image")
     return session.study
-
-
-def _index(study: Study, value: Any) -> int:
-    text = str(value)
-    if not text.isdecimal() or int(text[:9]) >= len(study.series):
-        raise PageError("bad_event")
-    return int(text[:9])
