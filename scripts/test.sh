@@ -27,7 +27,7 @@ build_llama_cpp() {
     echo "llama-cpp-python $1 could not be built; the tests that load it will be skipped"
 }
 if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ]; then
-  python -c "import llama_cpp" 2> /dev/null || build_llama_cpp ">=0.3.36"
+  python -c "import llama_cpp" 2> /dev/null || build_llama_cpp "[server]>=0.3.36"
   old=.venv/llama-cpp-python-0.3.8
   [ -d "$old" ] || build_llama_cpp "==0.3.8" diskcache --no-deps --target "$old"
 fi

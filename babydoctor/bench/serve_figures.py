@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from babydoctor.bench.serve_model import IMAGE_SIZE
+from babydoctor.schema import UserError
 
 _FINDINGS = ("an effusion", "a fracture", "a nodule", "free air", "a haematoma", "consolidation", "a shift", "a cyst")
 _PLACES = ("left", "right", "upper", "lower", "central", "medial", "lateral", "basal")
@@ -98,6 +99,21 @@ def build_questions(number: int, seed: int = 0) -> list[BenchQuestion]:
         text = f"In case {index} of {number}, is there {finding} on the {place} side? Say what you see and why."
         questions.append(BenchQuestion(text, buffer.getvalue()))
     return questions
+
+
+def parse_users(text: str) -> tuple[int, ...]:
+    """The numbers of users of a ``--users`` option.
+
+    Raises:
+        UserError: it is not a list of positive numbers.
+    """
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"--users {text!r} must be whole numbers with commas between them, for example 1,16")
+    return numbers
 
 
 def summarize(num_users: int, timings: list[Timing], wall_s: float) -> Figures:
