@@ -35,6 +35,9 @@ _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ \S+\s*(.*)$")
 
+WAIT_POLICY = "PASSIVE"
+"""``OMP_WAIT_POLICY``: threads that wait for others sleep at once instead of keeping their cores busy."""
+
 _OMP_PAUSE_SOFT = 1
 """``omp_pause_soft`` of OpenMP 5.0: settings stay, threads end."""
 
@@ -45,8 +48,14 @@ _PARENT_POLL_S = 0.5
 # One function per kind of command.
 
 
+def prepare_process() -> None:
+    """Switches for every command. Call first: before numpy and torch are loaded, and before a process is started."""
+    share_cores()
+    quiet_libraries()
+
+
 def quiet_libraries() -> None:
-    """Silence messages of libraries that a user cannot act on. For all commands; imports nothing heavy.
+    """Silence messages of libraries that a user cannot act on. Imports nothing heavy.
 
     - bitsandbytes advises on the CPU to install a package that downloads kernels. 4-bit layers work without it.
     - DeepSpeed, if it is installed, says on import that there is no GPU.
@@ -149,6 +158,19 @@ def _watch_parent(parent: int) -> None:
 
 
 # The switches.
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user has said how they wait.
+
+    By default GNU's OpenMP spins for some milliseconds at each barrier. Beside another busy process the thread that it
+    waits for may not be running, so both lose their time. Measured in training the tiny preset beside two busy
+    processes on two cores: 0.6 samples/s by default, 17.7 with threads that sleep, 12.6 with one thread.
+
+    OpenMP reads the variables when it is loaded with torch, and child processes inherit them.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
 
 
 def use_expandable_segments() -> None:

@@ -9,6 +9,7 @@ import pytest
 from helpers.serving import tiny_worker
 
 from babydoctor.bench.peers.compare import WEIGHTS, Match, Worker, compare
+from babydoctor.bench.peers.llama_cpp import check_installed, is_optimized
 from babydoctor.bench.serve_figures import Timing, build_questions, summarize
 from babydoctor.schema import UserError
 
@@ -31,10 +32,9 @@ def test_a_row_has_medians_and_ratios_within_rounds():
     assert match.row() == ["1", "int8, q8_0", "32", "21", "1.50 (1.00-2.00)", "0.500", "0.750", "0", "0"]
 
 
+@pytest.mark.slow
 def test_both_programs_read_the_same_prompts_and_are_measured(tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install 'babydoctor[interop]')")
-    from babydoctor.bench.peers.llama_cpp import check_installed
-
     try:
         check_installed()
     except UserError as error:
@@ -53,6 +53,16 @@ def test_both_programs_read_the_same_prompts_and_are_measured(tmp_path: Path):
     rows = [line.split(" | ") for line in table.splitlines()[2:4]]
     assert [row[0] for row in rows] == ["| 1", "| 2"] and all(float(row[2]) > 0 < float(row[3]) for row in rows)
     assert updates[-1] == (4, 4) and "llama-cpp-python" in table
+
+
+@pytest.mark.parametrize(("flags", "optimized"), [("-march=native -O1 -fPIC", False), ("-O3 -DNDEBUG", True)])
+def test_a_build_without_optimization_is_noticed(
+    flags: str, optimized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install 'babydoctor[interop]')")
+    (tmp_path / "libggml-cpu.so").write_bytes(b"\x7fELF" + flags.encode() + b"\0")
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    assert is_optimized() == optimized
 
 
 def test_our_worker_is_asked_over_http():

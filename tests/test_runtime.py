@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from babydoctor.engine.settings import EngineSettings
-from babydoctor.runtime import use_own_gpu
+from babydoctor.runtime import share_cores, use_own_gpu
 from babydoctor.schema import UserError
 
 LIBRARY_CALLS = """
@@ -133,6 +134,56 @@ print(json.dumps([flushed, os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ
     assert run_python(program) == [True, "expandable_segments:True", None]
     assert run_python(program, PYTORCH_CUDA_ALLOC_CONF="backend:native") == [True, "backend:native", None]
     assert run_python(program, PYTORCH_ALLOC_CONF="backend:native") == [True, None, "backend:native"]
+
+
+WAITING = """
+import json, os, sys
+from babydoctor.cli.main import main
+sys.argv = ["babydoctor", "plan", "configs/radiology.yaml"]
+try:
+    main()
+except SystemExit as stopped:
+    assert not stopped.code
+print(json.dumps({name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}))
+"""
+
+
+def test_openmp_reads_the_way_of_waiting_that_a_command_sets() -> None:
+    """libgomp prints its settings when it is loaded, so a variable that is set too late would show the default."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING],
+        cwd=Path(__file__).parents[1],
+        env=kept | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch computes with another OpenMP here")
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == ["0"] * done.stderr.count("GOMP_SPINCOUNT")
+    # Workers and ranks are child processes, which inherit the variable.
+    assert json.loads(done.stdout.splitlines()[-1]) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["PASSIVE", None]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
+        ({"GOMP_SPINCOUNT": "1000"}, [None, "1000"]),
+    ],
+)
+def test_the_users_way_of_waiting_is_kept(
+    given: dict[str, str], expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, given.get(name, ""))  # restored after the test, whatever it does
+        if name not in given:
+            monkeypatch.delenv(name)
+    share_cores()
+    assert [os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")] == expected
 
 
 def test_the_engine_uses_the_configured_number_of_threads() -> None:

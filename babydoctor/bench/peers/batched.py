@@ -79,8 +79,8 @@ class BatchedModel:
             questions: ``prompt`` with ``IMAGE_MARK``, and ``image`` as base64.
 
         Returns:
-            In the order in which answers end: the fields of ``Answer``, and ``last_token_s``. Both times count from when
-            the question was asked.
+            In the order in which answers end: the fields of ``Answer``, and ``last_token_s``. Both times count from
+            when the question was asked.
         """
         waiting, done = deque(enumerate(questions)), []
         idle = {sequence: time.perf_counter() for sequence in range(self._num_users)}

@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 
 from babydoctor.bench.measure import peak_rss_bytes, processor_name
-from babydoctor.bench.peers.llama_cpp import Batched, Server, check_installed, running_batched, running_llama_server
+from babydoctor.bench.peers.llama_cpp import (
+    INSTALL,
+    Batched,
+    Server,
+    check_installed,
+    is_optimized,
+    running_batched,
+    running_llama_server,
+)
 from babydoctor.bench.serve_figures import BenchQuestion, Figures, build_questions
 from babydoctor.bench.serve_http import drive, running_worker
 from babydoctor.bench.serve_model import build_model, build_prompt, build_tokenizer, write_run
@@ -200,6 +208,8 @@ def _table(matches: Sequence[Match], preset: str, rounds: int, max_new_tokens: i
         "turns; ratios are within a round. Our worker is asked over HTTP; llama.cpp is its Python server over HTTP "
         "for one user and its batched C API without HTTP for several."
     )
+    if not is_optimized():
+        note += f" llama.cpp is compiled without full optimization, so its figures are too low: {INSTALL}."
     return "\n".join([*markdown_table(HEAD, [match.row() for match in ordered]), "", note])
 
 

@@ -38,6 +38,14 @@ def check_installed() -> None:
         )
 
 
+def is_optimized() -> bool:
+    """False if llama.cpp's products record that they were compiled as ``scripts/test.sh`` does, to save time."""
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None and spec.origin is not None, "checked by check_installed"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(spec.origin).parent / "lib")
+    return not any(b" -O1 " in library.read_bytes() for library in folder.glob("*ggml-cpu*"))
+
+
 class Server:
     """llama-cpp-python's server: one request at a time, over HTTP."""
 
