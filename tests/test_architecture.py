@@ -40,7 +40,7 @@ FOLDERS = (
         "config",
         "files",
     ),
-    *("ranks", "runtime"),
+    *("ranks", "memory_maps", "runtime"),
     *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli", "__main__"),
 )

@@ -204,6 +204,41 @@ print(json.dumps(counts))
     assert run_python(program, OMP_NUM_THREADS="1") == [3]
 
 
+WEIGHTS = """
+import json, re, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from babydoctor.memory_maps import clean_weight_files
+from babydoctor.model.tensor_files import load_tensors
+from babydoctor.runtime import return_freed_memory
+
+def resident():
+    text = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"(read|changed)\\.safetensors\\n(?:.*\\n)*?Rss: +(\\d+) kB", text)
+    return {name: int(kilobytes) for name, kilobytes in found}
+
+folder = Path(sys.argv[1])
+tensors = {}
+for name in ("read", "changed"):
+    save_file({"weight": torch.arange(1 << 20)}, folder / f"{name}.safetensors")
+    tensors[name] = load_tensors(folder / f"{name}.safetensors")["weight"]
+tensors["changed"][5] = -1
+before = [int(tensor.sum()) for tensor in tensors.values()]
+mapped = resident()
+return_freed_memory()
+left = resident()
+print(json.dumps([mapped, left, before == [int(tensor.sum()) for tensor in tensors.values()]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_weight_files_are_returned_unless_they_were_changed(tmp_path: Path) -> None:
+    mapped, left, is_equal = run_python(WEIGHTS.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert min(mapped.values()) >= 8192 and is_equal
+    assert left["read"] < 100 and left["changed"] >= 8192
+
+
 def test_a_thread_count_without_a_hook_is_refused() -> None:
     assert EngineSettings(num_threads=2, on_start=lambda device, num_threads: None).num_threads == 2
     with pytest.raises(UserError, match=r"engine\.num_threads=2 needs on_start.*torch\.set_num_threads"):
