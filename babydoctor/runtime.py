@@ -223,7 +223,7 @@ def return_freed_memory() -> None:
 
     The engine multiplies with a packed copy of the weights. The files stay mapped, because the rows of the embedding
     are read from them, but most of their pages are never read again. A page that is read comes back from the file.
-    Measured with the mini model, whose weights take 110 MiB: 130 MiB less.
+    Measured with a worker for the mini model, whose weights take 110 MiB: 620 instead of 711 MiB.
     """
     if sys.platform != "linux":
         return
@@ -231,7 +231,9 @@ def return_freed_memory() -> None:
     trim, madvise = getattr(library, "malloc_trim", None), getattr(library, "madvise", None)
     if trim is not None:
         trim(0)
-    for start, end in clean_weight_files() if madvise is not None else ():
+    if madvise is None:
+        return
+    for start, end in clean_weight_files():
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 

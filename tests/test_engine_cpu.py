@@ -11,15 +11,23 @@ from typing import Any
 import pytest
 import torch
 from helpers.engine_models import build_model, build_request, settings, tokenizer, tokens_of
+from helpers.golden_answers import IMAGES, QUESTION, regret
 
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data.tokens import encode
 from babydoctor.engine.cpu import check, library
 from babydoctor.engine.cpu.check import LARGEST_DIFFERENCE, difference_from_pytorch, operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, PackedProduct
 from babydoctor.engine.cpu.library import load_operator
 from babydoctor.engine.engine import Engine
+from babydoctor.engine.request import GenerationRequest, ImageInput
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.schema import UserError
+from babydoctor.model.run_dir import load_run
+from babydoctor.schema import Turn, UserError
 
 needs_operator = pytest.mark.skipif(load_operator() is None, reason="there is no C++ compiler for the CPU operator")
 
@@ -66,6 +74,26 @@ def test_the_engine_answers_alike_alone_and_among_others(
         answers = [tokens_of(handle) for handle in together]
     with Engine(model, tokenizer, replace(options, max_running=1)) as alone:
         assert [tokens_of(alone.submit(request)) for request in requests] == answers
+
+
+@needs_operator
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_an_imported_model_chooses_tokens_that_are_as_likely(golden: Path, tmp_path: Path, weights: str | None) -> None:
+    """The golden model is undecided: its best tokens differ by less than rounding. Float32 must find none worse."""
+    import_llava(golden / "llava-golden-merged", tmp_path / "run", image_mode="pad")
+    exact, rounded = load_run(tmp_path / "run"), load_run(tmp_path / "run")
+    prompt = render_prompt([Turn("user", QUESTION)], get_template(exact.manifest.template))
+    encoded = encode(prompt, exact.tokenizer, exact.model.num_patches)
+    with Engine(
+        rounded.model.to(torch.bfloat16), exact.tokenizer, settings(weights=weights, max_context=256)
+    ) as engine:
+        assert isinstance(engine.decoder, CpuDecoder)
+        for name in IMAGES:
+            pixels = to_pixels(load_image(golden / "images" / f"{name}.jpg"), exact.manifest.image)
+            image = ImageInput(name, pixels)
+            request = GenerationRequest(encoded.input_ids, encoded.image_mask, (image,), max_new_tokens=24)
+            behind = regret(exact, torch.from_numpy(pixels), tokens_of(engine.submit(request)))
+            assert len(behind) >= 12 and max(behind) < (0.1 if weights else 0.03)  # logits spread by 0.8
 
 
 @needs_operator

@@ -235,6 +235,7 @@ def compare(
             "-" if p_value is None else f"{p_value:.4f}",
         )
     Console().print(table)
+    print(f"{result['num_same_answers']} of {result['num_questions']} answers are the same")
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
