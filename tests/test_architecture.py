@@ -58,6 +58,7 @@ LONG_FILES: dict[str, str] = {}
 LARGE_FOLDERS: dict[str, str] = {}
 
 SWITCHES = {
+    "bench/peers/batched.py": "calls llama.cpp's C API by ctypes, in a process of its own",
     "engine/cpu/library.py": "calls the compiled operator by ctypes; changes nothing of the process",
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.serving import tiny_worker
 
-from babydoctor.bench.peers.compare import WEIGHTS, Match, Worker, compare
+from babydoctor.bench.peers.compare import WEIGHTS, Match, OwnWorker, compare
 from babydoctor.bench.peers.llama_cpp import check_installed, is_optimized
 from babydoctor.bench.serve_figures import Timing, build_questions, summarize
 from babydoctor.schema import UserError
@@ -67,7 +67,7 @@ def test_a_build_without_optimization_is_noticed(
 
 def test_our_worker_is_asked_over_http():
     url = tiny_worker().url
-    figures = Worker(url, 0, "tiny").measure(build_questions(2), 3, num_users=2)
+    figures = OwnWorker(url, 0, "tiny").measure(build_questions(2), 3, num_users=2)
     assert figures.num_users == 2 and figures.tokens_per_s > 0
 
 

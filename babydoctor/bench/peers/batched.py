@@ -31,7 +31,7 @@ BATCH = 512
 
 
 @dataclass
-class Answer:
+class RunningAnswer:
     """One answer in progress to the question ``number``. Its next token goes to ``position`` of its sequence."""
 
     number: int
@@ -79,12 +79,12 @@ class BatchedModel:
             questions: ``prompt`` with ``IMAGE_MARK``, and ``image`` as base64.
 
         Returns:
-            In the order in which answers end: the fields of ``Answer``, and ``last_token_s``. Both times count from
-            when the question was asked.
+            In the order in which answers end: the fields of ``RunningAnswer``, and ``last_token_s``. Both times count
+            from when the question was asked.
         """
         waiting, done = deque(enumerate(questions)), []
         idle = {sequence: time.perf_counter() for sequence in range(self._num_users)}
-        running: dict[int, Answer] = {}
+        running: dict[int, RunningAnswer] = {}
         while waiting or running:
             while waiting and idle:
                 sequence = min(idle, key=lambda sequence: idle[sequence])
@@ -93,7 +93,7 @@ class BatchedModel:
                 length = self._read_prompt(question, sequence)
                 first = self._likeliest(-1)
                 waited_s = time.perf_counter() - begun_s
-                running[sequence] = Answer(number, begun_s, length, length, [first], waited_s)
+                running[sequence] = RunningAnswer(number, begun_s, length, length, [first], waited_s)
             self._step({key: answer for key, answer in running.items() if len(answer.tokens) < max_new_tokens})
             now = time.perf_counter()
             for sequence, answer in list(running.items()):
@@ -135,7 +135,7 @@ class BatchedModel:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
             mtmd_cpp.mtmd_bitmap_free(bitmap)
 
-    def _step(self, answers: dict[int, Answer]) -> None:
+    def _step(self, answers: dict[int, RunningAnswer]) -> None:
         """One decoding step: the next token of each answer, by sequence."""
         if not answers:
             return

@@ -48,7 +48,7 @@ CONTEXT_STEP = 256
 """llama.cpp rounds the context up to a multiple of this."""
 
 
-class Worker:
+class OwnWorker:
     """Our worker, asked over LLaVA's API."""
 
     def __init__(self, url: str, pid: int, model: str) -> None:
@@ -64,7 +64,7 @@ class Match:
 
     num_users: int
     weights: Weights
-    worker: Worker
+    worker: OwnWorker
     peer: Server | Batched
     ours: list[Figures]
     theirs: list[Figures]
@@ -177,7 +177,7 @@ def _matches(
     for kind in weights:
         engine = {} if kind.engine is None else {"weights": kind.engine}
         log = folder / f"worker-{kind.dtype}.log"
-        worker = Worker(*stack.enter_context(running_worker(run, log, engine)), run.name)
+        worker = OwnWorker(*stack.enter_context(running_worker(run, log, engine)), run.name)
         for number in users:
             log = folder / f"llama-{kind.dtype}-{number}.log"
             options = {"context": context, "num_threads": num_threads}
