@@ -138,17 +138,16 @@ def compare(
     context = -(-(max(lengths.values()) + max_new_tokens) // CONTEXT_STEP) * CONTEXT_STEP
     with ExitStack() as stack:
         matches = list(_matches(stack, run, folder, users, kinds, context))
-        done, total = 0, (rounds + 1) * len(matches)
-        for number, match in enumerate(matches):
+        for match in matches:
             match.play(warmup, WARMUP_TOKENS)
-            on_progress("Warm-up and rounds", number + 1, total)
+        done = 0
         for turn in asked:
             for match in matches:
                 ours, theirs = match.play(turn[match.num_users], max_new_tokens)
                 match.ours.append(ours)
                 match.theirs.append(theirs)
                 done += 1
-                on_progress("Warm-up and rounds", len(matches) + done, total)
+                on_progress("Measurements", done, rounds * len(matches))
         _check_prompts(matches, lengths)
         return _table(matches, preset, rounds, max_new_tokens, list(lengths.values()))
 
