@@ -56,7 +56,7 @@ class Worker(SingleModelBackend):
         self._open: set[AnsweredRequest] = set()
         self._preprocessor = Preprocessor(run, engine, settings.limits)
         timeout_s = settings.limits.request_timeout_s
-        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
+        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor, timeout_s)
         self._certainty = CertaintyMeter(run, engine, timeout_s)
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
