@@ -37,7 +37,7 @@ def open_dataset(source: str) -> Any:
             loaded = datasets.load_dataset(kind, data_files=source, split="train")
         else:  # a directory of parquet or JSON files, or a hub id; file names give the splits
             loaded = datasets.load_dataset(str(path))
-    except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
+    except Exception as error:  # the library raises its own errors and those of pyarrow, the hub client and the network
         if not path.exists() and "://" not in source:
             hint = "Offline, give a file or a directory that is already here"
             raise data_set_error(error, str(path), hint=hint) from error
