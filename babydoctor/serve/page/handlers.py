@@ -74,7 +74,7 @@ def chosen_index(value: Any, count: int) -> int:
     """The index that a pressed button sends.
 
     Raises:
-        PageError: there is no such item (any more).
+        PageError: no item has this index.
     """
     text = str(value)
     if len(text) > 9 or not text.isdecimal() or int(text) >= count:
