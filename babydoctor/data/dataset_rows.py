@@ -78,7 +78,7 @@ def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tup
 
 
 def _image_column(table: Any, source: str, start: int) -> list[str | None]:
-    """One reference per row: a file name as it is, an embedded image by its row number, None for text only."""
+    """One reference per row: the file name, the row number of an embedded image, or None for text only."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
