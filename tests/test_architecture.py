@@ -66,7 +66,7 @@ WHOLE_SETTINGS = {
     "serve/settings.py": "defines ServeSettings",
     "train/loop.py": "runs a stage",
     "train/stage.py": "runs a stage",
-    "train/output.py": "writes the whole configuration beside the run and compares it on resume",
+    "train/output.py": "writes the whole configuration into the run and compares it on resume",
     "train/identity.py": "compares the whole configuration over ranks and runs",
     "train/report.py": "writes the whole configuration to the tracker",
     "train/tracking.py": "writes the whole configuration to the tracker",
