@@ -30,6 +30,7 @@ from helpers.source_tree import (
 # From the bottom to the top: a folder, or a top-level module, imports only from those before it.
 FOLDERS = (
     *(
+        "cores",
         "errors",
         "schema",
         "markers",

@@ -43,7 +43,8 @@ from babydoctor.eval.certainty.calibration import (
     fit_temperature,
     split_by_group,
 )
-from babydoctor.eval.certainty.familiarity import alarm_threshold, auroc, evaluate_familiarity
+from babydoctor.eval.certainty.familiarity import alarm_threshold, evaluate_familiarity
+from babydoctor.eval.metrics import auroc
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query, user_turn

@@ -157,6 +157,9 @@ def test_an_attention_map_is_returned(worker: Server):
     assert post(worker, body, "/worker_attention").json() == reply  # cached
     other = post(worker, body | {"images": [bare_base64(png(1))]}, "/worker_attention").json()
     assert other != reply
+    # The map sees the prompt as the answer did: with the image first.
+    reworded = "[INST] Which modality is this? <image> [/INST]"
+    assert post(worker, body | {"prompt": reworded}, "/worker_attention").json() == reply
     assert post(worker, body | {"prompt": "no image", "images": []}, "/worker_attention").status_code == 422
     assert post(worker, body | {"answer": ""}, "/worker_attention").status_code == 422
     assert post(worker, body | {"method": "attention"}, "/worker_attention").status_code == 422

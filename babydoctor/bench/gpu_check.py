@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.bench.gpu_report import render_report
+from babydoctor.cores import num_cores
 from babydoctor.files import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +170,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         known["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
         known["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
-        known["device_name"] = f"CPU ({os.cpu_count()} cores)"
+        known["device_name"] = f"CPU ({num_cores()} cores)"
     return known
 
 

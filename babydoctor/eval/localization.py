@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from babydoctor.eval.intervals import NUM_RESAMPLES, draw_weights
+from babydoctor.eval.metrics import auroc
 from babydoctor.files import write_json
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
@@ -100,11 +101,7 @@ def pixel_auc(drops: np.ndarray, mask: np.ndarray) -> float:
     size = mask.shape[0]
     index = np.arange(size) * drops.shape[0] // size
     values = drops[np.ix_(index, index)]
-    levels, inverse = np.unique(values, return_inverse=True)
-    inside = np.bincount(inverse.ravel(), weights=mask.ravel(), minlength=len(levels))
-    outside = np.bincount(inverse.ravel(), weights=~mask.ravel(), minlength=len(levels))
-    below = np.concatenate([[0], np.cumsum(outside)[:-1]])
-    return float((inside * (below + outside / 2)).sum() / (inside.sum() * outside.sum()))
+    return auroc(values[~mask], values[mask])
 
 
 def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
@@ -132,12 +129,18 @@ def _with_interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def evaluate_localization(
-    run_directory: Path, phantoms: Path, out: Path, *, num_cases: int, progress: Callable[[int, int], None]
+    run_directory: Path,
+    phantoms: Path,
+    out: Path,
+    *,
+    num_cases: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Measure, write ``localization.json`` to ``out``, and record the figure in the run's manifest."""
     from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 
-    run = load_run(run_directory)
+    run = load_run(run_directory, device=device)
     results = []
     for number, result in enumerate(localize(run, phantoms, num_cases), start=1):
         results.append(result)

@@ -152,10 +152,7 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype, model_type: str)
         config["rope_theta"] = rope.get("rope_theta", 10000.0)
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = run.tokenizer
-    ends = run.end_token_ids
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(run.generation_tokens, indent=2) + "\n")
 
 
 def _write_tokenizer(run: PlainRun, out: Path) -> None:

@@ -7,7 +7,7 @@ results in row order, so the report does not depend on the number of workers. Me
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.conversation import Template, get_template, render
+from babydoctor.cores import num_cores
 from babydoctor.data.check.workers import CheckTask, InProcess, WorkerProcesses, Workers
 from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
@@ -80,8 +81,8 @@ def check_sources(
         chunks = _chunks(iter_sources(sources, update, "checking"))
         first, second = next(chunks, None), next(chunks, None)
         ahead = (chunk for chunk in (first, second) if chunk is not None)
-        check = _Check(_chain(ahead, chunks), keep_samples)
-        number = num_processes or _num_cores()
+        check = _Check(itertools.chain(ahead, chunks), keep_samples)
+        number = num_processes or num_cores()
         is_small = first is None or (second is None and len(first.rows) <= _FEW_ROWS)
         if number == 1 or is_small:
             return check.run(InProcess(start), 1)
@@ -130,11 +131,6 @@ def _chunks(rows: Iterable[tuple[str, Any]]) -> Iterator[_Chunk]:
             chunk = _Chunk(number, [], [])
     if chunk.rows:
         yield chunk
-
-
-def _chain(first: Iterable[_Chunk], rest: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    yield from first
-    yield from rest
 
 
 class _RowChecker:
@@ -290,7 +286,3 @@ class _Check:
 
     def _add_image_problem(self, use: _Use, detail: str) -> None:
         self._image_problems.append((use.number, Problem(use.source, use.id, "image_undecodable", detail)))
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

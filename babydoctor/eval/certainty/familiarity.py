@@ -29,6 +29,7 @@ from babydoctor.eval.certainty.unfamiliar import (
 )
 from babydoctor.eval.leakage import read_train_sources
 from babydoctor.eval.load import load_task
+from babydoctor.eval.metrics import auroc
 from babydoctor.eval.tasks import Task
 from babydoctor.files import write_json
 from babydoctor.imaging.isolation import load_image
@@ -131,13 +132,6 @@ def alarm_threshold(distances: np.ndarray, false_alarms: float = FALSE_ALARMS) -
     """
     rank = min(len(distances), math.ceil((len(distances) + 1) * (1 - false_alarms)))
     return float(np.sort(distances)[rank - 1])
-
-
-def auroc(familiar: np.ndarray, unfamiliar: np.ndarray) -> float:
-    """Probability that an unfamiliar image is farther away than a familiar one; ties count as half."""
-    ordered = np.sort(familiar)
-    below = np.searchsorted(ordered, unfamiliar, "left") + np.searchsorted(ordered, unfamiliar, "right")
-    return float(below.mean() / 2 / len(familiar))
 
 
 def _describe(run: Run, pictures: Iterable[Image.Image], total: int, kind: str, progress: OnImage) -> np.ndarray:

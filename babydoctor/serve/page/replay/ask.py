@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ Tell = Callable[[int], Any]
 """Called with the number of answers so far."""
 
 
-def ask_server(
+async def ask_server(
     url: str,
     answers: Sequence[RecordedAnswer],
     views: Sequence[ReplayedView],
@@ -46,17 +45,6 @@ def ask_server(
     Args:
         model: name of the model. None: the recorded one.
     """
-    return asyncio.run(_ask_server(url, answers, views, model, api_key, tell))
-
-
-async def _ask_server(
-    url: str,
-    answers: Sequence[RecordedAnswer],
-    views: Sequence[ReplayedView],
-    model: str | None,
-    api_key: str | None,
-    tell: Tell,
-) -> list[NewAnswer]:
     from babydoctor.serve.page.controller_client import ControllerClient
 
     client = ControllerClient(url, api_key)
@@ -88,7 +76,7 @@ def ask_run(
     engine: dict[str, Any],
     tell: Tell,
 ) -> list[NewAnswer]:
-    """Load a run and ask it in this process.
+    """Load a run and ask it in this process, on the GPU if there is one.
 
     Args:
         engine: settings of the engine.
@@ -98,11 +86,12 @@ def ask_run(
     """
     from babydoctor.inference import Inference
     from babydoctor.model.run_dir import load_run
+    from babydoctor.plan.hardware import choose_device
 
     asked = [answer for answer in answers if views[answer.view].png is not None]
     if not asked:
         raise UserError("no question can be asked: all images are missing")
-    run = load_run(path)
+    run = load_run(path, device=choose_device("auto"))
     queries = _queries(run, asked, views)
     texts: list[str] = []
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, queries, engine=engine) as inference:
