@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -174,9 +175,10 @@ def annotated_with(tree: ast.Module, names: set[str]) -> list[int]:
     return [
         node.lineno
         for node in ast.walk(tree)
-        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None
-        for part in ast.walk(node.annotation)
-        if (isinstance(part, ast.Name) and part.id in names) or (isinstance(part, ast.Constant) and part.value in names)
+        if isinstance(node, (ast.arg, ast.AnnAssign))
+        and node.annotation is not None
+        # As text, because a quoted annotation is a string in the tree.
+        and not names.isdisjoint(re.findall(r"\w+", ast.unparse(node.annotation)))
     ]
 
 
