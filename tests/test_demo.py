@@ -81,7 +81,7 @@ def test_each_threshold_of_wording_size_and_temperature() -> None:
     assert sampled == "77.0% of the answers at temperature 1 are right, below 85%"
 
 
-def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_steps_are_skipped_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def step(name: str) -> demo.Step:

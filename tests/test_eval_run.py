@@ -93,7 +93,7 @@ def test_a_task_runs_on_a_model_in_training(run: Path, rows: Path) -> None:
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
 
 
-def test_answers_from_elsewhere_are_scored(rows: Path, tmp_path: Path) -> None:
+def test_answers_of_other_programs_are_scored(rows: Path, tmp_path: Path) -> None:
     answers = ["yes", "no", "yes", "no", "no", "yes", "left lung", "The right lung."]
     predictions = _write_answers(tmp_path / "answers.jsonl", answers)
     result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
@@ -178,7 +178,7 @@ def test_confidence_is_computed_from_logprobs() -> None:
     assert answer_confidence("left", whole) is None
 
 
-def test_the_first_word_of_the_command_may_be_left_out(rows: Path, tmp_path: Path) -> None:
+def test_the_word_run_may_be_left_out(rows: Path, tmp_path: Path) -> None:
     predictions = _write_answers(tmp_path / "a.jsonl", ["no"] * 8)
     words: list[Any] = ["eval", "--task", "rows", "--data", rows, "--predictions", predictions, "--out", tmp_path / "o"]
     code = "from babydoctor.cli.main import main; main()"

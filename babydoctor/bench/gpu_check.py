@@ -38,7 +38,7 @@ TESTS_SHARE = 0.35
 
 
 LAST_WORDS_S = 4.0
-"""How long a section that is cut off may still write."""
+"""Time that a section gets to write its output after it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CheckSection:
     name: str
     arguments: tuple[str, ...]
     max_share: float = 1.0
-    """Share of the whole time."""
+    """Largest share of the whole time."""
 
 
 def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]:

@@ -253,7 +253,7 @@ def _keep(
     total: int,
     progress: OnAnswer | None,
 ) -> None:
-    """Write predictions as they come. ``total``: those that were written before count too."""
+    """Write predictions as they arrive. ``total`` includes those that were written before."""
     for number, _ in enumerate(append_predictions(file, predictions), start=total - len(left) + 1):
         if progress is not None:
             progress(condition, number, total)

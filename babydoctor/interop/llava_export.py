@@ -109,8 +109,8 @@ def _model_type(run: PlainRun) -> str:
 def _write_tower(run: PlainRun, out: Path) -> None:
     """The tower as transformers 4 writes it. The original loads it from there, and not from the shards.
 
-    Transformers 5 saves weights without ``vision_model.``. The original's transformers would not find those, and would
-    go on with random ones.
+    Transformers 5 saves weights without ``vision_model.``. The original's transformers would not find these names and
+    would continue with random weights.
     """
     tower = ShardWriter(out)
     for name, weight in run.tower_weights():

@@ -1,4 +1,4 @@
-"""Find images of a data set that show text that may identify a person."""
+"""Find images of a data set with burned-in text that may identify a person."""
 
 from __future__ import annotations
 

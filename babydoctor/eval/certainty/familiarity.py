@@ -41,14 +41,14 @@ from babydoctor.schema import UserError
 FALSE_ALARMS = 0.05
 
 MAX_REFERENCES = 4096
-"""Training images that are kept: 16 MB for CLIP ViT-L/14."""
+"""Most training images that are kept: 16 MB for CLIP ViT-L/14."""
 
 MAX_HELD_OUT = 1000
 FEWEST_HELD_OUT = 40
-"""Half of them set the threshold: fewer than 20 have no 95% quantile."""
+"""Fewest held-out images. Half of them set the threshold, and fewer than 20 have no 95% quantile."""
 
 NUM_DRAWN = 200
-"""Images of noise and of text."""
+"""Number of images of noise, and of text."""
 
 BATCH_SIZE = 64
 

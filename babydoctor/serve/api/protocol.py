@@ -37,7 +37,7 @@ MAX_STOPS = 32
 """Most stop strings of a request. Every token is checked against each of them."""
 
 CERTAINTY_NAMES = ("familiarity", "confidence", "agreement")
-"""What a request may ask for beside its answer; fields of requests and of last messages."""
+"""Measures that a request may ask for with its answer: fields of requests and of last messages."""
 
 StopText = Annotated[Text, Field(max_length=1024)]
 

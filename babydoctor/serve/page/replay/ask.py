@@ -1,4 +1,4 @@
-"""Ask the questions of a recorded session again: through a controller, or with a run in this process."""
+"""Ask the questions of a recorded session again, through a controller or with a run loaded in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewAnswer:
-    """``problem`` says why there is no answer."""
+    """A new answer. ``problem`` says why there is none."""
 
     text: str = ""
     problem: str = ""
@@ -40,10 +40,10 @@ async def ask_server(
     api_key: str | None,
     tell: Tell,
 ) -> list[NewAnswer]:
-    """Ask a controller. Each question comes with the recorded turns before it.
+    """Ask a controller. Each question is sent with the recorded turns before it.
 
     Args:
-        model: None: the recorded one.
+        model: name of the model. None: the recorded one.
     """
     from babydoctor.serve.page.controller_client import ControllerClient
 
