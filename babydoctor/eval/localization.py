@@ -45,8 +45,8 @@ class CaseResult:
     """Share of the image that the finding covers."""
 
 
-def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fill = FILL) -> Iterator[CaseResult]:
-    """Compare the run's maps with the truth, case by case.
+def cases_with_finding(phantoms: Path, num_cases: int = DEFAULT_CASES) -> list[Case]:
+    """The first held-out cases with a finding, at most ``num_cases``.
 
     Raises:
         UserError: the folder holds no phantoms, or none with a finding.
@@ -56,6 +56,11 @@ def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fil
         raise UserError(
             f"{phantoms} holds no held-out phantoms with a finding; write some with `babydoctor data phantom`"
         )
+    return cases
+
+
+def localize(run: Run, phantoms: Path, cases: Sequence[Case], fill: Fill = FILL) -> Iterator[CaseResult]:
+    """Compare the run's maps with the truth, case by case. The images are in ``phantoms``."""
     query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
     options = {"pack_weights": False}  # the maps use the model's own weights
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query], engine=options) as inference:
@@ -137,11 +142,11 @@ def evaluate_localization(
     """Measure, write ``localization.json`` to ``out``, and record the figure in the run's manifest."""
     from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 
-    run = load_run(run_directory)
+    cases = cases_with_finding(phantoms, num_cases)
     results = []
-    for number, result in enumerate(localize(run, phantoms, num_cases), start=1):
+    for number, result in enumerate(localize(load_run(run_directory), phantoms, cases), start=1):
         results.append(result)
-        progress(number, num_cases)
+        progress(number, len(cases))
     summary = summarize(results)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "localization.json", {**summary, "cases": [asdict(result) for result in results]})
