@@ -148,9 +148,9 @@ def run(
             answer_share(out, task_config, config, run=run_directory, device=device, engine=settings, ranks=ranks)
             return
 
-        def advance(condition: str, done: int, total: int) -> None:
+        def advance(label: str, done: int, total: int) -> None:
             share = "" if ranks.size == 1 else f" (this rank's share, 1 of {ranks.size})"
-            update(f"{condition} image{share}", done, total)
+            update(f"{label}{share}", done, total)
 
         result = evaluate(
             out,
@@ -164,29 +164,31 @@ def run(
             engine=settings,
             ranks=ranks,
         )
-    _print_result(result)
+    print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
     if update_model_card is not None:
         update_card(update_model_card, result)
         print(f"updated: {update_model_card}")
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
+    """Print the headline figures under each image condition, the baselines and the notes."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from babydoctor.eval.reporting.report import headline_figures
+    from babydoctor.eval.conditions import condition_label
+    from babydoctor.eval.reporting.report import count_asked, headline_figures
 
     shown = headline_figures(result)
-    title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"
+    title = f"{result['task']}, {count_asked(result)}"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("")
     for name in shown:
         table.add_column(name.replace("_", " "), justify="right")
     for condition, scored in result["conditions"].items():
         cells = [_with_interval(scored["figures"].get(name)) for name in shown]
-        table.add_row(f"[bold]{condition} image[/]", *cells)
+        table.add_row(f"[bold]{condition_label(condition, result['num_images'])}[/]", *cells)
     for name, values in result["baselines"].items():
         table.add_row(escape(name), *(_plain(values.get(figure)) for figure in shown), style="dim")
     console = Console()

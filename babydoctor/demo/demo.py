@@ -176,11 +176,7 @@ def score_stage(work: Path, stage: str) -> None:
     config = EvalConfig(images_as=CONDITIONS, generation=generation)
     task = TaskConfig(task="phantom", data=str(work / "phantoms"))
     with named_progress() as update:
-
-        def progress(condition: str, done: int, total: int) -> None:
-            update(f"{condition} image", done, total)
-
-        evaluate(work / "scores" / stage, task, config, run=work / stage, progress=progress)
+        evaluate(work / "scores" / stage, task, config, run=work / stage, progress=update)
 
 
 def score_robustness(work: Path) -> None:
