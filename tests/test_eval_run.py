@@ -22,6 +22,7 @@ from babydoctor.eval.compare import compare
 from babydoctor.eval.load import load_task
 from babydoctor.eval.reporting.model_card import SECTION, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
+from babydoctor.model.run_dir import read_manifest, write_manifest
 from babydoctor.schema import UserError
 
 SETTINGS = EvalConfig(
@@ -62,6 +63,8 @@ def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, t
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:20])
     counted.clear()
+    # A figure that was measured meanwhile does not make it another run.
+    write_manifest(run, read_manifest(run).model_copy(update={"localization": {"num_near": 1, "num_cases": 2}}))
     evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
     assert counted == [("right image", number, 8) for number in (6, 7, 8)]
     assert file.read_text() == whole

@@ -18,8 +18,9 @@ from babydoctor.schema import IMAGE_TOKEN
 def find_leakage(questions: Sequence[Question], train: Sequence[str], images: str | None = None) -> dict[str, Any]:
     """Compare the test images with the images of training rows.
 
-    Questions without an image are compared with rows without one. Two images are the same if their file names are equal. If ``images`` (the folder of the training images) is given,
-    images with equal bytes are the same too: a renamed copy is found, a re-encoded one is not.
+    Two images are the same if their file names are equal. If ``images`` (the folder of the training images) is given,
+    images with equal bytes are the same too: a renamed copy is found, a re-encoded one is not. Questions without an
+    image are compared with rows without one.
 
     Returns counts and notes for the report. ``checked`` is False if ``train`` is empty.
     """
