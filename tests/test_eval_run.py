@@ -14,7 +14,7 @@ import pytest
 from helpers.eval_rows import write_rows
 from helpers.serving import build_tiny_run
 
-from babydoctor.cli.eval import print_result
+from babydoctor.cli.evaluation.tables import print_result
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions

@@ -112,7 +112,7 @@ def pixel_auc(drops: np.ndarray, mask: np.ndarray) -> float:
     return float((inside * (below + outside / 2)).sum() / (inside.sum() * outside.sum()))
 
 
-def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
+def summarize(results: Sequence[CaseResult], fill: Fill) -> dict[str, Any]:
     """The figures, with 95% bootstrap intervals over cases."""
     values = {
         "on_finding": [float(result.distance == 0) for result in results],
@@ -121,7 +121,7 @@ def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
     }
     return {
         "method": "occlusion",
-        "fill": FILL,
+        "fill": fill,
         "num_cases": len(results),
         "num_on": int(sum(values["on_finding"])),
         "num_near": int(sum(values["near_finding"])),
@@ -137,18 +137,25 @@ def _with_interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def evaluate_localization(
-    run_directory: Path, phantoms: Path, out: Path, *, num_cases: int, progress: Callable[[int, int], None]
+    run_directory: Path,
+    phantoms: Path,
+    out: Path,
+    *,
+    num_cases: int,
+    fill: Fill = FILL,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Measure, write ``localization.json`` to ``out``, and record the figure in the run's manifest."""
+    """Measure, write ``localization.json`` to ``out``, and record figures of the usual fill in the run's manifest."""
     from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 
     cases = cases_with_finding(phantoms, num_cases)
     results = []
-    for number, result in enumerate(localize(load_run(run_directory), phantoms, cases), start=1):
+    for number, result in enumerate(localize(load_run(run_directory), phantoms, cases, fill), start=1):
         results.append(result)
         progress(number, len(cases))
-    summary = summarize(results)
+    summary = summarize(results, fill)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "localization.json", {**summary, "cases": [asdict(result) for result in results]})
-    write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"localization": summary}))
+    if fill == FILL:
+        write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"localization": summary}))
     return summary
