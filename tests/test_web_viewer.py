@@ -381,6 +381,9 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     settle(tab)
     assert "image 1 of 9" in caption(tab)
     tab.screenshot(path=parts.folder / "two_series.png", full_page=True)
+    for pane in ("#bd-canvas .bd-pane", "#bd-second-canvas .bd-pane"):
+        box = tab.locator(pane).bounding_box()
+        assert box["width"] > 300 and box["y"] + box["height"] < 800, box
     # Without the link only one of them moves.
     tab.keyboard.press("l")
     expect(second.locator(".bd-link-note")).to_have_text("Not linked.")
