@@ -67,10 +67,10 @@ def test_products_of_any_number_of_rows_and_outputs(num_rows: int, outputs: int)
 
 @needs_operator
 @pytest.mark.parametrize("weights", [None, "int8"])
-def test_the_engine_answers_alike_alone_and_among_others(
+def test_the_engine_gives_the_same_answers_alone_and_in_a_batch(
     model: BabyDoctor, tokenizer: Any, weights: str | None
 ) -> None:
-    """Requests of different lengths, with images, joining and leaving: each gets the tokens that it gets alone."""
+    """Requests of different lengths, with images, start and end at different times. Each gets its tokens as alone."""
     requests = [build_request(seed, num_images=seed % 3, length=5 + 9 * (seed % 7)) for seed in range(9)]
     options = settings(weights=weights, step_tokens=200)
     with Engine(model, tokenizer, options) as engine:
@@ -142,7 +142,7 @@ def test_other_thread_counts_give_the_same_logits(monkeypatch: pytest.MonkeyPatc
         assert difference_from_pytorch(is_int8=False) == difference
 
 
-def test_what_the_operator_cannot_run_is_refused_by_name(model: BabyDoctor, tokenizer: Any) -> None:
+def test_models_that_the_operator_cannot_run_are_refused_by_name(model: BabyDoctor, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="weights=int4 must be int8"):
         EngineSettings(weights="int4")
     with pytest.raises(UserError, match="int8 is not possible: it takes a LLaMA with plain bfloat16 weights"):

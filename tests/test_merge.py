@@ -1,4 +1,4 @@
-"""``babydoctor merge``: the same model, merged one layer at a time, and how it continues after a failure."""
+"""``babydoctor merge``: one layer at a time, the same model, continues after a failure."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_killed_merge_continues(runs: dict[str, Path], tmp_path: Path) -> None
     assert set(stamps.values()) < kept  # the finished shards were not written again
 
 
-def test_another_runs_leftovers_are_not_continued(
+def test_an_unfinished_merge_of_another_run_is_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,9 @@ def _export(tab, parts: Parts) -> None:
     views = replay_views(session, None)
     with ThreadPoolExecutor(1) as pool:  # Playwright's event loop runs in this thread
         options = {"model": None, "api_key": None, "tell": lambda num_done: None}
-        new = pool.submit(ask_server, parts.controller.url, session.answers, views, **options).result()
+        new = pool.submit(
+            lambda: asyncio.run(ask_server(parts.controller.url, session.answers, views, **options))
+        ).result()
     assert [view.status for view in views] == ["from_export"]
     assert [answer.text for answer in new] == [answer.answer.strip() for answer in session.answers]
 
@@ -238,7 +241,7 @@ def test_how_sure_it_is(tab):
     tab.get_by_role("button", name="How sure is it?").click()
     result = tab.locator("#bd-certainty")
     tab.get_by_role("button", name="Ask 5 more times").click()
-    expect(result).to_contain_text("more answers, drawn at random")
+    expect(result).to_contain_text("more answers, sampled at random")
     tab.get_by_role("button", name="Ask without the image").click()
     expect(result.locator("dt").nth(1)).to_have_text("Without the image")
     expect(result.locator("dd").first).to_have_text(first, use_inner_text=True)

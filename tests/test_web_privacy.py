@@ -1,4 +1,4 @@
-"""Burned-in text and the PACS in the web UI: what is hidden from the model, and what the picker passes on."""
+"""Burned-in text and the PACS in the web UI: what is hidden from the model, and what the picker shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NAME, SIDE = (6, 6, 120, 26), (8, 150, 24, 172)
 
 
 class PacsParts(Parts):
-    """The web UI beside an Orthanc, where one is installed."""
+    """The web UI with an Orthanc, if one is installed."""
 
     def __init__(self, folder: Path) -> None:
         self.orthanc = Orthanc(folder / "orthanc") if has_orthanc() and not needs_pacs.args[0] else None
@@ -110,7 +110,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     assert brightest(sent(scripted), SIDE) > 200
 
     panel = tab.locator("#bd-text-boxes")
-    expect(panel).to_contain_text("1 of 1 texts that may identify a person is hidden")
+    expect(panel).to_contain_text("1 of 1 text that may identify a person is hidden")
     assert brightest(from_data_url(shown(tab)), NAME) < 60
     expect(tab.locator("#bd-viewer svg rect.hidden")).to_have_count(1)
     panel.locator("summary").click()
@@ -144,7 +144,7 @@ def test_a_clean_picture_is_reported_and_a_loop_searched_frame_by_frame(tab, par
 
 @needs_orthanc
 @needs_pacs
-def test_from_the_pacs_and_back(tab, parts: PacsParts, scripted: ScriptedServer):
+def test_an_image_comes_from_the_pacs_and_its_answer_is_stored_there(tab, parts: PacsParts, scripted: ScriptedServer):
     for number in (1, 2, 3):
         parts.orthanc.add(patient_dicom(PatientID="P-4711", SOPInstanceUID=f"1.2.3.{number}", InstanceNumber=number))
     scripted.say("A vertebra.")

@@ -205,7 +205,7 @@ def ranks(
         typer.Option(metavar="FILE", help="write the table between its markers in this Markdown file"),
     ] = None,
 ) -> None:
-    """Losses, memory and time of DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU ranks, beside one process."""
+    """Compare losses, memory and time of DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU ranks with one process."""
     from babydoctor.bench.ranks import bench_ranks
 
     print_table(lambda: bench_ranks(steps), "strategies on two ranks", update)

@@ -33,7 +33,7 @@ def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
 
 
 def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
-    """Why the operator cannot run a model or may not; empty if it can."""
+    """The reason not to use the operator for a model; empty if it can be used."""
     if settings.pack_weights is False and settings.weights is None:
         return "engine.pack_weights=false"
     if settings.kv_dtype not in (None, "bfloat16"):
@@ -56,7 +56,7 @@ def build_decoder(
     """Build the fastest decoder for the KV cache's device.
 
     Args:
-        on_cpu_operator: what ``uses_cpu_operator`` says.
+        on_cpu_operator: the result of ``uses_cpu_operator``.
 
     Raises:
         UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.

@@ -195,7 +195,7 @@ class EngineCore:
     def _admit(self) -> None:
         """Give slots to waiting requests, but only to as many as this step has rows for.
 
-        Encoding an image takes as long as a step, so admitting a request early would delay running answers for nothing.
+        Encoding an image takes as long as a step, so admitting a request early would only delay running answers.
         """
         while has_room(self._running, self._rows_per_step):
             with self.changed:

@@ -178,7 +178,7 @@ def group_rows(slots: Sequence[int], lengths: Sequence[int], call_positions: int
     """Group rows so that one batched product over the slots that a group spans computes its attention.
 
     A group costs its longest length in every slot that it spans, gaps included, plus ``call_positions`` for the call.
-    A row joins the group before it when that is cheaper than a call of its own.
+    A row joins the previous group if that is cheaper than a separate call.
 
     Args:
         slots: sorted slot of each row.

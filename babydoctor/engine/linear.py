@@ -34,7 +34,7 @@ def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool
     modules (4-bit layers) are called unchanged. With ``pack`` the weights are copied into oneDNN's layout.
 
     With ``own`` the model belongs to the engine: its modules' weights are joined into one and become views of it, so
-    one product serves them and no memory is used twice. Otherwise the model's storage stays as it is.
+    one product serves them and no memory is used twice. Otherwise the model's storage is unchanged.
     """
     if any(has_lora(module) for module in modules):
         return build_lora_linear(modules, dtype, pack=pack, own=own)

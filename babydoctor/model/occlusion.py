@@ -18,13 +18,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import avg_pool2d, interpolate, pad
+from torch.nn.functional import avg_pool2d, pad
 
 from babydoctor.data.layout import build_attention_layout
 from babydoctor.model.babydoctor import BabyDoctor
 
 Fill = Literal["blur", "mean"]
+FILLS: tuple[Fill, ...] = ("blur", "mean")
 FILL: Fill = "blur"
+"""On phantoms, maps with a blurred fill find the finding more often than with the mean color; see the evaluation guide.
+"""
 
 WINDOW = 3
 """Edge of a window in cells; a cell is half a patch."""
@@ -53,7 +56,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class OcclusionTask:
-    """What a map is computed of.
+    """The input of a map.
 
     Attributes:
         input_ids: int64 ``[T + P]``, the prompt; image slots hold any id.
@@ -107,7 +110,7 @@ class HiddenWindow:
 
 
 class OcclusionMap:
-    """Computes one map, batch by batch, so that other work can run in between and it can be given up.
+    """Computes one map, batch by batch, so that other work can run in between and the map can be canceled.
 
     Args:
         model: in evaluation mode.
@@ -189,7 +192,7 @@ class OcclusionMap:
         return len(self.drops)
 
     def _mean(self, windows: list[HiddenWindow]) -> np.ndarray:
-        """Mean drop of the windows that cover each cell, ``[A, cells, cells]``; not a number where none does."""
+        """Mean drop of the windows that cover each cell, ``[A, cells, cells]``; NaN where none does."""
         total = np.zeros((len(self.task.answer_ids), self.num_cells, self.num_cells), np.float32)
         count = np.zeros((self.num_cells, self.num_cells), np.float32)
         for window in windows:
@@ -247,9 +250,11 @@ def fill_image(pixels: torch.Tensor, fill: Fill, patch_size: int) -> torch.Tenso
     image's mean color."""
     if fill == "mean":
         return pixels.mean(dim=(1, 2), keepdim=True).expand_as(pixels)
-    # Averages over four patches, three times: close to a Gaussian of two patches.
+    # Averages over four patches, three times: close to a Gaussian of two patches. Rows and columns are averaged one
+    # after the other, which is the same as averaging squares and takes 1% of the time.
     edge = 4 * patch_size + 1
-    small = pixels[None]
+    blurred = pixels[None]
     for _ in range(3):
-        small = avg_pool2d(pad(small, [edge // 2] * 4, mode="replicate"), edge, stride=1)
-    return interpolate(small, size=pixels.shape[-2:])[0]
+        blurred = pad(blurred, [edge // 2] * 4, mode="replicate")
+        blurred = avg_pool2d(avg_pool2d(blurred, (edge, 1), stride=1), (1, edge), stride=1)
+    return blurred[0]

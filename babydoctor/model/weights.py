@@ -89,7 +89,7 @@ class WeightReader:
     """Reads the weights of a checkpoint by name. One file is open at a time.
 
     Weights are memory-mapped. Those that the caller no longer holds are unmapped when the next file is opened, and
-    after every ``_MAPPED_BYTES`` of a large file. So reading a whole checkpoint takes little memory, whatever its shard
+    after every ``_MAPPED_BYTES`` of a large file. So reading a whole checkpoint takes little memory at any shard
     size.
 
     Attributes:

@@ -39,11 +39,11 @@ class AnsweredRequest:
     cached_tokens: int = 0
     handle: GenerationHandle | None = None
     certainty: dict[str, Any] = field(default_factory=dict)
-    """Goes into the last delta."""
+    """Results for the last delta."""
     confidence_of: Callable[[Sequence[TokenLogprob], bool], dict[str, Any]] | None = None
-    """The confidence of the tokens of an answer that is whole, or not; None: the request does not ask for it."""
+    """(tokens, True if they are the whole answer) -> confidence. None: the request does not ask for it."""
     scored: list[TokenLogprob] = field(default_factory=list)
-    """All tokens so far, where the request asks for confidence."""
+    """All tokens so far, if the request asks for confidence."""
 
     def take_delta(self, delta: Delta) -> None:
         """Append new tokens to the answer."""
@@ -78,7 +78,7 @@ class AnsweredRequest:
         self.answer.finish()
 
     def _asked_for(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
-        """What the client wants of them: confidence may need more."""
+        """The alternatives that the client asked for; confidence may need more of them."""
         if not self.request.logprobs:
             return ()
         num_top = int(self.request.logprobs) - 1

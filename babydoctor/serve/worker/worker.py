@@ -18,6 +18,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.cores import num_cores
 from babydoctor.engine.request import Delta, EngineError, Event, Finished, FinishReason, Usage
 from babydoctor.imaging.isolation import shared_pool
 from babydoctor.serve.api.admission import check_image_count, check_request
@@ -55,10 +56,9 @@ class Worker(SingleModelBackend):
         self.engine = engine
         self._open: set[AnsweredRequest] = set()
         self._preprocessor = Preprocessor(run, engine, settings.limits)
-        timeout_s = settings.limits.request_timeout_s
-        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
-        self._certainty = CertaintyMeter(run, engine, timeout_s)
-        self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
+        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor, settings.limits.request_timeout_s)
+        self._certainty = CertaintyMeter(run, engine, settings.limits.request_timeout_s)
+        self._threads = ThreadPoolExecutor(max(2, num_cores() // 2), thread_name_prefix="preprocess")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None

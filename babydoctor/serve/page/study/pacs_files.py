@@ -13,7 +13,7 @@ class PacsFiles:
     """Fetches one image after the other.
 
     Args:
-        num_stated: images that the series has according to the PACS.
+        num_stated: number of images in the series according to the PACS.
     """
 
     def __init__(self, client: PacsClient, instances: Sequence[PacsInstance], num_stated: int) -> None:
@@ -28,7 +28,7 @@ class PacsFiles:
         """The images.
 
         Raises:
-            PageError: the PACS cannot be reached or refuses, or the series is larger than a study may be.
+            PageError: the PACS cannot be reached or refuses the request, or the series exceeds a limit of a study.
         """
         num_bytes = 0
         for instance in self._instances:

@@ -1,4 +1,4 @@
-"""What the web UI says of files of a study that it cannot show, and of how a series is sorted."""
+"""Messages about files of a study that cannot be shown, and about the order of a series."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from babydoctor.imaging.series import Order
 UNREAD: Mapping[str, str] = {
     "no_image": "no image: neither DICOM nor PNG, JPEG, TIFF, WebP, BMP or GIF",
     "dicom_without_image": "DICOM without an image, such as a report, a plan or a presentation state",
-    "unsupported": "a kind of DICOM that cannot be read here",
+    "unsupported": "an unsupported kind of DICOM",
     "damaged": "damaged",
     "empty": "empty (0 bytes)",
     "too_large": "too large",
-    "timeout": "takes too long to read, may be damaged",
+    "timeout": "takes too long to read and may be damaged",
     "nested_archive": "an archive inside; unpack it first",
     "encrypted": "protected by a password",
-    "zip_method": "compressed in a way that is not read here; pack the archive again as an ordinary ZIP",
+    "zip_method": "compressed with an unsupported method; create the archive again as an ordinary ZIP",
     "copy": "an exact copy of another image",
     "not_sent": "listed in the DICOMDIR, but not among the files",
     "not_fetched": "in the PACS, but not sent by it",
 }
-"""Why a file is not shown, by code."""
+"""Code -> why a file is not shown."""
 
 CODES: Mapping[UserErrorCode, str] = {
     "image_empty": "empty",
@@ -37,7 +37,7 @@ CODES: Mapping[UserErrorCode, str] = {
     "image_decode_timeout": "timeout",
     "image_decoder_down": "damaged",
 }
-"""Codes of ``UNREAD`` for those of ``ImageError``."""
+"""Code of ``ImageError`` -> code of ``UNREAD``."""
 
 ORDERS: Mapping[Order, str] = {
     "position": "sorted by position",
