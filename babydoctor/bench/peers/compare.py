@@ -6,6 +6,7 @@ A shared machine changes its speed within minutes, so ratios are taken within a 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -43,6 +44,9 @@ class Weights:
 WEIGHTS = {"bf16": Weights(None, "bfloat16", "bf16"), "int8": Weights("int8", "q8_0", "int8, q8_0")}
 
 WARMUP_QUESTIONS, WARMUP_TOKENS = 2, 4
+
+IDLE_LOAD = 0.5
+"""Load average up to which the machine counts as idle."""
 
 CONTEXT_STEP = 256
 """llama.cpp rounds the context up to a multiple of this."""
@@ -124,6 +128,7 @@ def compare(
         UserError: llama-cpp-python is missing, a program did not start, or it refused a question.
     """
     check_installed()
+    load = os.getloadavg()[0]
     for name in weights:
         if name not in WEIGHTS:
             raise UserError(f"--weights {name!r} is not one of {', '.join(WEIGHTS)}")
@@ -149,7 +154,12 @@ def compare(
                 done += 1
                 on_progress("Measurements", done, rounds * len(matches))
         _check_prompts(matches, lengths)
-        return _table(matches, preset, rounds, max_new_tokens, list(lengths.values()))
+        table = _table(matches, preset, rounds, max_new_tokens, list(lengths.values()))
+    if load > IDLE_LOAD:
+        table += (
+            f" The machine was busy (load average {load:.1f} at the start), so this says nothing about an idle one."
+        )
+    return table
 
 
 def _write_model(

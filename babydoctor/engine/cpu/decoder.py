@@ -22,6 +22,9 @@ from babydoctor.model.families import LanguageModel, sliding_window
 BLOCK = 64
 """Outputs per block of packed weights."""
 
+QUANTIZED_ROWS = 1024
+"""Rows of weights that are quantized together."""
+
 LANES = 16
 """Sizes must be multiples of this: the operator's vectors hold 16 numbers."""
 
@@ -45,8 +48,10 @@ class PackedProduct:
         group = 2
         if is_int8:
             group = 4
-            scales = (padded.float().abs().amax(1) / 127).clamp_min(1e-12)
-            padded = (padded.float() / scales[:, None]).round().to(torch.int8)
+            scales = (padded.abs().amax(1).float() / 127).clamp_min(1e-12)
+            # Block by block, because a whole product in float32 takes four times the memory of the result.
+            blocks = zip(padded.split(QUANTIZED_ROWS), scales.split(QUANTIZED_ROWS), strict=True)
+            padded = torch.cat([(rows.float() / scale[:, None]).round().to(torch.int8) for rows, scale in blocks])
             sums = padded.sum(1, dtype=torch.int32)
         packed = padded.view(-1, BLOCK, inputs // group, group).transpose(1, 2).contiguous()
         self._tensors = (packed, scales, sums)  # the pointers' owners
