@@ -129,13 +129,13 @@ def test_a_report_draft_from_answers_to_three_files(tab: Any, scripted: Scripted
     tab.get_by_role("button", name="Add answer 2 to the impression").click()
     impression = tab.get_by_label("Impression", exact=True)
     expect(impression).to_have_value("A normal <b>spine</b> & disc.")
-    tab.get_by_role("button", name="Take the answers into the draft").click()
+    tab.get_by_role("button", name="Add all answers to the draft").click()
     findings = tab.get_by_label("Findings", exact=True)
     expect(findings).to_have_value("Is there a mass? No.\nA normal <b>spine</b> & disc.")
     findings.press("Control+End")
     findings.type("\nTyped by hand.")
     # Taking the answers again removes nothing and repeats nothing; a reload brings all of it back.
-    tab.get_by_role("button", name="Take the answers into the draft").click()
+    tab.get_by_role("button", name="Add all answers to the draft").click()
     tab.reload()
     written = "Is there a mass? No.\nA normal <b>spine</b> & disc.\nTyped by hand."
     tab.locator("#bd-report > button").click()
@@ -226,7 +226,7 @@ def test_a_lost_connection_is_named_in_our_own_words(browser: Any, parts: Parts)
         expect(tab.locator("#bd-viewer img")).to_be_visible()
 
 
-def test_a_copied_tab_begins_anew_and_keeps_what_was_typed(browser: Any, parts: Parts):
+def test_a_copied_tab_starts_a_new_conversation_and_keeps_what_was_typed(browser: Any, parts: Parts):
     with visitor(browser, parts) as tab:
         enter(tab)
         load_example(tab)

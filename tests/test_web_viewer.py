@@ -145,7 +145,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     assert center < 100 and width > 700
     expect(tab.locator("#bd-center input[type=number]")).to_have_value(f"{center:g}")
     expect(tab.locator("#bd-width input[type=number]")).to_have_value(f"{width:g}")
-    assert f"center {center:g}, width {width:g}" in caption(tab)
+    assert f"level {center:g}, width {width:g}" in caption(tab)
     assert (drawn(tab, WHOLE) == sent(tab)).all()
     # Inversion, mirroring, turns.
     for name, said in (("i", "inverted"), ("h", "mirrored"), ("t", "turned 90°"), ("v", "turned"), ("t", "turned")):

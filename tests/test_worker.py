@@ -170,7 +170,7 @@ def test_a_map_tells_its_progress_and_a_client_that_leaves_ends_it(worker: Serve
 
     # A long answer, so that few hidden windows fit into one piece of work.
     body = {"model": "tiny", "prompt": PROMPT, "answer": "a scan " * 120, "images": [bare_base64(png(7))]}
-    for _ in range(2):  # what was given up is not kept, so the second request begins anew
+    for _ in range(2):  # what was given up is not kept, so the second request starts over
         with post(worker, body | {"stream": True}, "/worker_attention", stream=True) as response:
             first = json.loads(next(response.iter_lines(chunk_size=1, delimiter=b"\0")))
         assert first["share"] < 1 and first.keys() == {"share", "left_s"}
