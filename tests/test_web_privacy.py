@@ -114,6 +114,8 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     assert brightest(from_data_url(shown(tab)), NAME) < 60
     expect(tab.locator("#bd-viewer svg rect.hidden")).to_have_count(1)
     panel.locator("summary").click()
+    # The picture is large enough to see the box.
+    assert tab.locator("#bd-viewer svg rect.hidden").bounding_box()["width"] > 40
     panel.get_by_role("button", name="Show 1: may be a name").click()
     expect(panel.get_by_role("button", name="Hide 1: may be a name")).to_be_visible()
     expect(tab.locator("#bd-viewer svg rect.shown")).to_have_count(1)
