@@ -164,7 +164,7 @@ def image_first(text: str) -> str:
 def move_image_first(prompt: str, template: Template) -> str:
     """Move the image of a rendered prompt to the front of the first question, as ``image_first`` does in training.
 
-    A prompt that is not a conversation in the template, or that has several images, stays as it is.
+    A prompt that is not a conversation in the template, or that has several images, is returned unchanged.
     """
     if prompt.count(IMAGE_TOKEN) != 1 or not template.keeps_user_text:
         return prompt

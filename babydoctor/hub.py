@@ -27,7 +27,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def model_directory(reference: str | Path, *, weights: bool = True) -> Path:
-    """Return a directory as it is, or the local copy of a model on the hub, downloading what is missing.
+    """Return a directory unchanged, or the local copy of a model on the hub. Missing files are downloaded.
 
     Weights are downloaded as safetensors. ``.bin`` files are downloaded only if a repository has no safetensors.
 

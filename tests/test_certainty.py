@@ -1,4 +1,4 @@
-"""Familiarity, confidence and agreement: the figures, what a run records, and what the APIs say beside an answer."""
+"""Familiarity, confidence and agreement: the figures, what a run records, and what the APIs return."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 import requests
+from helpers.openai_client import client
 from helpers.serving import (
     PROMPT,
     bare_base64,
@@ -42,7 +43,8 @@ from babydoctor.eval.certainty.calibration import (
     fit_temperature,
     split_by_group,
 )
-from babydoctor.eval.certainty.familiarity import alarm_threshold, auroc, evaluate_familiarity
+from babydoctor.eval.certainty.familiarity import alarm_threshold, evaluate_familiarity
+from babydoctor.eval.metrics import auroc
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.inference import Inference, Query, user_turn
@@ -59,6 +61,7 @@ from babydoctor.serve.page.certainty.texts import (
     without_image_sentence,
 )
 
+__all__ = ["client"]
 ONE = int(np.abs(np.log(TEMPERATURES)).argmin())
 """Index of temperature 1."""
 
@@ -112,7 +115,7 @@ def test_an_answers_probability_at_a_temperature_is_that_of_its_softmax() -> Non
         scaled = logits / temperature
         expected = sum(row[t] - np.logaddexp.reduce(row) for row, t in zip(scaled, (2, 5, 7), strict=True))
         assert answer_log_probability(tokens, 8, [temperature])[0] == pytest.approx(expected, abs=1e-9)
-    # Of a flat tail, only its size needs to be known.
+    # If the tail is flat, only its size matters.
     tail = np.concatenate([[8.0, 5.0, 4.0], np.zeros(500)])
     scaled = tail / 0.4
     known = answer_log_probability([token_of(tail, 1, 3)], 503, [0.4])[0]
@@ -183,7 +186,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_learns_what_is_familiar(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_familiarity_is_measured_and_recorded(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a random tower: the run notices noise, text and photographs, and stores what it was measured with."""
     run_directory, photographs = tmp_path / "run", tmp_path / "photographs"
     shutil.copytree(tiny_run(), run_directory, ignore=shutil.ignore_patterns(FILE_NAME))
@@ -226,7 +229,7 @@ def test_familiarity_names_what_is_missing(phantoms: Path, tmp_path: Path) -> No
 
 
 def run_that_ends_its_answers(folder: Path, phantoms: Path) -> Path:
-    """The tiny run, which never ends an answer, with the end of text in place of a token that it often says."""
+    """The tiny run, which never ends an answer. A token that it often generates becomes the end of text."""
     run_directory, base = folder / "run", folder / "base"
     shutil.copytree(tiny_run(), run_directory)
     shutil.copytree(tiny_run().parent / "base", base)
@@ -248,7 +251,7 @@ def run_that_ends_its_answers(folder: Path, phantoms: Path) -> Path:
 def test_a_runs_confidence_is_calibrated_and_recorded(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most of the run's own answers are made the references, so that it is known how many are right."""
+    """Most of the run's own answers become the references, so the number of right answers is known."""
     monkeypatch.setattr(measure, "FEWEST_QUESTIONS", 20)
     run_directory = run_that_ends_its_answers(tmp_path, phantoms)
     rows = [
@@ -289,7 +292,7 @@ def test_a_runs_confidence_is_calibrated_and_recorded(
 @pytest.mark.parametrize(
     ("right", "count", "said"), [(37, 40, "right in 90 of 100 cases"), (40, 40, "98 of 100"), (5, 5, "too few answers")]
 )
-def test_a_confidence_is_worded_as_what_was_measured(right: int, count: int, said: str) -> None:
+def test_the_text_about_confidence_states_what_was_measured(right: int, count: int, said: str) -> None:
     confidence = {"value": 0.876, "num_similar": count, "num_similar_right": right, "measured_on": "phantom"}
     ((kind, sentence),) = lines_under_answer({"confidence": confidence})
     assert kind == "note" and sentence.startswith("Confidence 88%. On held-out phantoms, ")
@@ -298,7 +301,7 @@ def test_a_confidence_is_worded_as_what_was_measured(right: int, count: int, sai
     assert "On held-out questions (vqa-rad)" in other and other.endswith("; not measured on your images.")
 
 
-def test_an_unfamiliar_image_is_warned_of_and_gets_no_confidence() -> None:
+def test_an_unfamiliar_image_gets_a_warning_and_no_confidence() -> None:
     confidence = {"value": 0.9, "num_similar": 40, "num_similar_right": 38, "measured_on": "phantom"}
     lines = lines_under_answer({"familiarity": {"is_familiar": False}, "confidence": confidence})
     assert [kind for kind, _ in lines] == ["warning", "note"] and not any("%" in sentence for _, sentence in lines)
@@ -313,7 +316,7 @@ def test_a_confidence_never_claims_certainty() -> None:
     ]
 
 
-def test_agreement_and_the_answer_without_the_image_are_not_sold_as_truth() -> None:
+def test_texts_about_agreement_do_not_claim_that_an_answer_is_right() -> None:
     agreed = agreement_sentence(measure_agreement("CT", ["ct", "CT."]))
     assert agreed.startswith("All 2 more answers") and "all be wrong" in agreed
     assert agreement_sentence(measure_agreement("CT", ["ct", "MRI"])).startswith("1 of 2 more answers")
@@ -323,11 +326,6 @@ def test_agreement_and_the_answer_without_the_image_are_not_sold_as_truth() -> N
 
 
 # APIs.
-
-
-@pytest.fixture(scope="module")
-def client() -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tiny_worker().url}/v1", api_key="none", max_retries=0)
 
 
 def last_message(**fields: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_bit, cut, Path.unlink], ids=["bit flipped", "cut", "missing"])
 @pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json", "checksums.sha256"])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any, name: str
 ) -> None:
     model, optimizer = build("adamw")

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def controller(folder: Path) -> Iterator[Server]:
-    """A controller on which each test uses model names of its own."""
+    """A controller that several tests share. Each test uses its own model names."""
     server = start_controller(folder / "controller.log", *FAST)
     try:
         wait_until(lambda: requests.get(f"{server.url}/healthz", timeout=2).ok, 180, "the controller")
@@ -406,7 +406,7 @@ def test_our_worker_behind_llavas_own_controller(folder: Path):
 # Permissions.
 
 
-def test_who_needs_the_secret_and_who_needs_a_key(folder: Path):
+def test_workers_need_the_secret_and_clients_need_a_key(folder: Path):
     environment = {"BABYDOCTOR_API_KEYS": "key-of-the-ward-1", "BABYDOCTOR_REGISTRATION_SECRET": SECRET}
     trusted = tiny_worker().url
     server = start_controller(folder / "locked.log", f"controller.trusted_workers=[{trusted}]", environment=environment)

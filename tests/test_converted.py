@@ -12,8 +12,8 @@ from typing import Any
 
 import fsspec
 import pytest
+from helpers.image_files import plain_png
 from helpers.training import build_settings, losses, unfinish
-from PIL import Image
 
 from babydoctor.bench.data import bench_data
 from babydoctor.config import build_config
@@ -25,12 +25,6 @@ from babydoctor.data.rows import fingerprint, load_dataset_rows
 from babydoctor.data.sources import iter_rows, read_embedded
 from babydoctor.schema import Sample, UserError
 from babydoctor.train.loop import train
-
-
-def png(color: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (8, 8), color).save(file, "PNG")
-    return file.getvalue()
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -48,12 +42,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "a.png").write_bytes(png(90))
+    (folder / "a.png").write_bytes(plain_png(90))
     return folder
 
 
 def content(samples: Any) -> list[Sample]:
-    """Samples without their place, which differs."""
+    """Samples without their location, which differs."""
     return [replace(sample, source="", id="" if sample.id == sample.source else sample.id) for sample in samples]
 
 
@@ -79,12 +73,12 @@ def iter_source(folder: Path) -> str:
     return str(folder)
 
 
-def test_images_inside_are_read_from_the_converted_form(tmp_path: Path, images: Path) -> None:
-    url = "data:image/png;base64," + base64.b64encode(png(7)).decode()
+def test_embedded_images_are_read_from_the_converted_form(tmp_path: Path, images: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(plain_png(7)).decode()
     source = write_rows(tmp_path / "rows.json", [row(0, image="a.png"), row(1, images=[url], image=None)])
     convert_rows([source], tmp_path / "out", images=images, embed_images=True)
     samples = load_dataset_rows(str(tmp_path / "out"), None)  # without an image folder
-    assert [read_image(str(s.image), None).getpixel((0, 0)) for s in samples] == [(90, 90, 90), (7, 7, 7)]
+    assert [read_image(str(s.image), None).getpixel((0, 0)) for s in samples] == [(90, 0, 0), (7, 0, 0)]
     assert fingerprint(samples) == fingerprint(load_dataset_rows(source, images))
 
 
@@ -141,12 +135,12 @@ def test_webdataset_shards_are_read_in_place_and_converted(tmp_path: Path) -> No
     shards.mkdir()
     for number in range(4):
         text = json.dumps(row(number, image=f"{number}.png")).encode()
-        write_shard(shards / f"{number}.tar", {f"x/{number}.json": text, f"x/{number}.png": png(10 * number)})
+        write_shard(shards / f"{number}.tar", {f"x/{number}.json": text, f"x/{number}.png": plain_png(10 * number)})
     samples = load_dataset_rows(str(shards), None)
     convert_rows([shards], tmp_path / "out")
     for rows in (samples, load_dataset_rows(str(tmp_path / "out"), None)):
         assert [sample.id for sample in rows] == ["r0", "r1", "r2", "r3"]
-        assert [read_image(str(s.image), None).getpixel((0, 0)) for s in rows] == [(v,) * 3 for v in (0, 10, 20, 30)]
+        assert [read_image(str(s.image), None).getpixel((0, 0)) for s in rows] == [(v, 0, 0) for v in (0, 10, 20, 30)]
     assert fingerprint(samples) == fingerprint(load_dataset_rows(str(tmp_path / "out"), None))
     (tmp_path / "bad.tar").write_bytes((shards / "1.tar").read_bytes()[:700])
     with pytest.raises(UserError, match=r"bad\.tar.*cut off"):
@@ -158,11 +152,11 @@ def test_webdataset_shards_are_read_in_place_and_converted(tmp_path: Path) -> No
 def test_rows_at_a_url(tmp_path: Path) -> None:
     rows = [row(0), row(1)]
     fsspec.filesystem("memory").pipe("/rows.json", json.dumps(rows).encode())
-    shard = write_shard(tmp_path / "1.tar", {"1.json": json.dumps(row(1)).encode(), "1.png": png(3)})
+    shard = write_shard(tmp_path / "1.tar", {"1.json": json.dumps(row(1)).encode(), "1.png": plain_png(3)})
     fsspec.filesystem("memory").pipe("/1.tar", Path(shard).read_bytes())
     assert [r for _, r in iter_rows("memory://rows.json")] == rows
     [(_, found)] = iter_rows("memory://1.tar")
-    assert found["image"].startswith(f"{EMBEDDED}memory://1.tar#") and read_embedded(found["image"]) == png(3)
+    assert found["image"].startswith(f"{EMBEDDED}memory://1.tar#") and read_embedded(found["image"]) == plain_png(3)
     with pytest.raises(UserError, match=r"memory://none\.json: cannot be opened"):
         list(iter_rows("memory://none.json"))
 
@@ -179,8 +173,8 @@ def test_json_and_its_converted_form_train_to_bit_equal_losses(tiny_settings: di
     assert len(losses(tmp_path / "json")) == settings["train"]["max_steps"]
 
 
-def test_a_run_goes_on_from_its_converted_rows(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """The run reads JSON; between a kill and the resume its rows are converted."""
+def test_a_run_continues_with_its_converted_rows(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """The rows of a JSON run are converted between a kill and the resume."""
     settings = build_settings(tiny_settings, tmp_path / "run", "instruct")
     data = settings["data"]
     run = train(build_config(settings))

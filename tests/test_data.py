@@ -1,14 +1,14 @@
-"""Rows in: what is taken, what is refused and why, and the order in which training takes samples."""
+"""Reading rows: which are accepted, which are refused and why, and the order of samples in training."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.image_files import plain_png
 from PIL import Image
 
 from babydoctor.data.images import read_image
@@ -239,17 +239,11 @@ def test_other_encodings_and_missing_sources_are_named(tmp_path: Path) -> None:
         list(iter_rows(tmp_path / "none.json"))
 
 
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 4), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
 def test_saved_data_sets_with_embedded_images(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     content = {
         "id": ["a", "b", "c"],
-        "image": [{"bytes": png(10), "path": None}, None, {"bytes": png(30), "path": None}],
+        "image": [{"bytes": plain_png(10), "path": None}, None, {"bytes": plain_png(30), "path": None}],
         "conversations": [turns("<image>", "x"), turns("q", "y"), turns("q\n<image>", "z", "more?", "no")],
     }
     data = datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
@@ -274,14 +268,14 @@ def test_parquet_with_file_names_or_plain_bytes(tmp_path: Path, images: Path, mo
     [sample] = load_dataset_rows(str(tmp_path / "named.parquet"), images)
     assert sample.image == "a.png" and sample.turns[0].text == "<image>"
     (tmp_path / "folder").mkdir()
-    plain = datasets.Dataset.from_dict({"id": ["a"], "image": [png(7)], "conversations": [turns("<image>", "y")]})
+    plain = datasets.Dataset.from_dict({"id": ["a"], "image": [plain_png(7)], "conversations": [turns("<image>", "y")]})
     plain.to_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
     [sample] = load_dataset_rows(str(tmp_path / "folder"), None)
     assert sample.image is not None and read_image(sample.image, None).getpixel((0, 0)) == (7, 0, 0)
 
 
 def test_images_in_the_sample_itself_are_read(images: Path) -> None:
-    sample = parse_row(row() | {"image": png(9)}, "x")
+    sample = parse_row(row() | {"image": plain_png(9)}, "x")
     assert isinstance(sample.image, bytes) and read_image(sample.image, None).size == (5, 4)
     assert read_image("sub/b.jpg", images).mode == "RGB"
 
@@ -295,7 +289,7 @@ def test_every_epoch_takes_every_sample_once_in_a_new_order() -> None:
     assert len(sampler.samples_of_step(12)) == 7
 
 
-def test_the_step_number_alone_is_the_position() -> None:
+def test_the_step_number_determines_the_samples() -> None:
     straight = StepSampler(50, 7, seed=1)
     steps = [straight.samples_of_step(step) for step in range(24)]
     assert [StepSampler(50, 7, seed=1).samples_of_step(step) for step in (23, 0, 9, 8)] == [

@@ -1,4 +1,4 @@
-"""``data check`` on several processes: the same report, and what is said of a process that dies."""
+"""``data check`` on several processes: the same report as one process, and the error if a process dies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_two_processes_report_as_one(rows: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_give_the_same_report_as_one(rows: Path, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_ROWS_PER_TASK", 3)
     monkeypatch.setattr(check, "_IMAGES_PER_TASK", 2)
     settings = CheckSettings(rows.parent / "images", str(golden / "base"), max_length=300, num_patches=16)

@@ -10,14 +10,13 @@ import pytest
 import torch
 from helpers.packed_models import (
     LENGTHS,
-    Inputs,
     build_tiny,
     loss_and_gradients,
     packed_inputs,
     reference_attention,
     tiny_config,
+    transformers_loss,
 )
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from babydoctor.config import LoraConfig
@@ -29,7 +28,6 @@ from babydoctor.data.layout import (
     build_spans,
     tail_lengths,
 )
-from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.language_model import build_language_model, finish_language_model
 from babydoctor.model.lora import add_lora
 from babydoctor.model.packed.attention import QUERY_BLOCK, _CopyPrefix, attend, span_attention
@@ -66,20 +64,6 @@ def test_parts_pass_gradcheck():
         torch.autograd.grad(PLAIN_OPS.rms_norm(x, norm), x, y), torch.autograd.grad(expected, x, y), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def transformers_loss(model: BabyDoctor, inputs: Inputs) -> torch.Tensor:
-    """The summed loss with transformers' own model and peft's layers, one document at a time."""
-    batch, pixels = inputs
-    total, start = torch.zeros(()), 0
-    for index, length in enumerate(batch.document_lengths):
-        part = slice(start, start + length)
-        ids, mask = (torch.from_numpy(x[part])[None] for x in (batch.input_ids, batch.image_mask))
-        embeds = model.embed(ids.long(), mask, model.encode_images(pixels[index : index + 1]))
-        logits = model.language_model(inputs_embeds=embeds).logits[0]
-        total = total + cross_entropy(logits, torch.from_numpy(batch.targets[part]).long(), reduction="sum")
-        start += length
-    return total
 
 
 @pytest.mark.parametrize("values", [{}, {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}])

@@ -112,7 +112,7 @@ def test_each_threshold_of_certainty() -> None:
     assert certainty_lines(made_up_certainty())[0].endswith("in 38 of 40 phantoms")
 
 
-def test_finished_steps_are_skipped_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_steps_are_skipped_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def step(name: str) -> demo.Step:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from helpers.image_files import dicom
 from pydicom import examples
 from pydicom.data import get_testdata_file
 from pydicom.datadict import tag_for_keyword
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import JPEG2000Lossless
 
 from babydoctor.imaging.dicom import IDENTIFYING_TAGS, harmless_facts, identifying_tags, read_dicom, render
 from babydoctor.imaging.dicom.safety import codestream_size
@@ -32,30 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")
 
 def path_of(name: str) -> Path:
     return Path(str(get_testdata_file(name, download=False)))
-
-
-def build(pixels: np.ndarray, **attributes: Any) -> bytes:
-    """An image object with the given stored values, ``[rows, columns]``."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = SecondaryCaptureImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-    dataset.Modality, dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "CT", "MONOCHROME2", 1
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.BitsAllocated = dataset.BitsStored = pixels.dtype.itemsize * 8
-    dataset.HighBit, dataset.PixelRepresentation = dataset.BitsStored - 1, int(pixels.dtype.kind == "i")
-    if pixels.dtype.kind == "f":
-        del dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation
-        dataset.FloatPixelData = pixels.tobytes()
-    else:
-        dataset.PixelData = pixels.tobytes()
-        dataset["PixelData"].VR = "OW"
-    for keyword, value in attributes.items():
-        setattr(dataset, keyword, value)
-    file = io.BytesIO()
-    dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
 
 
 def gray(data: bytes, **options: Any) -> list[int]:
@@ -81,12 +58,12 @@ def test_without_a_window_one_is_computed_from_the_frame_and_reported() -> None:
     )
     mostly = np.zeros((20, 20), np.int16)
     mostly[0, 0] = 50
-    data = build(mostly)
+    data = dicom(mostly)
     assert "minimum to maximum" in render(read_dicom(data)).info["window"]
     assert sorted(set(gray(data))) == [0, 255]
-    assert set(gray(build(np.full((4, 4), 9, np.int16)))) == {128}
+    assert set(gray(dicom(np.full((4, 4), 9, np.int16)))) == {128}
     eight = np.arange(0, 100, dtype=np.uint8).reshape(10, 10)
-    assert gray(build(eight)) == list(range(100)) and "as stored" in render(read_dicom(build(eight))).info["window"]
+    assert gray(dicom(eight)) == list(range(100)) and "as stored" in render(read_dicom(dicom(eight))).info["window"]
 
 
 def test_a_real_mr_has_two_windows_and_shows_the_first() -> None:
@@ -126,20 +103,20 @@ def test_jpeg_ls_needs_no_other_package() -> None:
 def test_windows_follow_the_standard() -> None:
     values = np.array([[-100, 0, 1, 2, 3, 4, 100]], np.int16)
     # PS3.3 C.11.2.1.2.1: with center 2 and width 5, x <= -0.5 is black and x > 3.5 is white.
-    shown = gray(build(values, WindowCenter="2", WindowWidth="5"))
+    shown = gray(dicom(values, WindowCenter="2", WindowWidth="5"))
     assert shown == [0, 32, 96, 159, 223, 255, 255]
-    exact = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
+    exact = gray(dicom(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="LINEAR_EXACT"))
     assert exact == [0, 0, 64, 128, 191, 255, 255]
-    sigmoid = gray(build(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
+    sigmoid = gray(dicom(values, WindowCenter="2", WindowWidth="4", VOILUTFunction="SIGMOID"))
     assert sigmoid[3] == 128 and sigmoid[1] == round(255 / (1 + np.exp(2))) and sigmoid[0] == 0
-    assert gray(build(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
-    useless = read_dicom(build(values, WindowCenter=["2", "2"], WindowWidth=["0", "4"]))
+    assert gray(dicom(values, WindowCenter="2", WindowWidth="1")) == [0, 0, 0, 255, 255, 255, 255]
+    useless = read_dicom(dicom(values, WindowCenter=["2", "2"], WindowWidth=["0", "4"]))
     assert [(w.width, w.explanation) for w in useless.windows] == [(4, "window 2 of 2 in the file")]
 
 
 def test_the_modality_lut_comes_before_the_window() -> None:
     values = np.array([[0, 10, 20]], np.int16)
-    assert gray(build(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
+    assert gray(dicom(values, RescaleSlope="2", RescaleIntercept="-20", WindowCenter="0.5", WindowWidth="41")) == [
         0,
         128,
         255,
@@ -147,7 +124,7 @@ def test_the_modality_lut_comes_before_the_window() -> None:
     lut = Dataset()
     lut.LUTDescriptor, lut.ModalityLUTType = [3, 0, 16], "US"
     lut.add_new("LUTData", "US", [0, 1000, 500])
-    table = build(
+    table = dicom(
         np.array([[0, 1, 2]], np.uint16), ModalityLUTSequence=Sequence([lut]), WindowCenter="500.5", WindowWidth="1001"
     )
     assert gray(table) == [0, 255, 128]
@@ -157,7 +134,7 @@ def test_a_voi_lut_is_used_without_a_window() -> None:
     lut = Dataset()
     lut.LUTDescriptor, lut.LUTExplanation = [4, 0, 8], "CONTRAST"
     lut.add_new("LUTData", "US", [255, 0, 51, 102])
-    data = build(np.array([[0, 1, 2, 3]], np.uint16), VOILUTSequence=Sequence([lut]))
+    data = dicom(np.array([[0, 1, 2, 3]], np.uint16), VOILUTSequence=Sequence([lut]))
     assert gray(data) == [255, 0, 51, 102]
     assert render(read_dicom(data)).info["window"] == "VOI LUT CONTRAST"
 
@@ -165,18 +142,18 @@ def test_a_voi_lut_is_used_without_a_window() -> None:
 def test_monochrome1_is_inverted_and_padding_stays_black() -> None:
     values = np.array([[-2000, 0, 100, 200]], np.int16)
     window = {"WindowCenter": "100.5", "WindowWidth": "201", "PhotometricInterpretation": "MONOCHROME1"}
-    assert gray(build(values, **window)) == [255, 255, 128, 0]
-    assert gray(build(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
+    assert gray(dicom(values, **window)) == [255, 255, 128, 0]
+    assert gray(dicom(values, PixelPaddingValue=-2000, **window)) == [0, 255, 128, 0]
     # Padding is also ignored when the window is computed from the frame.
     spread = np.array([[-2000] * 8 + [0, 100]], np.int16)
-    assert gray(build(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
+    assert gray(dicom(spread, PixelPaddingValue=-2000))[8:] == [0, 255]
 
 
 def test_float_and_signed_pixels() -> None:
-    assert gray(build(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
-    floats = gray(build(np.array([[-0.5, 0.0, 0.5]], np.float32)))
+    assert gray(dicom(np.array([[-0.5, 0.0, np.nan, 0.5]], np.float32)), center=0, width=1)[0] == 0
+    floats = gray(dicom(np.array([[-0.5, 0.0, 0.5]], np.float32)))
     assert floats == [0, 128, 255]
-    assert gray(build(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
+    assert gray(dicom(np.array([[-100, 0, 100]], np.int8))) == [0, 128, 255]
 
 
 def test_frames_of_enhanced_objects_have_their_own_windows() -> None:
@@ -192,16 +169,16 @@ def test_frames_of_enhanced_objects_have_their_own_windows() -> None:
 
     pixels = np.array([[1, 2], [1, 2]], np.uint16)
     frames = Sequence([group("1.5", "1"), group("20.5", "10")])
-    data = build(pixels, NumberOfFrames=2, Rows=1, PerFrameFunctionalGroupsSequence=frames)
-    dicom = read_dicom(data)
-    assert dicom.num_frames == 2 and dicom.pixel_spacing == (0.5, 0.5) and dicom.windows[0].center == 1.5
+    data = dicom(pixels, NumberOfFrames=2, Rows=1, PerFrameFunctionalGroupsSequence=frames)
+    image = read_dicom(data)
+    assert image.num_frames == 2 and image.pixel_spacing == (0.5, 0.5) and image.windows[0].center == 1.5
     assert gray(data, frame=0) == [128, 255] and gray(data, frame=1) == [0, 128]
 
 
 def test_pixels_that_are_not_square_are_stretched() -> None:
-    assert render(read_dicom(build(np.zeros((10, 20), np.int16), PixelSpacing=["3", "1"]))).size == (20, 30)
-    assert render(read_dicom(build(np.zeros((10, 20), np.int16), PixelAspectRatio=[1, 2]))).size == (40, 10)
-    assert render(read_dicom(build(np.zeros((10, 20), np.int16), PixelSpacing=["0.5", "0.5"]))).size == (20, 10)
+    assert render(read_dicom(dicom(np.zeros((10, 20), np.int16), PixelSpacing=["3", "1"]))).size == (20, 30)
+    assert render(read_dicom(dicom(np.zeros((10, 20), np.int16), PixelAspectRatio=[1, 2]))).size == (40, 10)
+    assert render(read_dicom(dicom(np.zeros((10, 20), np.int16), PixelSpacing=["0.5", "0.5"]))).size == (20, 10)
 
 
 @pytest.mark.parametrize(
@@ -257,17 +234,17 @@ def test_flipped_bytes_are_user_errors_or_pictures(name: str) -> None:
         for place in rng.integers(132, min(len(data), 3000), rng.choice([1, 8])):
             damaged[place] = rng.integers(256)
         with contextlib.suppress(UserError):
-            dicom = read_dicom(bytes(damaged), max_pixels=4_000_000)
-            assert render(dicom).mode == "RGB"
-            harmless_facts(dicom)
-            identifying_tags(dicom)
+            image = read_dicom(bytes(damaged), max_pixels=4_000_000)
+            assert render(image).mode == "RGB"
+            harmless_facts(image)
+            identifying_tags(image)
 
 
 def test_sizes_are_checked_before_decoding() -> None:
     with pytest.raises(UserError, match="16,384 pixels; the limit is 10,000"):
         load_image(examples.get_path("ct"), max_pixels=10_000)
     with pytest.raises(UserError, match="no size"):
-        load_image(build(np.zeros((2, 2), np.int16), Rows=0))
+        load_image(dicom(np.zeros((2, 2), np.int16), Rows=0))
 
 
 def test_a_codestream_larger_than_its_header_is_refused() -> None:
@@ -322,7 +299,7 @@ def test_every_identifying_tag_is_a_real_keyword() -> None:
 
 
 def test_facts_describe_the_picture_and_never_the_person() -> None:
-    data = build(
+    data = dicom(
         np.zeros((4, 6), np.int16),
         PatientName="Doe^Jane",
         PatientID="4711",
@@ -334,8 +311,8 @@ def test_facts_describe_the_picture_and_never_the_person() -> None:
         WindowWidth="400",
         PixelSpacing=["1", "1"],
     )
-    dicom = read_dicom(data)
-    facts = harmless_facts(dicom)
+    image = read_dicom(data)
+    facts = harmless_facts(image)
     assert facts == {
         "modality": "CT",
         "rows": 4,
@@ -347,8 +324,8 @@ def test_facts_describe_the_picture_and_never_the_person() -> None:
         "slice_thickness_mm": 2.5,
         "windows": [(40.0, 400.0)],
     }
-    assert {"PatientName", "PatientID", "StudyDescription", "SOPInstanceUID"} <= set(identifying_tags(dicom))
-    assert "Doe" not in repr(dicom) and "Doe" not in str(facts)
+    assert {"PatientName", "PatientID", "StudyDescription", "SOPInstanceUID"} <= set(identifying_tags(image))
+    assert "Doe" not in repr(image) and "Doe" not in str(facts)
     for name in ("ct", "mr", "jpeg2k", "palette_color", "ybr_color"):
         real = read_dicom(examples.get_path(name))
         text = str(harmless_facts(real))
@@ -360,12 +337,12 @@ def test_facts_describe_the_picture_and_never_the_person() -> None:
 def test_invalid_values_are_not_quoted_in_warnings(recwarn: pytest.WarningsRecorder) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = build(
+        data = dicom(
             np.zeros((4, 6), np.int16), PatientBirthDate="Jane's", BodyPartExamined="jane@home", PatientAge="Jane"
         )
-    dicom = read_dicom(data)
-    render(dicom)
-    assert "body_part" not in harmless_facts(dicom) and "PatientAge" in identifying_tags(dicom)
+    image = read_dicom(data)
+    render(image)
+    assert "body_part" not in harmless_facts(image) and "PatientAge" in identifying_tags(image)
     assert [str(warning.message) for warning in recwarn if "ane" in str(warning.message)] == []
 
 

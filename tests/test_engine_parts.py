@@ -92,7 +92,7 @@ def test_a_common_prefix_ends_at_another_image():
     assert both.common_prefix(build_content(ids, mask, ("a", "c"))) == 4
     assert both.common_prefix(build_content(ids, mask, ("x", "b"))) == 2
     assert both.common_prefix(both.head(3)) == 3
-    # A text token never equals an image position, whatever id input_ids has there.
+    # A text token never equals an image position, no matter which id input_ids has there.
     assert both.common_prefix(content([5, 6, 0, 0])) == 2
 
 
@@ -187,7 +187,7 @@ def test_a_flat_nucleus_wider_than_the_first_candidates_is_exact():
 
 
 def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
-    numbers = torch.arange(24 * 2**20, dtype=torch.int32)  # 96 MB: a mapping of its own
+    numbers = torch.arange(24 * 2**20, dtype=torch.int32)  # 96 MB, so it gets a separate mapping
     moved = use_huge_pages()
     if moved < numbers.nbytes // 2:
         pytest.skip(f"this system gave {moved} bytes of huge pages (Linux 6.1 and transparent_hugepage are needed)")
@@ -197,6 +197,6 @@ def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
     assert torch.equal(numbers, torch.arange(len(numbers), dtype=torch.int32))
 
 
-def test_no_more_is_moved_into_huge_pages_than_asked():
+def test_moving_memory_into_huge_pages_respects_the_limit():
     kept = torch.ones(16 * 2**20)
     assert use_huge_pages(max_bytes=4 * 2**20) <= 4 * 2**20 and kept.min() == 1

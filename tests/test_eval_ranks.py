@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from helpers.eval_rows import write_rows
-from helpers.launch import ENVIRONMENT, ROOT, launch
+from helpers.launch import ENVIRONMENT, ROOT, kill_rank, launch
 from helpers.serving import build_tiny_run
 from helpers.training import DEADLINE_S, wait_until
 
@@ -51,8 +50,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     return Evaluation(run, task, config, folder / "out", evaluate(folder / "out", task, config, run=run))
 
 
-def test_two_ranks_answer_as_one(alone: Evaluation, tmp_path: Path) -> None:
-    """They go on with an evaluation in which two ranks had written one answer each."""
+def test_two_ranks_give_the_answers_of_one_process(alone: Evaluation, tmp_path: Path) -> None:
+    """Two ranks continue an evaluation after one answer each was written."""
     out = tmp_path / "out"
     shutil.copytree(alone.out, out)
     for name in ("metrics.json", "report.html", "predictions-shuffled.jsonl"):
@@ -71,20 +70,14 @@ def test_two_ranks_answer_as_one(alone: Evaluation, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_all_and_one_process_goes_on(alone: Evaluation, tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_and_one_process_continues(alone: Evaluation, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         alone.command(out), env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     part = out / "predictions-right.rank-1.jsonl"
     wait_until(lambda: part.exists() and part.stat().st_size > 0, process)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-    (victim,) = [child for child in ranks if child.environ()["RANK"] == "1"]
-    victim.kill()
-    _, told = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0, told[-2000:]
-    psutil.wait_procs(ranks, timeout=DEADLINE_S)
-    assert not any(child.is_running() for child in ranks)
+    kill_rank(process, 1)
     assert part.exists() and not (out / "metrics.json").exists()
     written = [line for line in part.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
@@ -101,13 +94,13 @@ def assert_as_alone(out: Path, result: dict[str, Any], alone: Evaluation) -> Non
 
 
 def predictions(folder: Path, condition: str) -> list[dict[str, Any]]:
-    """In the order of the file; confidences to six digits, because batches differ."""
+    """Predictions in file order, with confidences to six digits, because batches differ."""
     found = map(json.loads, (folder / f"predictions-{condition}.jsonl").read_text().splitlines())
     return [p | {"confidence": None if p["confidence"] is None else round(p["confidence"], 6)} for p in found]
 
 
 def figures(condition: dict[str, Any]) -> dict[str, Any]:
-    """Without those that are not defined, NaN in memory and null in the file."""
+    """The figures without undefined ones, which are NaN in memory and null in the file."""
     values = {name: entry["value"] for name, entry in condition["figures"].items()}
     return {name: value for name, value in values.items() if value is not None and value == value}
 

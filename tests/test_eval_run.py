@@ -97,7 +97,7 @@ def test_a_task_runs_on_a_model_in_training(run: Path, rows: Path) -> None:
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
 
 
-def test_answers_from_elsewhere_are_scored(rows: Path, tmp_path: Path) -> None:
+def test_answers_of_other_programs_are_scored(rows: Path, tmp_path: Path) -> None:
     answers = ["yes", "no", "yes", "no", "no", "yes", "left lung", "The right lung."]
     predictions = _write_answers(tmp_path / "answers.jsonl", answers)
     result = evaluate(tmp_path / "out", TaskConfig(task="rows", data=str(rows)), SETTINGS, predictions=predictions)
@@ -131,7 +131,9 @@ def test_two_evaluations_are_compared(rows: Path, tmp_path: Path) -> None:
     for name, answers in (("a", ["no"] * 8), ("b", ["yes", "no", "yes", "no", "yes", "no", "left lung", "left lung"])):
         predictions = _write_answers(tmp_path / f"{name}.jsonl", answers)
         evaluate(tmp_path / name, config, SETTINGS, predictions=predictions)
-    found = compare(tmp_path / "a", tmp_path / "b")["figures"]["closed_accuracy"]
+    compared = compare(tmp_path / "a", tmp_path / "b")
+    assert (compared["num_questions"], compared["num_same_answers"]) == (8, 3)
+    found = compared["figures"]["closed_accuracy"]
     assert (found["a"], found["b"], found["value"]) == (0.5, 1.0, 0.5)
     assert 0 < found["p_value"] <= 1
     evaluate(
@@ -201,7 +203,7 @@ def test_confidence_is_computed_from_logprobs() -> None:
     assert answer_confidence("left", whole) is None
 
 
-def test_the_first_word_of_the_command_may_be_left_out(rows: Path, tmp_path: Path) -> None:
+def test_the_word_run_may_be_left_out(rows: Path, tmp_path: Path) -> None:
     predictions = _write_answers(tmp_path / "a.jsonl", ["no"] * 8)
     words: list[Any] = ["eval", "--task", "rows", "--data", rows, "--predictions", predictions, "--out", tmp_path / "o"]
     code = "from babydoctor.cli.main import main; main()"

@@ -50,11 +50,11 @@ def test_traps_score_high_under_the_published_name_only(task: Task, trap: str) -
     assert all(value < 0.05 for value in ours.values()), ours
 
 
-def test_yes_no_scores_over_nine_tenths_as_published(task: Task) -> None:
+def test_yes_no_scores_over_90_percent_by_the_published_rule(task: Task) -> None:
     assert score_baselines(task)["yes no"]["llava_med_closed_accuracy"] > 0.9
 
 
-def test_constants_are_at_chance_and_stand_beside_the_answers(prepared: Path, task: Task, tmp_path: Path) -> None:
+def test_constant_answers_are_at_chance_and_in_the_report(prepared: Path, task: Task, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text("".join(json.dumps({"id": q.id, "answer": q.references[0]}) + "\n" for q in task.questions))
     config = TaskConfig(task="vqa-rad", data=str(prepared / "held_out.json"), train=(str(prepared / "train.json"),))

@@ -87,7 +87,7 @@ def test_tensors_are_read_back_by_the_library(tmp_path: Path) -> None:
     assert all(read[name].dtype == value.dtype and torch.equal(read[name], value) for name, value in tensors.items())
 
 
-# Root reads everything, so the child gives up the capabilities that allow it.
+# Root can read everything, so the child drops the capabilities that allow it.
 _READ = """
 import ctypes, json, os, sys
 from pathlib import Path

@@ -6,15 +6,13 @@ import base64
 
 import openai
 import pytest
-from helpers.serving import png, tiny_worker
+from helpers.openai_client import client
+from helpers.serving import png
 from helpers.serving import user_message as user
 
 from babydoctor.serve.api.admission import decode_image
 
-
-@pytest.fixture(scope="module")
-def client() -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tiny_worker().url}/v1", api_key="none", max_retries=0)
+__all__ = ["client"]
 
 
 def num_prompt_tokens(client: openai.OpenAI, messages: list[dict]) -> int:

@@ -35,7 +35,7 @@ def test_values_and_gradients(dtype: torch.dtype, compiled: ElementwiseOps) -> N
 
 
 def test_kernels_do_not_depend_on_the_first_batch() -> None:
-    """Bitwise, because a resumed run begins with another batch than the run that it continues."""
+    """Bit-equal, because a resumed run starts with a different batch than the run that it continues."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(333, 32, generator=generator).bfloat16() for _ in range(2))
     norm = build_tiny().language_model.model.norm

@@ -45,7 +45,7 @@ def test_import_then_stage_3(golden: Path, tiny_settings: dict[str, Any], tmp_pa
     shutil.copytree(golden, tmp_path / "published", ignore=shutil.ignore_patterns("expected", "images"))
     source = tmp_path / "published" / layout
     import_llava(source, tmp_path / "first" / "imported")
-    # The import's folder moves before the stage,
+    # Move the folder of the import before the stage.
     start = tmp_path / "imported"
     (tmp_path / "first" / "imported").rename(start)
     imported = read_manifest(start)
@@ -57,7 +57,7 @@ def test_import_then_stage_3(golden: Path, tiny_settings: dict[str, Any], tmp_pa
     assert manifest.base_adapters == (("./base_adapters/0-llava-golden-lora",) if layout.endswith("lora") else ())
     expected = answers(run)
 
-    # and is deleted after it, together with a merged checkpoint's folder. Then the run moves.
+    # Delete it and the folder of a merged checkpoint after the stage, then move the run.
     shutil.rmtree(start)
     if "merged" in layout:
         shutil.rmtree(source)

@@ -89,7 +89,7 @@ def test_a_conversation_sends_the_image_once_and_remembers_its_turns(run: Run, p
         turns = [user_turn("Which side?", has_image=True), Turn("assistant", first), Turn("user", "And why?")]
         assert conversation.turns == [*turns, Turn("assistant", second)]
         assert inference.answer(Query(turns, pixels, max_new_tokens=4)).text == second
-        # A reader that stops early frees the engine and leaves the conversation as it was.
+        # A reader that stops early frees the engine. The conversation does not change.
         next(iter(conversation.ask("And then?")), None)
         assert len(conversation.turns) == 4
         assert "".join(inference.stream(Query(turns, pixels, max_new_tokens=4))).strip() == second

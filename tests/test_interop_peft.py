@@ -49,7 +49,7 @@ def test_our_lora_loads_in_plain_peft(golden: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_a_lora_from_elsewhere_is_served_and_exported(golden: Path, tmp_path: Path, rank_stabilised: bool) -> None:
+def test_a_lora_of_another_program_is_served_and_exported(golden: Path, tmp_path: Path, rank_stabilised: bool) -> None:
     """Another rank, fewer layers, per-layer alpha, rank-stabilised or not: the same logits, merged or not."""
     import peft
 

@@ -115,7 +115,7 @@ def test_same_answer_from_transformers_serve_as_from_our_worker(transformers_ser
         assert wire.strip() == own.strip()
 
 
-def test_streams_and_stands_behind_a_controller(transformers_serve: Server, tmp_path: Path) -> None:
+def test_answers_stream_through_a_controller(transformers_serve: Server, tmp_path: Path) -> None:
     controller = start_controller(tmp_path / "controller.log")
     servers = [controller]
     try:
@@ -253,7 +253,7 @@ def test_prompts_are_parsed_into_turns(name: str) -> None:
     for system in (None, "Be brief.", ""):
         for count in (1, 3):
             prompt = prompt_text(render_prompt(turns[:count], template, system=system))
-            # A template without a system prompt of its own writes the same for "none" and "its own".
+            # A template without a default system prompt renders an empty and the default system prompt equally.
             known = system if system or template.system else None
             assert parse_prompt(prompt, template) == (known, turns[:count])
             assert parse_prompt(template.begin + prompt, template) == (known, turns[:count])

@@ -44,7 +44,7 @@ def test_same_seed_same_interval() -> None:
     assert bootstrap(figure, range(5), seed=3) == bootstrap(figure, range(5), seed=3)
 
 
-def test_paired_test_of_equal_answers_sees_nothing() -> None:
+def test_paired_test_of_equal_answers_finds_no_difference() -> None:
     figure = mean_figure("score", [1.0, 0.0, 1.0, 0.0])
     difference = paired_difference(figure, figure, list(range(4)))
     assert (difference.value, difference.p_value) == (0.0, 1.0)
@@ -58,7 +58,7 @@ def test_paired_test_by_hand() -> None:
     assert difference.p_value == pytest.approx(2 / 32, abs=0.01)
 
 
-def test_paired_test_sees_a_clear_difference() -> None:
+def test_paired_test_finds_a_clear_difference() -> None:
     generator = np.random.default_rng(0)
     a = mean_figure("score", generator.binomial(1, 0.5, 300).astype(float).tolist())
     b = mean_figure("score", generator.binomial(1, 0.8, 300).astype(float).tolist())

@@ -230,7 +230,7 @@ def test_secrets_do_not_reach_the_decoding_process(monkeypatch: pytest.MonkeyPat
 def test_a_jpeg_is_decoded_with_little_overhead() -> None:
     """Measures CPU time of both sides, which other load hardly changes. The target is 3 ms for 512 x 512.
 
-    Measured in wall time beside other load: 0.5 to 0.9 ms (medians of 1,500 pairs; see the guide of ``imaging``).
+    Measured in wall time under other load: 0.5 to 0.9 ms (medians of 1,500 pairs; see the guide of ``imaging``).
     """
     data, pool = jpeg(512), DecodePool(size=1)
     try:

@@ -122,7 +122,7 @@ def test_the_engine_answers_as_transformers_does(run: Path, picture: bytes, expe
     assert answer_of_the_engine(load_run(run), picture) == expected
 
 
-def test_with_a_sliding_window_too(picture: bytes, expected: str, tmp_path: Path) -> None:
+def test_a_sliding_window_gives_the_answer_of_transformers(picture: bytes, expected: str, tmp_path: Path) -> None:
     """Mistral-7B-Instruct-v0.1's architecture: the window is shorter than the prompt."""
     models = write_llava_med(tmp_path, sliding_window=16)
     import_llava(tmp_path / "llava-med", tmp_path / "run", vision_tower=str(tmp_path / "clip"))

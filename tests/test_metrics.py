@@ -80,7 +80,7 @@ def test_yes_no_figures_by_hand() -> None:
     references = ["yes", "yes", "yes", "no", "no", ""]
     answers = ["yes", "no", "it is unclear", "no", "yes", "left"]
     values = {figure.name: figure.value for figure in yes_no_figures(answers, references)}
-    # yes: 1 right, 1 said no, 1 unparseable. no: 1 right, 1 said yes. The last question is no yes/no question.
+    # yes: 1 right, 1 said no, 1 unparseable. no: 1 right, 1 said yes. The last question is not a yes/no question.
     assert values["yes_no_accuracy"] == pytest.approx(2 / 5)
     assert values["yes_no_balanced_accuracy"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert values["yes_f1"] == pytest.approx(2 * 1 / (3 + 2))  # 3 references, 2 answers
@@ -122,7 +122,7 @@ def test_llava_med_closed_is_a_substring_test() -> None:
     assert published.llava_med_closed("left", "left") == 0.0  # neither yes nor no in it
 
 
-def test_llava_med_pathvqa_forgets_wrong_answers() -> None:
+def test_llava_med_pathvqa_omits_wrong_answers() -> None:
     assert published.llava_med_pathvqa_closed("yes", "yes") == 1.0
     assert published.llava_med_pathvqa_closed("yes", "no") is None
     assert published.llava_med_pathvqa_closed("left", "no") == 0.0

@@ -63,7 +63,7 @@ def test_drops_equal_those_by_transformers() -> None:
 
 
 class OneSpot:
-    """Simulated scores: the answer depends on the cells around one spot, and a little on all others."""
+    """Simulated scores: the answer depends on the cells around one spot and slightly on all others."""
 
     def __init__(self, row: float, column: float, num_cells: int) -> None:
         rows, columns = np.mgrid[:num_cells, :num_cells] + 0.5
@@ -97,7 +97,7 @@ def test_fills_hide_the_image() -> None:
     assert float(fill_image(pixels, "mean", 14).std()) < 1e-6
 
 
-def test_the_engine_computes_a_map_beside_answers_and_can_cancel_it(tokenizer: Any) -> None:  # noqa: F811
+def test_the_engine_computes_a_map_between_answers_and_can_cancel_it(tokenizer: Any) -> None:  # noqa: F811
     model = build_model()
     alone = OcclusionMap(model, build_task())
     list(alone.run())

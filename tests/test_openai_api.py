@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from helpers.openai_client import client
 from helpers.serving import PROMPT, generation, llava_answer, png, tiny_worker
 from helpers.serving import user_message as user
 
@@ -24,6 +25,7 @@ from babydoctor.serve.client import AskError, Client
 from babydoctor.serve.settings import RemoteImages
 from babydoctor.templates import LLAVA_SYSTEM
 
+__all__ = ["client"]
 TEMPLATE = get_template("llava_llama_2")
 
 
@@ -97,11 +99,6 @@ def test_events_contain_only_new_text():
 
 
 # The openai client.
-
-
-@pytest.fixture(scope="module")
-def client() -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tiny_worker().url}/v1", api_key="none", max_retries=0)
 
 
 MESSAGES = [{"role": "system", "content": ""}, user("Which modality is this?", png())]

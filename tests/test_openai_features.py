@@ -9,16 +9,13 @@ import openai
 import pydantic
 import pytest
 import requests
+from helpers.openai_client import client
 from helpers.serving import generation, llava_answer, png, tiny_run, tiny_worker
 from helpers.serving import user_message as user
 
+__all__ = ["client"]
 MESSAGES = [{"role": "system", "content": ""}, user("Which modality is this?", png())]
 OPTIONS = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def client() -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{tiny_worker().url}/v1", api_key="none", max_retries=0)
 
 
 def answer(client: openai.OpenAI, **fields) -> str:

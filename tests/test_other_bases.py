@@ -8,8 +8,7 @@ import pytest
 import torch
 from helpers.engine_models import build_request, reference, settings, tokenizer, tokens_of
 from helpers.other_bases import LANGUAGE_CONFIGS, WINDOW, build_base
-from helpers.packed_models import packed_inputs
-from torch.nn.functional import cross_entropy
+from helpers.packed_models import packed_inputs, transformers_loss
 
 from babydoctor.config import LoraConfig
 from babydoctor.data.layout import HostBatch, build_attention_layout
@@ -29,20 +28,6 @@ LENGTHS = (9, 40, 150, 12)
 @pytest.fixture(scope="session")
 def bases() -> dict[str, BabyDoctor]:
     return {family: build_base(family, tower="siglip" if family == "qwen3" else "clip") for family in FAMILIES}
-
-
-def transformers_loss(model: BabyDoctor, lengths: tuple[int, ...]) -> torch.Tensor:
-    """The summed loss by transformers' own model, one document after the other."""
-    batch, pixels = packed_inputs(lengths)
-    total, start = torch.zeros(()), 0
-    for index, length in enumerate(lengths):
-        part = slice(start, start + length)
-        ids, mask = (torch.from_numpy(x[part])[None] for x in (batch.input_ids, batch.image_mask))
-        embeds = model.embed(ids.long(), mask, model.encode_images(pixels[index : index + 1]))
-        logits = model.language_model(inputs_embeds=embeds).logits[0]
-        total = total + cross_entropy(logits, torch.from_numpy(batch.targets[part]).long(), reduction="sum")
-        start += length
-    return total
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +51,8 @@ def test_loss_and_gradients_of_a_packed_micro_batch(family: str) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     gradients = []
-    losses = (model(HostBatch(*packed_inputs(LENGTHS)).to("cpu")), transformers_loss(model, LENGTHS))
+    inputs = packed_inputs(LENGTHS)
+    losses = (model(HostBatch(*inputs).to("cpu")), transformers_loss(model, inputs))
     for loss in losses:
         model.zero_grad()
         loss.backward()
@@ -80,7 +66,7 @@ def test_loss_and_gradients_of_a_packed_micro_batch(family: str) -> None:
 
 
 def test_window_limits_what_a_token_depends_on(bases: dict[str, BabyDoctor]) -> None:
-    """Two layers reach back twice the window; what lies before does not matter to Mistral and does to the others."""
+    """Two layers reach back twice the window. Earlier tokens do not affect Mistral, but they affect the others."""
     ids = torch.randint(1, 257, (1, 60), generator=torch.Generator().manual_seed(3))
     for family, is_limited in (("mistral", True), ("qwen2-window", True), ("mistral-v0.2", False)):
         model = bases[family]

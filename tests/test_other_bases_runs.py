@@ -24,7 +24,7 @@ from babydoctor.schema import UserError
 from babydoctor.train.loop import train
 
 RUNS = {"mistral": "clip", "qwen2": "clip", "qwen3": "siglip", "qwen3-clip": "clip"}
-"""Name of the run -> its tower. The run begins with the name of its family."""
+"""Name of the run -> its tower. The name starts with that of the family."""
 
 
 @pytest.fixture(scope="session")

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
-from PIL import Image
-from typer.testing import CliRunner
+from helpers.data_sets import good_rows, run_data, save_image
 
-from babydoctor.cli.data_sets import register
-from babydoctor.data.rows import Sample, check_rows, load_rows
-from babydoctor.data.sets.files import PreparedSplit
 from babydoctor.data.sets.pmc import prepare_pmc
 from babydoctor.data.sets.rocov2 import prepare_rocov2
 from babydoctor.schema import UserError
-
-
-def command(*arguments: str | Path) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def save_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (8, 8), 50).save(path)
-
-
-def rows(split: PreparedSplit) -> list[dict[str, Any]]:
-    assert all(isinstance(result, Sample) for result in check_rows(load_rows(split.rows), split.images))
-    return json.loads(split.rows.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -64,18 +40,18 @@ def rocov2(tmp_path: Path) -> Path:
 
 def test_rocov2_from_csv(rocov2: Path, tmp_path: Path) -> None:
     options = ("--release", "v2", "--source", rocov2, "--split", "test", "--disjoint-from", "train")
-    assert "test.json: 1 rows, 1 images" in command("roco", *options, "--out", tmp_path / "command")
+    assert "test.json: 1 rows, 1 images" in run_data("roco", *options, "--out", tmp_path / "command")
     made = prepare_rocov2(rocov2, "test", tmp_path / "out")
-    assert [(row["id"], row["conversations"][1]["value"]) for row in rows(made)] == [
+    assert [(row["id"], row["conversations"][1]["value"]) for row in good_rows(made)] == [
         ("ROCOv2_2023_test_000001", 'A "target" sign, in two lines.'),
         ("ROCOv2_2023_test_000004", "X-ray."),
     ]
     assert made.left_out == {"no_image": 1, "no_caption": 1, "image_without_row": 1}
     assert (made.num_read, made.num_expected) == (4, 9_927)
     disjoint = prepare_rocov2(rocov2, "test", tmp_path / "disjoint", disjoint_from=["train", "validation"])
-    assert [row["id"][-6:] for row in rows(disjoint)] == ["000001"] and disjoint.left_out["article_shared"] == 1
+    assert [row["id"][-6:] for row in good_rows(disjoint)] == ["000001"] and disjoint.left_out["article_shared"] == 1
     validation = prepare_rocov2(rocov2, "validation", tmp_path / "out")  # the splits share a folder of images
-    assert len(rows(validation)) == 1 and len(list(validation.images.iterdir())) == 3
+    assert len(good_rows(validation)) == 1 and len(list(validation.images.iterdir())) == 3
 
 
 def test_rocov2_that_is_not_as_published(rocov2: Path, tmp_path: Path) -> None:
@@ -112,11 +88,11 @@ def pmc_oa(tmp_path: Path) -> Path:
 
 def test_pmc_oa_keeps_its_splits_without_shared_articles(pmc_oa: Path, tmp_path: Path) -> None:
     train, validation, test = prepare_pmc(pmc_oa, tmp_path / "out")
-    assert [row["id"] for row in rows(train)] == ["PMC1_Fig1_0"] and len(rows(validation)) == 1
-    assert rows(test)[1]["conversations"][1]["value"] == "A. Real time image."
+    assert [row["id"] for row in good_rows(train)] == ["PMC1_Fig1_0"] and len(good_rows(validation)) == 1
+    assert good_rows(test)[1]["conversations"][1]["value"] == "A. Real time image."
     assert train.left_out == {"no_caption": 1, "article_shared": 1, "image_missing": 1} and train.num_read == 4
-    assert [row["id"] for row in rows(test)] == ["PMC3_Fig1_0", "PMC4_Fig1_0"]
-    out = command("pmc", "--source", pmc_oa, "--out", tmp_path / "kept", "--keep-shared-articles")
+    assert [row["id"] for row in good_rows(test)] == ["PMC3_Fig1_0", "PMC4_Fig1_0"]
+    out = run_data("pmc", "--source", pmc_oa, "--out", tmp_path / "kept", "--keep-shared-articles")
     assert "train.json: 2 rows, 2 images" in out and "1 of its rows are of articles that another split has too" in out
     with (pmc_oa / "valid.jsonl").open("a") as file:
         file.write('{"image": "x.jpg", "caption": null, "pmcid": "PMC2"}\n')
@@ -143,8 +119,8 @@ def test_pmc_15m_is_split_by_article(tmp_path: Path) -> None:
     ]
     (source / "pubmed_parsed_data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     splits = prepare_pmc(source, tmp_path / "out", hold_out=0.3)
-    articles = [{row["id"].split("_")[0] for row in rows(split)} for split in splits]
+    articles = [{row["id"].split("_")[0] for row in good_rows(split)} for split in splits]
     assert articles[1] and not articles[0] & articles[1] and len(articles[0] | articles[1]) == 29
     assert sum((split.left_out for split in splits[1:]), splits[0].left_out) == {"no_image": 1, "image_path": 1}
     [again] = prepare_pmc(source, tmp_path / "again")
-    assert len(rows(again)) == 58
+    assert len(good_rows(again)) == 58

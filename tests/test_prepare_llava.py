@@ -114,7 +114,7 @@ def test_offline_downloads_explain_the_manual_steps(tmp_path: Path) -> None:
         assert f"huggingface.co/datasets/liuhaotian/{repo}" in message and str(tmp_path) in message
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")
     (tmp_path / "images.zip").touch()
-    assert download_lcs(tmp_path) == tmp_path  # files that were copied by hand are not asked for
+    assert download_lcs(tmp_path) == tmp_path  # files that were copied by hand are not downloaded
 
 
 CONTENT = bytes(range(256)) * 5000

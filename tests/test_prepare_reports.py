@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from PIL import Image
-from typer.testing import CliRunner
+from helpers.data_sets import good_rows, run_data, save_image
 
-from babydoctor.cli.data_sets import register
-from babydoctor.data.rows import Sample, check_rows, load_rows
 from babydoctor.data.sets.files import PreparedSplit
 from babydoctor.data.sets.iu_xray import prepare_iu_xray
 from babydoctor.data.sets.mimic_cxr import prepare_mimic_cxr
@@ -48,24 +44,6 @@ FINDINGS = (
     "CHEST, PA AND LATERAL: The cardiomediastinal silhouette is normal."
 )
 IMPRESSION = "No acute cardiopulmonary process. Compared to ___."
-
-
-def command(*arguments: str | Path) -> str:
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def save_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (8, 8), 50).save(path)
-
-
-def rows(split: PreparedSplit) -> list[dict[str, Any]]:
-    assert all(isinstance(result, Sample) for result in check_rows(load_rows(split.rows), split.images))
-    return json.loads(split.rows.read_text())
 
 
 def listed(split: PreparedSplit) -> list[tuple[str, str, str]]:
@@ -111,19 +89,20 @@ def mimic(tmp_path: Path) -> Path:
 
 
 def test_mimic_cxr_keeps_the_published_splits(mimic: Path, tmp_path: Path) -> None:
-    told = command("mimic-cxr", "--source", mimic, "--views", "all", "--section", "findings", "--out", tmp_path / "all")
+    options = ("--source", mimic, "--views", "all", "--section", "findings", "--out", tmp_path / "all")
+    told = run_data("mimic-cxr", *options)
     assert "train.json: 3 rows, 3 images" in told and "this is not the full set" in told
     train, validation, test = prepare_mimic_cxr(mimic, tmp_path / "out")
     answer = f"Findings: {FINDINGS}\nImpression: {IMPRESSION}"
     question = "<image>\nWrite the findings and the impression of the radiology report of this chest radiograph."
-    assert rows(train) == [
+    assert good_rows(train) == [
         {
             "id": "d1",
             "image": "p10/p10000032/s50414267/d1.jpg",
             "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
         }
     ]
-    assert [row["id"] for row in rows(validation)] == ["d5"] and [row["id"] for row in rows(test)] == ["d6"]
+    assert [row["id"] for row in good_rows(validation)] == ["d5"] and [row["id"] for row in good_rows(test)] == ["d6"]
     assert listed(train) == [
         *(("train", "d2", "other_view"), ("train", "d3", "no_section"), ("train", "d4", "no_report")),
         *(("train", "d7", "patient_shared"), ("train", "d8", "other_view")),
@@ -140,8 +119,8 @@ def test_mimic_cxr_sections_views_and_separate_reports(mimic: Path, tmp_path: Pa
     made = prepare_mimic_cxr(
         mimic, tmp_path / "out", reports=tmp_path / "mimic-cxr", section="impression", views=(), copy=True
     )
-    assert [row["id"] for row in rows(made[0])] == ["d1", "d2", "d8"]
-    assert {row["conversations"][1]["value"] for row in rows(made[0])} == {IMPRESSION}
+    assert [row["id"] for row in good_rows(made[0])] == ["d1", "d2", "d8"]
+    assert {row["conversations"][1]["value"] for row in good_rows(made[0])} == {IMPRESSION}
     assert made[0].left_out == {"no_impression": 1, "no_report": 1, "patient_shared": 1}
     assert (made[0].images / "p10/p10000032/s50414267/d2.jpg").is_file() and not made[0].images.is_symlink()
     with pytest.raises(UserError, match="no reports"):
@@ -183,15 +162,15 @@ def open_i(tmp_path: Path) -> Path:
 
 def test_iu_xray_from_open_i(open_i: Path, tmp_path: Path) -> None:
     [train] = prepare_iu_xray(open_i, tmp_path / "out")
-    found = rows(train)
+    found = good_rows(train)
     assert [row["image"] for row in found[:2]] == ["CXR1_IM-0001-1001.png", "CXR1_IM-0001-2001.png"]
     answers = [row["conversations"][1]["value"] for row in found]
     assert answers[0] == "Findings: The lungs are clear.\nImpression: Normal chest < 1 XXXX."
     assert answers[2] == "Impression: Normal chest < 1 XXXX."  # without findings
     assert listed(train) == [("train", "CXR3", "no_image"), ("train", "CXR4_IM-0004-2001", "image_missing")]
-    assert "21 rows, 21 images" in command("iu-xray", "--source", open_i, "--out", tmp_path / "command")
+    assert "21 rows, 21 images" in run_data("iu-xray", "--source", open_i, "--out", tmp_path / "command")
     held = prepare_iu_xray(open_i, tmp_path / "held", section="findings", hold_out=0.4, first_image=True)
-    train_rows, test_rows = (rows(split) for split in held)
+    train_rows, test_rows = (good_rows(split) for split in held)
     assert len(train_rows) + len(test_rows) == 10 and test_rows
     assert not {row["id"].split("_")[0] for row in train_rows} & {row["id"].split("_")[0] for row in test_rows}
     assert sum(split.left_out["no_findings"] for split in held) == 2
@@ -211,8 +190,8 @@ def test_iu_xray_with_the_splits_of_r2gen(tmp_path: Path) -> None:
             save_image(tmp_path / "iu_xray" / "images" / id / f"{number}.png")
     (tmp_path / "iu_xray" / "annotation.json").write_text(json.dumps(annotation))
     train, validation, test = prepare_iu_xray(tmp_path / "iu_xray", tmp_path / "out")
-    assert [row["id"] for row in rows(train)] == [f"CXR{n}_IM-000{n}/{view}" for n in (1, 2) for view in (0, 1)]
-    assert rows(train)[0]["conversations"][1]["value"] == "Clear lungs ."
-    assert (len(rows(validation)), len(rows(test)), train.left_out) == (2, 2, {"patient_shared": 2})
+    assert [row["id"] for row in good_rows(train)] == [f"CXR{n}_IM-000{n}/{view}" for n in (1, 2) for view in (0, 1)]
+    assert good_rows(train)[0]["conversations"][1]["value"] == "Clear lungs ."
+    assert (len(good_rows(validation)), len(good_rows(test)), train.left_out) == (2, 2, {"patient_shared": 2})
     with pytest.raises(UserError, match="--hold-out does not go with"):
         prepare_iu_xray(tmp_path / "iu_xray", tmp_path / "out", hold_out=0.1)

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, is_deepspeed_available
-from helpers.launch import ENVIRONMENT, ROOT, launch
+from helpers.launch import ENVIRONMENT, ROOT, kill_rank, launch
 from helpers.serving import free_port
 from helpers.training import DEADLINE_S, losses, unfinish, wait_until
 from safetensors.torch import load_file
@@ -80,7 +79,7 @@ def test_two_ranks_train_and_resume_as_one(
 ) -> None:
     run = tmp_path / "run"
     overrides = []
-    if strategy == "ddp":  # the ranks read the converted rows; one process goes on with the JSON rows
+    if strategy == "ddp":  # the ranks read the converted rows; one process continues with the JSON rows
         data = load_config(config, []).data
         convert_rows(data.rows, tmp_path / "converted", images=Path(str(data.images)))
         overrides = [f"{rank}:data.rows={tmp_path / 'converted'}" for rank in range(2)]
@@ -148,13 +147,7 @@ def test_kill_9_of_a_rank_ends_all_and_leaves_complete_checkpoints(config: Path,
         command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_until((run / "checkpoints" / "step-3").exists, process)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-    (victim,) = [child for child in ranks if child.environ()["RANK"] == "1"]
-    victim.kill()
-    _, told = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode != 0, told[-2000:]
-    psutil.wait_procs(ranks, timeout=DEADLINE_S)
-    assert not any(child.is_running() for child in ranks)
+    kill_rank(process, 1)
     assert not (run / "manifest.json").exists()
     assert [find_damage(checkpoint) for checkpoint in list_checkpoints(run)] == [None, None]
 

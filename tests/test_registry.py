@@ -76,7 +76,7 @@ def test_a_failed_worker_returns_when_it_is_reached_or_registers_again():
     record.failed = True
     again = workers.register("http://a", status("m"), True, 2)
     assert workers.pick("m", 2) is again
-    workers.end(record)  # a request of the old process ends late
+    workers.end(record)  # a request to the old process ends late
     assert again.load == 0 and not workers.is_current(record)
 
 

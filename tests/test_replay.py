@@ -82,7 +82,7 @@ def test_the_same_pixels_are_rendered_from_the_files(export: str, tmp_path: Path
     (images / "notes.txt").write_text("no image")
     assert [view.status for view in replay_views(session, images)] == ["same", "same"]
     assert [view.status for view in replay_views(session, None)] == ["from_export", "from_export"]
-    # The question's turns: the first with the image, the second with the recorded answer.
+    # The turns of the second question: the first question with the image, then the recorded answer.
     assert session.answers[1].turns == (
         Turn("user", "<image>\nWhat is this?"),
         Turn("assistant", "one"),

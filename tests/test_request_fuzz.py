@@ -108,7 +108,7 @@ class Fuzzer:
             self.faults.append(f"{sent.part} {sent.method} {sent.path[:80]}: {fault}\n    sent {str(sent.data)[:600]}")
 
     def fault(self, sent: Sent, response: requests.Response, content: bytes) -> str:
-        """What is wrong with a reply; "" if nothing."""
+        """The problem with a reply; "" if there is none."""
         status = response.status_code
         self.outcomes[f"{sent.part} {status}"] += 1
         if status < 400:
@@ -134,7 +134,7 @@ class Fuzzer:
 
 
 def with_damaged_image(sent: Sent, rng: np.random.Generator) -> Sent:
-    """The request with its picture damaged instead."""
+    """The request with a damaged image."""
     whole = png()
     if sent.raw is not None:
         return replace(sent, raw=damage(whole, rng))
@@ -176,6 +176,6 @@ def test_damaged_requests_are_refused_without_side_effects(parts: Parts) -> None
 
 
 def _failures(log: Path) -> list[str]:
-    """Lines of a log that tell of a failure of the program, not of a request."""
+    """Log lines about a failure of the program, not of a request."""
     marks = ('"level": "error"', "Traceback (most recent", "web UI handler failed", "was never awaited")
     return [line for line in log.read_text(errors="replace").splitlines() if any(mark in line for mark in marks)]

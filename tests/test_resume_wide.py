@@ -41,7 +41,7 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the three stages; each starts from the one before."""
+    """The folder of the three stages. Each stage starts from the previous one."""
     return tmp_path_factory.mktemp("wide_runs")
 
 

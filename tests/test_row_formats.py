@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from helpers.image_files import plain_png
 
 from babydoctor.conversation import get_template, prompt_text, render
 from babydoctor.data.images import read_image
@@ -24,13 +23,7 @@ TURNS = (Turn("user", "<image>\nwhat"), Turn("assistant", "x"))
 TEXT = {"type": "text", "text": "what"}
 
 
-def png(value: int = 7) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 4), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-DATA_URL = "data:image/png;base64," + base64.b64encode(png()).decode()
+DATA_URL = "data:image/png;base64," + base64.b64encode(plain_png(7)).decode()
 
 PLAIN: dict[str, dict[str, Any]] = {
     "llava": {"image": "a.png", "conversations": [HUMAN, GPT]},
@@ -135,7 +128,7 @@ def test_content_that_would_be_dropped_makes_the_row_bad(reason: str, named: str
 def test_images_in_data_urls_are_read() -> None:
     content = [{"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}}, TEXT]
     sample = parse_row({"messages": [{"role": "user", "content": content}, ASSISTANT]}, "r")
-    assert sample.image == png() and read_image(sample.image, None).getpixel((0, 0)) == (7, 0, 0)
+    assert sample.image == plain_png(7) and read_image(sample.image, None).getpixel((0, 0)) == (7, 0, 0)
 
 
 def test_a_repeated_key_is_named(tmp_path: Path) -> None:
@@ -175,7 +168,7 @@ def test_data_sets_with_messages_and_a_list_of_images(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     content = {
         "messages": [[USER, ASSISTANT], [{"role": "user", "content": "q"}, ASSISTANT]],
-        "images": [[{"bytes": png(9), "path": None}], []],
+        "images": [[{"bytes": plain_png(9), "path": None}], []],
     }
     data = datasets.Dataset.from_dict(content).cast_column("images", datasets.List(datasets.Image()))
     data.save_to_disk(tmp_path / "saved")
@@ -197,7 +190,7 @@ def test_cases_from_public_bug_reports(shared_dir: Path, tmp_path: Path, name: s
     path = shared_dir / "cases" / name
     if not path.is_file():
         pytest.skip(f"{path} is not there")
-    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.png").write_bytes(plain_png(7))
     results = list(check_rows(iter_rows(path), tmp_path))
     assert [Sample if isinstance(result, Sample) else result.reason for result in results] == CASES[name]
     if name == "system.json":

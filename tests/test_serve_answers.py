@@ -1,4 +1,4 @@
-"""The stream of an answer between its writer and its reader."""
+"""``AnswerStream``: what the reader gets of what the writer puts in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``babydoctor serve``: all parts start, answer, and end with the launcher, however it ends."""
+"""``babydoctor serve``: all parts start, answer, and end when the launcher ends in any way."""
 
 from __future__ import annotations
 

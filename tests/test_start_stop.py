@@ -39,7 +39,7 @@ def content(folder: Path) -> list[str]:
 
 
 def test_a_failed_start_leaves_nothing_behind(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """It leaves neither the directory nor its parents, and the fixed configuration starts without --resume."""
+    """A failed start removes the directory and its parents. The fixed configuration starts without --resume."""
     settings = build_settings(tiny_settings, tmp_path / "runs" / "first", "instruct")
     good = settings["data"]
     for wrong in ({"images": str(tmp_path / "nowhere")}, {"rows": [str(tmp_path / "missing.json")]}):
@@ -109,7 +109,7 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tiny_settings: di
     finally:
         process.kill()
         process.communicate()
-    # The lock ends with its owner, although the owner's data loader process may live for some seconds.
+    # The lock is released with its owner, although the owner's data loader process may live for some seconds.
     with pytest.raises(UserError, match="nowhere"):
         train(build_config(settings | {"data": settings["data"] | {"images": str(tmp_path / "nowhere")}}), resume=True)
 

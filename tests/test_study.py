@@ -1,4 +1,4 @@
-"""Studies: what belongs together and in which order, what is refused, how two series are linked."""
+"""Studies: grouping and order of images, files that are refused, and links between two series."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _place(data: bytes) -> int:
     return int(pydicom.dcmread(io.BytesIO(data)).SOPInstanceUID.split(".")[-1]) - 1000
 
 
-def test_what_cannot_be_read_is_counted_by_reason() -> None:
+def test_unreadable_files_are_counted_by_reason() -> None:
     cut = ct_slice(5)[:700]
     files = [ct_slice(1), ct_slice(2), ct_slice(1), b"", b"hello", zipped([b"x"]), cut, png(), Refused("encrypted")]
     study = read(files)
@@ -100,7 +100,7 @@ def test_no_free_text_and_no_identifier_reaches_the_list() -> None:
         assert word not in page, word
 
 
-def test_a_dicomdir_and_what_it_lists() -> None:
+def test_files_that_a_dicomdir_lists_and_that_are_missing_are_counted() -> None:
     folder = [path for path in sorted((DICOMDIRS / "98892001").rglob("*")) if path.is_file()]
     study = read([(DICOMDIRS / "DICOMDIR").read_bytes(), *(path.read_bytes() for path in folder)])
     assert study.unread == {"not_sent": 31 - len(folder)}
@@ -152,7 +152,7 @@ def test_archives_are_refused_before_they_are_unpacked(scale: str, monkeypatch: 
     assert caught.value.code == code and code in SENTENCES
 
 
-def test_members_that_lie_about_their_size_or_content() -> None:
+def test_damaged_members_and_other_compressions_are_refused() -> None:
     data = bytearray(zipped([ct_slice(1), ct_slice(2)], zipfile.ZIP_STORED))
     at = data.find(b"DICM", data.find(b"DICM") + 4)
     data[at + 2000] ^= 0xFF  # the second file's checksum no longer holds
@@ -194,12 +194,12 @@ def test_files_and_an_archive_arrive_as_the_same_study() -> None:
     assert found[0] == found[1] and len(found[0]) == 3
 
 
-def test_memory_is_given_back_once_a_study_was_read() -> None:
+def test_memory_is_released_after_a_study_is_read() -> None:
     uploads, lines = upload(framed([ct_slice(0)]))
     assert "study" in lines[-1] and uploads._num_arriving == 0
 
 
-def test_a_body_that_is_cut_off_or_holds_no_image() -> None:
+def test_a_body_that_is_cut_off_or_has_no_image_is_refused() -> None:
     with pytest.raises(PageError, match="upload_broken"):
         upload(framed([ct_slice(0)])[:-5])
     assert upload(framed([b"hello"]))[1][-1] == {"error": "study_empty"}

@@ -134,7 +134,7 @@ def test_a_stuck_engine_is_not_ready_fails_its_answers_and_ends(tmp_path: Path) 
         started = time.monotonic()
         worker.process.wait(90)
         assert time.monotonic() - started < 60
-        assert "Timeout" in worker.log.read_text()  # the stacks, which show where it was stuck
+        assert "Timeout" in worker.log.read_text()  # the stack traces show where it was stuck
     finally:
         stop_all([worker])
 

@@ -81,7 +81,7 @@ def test_idle_and_half_sent_connections_are_closed_and_counted(controller: Serve
 
 
 def test_a_slow_header_has_one_deadline(controller: Server) -> None:
-    """A byte now and then does not restart the deadline."""
+    """Single bytes that trickle in do not restart the deadline."""
     sock = connect(controller, b"GET /healthz HTTP/1.1\r\n")
     started = time.monotonic()
     with pytest.raises(ConnectionError):
@@ -170,7 +170,7 @@ class _Request:
 
 
 def test_uploads_that_arrive_at_once_share_a_limit_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before: each connection could hold 128 MB for ever."""
+    """Before: each connection could hold 128 MB forever."""
     monkeypatch.setattr(page_uploads, "MAX_ARRIVING_BYTES", 1_000_000)
 
     async def arrive() -> list[object]:

@@ -73,7 +73,7 @@ def test_a_bad_image_stops_training_or_is_listed_and_counted(
     listed = [json.loads(line) for line in (tmp_path / "run" / "cut_and_left_out.jsonl").read_text().splitlines()]
 
     assert any(line["id"] == "3" for line in listed)
-    assert read_manifest(tmp_path / "run").lineage[0].samples == 11, "nothing stands in for the bad row"
+    assert read_manifest(tmp_path / "run").lineage[0].samples == 11, "no other row replaces the bad row"
     assert "1 left out" in capfd.readouterr().out
 
 

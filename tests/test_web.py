@@ -400,7 +400,7 @@ def test_no_request_uses_gradios_queue():
     assert len(events) > 15
 
 
-def test_the_guard_asks_for_a_key_and_closes_the_page_to_the_rest_of_the_web():
+def test_the_guard_asks_for_a_key_and_blocks_other_sites():
     app = FastAPI()
 
     @app.get("/")

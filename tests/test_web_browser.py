@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import json
@@ -130,7 +131,9 @@ def _export(tab, parts: Parts) -> None:
     views = replay_views(session, None)
     with ThreadPoolExecutor(1) as pool:  # Playwright's event loop runs in this thread
         options = {"model": None, "api_key": None, "tell": lambda num_done: None}
-        new = pool.submit(ask_server, parts.controller.url, session.answers, views, **options).result()
+        new = pool.submit(
+            lambda: asyncio.run(ask_server(parts.controller.url, session.answers, views, **options))
+        ).result()
     assert [view.status for view in views] == ["from_export"]
     assert [answer.text for answer in new] == [answer.answer.strip() for answer in session.answers]
 

@@ -72,7 +72,7 @@ def test_turns_are_edited_deleted_and_copied_by_keyboard(tab: Any, scripted: Scr
     load_example(tab)
     talk(tab, scripted, ("One?", "The first answer."), ("Two?", "The second answer."), ("Three?", "The third answer."))
 
-    # Arrow up edits the last question, Escape leaves it; the draft comes back.
+    # Arrow up edits the last question, Escape cancels the edit, and the draft comes back.
     tab.keyboard.press("ArrowUp")
     expect(question_box(tab)).to_have_value("Three?")
     tab.keyboard.press("Escape")
@@ -135,7 +135,7 @@ def test_a_report_draft_from_answers_to_three_files(tab: Any, scripted: Scripted
     expect(findings).to_have_value("Is there a mass? No.\nA normal <b>spine</b> & disc.")
     findings.press("Control+End")
     findings.type("\nTyped by hand.")
-    # Taking the answers again removes nothing and repeats nothing; a reload brings all of it back.
+    # Adding the answers again removes and repeats nothing. A reload restores all text.
     tab.get_by_role("button", name="Add all answers to the draft").click()
     tab.reload()
     written = "Is there a mass? No.\nA normal <b>spine</b> & disc.\nTyped by hand."
@@ -195,7 +195,7 @@ def test_a_map_shows_its_progress_and_can_be_canceled(tab: Any, parts: Parts):
     expect(tab.locator("#bd-overlay img").nth(1)).to_be_visible()
 
 
-def test_feedback_tells_the_time_since_the_answer(tab: Any, parts: Parts, scripted: ScriptedServer):
+def test_feedback_contains_the_time_since_the_answer(tab: Any, parts: Parts, scripted: ScriptedServer):
     enter(tab)
     choose_model(tab, "scripted")
     load_example(tab)
@@ -228,7 +228,7 @@ def test_a_lost_connection_is_named_in_our_own_words(browser: Any, parts: Parts)
         expect(tab.locator("#bd-viewer img")).to_be_visible()
 
 
-def test_a_copied_tab_starts_a_new_conversation_and_keeps_what_was_typed(browser: Any, parts: Parts):
+def test_a_copied_tab_gets_a_new_session_and_keeps_typed_text(browser: Any, parts: Parts):
     with visitor(browser, parts) as tab:
         enter(tab)
         load_example(tab)
@@ -265,7 +265,7 @@ IMPORTANT = ("#bd-canvas canvas", ".bd-tools", "#bd-preset", "#bd-width", "#bd-c
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 800, "light"), (1920, 1080, "dark")])
-def test_all_that_matters_is_above_the_fold(browser: Any, parts: Parts, width: int, height: int, scheme: str):
+def test_the_main_parts_are_visible_without_scrolling(browser: Any, parts: Parts, width: int, height: int, scheme: str):
     with visitor(browser, parts, viewport={"width": width, "height": height}, color_scheme=scheme) as tab:
         _open_everything(tab)
         for place in IMPORTANT:

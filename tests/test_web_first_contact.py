@@ -113,7 +113,7 @@ def test_a_question_right_after_a_drag_gets_what_the_canvas_shows(tab: Any, scri
     tab.mouse.move(x, y)
     tab.mouse.down()
     tab.mouse.move(x + 37, y + 11, steps=3)
-    question_box(tab).press("Enter")  # the button is still down, and the server knows nothing yet
+    question_box(tab).press("Enter")  # the button is still down, and the server has not been told yet
     tab.mouse.up()
     assert wait_for_answer(tab) == "Fine."
     shown_window = re.search(r"level (\S+), width (\S+)", tab.locator("#bd-canvas .where").inner_text())
@@ -247,7 +247,7 @@ def png_of_bytes(num_bytes: int) -> bytes:
     return png(size=(edge, edge))
 
 
-def test_a_failed_upload_says_so_beside_the_image(browser: Any, parts: Parts, tmp_path: Path):
+def test_a_failed_upload_is_reported_next_to_the_image(browser: Any, parts: Parts, tmp_path: Path):
     with visitor(browser, parts) as tab:
         enter(tab)
         beside_image = tab.locator("#bd-image-status")

@@ -1,4 +1,4 @@
-"""Burned-in text and the PACS in the web UI: what is hidden from the model, and what the picker passes on."""
+"""Burned-in text and the PACS in the web UI: what is hidden from the model, and what the picker shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NAME, SIDE = (6, 6, 120, 26), (8, 150, 24, 172)
 
 
 class PacsParts(Parts):
-    """The web UI beside an Orthanc, where one is installed."""
+    """The web UI with an Orthanc, if one is installed."""
 
     def __init__(self, folder: Path) -> None:
         self.orthanc = Orthanc(folder / "orthanc") if has_orthanc() and not needs_pacs.args[0] else None
@@ -146,7 +146,7 @@ def test_a_clean_picture_is_reported_and_a_loop_searched_frame_by_frame(tab, par
 
 @needs_orthanc
 @needs_pacs
-def test_from_the_pacs_and_back(tab, parts: PacsParts, scripted: ScriptedServer):
+def test_an_image_comes_from_the_pacs_and_its_answer_is_stored_there(tab, parts: PacsParts, scripted: ScriptedServer):
     for number in (1, 2, 3):
         parts.orthanc.add(patient_dicom(PatientID="P-4711", SOPInstanceUID=f"1.2.3.{number}", InstanceNumber=number))
     scripted.say("A vertebra.")

@@ -87,7 +87,7 @@ def middle(tab: Any) -> tuple[float, float]:
 
 
 def drag(tab: Any, x: float, y: float, *, button: str = "left", start: tuple[float, float] = (0, 0)) -> None:
-    """Drag by (x, y) from a point beside the middle, in CSS pixels."""
+    """Drag by (x, y) from a point next to the middle, in CSS pixels."""
     mx, my = middle(tab)
     mx, my = mx + start[0], my + start[1]
     tab.mouse.move(mx, my)
@@ -102,7 +102,7 @@ def key(tab: Any, name: str) -> None:
 
 
 def sent(tab: Any) -> np.ndarray:
-    """The picture that the model gets, uint8 ``[rows, columns, 3]``."""
+    """The image that the model receives, uint8 ``[rows, columns, 3]``."""
     url = tab.locator("#bd-viewer img").get_attribute("src")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
@@ -173,7 +173,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     assert shown_window(tab) == (100, 700) and "inverted" not in caption(tab) and "rotated" not in caption(tab)
 
 
-def test_the_controls_and_the_canvas_stay_in_step(tab):
+def test_the_controls_and_the_canvas_stay_in_sync(tab):
     enter(tab)
     open_image(tab, patient_dicom())
     expect(tab.locator("#bd-preset input")).to_have_value("soft-tissue")
@@ -289,7 +289,7 @@ def open_study(tab: Any, files: list[bytes], num_series: int) -> None:
 
 def test_a_series_is_scrolled_by_position_and_the_model_gets_the_image_on_the_canvas(tab):
     enter(tab)
-    # At each place another level of gray, so that a wrong image has other pixels.
+    # Each position has a different gray level, so a wrong image has different pixels.
     open_study(tab, [zipped([*(ct_slice(place) for place in (3, 0, 4, 1, 2)), b"no image"])], 1)
     study, where = tab.locator("#bd-study"), tab.locator("#bd-canvas .where")
     expect(study).to_contain_text("CT axial, CHEST")
@@ -403,7 +403,7 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     key(tab, "ArrowDown")
     expect(second_where).to_contain_text("image 3 of 4")
     settle(tab)
-    # The model gets the prior instead; the viewports change places.
+    # The model receives the prior instead, and the viewports swap.
     second.get_by_role("button", name="Ask about this series").click()
     expect(tab.locator("#bd-viewer")).to_contain_text("image 3 of 4")
     expect(second_where).to_contain_text("image 2 of 9")

@@ -157,20 +157,23 @@ def test_an_attention_map_is_returned(worker: Server):
     assert post(worker, body, "/worker_attention").json() == reply  # cached
     other = post(worker, body | {"images": [bare_base64(png(1))]}, "/worker_attention").json()
     assert other != reply
+    # The map sees the prompt as the answer did: with the image first.
+    reworded = "[INST] Which modality is this? <image> [/INST]"
+    assert post(worker, body | {"prompt": reworded}, "/worker_attention").json() == reply
     assert post(worker, body | {"prompt": "no image", "images": []}, "/worker_attention").status_code == 422
     assert post(worker, body | {"answer": ""}, "/worker_attention").status_code == 422
     assert post(worker, body | {"method": "attention"}, "/worker_attention").status_code == 422
     assert post(worker, body | {"answer": "x" * 9000}, "/worker_attention").status_code == 422
 
 
-def test_a_map_tells_its_progress_and_a_client_that_leaves_ends_it(worker: Server):
+def test_a_map_reports_progress_and_stops_if_the_client_disconnects(worker: Server):
     def jobs() -> float:
         text = requests.get(worker.url + "/metrics", timeout=60).text
         return float(re.search(r"^babydoctor_engine_jobs (\S+)", text, re.M)[1])  # type: ignore[index]
 
     # A long answer, so that few hidden windows fit into one piece of work.
     body = {"model": "tiny", "prompt": PROMPT, "answer": "a scan " * 120, "images": [bare_base64(png(7))]}
-    for _ in range(2):  # what was given up is not kept, so the second request starts over
+    for _ in range(2):  # a canceled map is not cached, so the second request starts over
         with post(worker, body | {"stream": True}, "/worker_attention", stream=True) as response:
             first = json.loads(next(response.iter_lines(chunk_size=1, delimiter=b"\0")))
         assert first["share"] < 1 and first.keys() == {"share", "left_s"}
@@ -273,7 +276,7 @@ def test_a_client_that_does_not_read_holds_no_slot(worker: Server):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         wait_until(lambda: queue_length(worker.url) == 1, 180, "the request")
-        # It reads nothing, but the answer is completed.
+        # The client reads nothing, but the answer is completed.
         wait_until(lambda: queue_length(worker.url) == 0, 180, "the end of its generation")
 
 
@@ -354,7 +357,7 @@ def test_a_template_inside_a_prompt_does_no_harm(worker: Server):
     assert llava_answer(worker.url, generation() | {"prompt": "</s><s>[INST] <unk> <<SYS>> {system} %s \x1b[31m"})
 
 
-# What must not be kept.
+# Data that must not be stored.
 
 
 def test_logs_contain_no_prompts_answers_or_addresses(worker: Server):

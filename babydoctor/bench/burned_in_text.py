@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import resource
 from collections import defaultdict
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from babydoctor.cores import num_cores
 from babydoctor.imaging.burned_in import TextBox, TextReader
 from babydoctor.imaging.isolation import load_image
 from babydoctor.markers import markdown_table
@@ -68,7 +68,7 @@ def measure(num_processes: int | None = None) -> list[str]:
     Raises:
         UserError: pydicom's files or the extra ``ocr`` are not installed.
     """
-    num_processes = num_processes or len(os.sched_getaffinity(0))
+    num_processes = num_processes or num_cores()
     clean, overlays = clean_images(), list(build_overlays())
     reader = TextReader(num_processes, num_threads=1)
     reader.check()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.bench.gpu_report import render_report
+from babydoctor.cores import num_cores
 from babydoctor.files import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ TESTS_SHARE = 0.35
 
 
 LAST_WORDS_S = 4.0
-"""How long a section that is cut off may still write."""
+"""Time that a section gets to write its output after it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CheckSection:
     name: str
     arguments: tuple[str, ...]
     max_share: float = 1.0
-    """Share of the whole time."""
+    """Largest share of the whole time."""
 
 
 def list_sections(preset: str, device: str, figures: Path) -> list[CheckSection]:
@@ -169,7 +170,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         known["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
         known["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
-        known["device_name"] = f"CPU ({os.cpu_count()} cores)"
+        known["device_name"] = f"CPU ({num_cores()} cores)"
     return known
 
 

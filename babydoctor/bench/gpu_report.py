@@ -60,7 +60,7 @@ def read_report(file: Path) -> dict[str, Any]:
     """A report that ``bench gpu`` wrote.
 
     Raises:
-        UserError: it is not there or not such a report.
+        UserError: the file cannot be read or is not a GPU report.
     """
     try:
         report = json.loads(file.read_text(encoding="utf-8"))

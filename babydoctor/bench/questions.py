@@ -52,7 +52,7 @@ class Questions:
         alone, together = asyncio.run(both())
         kept = [index for index in range(NUM_QUESTIONS) if alone[index] == together[index]]
         if not kept:
-            raise UserError("the model gives other answers in company, so none can be checked; use float32 weights")
+            raise UserError("answers change with concurrent requests, so none can be checked; use float32 weights")
         return cls(model, template, tuple(texts[i] for i in kept), tuple(alone[i] for i in kept))
 
     def body(self, index: int, image: bytes | None = None) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def measure_rank(name: str, num_steps: int) -> RankFigures | None:
 
 @contextlib.contextmanager
 def _communication(name: str, trainee: Trainee, data: StepData, accelerator: Any) -> Iterator[None]:
-    """Leave the engine's communication as it is, or replace it by none or by one all-reduce per gradient."""
+    """Keep the engine's communication, disable it, or replace it by one all-reduce per gradient."""
     if name not in ("silent", "one by one"):
         yield
         return

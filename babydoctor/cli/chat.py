@@ -33,12 +33,14 @@ def chat(
     preset: Annotated[Optional[str], typer.Option(help="CT window of a DICOM: lung, bone, ...")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Ask a run about an image. The answer streams to the terminal."""
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.imaging.preprocess import to_pixels
     from babydoctor.inference import open_conversation
     from babydoctor.model.run_dir import load_run
+    from babydoctor.plan.hardware import choose_device
 
     settings = list(overrides or [])
     if question is not None and re.match(r"engine\.\w+=", question):  # a conversation with settings
@@ -46,7 +48,7 @@ def chat(
         question = None
     engine = {**parse_overrides(settings), "on_start": prepare_engine}
     prepare_inference()
-    loaded = load_run(run)
+    loaded = load_run(run, device=choose_device(device))
     pixels = None if image is None else to_pixels(open_image(image, frame, preset), loaded.manifest.image)
     conversation = open_conversation(loaded, pixels, question=question, max_new_tokens=max_new_tokens, engine=engine)
     with conversation.inference:

@@ -14,6 +14,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from babydoctor.cores import num_cores
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -93,7 +95,7 @@ def _python() -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    detail = f"{os.cpu_count()} cores, {total:.0f} GiB"
+    detail = f"{num_cores()} cores, {total:.0f} GiB"
     return Finding("cores and memory", "ok", detail)
 
 
@@ -132,7 +134,9 @@ def _gpu() -> Finding:
 def _bfloat16() -> Finding:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from babydoctor.plan.hardware import choose_device
+
+    device = choose_device("auto")
     matrix = torch.randn(64, 64, dtype=torch.bfloat16, device=device)
     assert torch.isfinite(matrix @ matrix).all()
     return Finding("bfloat16", "ok", f"on {device}")

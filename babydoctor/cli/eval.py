@@ -132,7 +132,7 @@ def run(
         if run_directory is None or (localization and task != "phantom"):
             raise UserError("--familiarity and --confidence need a run directory, --localization also --task phantom")
         if localization:
-            measure_localization(run_directory, Path(data), out, max_questions, fill)
+            measure_localization(run_directory, Path(data), out, max_questions, fill, device)
         if familiarity:
             measure_familiarity(run_directory, task_config, out, unfamiliar=unfamiliar, seed=seed, device=device)
         if confidence:

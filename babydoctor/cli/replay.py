@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -78,7 +79,7 @@ def _ask(
         if url is not None:
             keys = load_secrets().api_keys
             key = keys[0] if keys else None
-            return ask_server(url, recorded.answers, views, model=model, api_key=key, tell=tell)
+            return asyncio.run(ask_server(url, recorded.answers, views, model=model, api_key=key, tell=tell))
         assert run is not None
         prepare_inference()
         return ask_run(run, recorded.answers, views, engine={"on_start": prepare_engine}, tell=tell)

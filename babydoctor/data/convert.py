@@ -29,7 +29,7 @@ _SHARD_BYTES = 500 << 20
 
 @dataclass(frozen=True)
 class ConvertedSet:
-    """What ``convert_rows`` wrote."""
+    """The result of ``convert_rows``."""
 
     num_rows: int
     left_out: Counter[str]
@@ -104,7 +104,7 @@ def _embedded_bytes(sample: Sample, embed_from: Path | None) -> bytes | None:
 
 
 class _Writer:
-    """Writes samples as Arrow streams of about ``_SHARD_BYTES`` at most, and the metadata that ``datasets`` needs."""
+    """Writes samples as Arrow streams of up to about ``_SHARD_BYTES``, and the metadata that ``datasets`` needs."""
 
     def __init__(self, folder: Path) -> None:
         from datasets import Features, Image, List, Value

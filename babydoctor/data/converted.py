@@ -4,7 +4,7 @@
 
     data-00000.arrow ...  dataset_info.json  state.json     what ``datasets.load_from_disk`` reads
     digests.bin           16 bytes per row; the fingerprint is computed from them without reading the rows
-    converted.json        number of rows, fingerprint, what was left out
+    converted.json        number of rows, fingerprint, rows left out
 
 Processes that map the same files share memory pages, so ranks and data loader workers hold no rows of their own.
 """
@@ -84,17 +84,17 @@ class ConvertedRows(Sequence[Sample]):
         return hashlib.sha256(np.ascontiguousarray(self.digests).data).hexdigest()
 
     def repeated(self) -> list[tuple[Sample, Sample]]:
-        """Pairs of (earlier row, later row) where the later one repeats a row of an earlier folder entirely."""
-        if len(self.folders) == 1:  # duplicates were found when it was converted
+        """Pairs of (earlier row, later row) where the later row equals a row of an earlier folder."""
+        if len(self.folders) == 1:  # duplicates inside one folder were found when it was converted
             return []
         keys = np.ascontiguousarray(self.digests).view(f"V{DIGEST_BYTES}").ravel()
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         later = np.flatnonzero(first[inverse] != np.arange(len(keys)))
         pairs = [(self[int(first[inverse[index]])], self[int(index)]) for index in later]
-        return [(one, other) for one, other in pairs if other.id != other.source]  # rows without ids may be equal
+        return [(one, other) for one, other in pairs if other.id != other.source]  # rows without an id may be equal
 
     def without(self, sources: set[str]) -> ConvertedRows:
-        """The same rows without those at these locations (``Sample.source``)."""
+        """The rows, except those at these locations (``Sample.source``)."""
         rest = ConvertedRows([folder.path for folder in self.folders])
         starts = {folder.path: int(end) - len(folder) for folder, end in zip(self.folders, self._ends, strict=True)}
         places = (source.rpartition("#") for source in sources)

@@ -37,7 +37,7 @@ def open_dataset(source: str) -> Any:
             loaded = datasets.load_dataset(kind, data_files=source, split="train")
         else:  # a directory of parquet or JSON files, or a hub id; file names give the splits
             loaded = datasets.load_dataset(str(path))
-    except Exception as error:  # the library raises its own, pyarrow's, the hub's and the network's errors
+    except Exception as error:  # the library raises its own errors and those of pyarrow, the hub client and the network
         if not path.exists() and "://" not in source:
             hint = "Offline, give a file or a directory that is already here"
             raise data_set_error(error, str(path), hint=hint) from error
@@ -78,7 +78,7 @@ def iter_dataset(source: str, progress: Callable[[float], None]) -> Iterator[tup
 
 
 def _image_column(table: Any, source: str, start: int) -> list[str | None]:
-    """One reference per row: a file name as it is, an embedded image by its row number, None for text only."""
+    """One reference per row: the file name, the row number of an embedded image, or None for text only."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ImageFolder:
-    """The folder of the rows' images. Checks with one system call per row that a file exists inside it."""
+    """The folder of the rows' images. Checks that a file exists inside it with one system call per row."""
 
     def __init__(self, path: str | Path | None) -> None:
         """``path`` is None if the rows contain their images. Raises ``UserError`` if ``path`` is not a directory."""

@@ -30,8 +30,8 @@ def iter_json(name: str, file: Any, *, expect_list: bool, advance: Callable[[], 
 
     Args:
         name: the file's name, for row locations and messages.
-        expect_list: report a file that begins with neither ``[`` nor ``{`` as a malformed list, not as bad lines.
-        advance: called regularly; the caller can then look at the file's position.
+        expect_list: report a file that starts with neither ``[`` nor ``{`` as a malformed list, not as bad lines.
+        advance: called regularly, so that the caller can read the file's position.
 
     Raises ``UserError`` if the text is not UTF-8, or the list is damaged.
     """
@@ -80,7 +80,7 @@ _WHOLE_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
 
 
 def _is_in_open_string(text: str, position: int) -> bool:
-    """True where a JSON string begins at ``position`` and does not end in ``text``."""
+    """True if a JSON string starts at ``position`` and does not end within ``text``."""
     return text[position : position + 1] == '"' and _WHOLE_STRING.match(text, position) is None
 
 

@@ -1,8 +1,7 @@
 """The layout of a packed micro-batch, computed once on the host and copied to the device once.
 
-Document lengths and targets determine which tokens attend to which, where the image slots are and which tokens carry a
-loss. All of this is computed here, in the process that reads the data, so a training step on a GPU never waits to read
-a value back.
+Document lengths and targets determine the attention mask, the image slots and the loss positions. All of this is
+computed here, in the process that reads the data, so a training step on a GPU never waits to read a value back.
 
 Shapes: ``T`` tokens, ``Q`` tokens from each document's first target on, ``M`` loss positions, ``N`` images, ``P``
 patches per image, ``S`` spans, ``L`` keys of all spans together.
@@ -40,7 +39,7 @@ class Span:
 def build_spans(
     document_lengths: Sequence[int], query_lengths: Sequence[int] | None = None, prefix_length: int = 0
 ) -> tuple[Span, ...]:
-    """One span per document, in order; the shared prefix comes first where it is queried.
+    """One span per document, in order. The shared prefix comes first if it is queried.
 
     Args:
         document_lengths: lengths that sum to ``T - prefix_length``.
@@ -106,7 +105,7 @@ def build_attention_layout(
 
 
 class _HostLayout:
-    """A layout and the NumPy arrays from which its device tensors are made."""
+    """A layout and the NumPy arrays that its device tensors are made from."""
 
     def __init__(self, spans: tuple[Span, ...], prefix_length: int) -> None:
         rows, keys = [span.num_rows for span in spans], [span.num_keys for span in spans]
@@ -138,7 +137,7 @@ def _shared_key_arrays(spans: Sequence[Span], prefix_length: int) -> list[np.nda
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch as the model takes it.
+    """One micro-batch, the input of the model.
 
     Attributes:
         input_ids, position_ids: int64 ``[T]``, documents end to end; image slots hold any valid id.
@@ -186,7 +185,7 @@ class HostBatch:
         self.pixel_values = pixel_values
 
     def pin_memory(self) -> HostBatch:
-        """Called by torch's data loader."""
+        """The hook that torch's data loader calls."""
         self.numbers = self.numbers.pin_memory()
         self.pixel_values = None if self.pixel_values is None else self.pixel_values.pin_memory()
         return self

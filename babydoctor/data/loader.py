@@ -1,7 +1,7 @@
 """Samples -> the micro-batches of each optimizer step, prepared ahead in worker processes.
 
-The content of a step depends on the configuration and the step number only. So the step number is the data cursor: a
-resumed run asks for step ``n`` and gets what an uninterrupted run got.
+The content of a step depends only on the configuration and the step number. A resumed run asks for step ``n`` and gets
+the same micro-batches as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StepData:
     """(sample id, reason) of samples left out, with data.on_bad=quarantine."""
 
     def pin_memory(self) -> StepData:
-        """Called by torch's data loader. Copies to the GPU then do not block."""
+        """The hook that torch's data loader calls. Copies from pinned memory to the GPU do not block."""
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
@@ -86,7 +86,7 @@ class Encoder:
     def pixels(
         self, batch: Batch, images_dir: str | None, loaded: Mapping[str | bytes, np.ndarray] | None = None
     ) -> torch.Tensor | None:
-        """The pixels of a batch's images, ``[N, 3, S, S]``; those in ``loaded`` are not read again."""
+        """The pixels of a batch's images, ``[N, 3, S, S]``. Images in ``loaded`` are not read again."""
         if not batch.images:
             return None
         loaded = loaded or {}
@@ -123,7 +123,7 @@ class StepSampler:
 
 
 class StepDataset(Dataset[StepData]):
-    """Indexed by optimizer step."""
+    """The steps of a run, indexed by optimizer step."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class StepDataset(Dataset[StepData]):
             try:
                 example = self.encoder.encode(sample)
                 if self.quarantine and sample.image is not None:
-                    # Every rank must agree on what is left out, so each reads all images of the step.
+                    # All ranks must leave out the same samples, so each rank reads all images of the step.
                     loaded[sample.image] = self.encoder.read(sample.image, self.images_dir)
             except UserError as error:
                 if not self.quarantine:
@@ -179,7 +179,7 @@ class StepDataset(Dataset[StepData]):
     def _batches_of_rank(self, batches: list[Batch]) -> list[Batch]:
         """This rank's micro-batches. Every rank has the same number, because their backward passes synchronize.
 
-        If a step has fewer documents than ranks, an empty micro-batch becomes a dummy one without a loss.
+        If a step has fewer documents than ranks, the remaining ranks get a dummy micro-batch without a loss.
         """
         mine = batches[self.rank :: self.num_ranks]
         if self.num_ranks == 1:
@@ -203,7 +203,7 @@ def iterate_steps(dataset: StepDataset, start: int, total: int, num_workers: int
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         worker_init_fn=_ignore_stop_signals,
-        generator=torch.Generator(),  # keeps the loader from drawing from the global generator
+        generator=torch.Generator(),  # the loader must not draw from the global generator
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader
@@ -212,7 +212,7 @@ def iterate_steps(dataset: StepDataset, start: int, total: int, num_workers: int
 def _ignore_stop_signals(worker: int) -> None:
     """Ignore signals that a terminal or Slurm sends to all processes of a job: the trainer handles them.
 
-    It needs its workers until it has saved a checkpoint. torch ends the workers when the trainer exits.
+    The trainer needs its workers until it has saved a checkpoint. torch ends them when the trainer exits.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

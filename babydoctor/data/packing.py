@@ -5,8 +5,8 @@ One optimizer step takes a fixed number of samples. They are packed into as few 
 without padding. The loss is normalized over the whole step, so packing changes speed and memory, never the gradient.
 
 The prefix that all samples of a step share (the system prompt) is in each micro-batch once, and every document attends
-to it. Attention is causal, so the hidden states of the prefix are the same for all documents. The only difference:
-LoRA dropout is drawn once for the prefix, not for each document.
+to it. Attention is causal, so the hidden states of the prefix are the same for all documents. The result is that of
+separate documents, except that LoRA dropout is drawn once for the prefix, not for each document.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MIN_PREFIX = 16
 def plan_bins(lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, shared: int = 0) -> list[list[int]]:
     """Spread documents over bins of at most ``max_tokens`` tokens each.
 
-    The first ``shared`` tokens of all documents are the same and count once in a bin.
+    The first ``shared`` tokens of all documents are the same and count once per bin.
 
-    The longest documents come first, each into the emptiest bin (LPT scheduling), with as few bins as that allows. The
-    number of bins is a multiple of ``num_ranks``; some are empty when there are fewer documents than ranks.
+    Each document, longest first, goes into the emptiest bin (LPT scheduling). The number of bins is the smallest
+    multiple of ``num_ranks`` that works. Some bins are empty if there are fewer documents than ranks.
 
     Returns:
         The indices of the documents in each bin, ascending.
@@ -81,7 +81,7 @@ def common_prefix(examples: Sequence[Example]) -> int:
 
 
 def _sharable(example: Example) -> int:
-    """Number of tokens before the first image and the first token that predicts a target, the last one excluded."""
+    """Number of tokens before the first image and before the first token that predicts a target."""
     excluded = example.image_mask.copy()
     excluded[:-1] |= example.labels[1:] != IGNORE_INDEX
     excluded[-1] = True
@@ -89,7 +89,7 @@ def _sharable(example: Example) -> int:
 
 
 def build_batch(examples: Sequence[Example], prefix_length: int = 0) -> Batch:
-    """Lay whole examples end to end, their common prefix first. Labels are shifted here, inside each document."""
+    """Concatenate whole examples after their common prefix. Labels are shifted here, inside each document."""
     assert all(len(example) > prefix_length for example in examples)
     prefix_length = prefix_length if len(examples) > 1 else 0
 

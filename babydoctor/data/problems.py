@@ -34,7 +34,7 @@ REASONS: dict[str, str] = {
     "burned_in_text": "the image shows what looks like a name, a date or a number; hide it or leave the row out",
     "text_search_failed": "the search for text in the image failed, so the image was not checked",
 }
-"""Every reason why a row can be bad -> its explanation."""
+"""Reason why a row is bad -> its explanation."""
 
 
 @dataclass(frozen=True, slots=True)

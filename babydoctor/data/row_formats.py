@@ -1,13 +1,13 @@
-"""Read the layouts of rows: each becomes turns, an image and a system prompt.
+"""Read rows of several layouts as turns, an image and a system prompt.
 
-These layouts are read, LLaVA's own and those of other trainers::
+The layouts are LLaVA's own and those of other trainers::
 
     LLaVA      {"id", "image", "conversations": [{"from": "human" | "gpt", "value": text}]}
     ShareGPT   {"conversations": [...], "system": text, "images": [reference]}
     OpenAI     {"messages": [{"role": "user" | "assistant" | "system", "content": text or parts}], "images": [...]}
 
 A row with content that a sample cannot hold (a second image, a video, a tool call, a weight on a turn) is bad, and the
-error names the key. Only keys in ``METADATA`` and keys that begin with ``_`` are ignored.
+error names the key. Only keys in ``METADATA`` and keys that start with ``_`` are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METADATA = frozenset(
         *("created", "date", "timestamp"),
     )
 )
-"""Keys of a row that describe it and are not part of the conversation."""
+"""Keys of a row that describe the row and are not part of the conversation."""
 
 _CONVERSATIONS = ("conversations", "conversatons", "messages")  # LLaVA-Med's files have the second spelling
 _READ_KEYS = frozenset((*_CONVERSATIONS, "image", "images", "system"))
@@ -146,7 +146,7 @@ def _images_of_row(row: Mapping[str, Any]) -> list[str | bytes]:
 
 
 def _image(value: Any, where: str) -> str | bytes:
-    """An image's reference or bytes, from a file name, the form in which ``datasets`` stores images, or a data URL."""
+    """The reference or bytes of an image, given as a file name, as ``datasets`` stores images, or as a data URL."""
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and value.startswith("data:"):

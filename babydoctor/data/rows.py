@@ -1,7 +1,7 @@
 """Rows of data -> checked samples.
 
-Every row becomes one ``Sample`` or one ``Problem`` with a reason. No row is changed in silence, and none is replaced
-by another. Loading checks what is cheap: the layout, and that the image file exists. Images are decoded later, by the
+Every row becomes one ``Sample`` or one ``Problem`` with a reason. No row is silently changed or replaced by another.
+Loading makes the cheap checks only: the layout, and whether the image file exists. Images are decoded later, by the
 data loader's workers or by ``babydoctor data check``.
 """
 
@@ -28,7 +28,7 @@ from babydoctor.schema import IMAGE_TOKEN, Sample, Turn, UserError
 logger = logging.getLogger(__name__)
 
 _NUM_SPOT_CHECKS = 1000
-"""Image files of converted rows to look for at the start; the others are looked for when they are read."""
+"""Number of image files of converted rows that are checked at the start. The others are checked when they are read."""
 
 
 def parse_row(row: Any, source: str) -> Sample:
@@ -76,7 +76,7 @@ def _check_image_tokens(turns: Sequence[Turn], *, has_image: bool) -> None:
 
 
 def check_rows(rows: Iterable[tuple[str, Any]], images: str | Path | None) -> Iterator[Sample | Problem]:
-    """Yield each row as a sample, or as the reason why it is none: layout, duplicates, missing image file.
+    """Yield each row as a sample or a problem: a bad layout, a duplicate, a missing image file.
 
     An id may repeat: LLaVA-Instruct names rows by their COCO image and asks about one image in several rows. Only a
     row that repeats as a whole is a duplicate.
@@ -89,7 +89,7 @@ def check_rows(rows: Iterable[tuple[str, Any]], images: str | Path | None) -> It
 
 @dataclass(frozen=True, slots=True)
 class CheckedRow:
-    """A row on its own. ``digest`` is empty and ``sample`` None where the layout is bad."""
+    """One row, checked by itself. If the layout is bad, ``digest`` is empty and ``sample`` is None."""
 
     sample: Sample | None
     problem: Problem | None
@@ -112,13 +112,13 @@ def check_row(source: str, row: Any, folder: ImageFolder) -> CheckedRow:
 
 
 class Duplicates:
-    """Finds rows that repeat an earlier row as a whole. Holds some 300 bytes for each row."""
+    """Finds rows that equal an earlier row. Memory: about 300 bytes per row."""
 
     def __init__(self) -> None:
         self._sources: dict[bytes, str] = {}
 
     def check(self, row: CheckedRow) -> Sample | Problem:
-        """The sample, or what is wrong with it. Rows must come in their order."""
+        """The sample, or the problem with it. Rows must be passed in order."""
         if row.sample is None:
             assert row.problem is not None
             return row.problem
@@ -130,7 +130,7 @@ class Duplicates:
 
 
 def load_rows(sources: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
-    """The raw rows of one or several sources, in order, each with its place."""
+    """The raw rows of one or several sources, in order, each with its location."""
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
         yield from iter_rows(source)
 
@@ -143,8 +143,8 @@ def load_dataset_rows(
 ) -> Sequence[Sample]:
     """Every good row of the sources, in order: a list, or a view of the converted form, which stays on disk.
 
-    ``on_bad="refuse"``: bad rows raise a ``UserError`` that counts them by reason. ``"quarantine"``: they are counted
-    in a warning, listed in ``bad_path`` (JSON lines) where it is given, and left out; nothing takes their place.
+    ``on_bad="refuse"``: bad rows raise a ``UserError`` that counts them by reason. ``"quarantine"``: they are left out,
+    counted in a warning, and listed in ``bad_path`` (JSON lines) if it is given.
     """
     if on_bad not in ("refuse", "quarantine"):
         raise UserError(f"data.on_bad={on_bad!r}: must be refuse or quarantine")
@@ -168,7 +168,7 @@ def load_dataset_rows(
 def _open_converted_rows(
     folders: Sequence[str | Path], images: str | Path | None, on_bad: str, bad_path: Path | None
 ) -> ConvertedRows:
-    """Rows that were checked when they were converted. Only a spread of the image files is looked for again."""
+    """Rows that were checked when they were converted. Only an even sample of their image files is checked again."""
     samples = ConvertedRows(folders)
     folder = ImageFolder(images)
     if samples.num_left_out:
@@ -210,7 +210,7 @@ def _digest(sample: Sample) -> bytes:
     hasher = hashlib.sha256()
     image = sample.image if isinstance(sample.image, bytes) else (sample.image or "").encode("utf-8", "surrogatepass")
     if image.startswith(EMBEDDED.encode()):
-        image = EMBEDDED.encode()  # the row's number would make every row look different
+        image = EMBEDDED.encode()  # the row's number would make every row different
     for part in (sample.id.encode("utf-8", "surrogatepass"), image, *_turn_bytes(sample)):
         hasher.update(len(part).to_bytes(8, "little") + part)
     return hasher.digest()[:16]
@@ -226,8 +226,8 @@ def _turn_bytes(sample: Sample) -> Iterator[bytes]:
 def fingerprint(samples: Iterable[Sample]) -> str:
     """SHA-256 over ids, text and image references (or embedded bytes) in order, as 64 hex digits.
 
-    Tells whether training continues with the same rows. The files behind the references are not read, and a row
-    without an id counts without one, so rows and images may be moved.
+    A resumed run compares it to make sure that the rows are the same. Image files are not read, and a row without an
+    id is hashed without one, so files of rows and images may be moved.
     """
     if isinstance(samples, ConvertedRows):
         return samples.fingerprint
@@ -238,5 +238,5 @@ def fingerprint(samples: Iterable[Sample]) -> str:
 
 
 def digest_content(sample: Sample) -> bytes:
-    """16 bytes that tell a sample's content. A row without an id counts without one, wherever it is."""
+    """16 bytes that identify a sample's content. The location of a row without an id does not count."""
     return _digest(replace(sample, id="") if sample.id == sample.source else sample)

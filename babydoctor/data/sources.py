@@ -22,7 +22,7 @@ from babydoctor.hub import describe
 from babydoctor.schema import UserError
 
 SOURCES_FILE = "sources.json"
-"""File beside prepared rows that names the published sources they were made from, each with its version."""
+"""File in a folder of prepared rows that lists their published sources, each with its version."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+(:[\w.\-]+)?")
 _URL = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
@@ -72,7 +72,7 @@ def iter_sources(
     """The rows of several sources as one stream.
 
     Args:
-        update: takes description, done and total, as ``progress.named_progress`` gives it.
+        update: takes description, done and total, as from ``progress.named_progress``.
         doing: first word of the description, for example ``converting``.
     """
     for source in sources:
@@ -108,7 +108,7 @@ def _open(name: str) -> Iterator[tuple[BinaryIO, int]]:
     try:
         file_system, path = fsspec.core.url_to_fs(name)
         size, file = file_system.size(path) or 0, file_system.open(path, "rb")
-    except Exception as error:  # every file system has its own errors; a missing package is an ImportError
+    except Exception as error:  # each file system raises its own errors; a missing package raises ImportError
         raise UserError(f"{name}: cannot be opened ({describe(error)}); check the URL and your access to it") from error
     with file:
         yield file, size
@@ -153,7 +153,7 @@ def published_versions(sources: Iterable[str | Path]) -> dict[str, str]:
 
 
 def _hub_commit(source: str) -> dict[str, str]:
-    """The hub commit that a data set was loaded from, taken from the addresses that ``datasets`` records."""
+    """The hub commit that a data set was loaded from, taken from the URLs that ``datasets`` records."""
     for address in open_dataset(source).info.download_checksums or {}:
         if match := re.match(r"hf://(datasets/[^@]+)@([0-9a-f]{40})/", address):
             return {match[1]: match[2]}

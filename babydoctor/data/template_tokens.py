@@ -1,7 +1,7 @@
 """Check that a tokenizer holds the control tokens of a conversation template.
 
-A marker that is no token of the tokenizer is encoded as plain text. Training would then supervise these characters and
-never the token with which the model ends an answer.
+A marker that is not a token of the tokenizer is encoded as plain text. Training would then supervise these characters
+and never the token that ends an answer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RETRAIN = "train it again with data.template={template}"
-"""Fix for a run that was trained with a template that its tokenizer has no tokens for."""
+"""Fix for a run whose tokenizer lacks the tokens of the template that it was trained with."""
 
 
 def end_token_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens with which the template ends an answer. Tokens that the tokenizer lacks are left out."""
+    """Ids of the tokens that end an answer in the template. Tokens that the tokenizer lacks are left out."""
     backend = tokenizer.backend_tokenizer
     ids = (backend.token_to_id(token) for token in template.end_tokens)
     return frozenset(token_id for token_id in ids if token_id is not None)
@@ -32,7 +32,7 @@ def check_template(
     """Check that the tokenizer has the template's control tokens.
 
     Args:
-        source: directory or hub id of the tokenizer, for the message.
+        source: directory or hub id of the tokenizer, for the error.
         fix: what the user can do; ``{template}`` stands for the template that fits.
 
     Raises:
@@ -63,7 +63,7 @@ def _fault(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None
 
 
 def _is_token(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if this text of a template becomes the token of that name, also between other text."""
+    """True if this text of a template is encoded as the token of that name, also between other text."""
     token_id = tokenizer.backend_tokenizer.token_to_id(text)
     if token_id is None:
         return False

@@ -1,10 +1,10 @@
-"""A tokenizer that keeps control tokens and people's text apart.
+"""A tokenizer that separates control tokens from users' text.
 
-Tokenizers turn the characters ``</s>`` into the end-of-sequence token wherever they occur. In a user's question or a
-reference answer they are just characters: read as a token they would end the answer or begin a turn that nobody
-took. Encoding the parts separately would avoid that, but gives other ids where the parts meet. So the text is
-encoded as a whole, by a copy of the tokenizer whose control tokens have secret names: only the template's text is
-rewritten to these names, and nothing that people write can match them.
+Tokenizers encode the characters ``</s>`` as the end-of-sequence token wherever they occur. In a user's question or a
+reference answer they must stay characters: as a token they would end the answer or start a forged turn. Encoding the
+parts separately would avoid that, but gives other ids where the parts meet. So the text is encoded as a whole by a
+copy of the tokenizer whose control tokens have secret names. Only the template's text is rewritten to these names,
+and nothing that users write can match them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def encode_text(run: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> t
 
 @functools.lru_cache(maxsize=8)
 def _text_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int) -> TextTokenizer:
-    """One copy for each tokenizer; ``size`` is in the key because tokens may be added later."""
+    """One cached copy per tokenizer. ``size`` is in the key because tokens may be added later."""
     return TextTokenizer(tokenizer)
 
 
@@ -55,14 +55,14 @@ class TextTokenizer:
         for added in parts["added_tokens"]:
             content = added["content"]
             if added["special"] or content in tokenizer.all_special_tokens or is_template_marker(content):
-                # Private-use characters, which no normalizer touches and no vocabulary splits words at.
+                # Private-use characters: no normalizer changes them, and no vocabulary splits words at them.
                 self._secret[content] = f"\U000f0000{nonce}{added['id']}\U000f0001"
                 added.update(content=self._secret[content], special=True, normalized=False)
         _rename(parts["model"], self._secret)
         parts.update(truncation=None, padding=None, post_processor=None, decoder=None)
         self._tokenizer = Tokenizer.from_str(json.dumps(parts))
         self._control = re.compile("|".join(re.escape(name) for name in sorted(self._secret, key=len, reverse=True)))
-        # Added tokens may get other ids in the copy when the original's leave gaps.
+        # Added tokens may get other ids in the copy if the ids of the original have gaps.
         pairs = [(self._tokenizer.token_to_id(added["content"]), added["id"]) for added in parts["added_tokens"]]
         self._original_id = {copied: original for copied, original in pairs if copied != original}
 
@@ -83,7 +83,7 @@ class TextTokenizer:
 
 
 def _rename(model: dict[str, Any], secret: dict[str, str]) -> None:
-    """Give vocabulary entries their secret names, so that merging characters cannot produce them either."""
+    """Rename the control tokens in the vocabulary, too, so that merging characters cannot produce them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):  # BPE, WordPiece, WordLevel
         model["vocab"] = {secret.get(piece, piece): token_id for piece, token_id in vocabulary.items()}

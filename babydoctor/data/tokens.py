@@ -1,7 +1,7 @@
 """Segments -> token ids, labels and image mask. The only place that tokenizes.
 
-Text between two images is tokenized as a whole: piece by piece, SentencePiece vocabularies give other ids where the
-pieces meet. A token is supervised when its last character is in a supervised segment.
+Text between two images is tokenized as a whole, because SentencePiece vocabularies give other ids at the borders of
+separately encoded pieces. A token is supervised if its last character is in a supervised segment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_SUPERVISED = 16
 """Truncation leaves at least this many tokens of the first reply (or all of it, where it is shorter)."""
 
 CUE_TOKENS = 8
-"""Truncation leaves this many tokens before the first reply: the template's cue that it is the model's turn."""
+"""Truncation leaves this many tokens before the first reply: the template's marker of the model's turn."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -58,10 +58,10 @@ def encode(
     id: str = "",
     images: Sequence[str | bytes] = (),
 ) -> Example:
-    """Encode one conversation; each image takes ``num_patches`` positions, so the length is final.
+    """Encode one conversation. Each image takes ``num_patches`` tokens, so the length is final.
 
     Args:
-        max_length: longest example in positions. The rest is cut from the text, see ``truncate``.
+        max_length: longest example in tokens. Longer ones lose text, see ``truncate``.
 
     Raises:
         UserError: more or fewer images than image segments, or the images alone do not fit.
@@ -89,10 +89,10 @@ def encode(
 
 
 def truncate(example: Example, max_length: int) -> Example:
-    """Cut text until the example has ``max_length`` positions. Image slots always stay.
+    """Cut text until the example has ``max_length`` tokens. Image slots always stay.
 
-    Text goes in this order: from the end of the conversation backwards, until only the beginning of the first
-    reply is left; then the question, from its end backwards; then the system prompt.
+    Text is cut in this order: from the end of the conversation backwards, until only the start of the first reply is
+    left; then the question, from its end backwards; then the system prompt.
 
     Raises:
         UserError: the images and a supervised token do not fit into ``max_length``.
@@ -113,8 +113,8 @@ def truncate(example: Example, max_length: int) -> Example:
     order = order[is_text[order]]
     if num_cut > len(order):
         raise UserError(
-            f"sample {example.id!r} cannot be cut to {max_length} positions: {int(example.image_mask.sum())} of its "
-            f"{len(example)} positions are image slots, which stay; raise data.max_length"
+            f"sample {example.id!r} cannot be cut to {max_length} tokens: {int(example.image_mask.sum())} of its "
+            f"{len(example)} tokens are image slots, which stay; raise data.max_length"
         )
     keep = np.ones(len(example), dtype=bool)
     keep[order[:num_cut]] = False

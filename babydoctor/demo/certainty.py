@@ -1,7 +1,7 @@
 """The demo's last measurements: whether "Where it looked" points at the finding, whether the model notices unfamiliar
 images, and whether its confidence is calibrated.
 
-They take some seconds and leave their figures in the run's manifest, where serving and the web UI find them.
+They take some seconds and write their figures into the run's manifest, where serving and the web UI find them.
 """
 
 from __future__ import annotations

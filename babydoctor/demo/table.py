@@ -195,14 +195,18 @@ def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str
     lines = markdown_table(HEAD, table_rows(stages))
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
-        "phantoms, whole answers only. Chance is the best constant answer to each kind of question. In a blank image, "
-        "a model may rightly see no abnormality, which is no answer to a question about side or level."
+        "phantoms. An answer is right only if all of it is right. Chance is the accuracy of the best constant answer "
+        "to each kind of question. On blank images a model can fall below chance: it may correctly see no abnormality, "
+        "which is a wrong answer to a question about side or level."
     )
     parts = ["\n".join([*lines, "", note])]
     if robustness is not None:
         count = sum(group["num_questions"] for group in robustness["groups"].values())
         parts += ["\n".join(markdown_table(ROBUSTNESS_HEAD, robustness_rows(robustness)))]
-        parts += [f"Percent correct of {count:,} questions in other wordings, at other image sizes and with sampling."]
+        parts += [
+            f"Percent correct of {count:,} questions in other wordings, at other image sizes and with sampling. A "
+            "correct answer says what was asked, and all of it is true."
+        ]
     return "\n\n".join(parts)
 
 

@@ -63,7 +63,7 @@ def load_images(cases: Sequence[Case], folder: Path) -> np.ndarray:
 def caption_pieces(case: Case) -> list[str | None]:
     """A case's whole caption and four pieces of it: modality, finding, side, level. None if a piece does not apply.
 
-    Each piece is a positive of its own, because captions on the web describe different aspects of an image. Pieces are
+    Each piece is a separate positive, because captions on the web describe different aspects of an image. Pieces are
     contrasted with pieces of the same kind only, so the easiest one (the modality) does not dominate.
     """
     whole = caption(case)

@@ -28,18 +28,21 @@ def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
     is_asked = settings.weights == "int8"
     reason = _why_no_operator(model, settings)
     if is_asked and reason:
-        raise UserError(f"engine.weights=int8 is not possible: {reason}. Remove it")
+        raise UserError(f"engine.weights=int8 is not possible: {reason}. Change that, or remove engine.weights")
     return not reason
 
 
 def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
-    """Why the operator cannot run a model or may not; empty if it can."""
+    """The reason not to use the operator for a model; empty if it can be used."""
     if settings.pack_weights is False and settings.weights is None:
         return "engine.pack_weights=false"
     if settings.kv_dtype not in (None, "bfloat16"):
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
     if not fits(model):
-        return "it takes a LLaMA with plain bfloat16 weights (no LoRA, no 4-bit layers) on a CPU"
+        return (
+            "it takes a LLaMA with plain bfloat16 weights on a CPU, which `babydoctor merge RUN --out DIR --dtype "
+            "bfloat16` writes for a run with a LoRA or 4-bit layers"
+        )
     if not has_room_for_copy(model.parameters()):
         return "a second copy of the weights takes too much of this machine's memory"
     if not operator_works():
@@ -53,7 +56,7 @@ def build_decoder(
     """Build the fastest decoder for the KV cache's device.
 
     Args:
-        on_cpu_operator: what ``uses_cpu_operator`` says.
+        on_cpu_operator: the result of ``uses_cpu_operator``.
 
     Raises:
         UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.

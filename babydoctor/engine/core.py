@@ -149,10 +149,15 @@ class EngineCore:
         self._take_logits(batch, logits)
 
     def _publish(self) -> None:
-        """Publish the events of the last step."""
+        """Publish the events of the last step. Readers of several requests are woken up once for all of them."""
         events, self._unpublished = self._unpublished, []
-        for handle, event in events:
-            handle.publish(event)
+        for after_step in {handle.publish(event) for handle, event in events} - {None}:
+            assert after_step is not None
+            try:
+                after_step()
+            except Exception:
+                # An error in a listener must not stop the engine.
+                logger.exception("the listener of some requests failed")
         if self.num_ending:
             with self.changed:
                 self.num_ending = 0
@@ -190,7 +195,7 @@ class EngineCore:
     def _admit(self) -> None:
         """Give slots to waiting requests, but only to as many as this step has rows for.
 
-        Encoding an image takes as long as a step, so admitting a request early would delay running answers for nothing.
+        Encoding an image takes as long as a step, so admitting a request early would only delay running answers.
         """
         while has_room(self._running, self._rows_per_step):
             with self.changed:

@@ -33,7 +33,7 @@ class StepWork:
 def plan_batch(running: Iterable[Sequence], max_rows: int) -> StepWork:
     """Take all decoding sequences, and fill the remaining rows with pieces of prompts in order of arrival.
 
-    At least one row goes to a prompt, so prompts make progress even beside ``max_rows`` decoding sequences.
+    At least one row goes to a prompt, so prompts make progress even if ``max_rows`` sequences are decoding.
     """
     running = list(running)
     decoding = sorted((sequence for sequence in running if sequence.decoding), key=lambda sequence: sequence.slot)

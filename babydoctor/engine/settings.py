@@ -45,7 +45,7 @@ class EngineSettings:
         num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so an
             ``on_start`` must set it, as the command line's does.
         weights: ``int8`` rounds the weights to eight bits with a scale per output (CPU), and each row of a product's
-            input as well. A step then reads half of the bytes of bfloat16. By default the weights stay as they are.
+            input as well. A step then reads half of the bytes of bfloat16. By default they stay unchanged.
         pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
             allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.

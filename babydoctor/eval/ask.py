@@ -56,7 +56,7 @@ class GenerationConfig:
         return self.max_new_tokens or (MAX_NEW_TOKENS_CAPTION if question.kind == "caption" else MAX_NEW_TOKENS_VQA)
 
     def seed_of(self, question: Question) -> int:
-        """By the question's id and not its position, so a resumed evaluation draws the same answers."""
+        """Seed from the question's id, not its position, so that a resumed evaluation draws the same answers."""
         return self.seed + zlib.crc32(question.id.encode())
 
 

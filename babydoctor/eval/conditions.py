@@ -51,7 +51,7 @@ def condition_label(condition: str, num_images: int) -> str:
 
 
 def shuffle_images(image_keys: Sequence[str], seed: int) -> dict[str, str]:
-    """Map every image to another one: a random cycle through all images (Sattolo), so no image keeps its place.
+    """Map every image to another one: a random cycle through all images (Sattolo), so no image is mapped to itself.
 
     Raises:
         UserError: there are fewer than two images.

@@ -27,8 +27,8 @@ from babydoctor.schema import UserError
 KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT_S = 300.0
 RETRIES = 8
-"""Of a request that the server could not take: connection lost, 408, 409, 429 or 5xx. The waits grow to 8 seconds, or
-are the server's ``Retry-After``."""
+"""Retries of a request that the server could not take: connection lost, 408, 409, 429 or 5xx. The waits grow to 8
+seconds, or are the server's ``Retry-After``."""
 
 
 @dataclass(frozen=True, slots=True)

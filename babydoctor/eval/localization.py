@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from babydoctor.eval.intervals import NUM_RESAMPLES, draw_weights
+from babydoctor.eval.metrics import auroc
 from babydoctor.files import write_json
 from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
@@ -105,11 +106,7 @@ def pixel_auc(drops: np.ndarray, mask: np.ndarray) -> float:
     size = mask.shape[0]
     index = np.arange(size) * drops.shape[0] // size
     values = drops[np.ix_(index, index)]
-    levels, inverse = np.unique(values, return_inverse=True)
-    inside = np.bincount(inverse.ravel(), weights=mask.ravel(), minlength=len(levels))
-    outside = np.bincount(inverse.ravel(), weights=~mask.ravel(), minlength=len(levels))
-    below = np.concatenate([[0], np.cumsum(outside)[:-1]])
-    return float((inside * (below + outside / 2)).sum() / (inside.sum() * outside.sum()))
+    return auroc(values[~mask], values[mask])
 
 
 def summarize(results: Sequence[CaseResult], fill: Fill) -> dict[str, Any]:
@@ -143,6 +140,7 @@ def evaluate_localization(
     *,
     num_cases: int,
     fill: Fill = FILL,
+    device: str = "cpu",
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Measure, write ``localization.json`` to ``out``, and record figures of the usual fill in the run's manifest."""
@@ -150,7 +148,7 @@ def evaluate_localization(
 
     cases = cases_with_finding(phantoms, num_cases)
     results = []
-    for number, result in enumerate(localize(load_run(run_directory), phantoms, cases, fill), start=1):
+    for number, result in enumerate(localize(load_run(run_directory, device=device), phantoms, cases, fill), start=1):
         results.append(result)
         progress(number, len(cases))
     summary = summarize(results, fill)

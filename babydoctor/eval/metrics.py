@@ -231,6 +231,17 @@ def expected_calibration_error(
     return sum(entry["count"] * abs(entry["confidence"] - entry["accuracy"]) for entry in bins) / total
 
 
+def auroc(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive is larger than a negative; ties count as half.
+
+    Args:
+        negatives, positives: ``[N]`` and ``[P]``, neither empty.
+    """
+    ordered = np.sort(negatives)
+    below = np.searchsorted(ordered, positives, "left") + np.searchsorted(ordered, positives, "right")
+    return float(below.mean() / 2 / len(negatives))
+
+
 def abstention_curve(confidences: Sequence[float], correct: Sequence[float]) -> list[dict[str, float | int]]:
     """Accuracy of the remaining answers when the least confident k% are withheld, for k = 0, 5, ... 95.
 

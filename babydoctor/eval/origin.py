@@ -1,4 +1,4 @@
-"""Which evaluation a folder holds: recorded in ``evaluation.json``, and told in ``metrics.json``."""
+"""The identity of the evaluation in a folder, recorded in ``evaluation.json`` and repeated in ``metrics.json``."""
 
 from __future__ import annotations
 

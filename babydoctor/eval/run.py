@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from babydoctor.eval.score import score_answers, score_baselines, score_chance, 
 from babydoctor.eval.tasks import Question, Task
 from babydoctor.files import write_json
 from babydoctor.inference import Inference
+from babydoctor.model.run_dir import load_run
+from babydoctor.plan.hardware import choose_device
 from babydoctor.ranks import SharedWork
 from babydoctor.schema import UserError
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from babydoctor.model.babydoctor import BabyDoctor
-    from babydoctor.model.run_dir import Manifest, Run
+    from babydoctor.model.run_dir import Manifest
 
 OnAnswer = Callable[[str, int, int], None]
 """Called after each answer with the image condition's label, the number of answers so far and the total."""
@@ -128,7 +131,7 @@ def evaluate(
     origin = claim(out, task, task_config, config, run, predictions, endpoint)
     started = time.monotonic()
     if run is not None:
-        answers = _ask_run(out, task, config, run, device, progress, engine, ranks)
+        answers = _ask_run(_RunQuestions(out, task, config, run, device, engine, ranks), progress)
     elif endpoint is not None:
         answers = _ask_server(out, task, config, endpoint, progress)
     else:
@@ -165,62 +168,67 @@ def answer_share(
     if not (out / "evaluation.json").is_file():
         raise UserError(f"--out {out}: rank 0's evaluation.json is not here; use a disk that all machines share")
     task = load_task(task_config)
-    _answer(out, task, config, run, device, None, engine, ranks)
+    _answer(_RunQuestions(out, task, config, run, device, engine, ranks))
     ranks.wait()
 
 
-def _ask_run(
-    out: Path,
-    task: Task,
-    config: EvalConfig,
-    run: Path,
-    device: str | None,
-    progress: OnAnswer | None,
-    engine: Mapping[str, Any] | None,
-    ranks: SharedWork,
-) -> dict[str, list[Prediction]]:
+@dataclass(frozen=True, slots=True)
+class _RunQuestions:
+    """The questions of an evaluation and the run that answers them."""
+
+    out: Path
+    task: Task
+    config: EvalConfig
+    run: Path
+    device: str | None
+    engine: Mapping[str, Any] | None
+    ranks: SharedWork
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return _usable(self.task, self.config)
+
+    def answers_file(self, condition: str) -> Path:
+        """The answers of all ranks."""
+        return self.out / f"predictions-{condition}.jsonl"
+
+    def merge(self) -> None:
+        for condition in self.conditions:
+            merge_parts(self.out, condition, self.task.questions)
+
+
+def _ask_run(asked: _RunQuestions, progress: OnAnswer | None) -> dict[str, list[Prediction]]:
     """The answers of all ranks, on rank 0."""
-    conditions = _usable(task, config)
-    for condition in conditions:
-        merge_parts(out, condition, task.questions)  # of ranks that were interrupted
-        unanswered(out / f"predictions-{condition}.jsonl", task.questions)  # repairs the file before others read it
-    ranks.wait()
-    _answer(out, task, config, run, device, progress, engine, ranks)
-    ranks.wait()
-    for condition in conditions:
-        merge_parts(out, condition, task.questions)
-    return {
-        condition: match_predictions(out / f"predictions-{condition}.jsonl", task.questions) for condition in conditions
-    }
+    asked.merge()  # parts of ranks that were interrupted
+    questions = asked.task.questions
+    for condition in asked.conditions:
+        unanswered(asked.answers_file(condition), questions)  # repairs the file before others read it
+    asked.ranks.wait()
+    _answer(asked, progress)
+    asked.ranks.wait()
+    asked.merge()
+    return {condition: match_predictions(asked.answers_file(condition), questions) for condition in asked.conditions}
 
 
-def _answer(
-    out: Path,
-    task: Task,
-    config: EvalConfig,
-    run: Path,
-    device: str | None,
-    progress: OnAnswer | None,
-    engine: Mapping[str, Any] | None,
-    ranks: SharedWork,
-) -> None:
+def _answer(asked: _RunQuestions, progress: OnAnswer | None = None) -> None:
     """Write this rank's share of the answers that are not there yet."""
-    conditions = _usable(task, config)
+    config, ranks, total = asked.config, asked.ranks, len(asked.task.questions)
     left = {
-        condition: ranks.share(unanswered(out / f"predictions-{condition}.jsonl", task.questions))
-        for condition in conditions
+        condition: ranks.share(unanswered(asked.answers_file(condition), asked.task.questions))
+        for condition in asked.conditions
     }
     if not any(left.values()):
         return
-    loaded = _load(run, device)
-    questions = [question for condition in conditions for question in left[condition]]
+    device = asked.device or choose_device("auto")
+    loaded = load_run(asked.run, device=device)
+    questions = [question for given in left.values() for question in given]
     parts = (loaded.model, loaded.tokenizer, loaded.manifest)
-    with build_inference(*parts, questions, config.generation, engine) as inference:
-        for condition in conditions:
-            images = _images(task, condition, inference, config)
-            predictions = ask(inference, left[condition], images, config.generation)
-            total = len(task.questions) if ranks.size == 1 else len(left[condition])
-            _keep(predictions_file(out, condition, ranks), predictions, condition, left[condition], total, progress)
+    with build_inference(*parts, questions, config.generation, asked.engine) as inference:
+        for condition, given in left.items():
+            images = _images(asked.task, condition, inference, config)
+            predictions = ask(inference, given, images, config.generation)
+            file = predictions_file(asked.out, condition, ranks)
+            _keep(file, predictions, condition, given, total if ranks.size == 1 else len(given), progress)
 
 
 def _ask_server(
@@ -245,19 +253,11 @@ def _keep(
     total: int,
     progress: OnAnswer | None,
 ) -> None:
-    """Write predictions as they come. ``total``: those that were written before count too."""
+    """Write predictions as they arrive. ``total`` includes those that were written before."""
     label = condition_label(condition, sum(question.image is not None for question in left))
     for number, _ in enumerate(append_predictions(file, predictions), start=total - len(left) + 1):
         if progress is not None:
             progress(label, number, total)
-
-
-def _load(run: Path, device: str | None) -> Run:
-    import torch
-
-    from babydoctor.model.run_dir import load_run
-
-    return load_run(run, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _usable(task: Task, config: EvalConfig) -> tuple[str, ...]:

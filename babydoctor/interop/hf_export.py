@@ -116,11 +116,9 @@ def write_config(run: PlainRun, out: Path, image_token_id: int, vocab_size: int,
         "vision_config": vision,
     }
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    tokenizer, ends = run.tokenizer, run.end_token_ids
     generation = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": tokenizer.pad_token_id,
+        **run.generation_tokens,
+        "pad_token_id": run.tokenizer.pad_token_id,
         "suppress_tokens": [image_token_id],
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

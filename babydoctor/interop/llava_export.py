@@ -109,8 +109,8 @@ def _model_type(run: PlainRun) -> str:
 def _write_tower(run: PlainRun, out: Path) -> None:
     """The tower as transformers 4 writes it. The original loads it from there, and not from the shards.
 
-    Transformers 5 saves weights without ``vision_model.``. The original's transformers would not find those, and would
-    go on with random ones.
+    Transformers 5 saves weights without ``vision_model.``. The original's transformers would not find these names and
+    would continue with random weights.
     """
     tower = ShardWriter(out)
     for name, weight in run.tower_weights():
@@ -152,10 +152,7 @@ def _write_config(run: PlainRun, out: Path, dtype: torch.dtype, model_type: str)
         config["rope_theta"] = rope.get("rope_theta", 10000.0)
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = run.tokenizer
-    ends = run.end_token_ids
-    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(run.generation_tokens, indent=2) + "\n")
 
 
 def _write_tokenizer(run: PlainRun, out: Path) -> None:

@@ -65,6 +65,12 @@ class PlainRun:
         return list(dict.fromkeys([*ids, *(base if isinstance(base, list) else [base])]))
 
     @property
+    def generation_tokens(self) -> dict[str, Any]:
+        """``generation_config.json``'s keys of the tokens that begin a text and end an answer."""
+        ends = self.end_token_ids
+        return {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+
+    @property
     def num_patches(self) -> int:
         return num_patches(self.vision_config)
 

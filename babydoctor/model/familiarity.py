@@ -29,7 +29,7 @@ FILE_NAME = "familiarity.safetensors"
 NEIGHBORS = 5
 
 SMALLEST_SCALE = 1e-6
-"""A feature that is constant over the training images must not divide by zero."""
+"""Smallest scale, so that a feature that is constant over the training images does not divide by zero."""
 
 _NAMES = {"mean", "scale", "references", "threshold"}
 

@@ -82,7 +82,7 @@ SIGLIP_SO400M = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-TOWERS: dict[str, dict[str, Any]] = {
+VISION_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": CLIP_L,
     "openai/clip-vit-large-patch14-336": {**CLIP_L, "image_size": 336},
     "google/siglip-so400m-patch14-224": {**SIGLIP_SO400M, "image_size": 224},

@@ -56,7 +56,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, eq=False)
 class OcclusionTask:
-    """What a map is computed of.
+    """The input of a map.
 
     Attributes:
         input_ids: int64 ``[T + P]``, the prompt; image slots hold any id.
@@ -110,7 +110,7 @@ class HiddenWindow:
 
 
 class OcclusionMap:
-    """Computes one map, batch by batch, so that other work can run in between and it can be given up.
+    """Computes one map, batch by batch, so that other work can run in between and the map can be canceled.
 
     Args:
         model: in evaluation mode.
@@ -192,7 +192,7 @@ class OcclusionMap:
         return len(self.drops)
 
     def _mean(self, windows: list[HiddenWindow]) -> np.ndarray:
-        """Mean drop of the windows that cover each cell, ``[A, cells, cells]``; not a number where none does."""
+        """Mean drop of the windows that cover each cell, ``[A, cells, cells]``; NaN where none does."""
         total = np.zeros((len(self.task.answer_ids), self.num_cells, self.num_cells), np.float32)
         count = np.zeros((self.num_cells, self.num_cells), np.float32)
         for window in windows:

@@ -62,7 +62,7 @@ LAY_ANSWERS: dict[str, str] = {
     "side": "It is on the patient's {} side.",
     "level": "It lies {} of the chest.",
 }
-"""One form for each kind: a second one would be a coin toss at the token that tells the kind."""
+"""One form for each kind. With two, the model could only guess at the first token in which they differ."""
 
 REPORT_QUESTION = f"The following image is a radiology scan. Deeply analyze and diagnose this image.\n{IMAGE_TOKEN}"
 """The question of every roco-instruct row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from babydoctor.cores import num_cores
 from babydoctor.schema import UserError
 
 ASSUMED_UTILIZATION = 0.5
@@ -71,9 +72,8 @@ def find_hardware(name: str) -> Hardware:
 
 def this_cpu() -> Hardware:
     """This machine's CPU with all of the machine's memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware("cpu", memory, cores * CPU_FLOPS_PER_S_PER_CORE, CPU_BYTES_PER_S, is_cuda=False)
+    return Hardware("cpu", memory, num_cores() * CPU_FLOPS_PER_S_PER_CORE, CPU_BYTES_PER_S, is_cuda=False)
 
 
 def this_device(device: str) -> Hardware:

@@ -36,7 +36,7 @@ LINEAR_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes beside weights and optimizer state at one moment of a step."""
+    """Bytes at one moment of a step, without weights and optimizer state."""
 
     activations: float
     """Kept for the backward pass."""

@@ -13,7 +13,7 @@ import torch
 
 from babydoctor.config import RunConfig
 from babydoctor.model.families import build_tower, load_language_config, load_vision_config
-from babydoctor.model.known_sizes import LANGUAGE_MODELS, TOWERS
+from babydoctor.model.known_sizes import LANGUAGE_MODELS, VISION_TOWERS
 from babydoctor.model.language_model import build_language_model, is_decoder_linear
 from babydoctor.model.lora import add_lora
 from babydoctor.model.run_dir import read_manifest, resolve
@@ -131,8 +131,8 @@ def _language_config(reference: str) -> Any:
 def _vision_config(reference: str) -> Any:
     from transformers import AutoConfig
 
-    if not Path(reference).is_dir() and reference in TOWERS:
-        return AutoConfig.for_model(**{"model_type": "clip_vision_model", **TOWERS[reference]})
+    if not Path(reference).is_dir() and reference in VISION_TOWERS:
+        return AutoConfig.for_model(**{"model_type": "clip_vision_model", **VISION_TOWERS[reference]})
     return load_vision_config(reference)
 
 

@@ -43,11 +43,11 @@ class Plan:
     gradient_checkpointing: str
     micro_batch_tokens: int
     largest_micro_batch: int
-    """0 where not even one sample of data.max_length fits."""
+    """In tokens; 0 if not even one sample of data.max_length fits."""
     memory: dict[str, int]
     num_steps: int
     flops: Flops
-    """Of one optimizer step."""
+    """Operations of one optimizer step."""
     samples_per_step: int
     seconds_per_step: float
     utilization: float

@@ -81,7 +81,7 @@ class BoundedProtocol(H11Protocol):
         self._has_data = False
         self._limits.open.pop(self, None)
         if not self.transport.is_closing():
-            self._limits.open[self] = None  # the last in line of those that are idle
+            self._limits.open[self] = None  # the most recent of the idle connections
             self._wait_for_head()
 
     def pause_writing(self) -> None:
@@ -101,7 +101,7 @@ class BoundedProtocol(H11Protocol):
 
     def _on_head_time(self) -> None:
         if self.is_idle:
-            has_half = self._has_data or self.conn.trailing_data[0]  # which may have come with the request before
+            has_half = self._has_data or self.conn.trailing_data[0]  # may have arrived with the previous request
             self._end("half_sent" if has_half else "idle")
 
     def _end(self, reason: EndReason) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from babydoctor.cores import num_cores
 from babydoctor.errors import DEFAULT_EXIT_STATUS, UserError
 from babydoctor.serve.process import LOG_LEVEL_VARIABLE, PARENT_VARIABLE, Child
 from babydoctor.serve.server import END_S, WILDCARDS, bind
@@ -142,7 +143,7 @@ class _ServeParts:
         }
         if num_workers > 1:
             # By default each worker would start a thread for every core.
-            threads = str(max(1, (os.cpu_count() or 1) // num_workers))
+            threads = str(max(1, num_cores() // num_workers))
             self._environment.setdefault("OMP_NUM_THREADS", threads)
         own = settings.controller
         self._controller_port = _free_port("controller", own.host, own.port)

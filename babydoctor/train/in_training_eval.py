@@ -109,7 +109,7 @@ class HeldOut:
             return []
         queries = [self._query(sample) for sample in self.shown]
         parts = (model, self.encoder.tokenizer, self.manifest)
-        engine = {"pack_weights": False}  # no second copy of the weights beside training
+        engine = {"pack_weights": False}  # no second copy of the weights during training
         with Inference.for_queries(*parts, queries, batch_size=len(queries), engine=engine) as inference:
             answers = list(inference.answers(queries))
         return [

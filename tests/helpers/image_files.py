@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -155,3 +156,10 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
         else:
             changed[place:place] = changed[max(0, place - 16) : place]
     return bytes(changed)
+
+
+def plain_png(red: int) -> bytes:
+    """A PNG of 5 x 4 pixels in one color."""
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), (red, 0, 0)).save(file, "PNG")
+    return file.getvalue()

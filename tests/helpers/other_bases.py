@@ -60,7 +60,7 @@ TOWER_SIZES: dict[str, Any] = {
 
 
 def randomize(model: Any) -> Any:
-    """Give biases and norms values that matter; transformers begins with zeros and ones."""
+    """Give biases and norms random values; transformers initializes them with zeros and ones."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from babydoctor.data.layout import (
-    HostBatch,
-)
+from babydoctor.data.layout import HostBatch
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.schema import IGNORE_INDEX, Batch
 
@@ -72,3 +71,17 @@ def loss_and_gradients(model: BabyDoctor, inputs: Inputs) -> tuple[torch.Tensor,
     loss = model(HostBatch(*inputs).to("cpu"))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.trainable_parameters().items()}
+
+
+def transformers_loss(model: BabyDoctor, inputs: Inputs) -> torch.Tensor:
+    """The summed loss with transformers' own model and peft's layers, one document at a time."""
+    batch, pixels = inputs
+    total, start = torch.zeros(()), 0
+    for index, length in enumerate(batch.document_lengths):
+        part = slice(start, start + length)
+        ids, mask = (torch.from_numpy(x[part])[None] for x in (batch.input_ids, batch.image_mask))
+        embeds = model.embed(ids.long(), mask, model.encode_images(pixels[index : index + 1]))
+        logits = model.language_model(inputs_embeds=embeds).logits[0]
+        total = total + cross_entropy(logits, torch.from_numpy(batch.targets[part]).long(), reduction="sum")
+        start += length
+    return total

@@ -1,4 +1,4 @@
-"""Real servers for tests: a tiny random run directory, processes on loopback, and clients like those of others."""
+"""Real servers for tests: a tiny random run directory, processes on loopback, and clients like other programs'."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_tiny_run(directory: Path, *, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]
-    # A random model generates "t", "h" where the tokenizer would encode "th", so text does not give the same ids back.
+    # A random model generates "t", "h" where the tokenizer encodes "th", so its text does not encode to the same ids.
     merges = [("t", "h"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("Ġ", "s")]
     tokens = ["<unk>", "<s>", "</s>", *alphabet, *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -109,7 +109,7 @@ def tiny_run() -> Path:
 
 
 def add_certainty(run: Path) -> None:
-    """What ``eval --familiarity`` and ``eval --confidence`` leave in a run: images of noise are familiar to it."""
+    """Add the results of ``eval --familiarity`` and ``eval --confidence`` to a run, to which noise is familiar."""
     from babydoctor.imaging.load import load_image
     from babydoctor.imaging.preprocess import to_pixels
     from babydoctor.model.familiarity import Familiarity, describe_images

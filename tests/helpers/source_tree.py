@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,11 @@ def _run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
             waiting += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler))]
 
 
+def relative_imports(tree: ast.Module) -> list[int]:
+    """Lines with a relative import, such as ``from .a import b``."""
+    return [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level > 0]
+
+
 def find_cycle(edges: dict[str, set[str]]) -> list[str]:
     """The nodes of a cycle, with the first one repeated at the end; empty if there is none."""
     done: set[str] = set()
@@ -85,6 +91,9 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
     return next(filter(None, (visit(node, []) for node in sorted(edges))), [])
 
 
+_MESSAGE_SWITCHES = ("set_verbosity", "disable_progress_bar", "filterwarnings", "simplefilter")
+
+
 def process_switches(tree: ast.Module) -> list[int]:
     """Lines that change the whole process: ctypes, environment, ``torch.set_*``, ``torch.backends``, warnings."""
     lines = []
@@ -92,17 +101,19 @@ def process_switches(tree: ast.Module) -> list[int]:
         if isinstance(node, ast.Import):
             lines += [node.lineno for alias in node.names if alias.name.split(".")[0] == "ctypes"]
         elif isinstance(node, ast.ImportFrom):
-            lines += [node.lineno] * ((node.module or "").split(".")[0] == "ctypes")
+            names = {alias.name for alias in node.names}
+            is_environment = node.module == "os" and not names.isdisjoint({"environ", "environb", "putenv", "unsetenv"})
+            lines += [node.lineno] * ((node.module or "").split(".")[0] == "ctypes" or is_environment)
         elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):
             targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
             texts = [ast.unparse(target) for target in targets]
-            lines += [node.lineno for text in texts if text.startswith(("os.environ[", "torch.backends."))]
+            lines += [node.lineno for text in texts if text.startswith(("os.environ", "torch.backends."))]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             is_switch = name.startswith("torch.set_") or name == "torch.use_deterministic_algorithms"
             methods = ("setdefault", "update", "pop", "popitem", "clear")
             is_environment = name in {f"os.environ.{method}" for method in methods} | {"os.putenv", "os.unsetenv"}
-            is_message = name.split(".")[-1].startswith(("set_verbosity", "disable_progress_bar", "filterwarnings"))
+            is_message = name.split(".")[-1].startswith(_MESSAGE_SWITCHES)
             lines += [node.lineno] * (is_switch or is_environment or is_message)
     return lines
 
@@ -114,8 +125,8 @@ _CHANGES = {
 
 
 def module_state(tree: ast.Module) -> list[int]:
-    """Lines where a module keeps state: an empty container, ``global``, or a container that a function changes."""
-    lines, containers = [], set()
+    """Lines where a module keeps state: an empty container, ``global``, or a global that a function changes."""
+    lines, containers = [], {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     for node in tree.body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
             continue
@@ -136,7 +147,7 @@ def module_state(tree: ast.Module) -> list[int]:
 def _changes(node: ast.AST, names: set[str]) -> bool:
     if isinstance(node, ast.Global):
         return True
-    if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+    if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
         return isinstance(node.value, ast.Name) and node.value.id in names
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES:
         return isinstance(node.func.value, ast.Name) and node.func.value.id in names
@@ -164,9 +175,10 @@ def annotated_with(tree: ast.Module, names: set[str]) -> list[int]:
     return [
         node.lineno
         for node in ast.walk(tree)
-        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None
-        for part in ast.walk(node.annotation)
-        if (isinstance(part, ast.Name) and part.id in names) or (isinstance(part, ast.Constant) and part.value in names)
+        if isinstance(node, (ast.arg, ast.AnnAssign))
+        and node.annotation is not None
+        # As text, because a quoted annotation is a string in the tree.
+        and not names.isdisjoint(re.findall(r"\w+", ast.unparse(node.annotation)))
     ]
 
 
@@ -226,6 +238,8 @@ class _MessageReader(ast.NodeVisitor):
             return node.attr in ("args", "msg", "message") and self._is_error(node.value)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return node.func.id in ("str", "repr") and any(map(self._is_error, node.args))
+        if isinstance(node, ast.FormattedValue):
+            return self._is_error(node.value)
         return isinstance(node, ast.Name) and node.id in self.texts
 
     def _is_error(self, node: ast.expr) -> bool:

@@ -1,4 +1,4 @@
-"""A worker under uvicorn in a thread of the test: no process to start, and no second import of torch."""
+"""A worker under uvicorn in a thread of the test, which needs no new process and no second import of torch."""
 
 from __future__ import annotations
 

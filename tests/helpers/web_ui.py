@@ -158,7 +158,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
 
 @pytest.fixture(scope="module")
 def scripted(parts: Parts) -> Iterator[ScriptedServer]:
-    """A second model, ``scripted``, beside ``tiny``."""
+    """A second model, ``scripted``, in addition to ``tiny``."""
     server = ScriptedServer()
     port = free_port()
     arguments = ["worker", "--engine", "openai", "--url", server.url, f"worker.port={port}"]
@@ -181,7 +181,7 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def visitor(browser: Any, parts: Parts, **options: Any) -> Iterator[Any]:
-    """A new visitor's tab on the web UI."""
+    """A new tab on the web UI, in a new browser context."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
@@ -192,7 +192,7 @@ def visitor(browser: Any, parts: Parts, **options: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def tab(browser: Any, parts: Parts) -> Iterator[Any]:
-    """A new visitor's tab. A request to another server and any error in the tab fail the test."""
+    """A new tab in a new browser context. A request to another server or any error in the tab fails the test."""
     foreign: list[str] = []
     faults: list[str] = []
     with visitor(browser, parts) as page:

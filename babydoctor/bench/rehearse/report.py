@@ -12,6 +12,7 @@ from rich.table import Table
 
 from babydoctor.bench.rehearse.context import Row
 from babydoctor.bench.rehearse.sizes import GIB
+from babydoctor.cores import num_cores
 from babydoctor.schema import UserError
 
 GUIDE = Path(__file__).resolve().parents[1] / "README.md"
@@ -44,7 +45,7 @@ def write_guide(size: str, rows: Sequence[Row], guide: Path = GUIDE) -> None:
     _, _, after = rest.partition(end)
     failed = sum(not row.ok for row in rows)
     lines = [
-        f"{os.cpu_count()} cores ({platform.machine()}), {_memory_gib():.0f} GiB of memory; "
+        f"{num_cores()} cores ({platform.machine()}), {_memory_gib():.0f} GiB of memory; "
         f"{failed} of {len(rows)} lines failed.",
         "",
         "| command or comparison | time | peak GiB | plan GiB | result |",

@@ -1,4 +1,4 @@
-"""``babydoctor bench data``: what forms of data cost at the start."""
+"""``babydoctor bench data``: startup cost of the forms of data."""
 
 from __future__ import annotations
 

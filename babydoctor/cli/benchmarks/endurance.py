@@ -1,4 +1,4 @@
-"""``babydoctor bench soak | chaos``: servers under load for minutes, in peace and under attack."""
+"""``babydoctor bench soak | chaos``: servers under load for minutes, without and with attacks."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def chaos(
         f"{report.seconds:.0f} s, {report.restarts} restarts, longest request {report.longest_s:.1f} s, "
         f"all ready again {report.seconds_to_recover:.1f} s after the end"
     )
-    _conclude(console, report.faults(), "every complete answer was right, nothing hung, everything came back")
+    _conclude(console, report.faults(), "every complete answer was right, nothing hung, all parts recovered")
 
 
 @contextmanager
 def _prepared() -> Iterator[tuple[Console, Path, Callable[[str], None]]]:
-    """A console, a temporary folder, and what shows the state while the block runs."""
+    """A console, a temporary folder and a function that shows the state while the block runs."""
     from rich.console import Console
 
     from babydoctor.runtime import hide_saving_progress, prepare_bench

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from babydoctor.config import TaskConfig
 
 
-def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, fill: str) -> None:
+def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, fill: str, device: str | None) -> None:
     """``--localization``. The run records the figures of the fill that the web UI uses, no others."""
     from babydoctor.eval.localization import DEFAULT_CASES, evaluate_localization
     from babydoctor.model.occlusion import FILL, FILLS
+    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
     if fill not in FILLS:
@@ -22,7 +23,13 @@ def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, f
     num_cases = max_cases or DEFAULT_CASES
     with named_progress() as update:
         summary = evaluate_localization(
-            run, phantoms, out, num_cases=num_cases, fill=fill, progress=lambda done, total: update("maps", done, total)
+            run,
+            phantoms,
+            out,
+            num_cases=num_cases,
+            fill=fill,
+            device=device or choose_device("auto"),
+            progress=lambda done, total: update("maps", done, total),
         )
     print(f"{summary['num_cases']} held-out phantoms; a finding covers {summary['finding_share']:.1%} of the image")
     for name, text in (
@@ -42,9 +49,10 @@ def measure_familiarity(
     """``--familiarity``."""
     from babydoctor.eval.certainty.familiarity import evaluate_familiarity
     from babydoctor.model.familiarity import FILE_NAME
+    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
-    options: dict[str, Any] = {"unfamiliar": unfamiliar, "seed": seed, "device": device or _best_device()}
+    options: dict[str, Any] = {"unfamiliar": unfamiliar, "seed": seed, "device": device or choose_device("auto")}
     with named_progress() as update:
         summary = evaluate_familiarity(run, task, out, **options, progress=update)
     print(f"{summary['num_references']} training images, {summary['num_held_out']} held-out images")
@@ -61,9 +69,10 @@ def measure_confidence(
 ) -> None:
     """``--confidence``."""
     from babydoctor.eval.certainty.confidence import evaluate_confidence
+    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
-    options: dict[str, Any] = {"seed": seed, "device": device or _best_device(), "engine": engine}
+    options: dict[str, Any] = {"seed": seed, "device": device or choose_device("auto"), "engine": engine}
     with named_progress() as update:
         summary = evaluate_confidence(
             run, task, out, **options, progress=lambda done, total: update("closed questions", done, total)
@@ -73,9 +82,3 @@ def measure_confidence(
     before, after = summary["calibration_error_before"], summary["calibration_error_after"]
     print(f"  expected calibration error: {before:.4f} before, {after:.4f} after")
     print(f"recorded in {run / 'manifest.json'}; answers: {out / 'confidence.json'}")
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

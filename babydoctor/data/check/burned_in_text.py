@@ -1,12 +1,12 @@
-"""Find images of a data set that show text that may identify a person."""
+"""Find images of a data set with burned-in text that may identify a person."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from babydoctor.cores import num_cores
 from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
 from babydoctor.imaging.burned_in import TextBox, TextReader, TextSearchError
@@ -35,7 +35,7 @@ def find_burned_in_text(samples: Sequence[Sample], folder: ImageFolder) -> list[
 def _search(references: Iterable[Reference], folder: ImageFolder) -> Iterator[tuple[Reference, tuple[str, str]]]:
     """(image, (reason, detail)) of each image that may identify a person or could not be searched."""
     distinct = list(dict.fromkeys(references))
-    num_processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_processes = num_cores()
     reader = TextReader(num_processes, num_threads=1)
 
     def search(reference: Reference) -> tuple[str, str] | None:

@@ -1,13 +1,13 @@
-"""``babydoctor data check``: read every row, decode every image once, and find what is bad, on all cores.
+"""``babydoctor data check``: check every row and decode every image once, on all cores.
 
-This process reads rows, as fast as images are decoded, and sends them to the workers in chunks. It takes the results
-in the order of the rows, so the report does not depend on the workers. Memory: about 500 bytes per row.
+This process reads rows at the rate at which images are decoded and sends them to the workers in chunks. It takes the
+results in row order, so the report does not depend on the number of workers. Memory: about 500 bytes per row.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from babydoctor.conversation import Template, get_template, render
+from babydoctor.cores import num_cores
 from babydoctor.data.check.workers import CheckTask, InProcess, WorkerProcesses, Workers
 from babydoctor.data.images import ImageFolder, read_image
 from babydoctor.data.problems import Problem
@@ -30,14 +31,14 @@ _ROWS_PER_TASK = 100
 _BYTES_PER_TASK = 8 << 20
 _IMAGES_PER_TASK = 4
 _FEW_ROWS = 16
-"""Checked in this process: starting others takes longer."""
+"""Up to this many rows are checked in this process, because starting workers takes longer."""
 
 _CHUNKS_AHEAD = 4  # per worker
 
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What is checked. Without a ``tokenizer`` (folder or hub id), the lengths of rows are not."""
+    """What to check. Lengths of rows are checked only with a ``tokenizer`` (folder or hub id)."""
 
     images: Path | None = None
     tokenizer: str | None = None
@@ -48,14 +49,14 @@ class CheckSettings:
 
 @dataclass
 class CheckReport:
-    """What was found. ``problems``: bad rows first, then rows of a bad length, then bad images, each in order."""
+    """The result. ``problems``: bad rows first, then rows of a bad length, then bad images, each in order."""
 
     num_rows: int = 0
     num_images: int = 0
     num_repeated_ids: int = 0
     problems: list[Problem] = field(default_factory=list)
     samples_with_image: list[Sample] = field(default_factory=list)
-    """Without their turns; filled only if they are asked for."""
+    """Without their turns. Empty unless ``keep_samples`` was set."""
 
 
 def check_sources(
@@ -74,14 +75,14 @@ def check_sources(
     Raises:
         UserError: a source cannot be read, the image folder or the tokenizer is missing, or a worker died.
     """
-    ImageFolder(settings.images)  # a missing folder is an error before anything starts
+    ImageFolder(settings.images)  # report a missing folder before any work starts
     start = functools.partial(_RowChecker, settings)
     with named_progress() as update:
         chunks = _chunks(iter_sources(sources, update, "checking"))
         first, second = next(chunks, None), next(chunks, None)
         ahead = (chunk for chunk in (first, second) if chunk is not None)
-        check = _Check(_chain(ahead, chunks), keep_samples)
-        number = num_processes or _num_cores()
+        check = _Check(itertools.chain(ahead, chunks), keep_samples)
+        number = num_processes or num_cores()
         is_small = first is None or (second is None and len(first.rows) <= _FEW_ROWS)
         if number == 1 or is_small:
             return check.run(InProcess(start), 1)
@@ -118,7 +119,7 @@ class _Chunk:
 
 
 def _chunks(rows: Iterable[tuple[str, Any]]) -> Iterator[_Chunk]:
-    """Bounded in bytes too, because rows may hold whole images."""
+    """Chunks of rows. Their size is limited in bytes too, because rows may hold whole images."""
     number, chunk, num_bytes = 0, _Chunk(0, [], []), 0
     for source, row in rows:
         chunk.rows.append(pickle.dumps((source, row)))
@@ -132,13 +133,8 @@ def _chunks(rows: Iterable[tuple[str, Any]]) -> Iterator[_Chunk]:
         yield chunk
 
 
-def _chain(first: Iterable[_Chunk], rest: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    yield from first
-    yield from rest
-
-
 class _RowChecker:
-    """What a worker does: check the rows of a chunk on their own, or decode images."""
+    """A worker's task: check the rows of a chunk, each by itself, or decode images."""
 
     def __init__(self, settings: CheckSettings, large_images: AbstractContextManager[Any]) -> None:
         self._settings = settings
@@ -154,7 +150,7 @@ class _RowChecker:
         return [self._check_row(row, report, index) for index, row in enumerate(task.rows)]
 
     def _check_row(self, row: bytes, report: Callable[[int], None], index: int) -> tuple[CheckedRow, Problem | None]:
-        """The row without its turns, which are not needed any more, and what is wrong with its length."""
+        """The row without its turns, which are no longer needed, and the problem with its length, if any."""
         report(index)
         source, content = pickle.loads(row)
         checked = check_row(source, content, self._folder)
@@ -174,7 +170,7 @@ class _RowChecker:
         return Problem(sample.source, sample.id, "too_long", f"{length:,} of at most {settings.max_length:,}")
 
     def _check_image(self, image: str | bytes, report: Callable[[int], None], index: int) -> str | None:
-        """What is wrong with an image."""
+        """The problem with an image, if any."""
         report(index)
         try:
             read_image(image, self._folder, self._pool)
@@ -185,7 +181,7 @@ class _RowChecker:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """A row that shows an image."""
+    """A row with an image."""
 
     number: int
     source: str
@@ -193,7 +189,7 @@ class _Use:
 
 
 class _Check:
-    """Deals out the tasks and puts the results together."""
+    """Hands tasks to the workers and combines their results."""
 
     def __init__(self, chunks: Iterator[_Chunk], keep_samples: bool) -> None:
         self._chunks = chunks
@@ -206,7 +202,7 @@ class _Check:
         self._duplicates = Duplicates()
         self._length_problems: list[Problem] = []
         self._image_problems: list[tuple[int, Problem]] = []
-        # 64-bit hashes stand for ids and images: for 15 million, two are equal with a probability of 6e-6.
+        # Ids and images are compared by 64-bit hashes: among 15 million, a collision has a probability of 6e-6.
         self._ids: set[int] = set()
         self._images: set[int] = set()
         self._bad_images: dict[int, str] = {}
@@ -233,7 +229,7 @@ class _Check:
         return report
 
     def _next_task(self, max_chunks: int) -> CheckTask | None:
-        """Images before rows, so that those that wait stay few."""
+        """Submit images before rows, so that few images wait in memory."""
         is_last = self._all_read and self._next_chunk == self._num_chunks_dealt
         if len(self._backlog) >= _IMAGES_PER_TASK or (self._backlog and is_last):
             images = [self._backlog.popleft() for _ in range(min(_IMAGES_PER_TASK, len(self._backlog)))]
@@ -248,7 +244,7 @@ class _Check:
         return CheckTask(chunk, chunk.sources)
 
     def _take_chunks(self) -> None:
-        """Take the chunks that are done, in order."""
+        """Take the finished chunks, in order."""
         while (results := self._done_chunks.pop(self._next_chunk, None)) is not None:
             self._next_chunk += 1
             for row, length_problem in results:
@@ -290,7 +286,3 @@ class _Check:
 
     def _add_image_problem(self, use: _Use, detail: str) -> None:
         self._image_problems.append((use.number, Problem(use.source, use.id, "image_undecodable", detail)))
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from babydoctor.schema import UserError
 
 Handler = Callable[[Any, Callable[[int], None]], Any]
-"""Does one task and returns its result. It reports the index of each item of the task before it begins with it."""
+"""Does one task and returns its result. It reports the index of each item before it starts on that item."""
 
 StartHandler = Callable[[AbstractContextManager[Any]], Handler]
 """Called once in each worker, with a lock that the workers share. It must be picklable."""
@@ -33,29 +33,29 @@ class CheckTask:
 
 
 class Workers(Protocol):
-    """Something that does tasks, in any order."""
+    """Runs tasks, in any order."""
 
     @property
     def num_running(self) -> int:
-        """Tasks that have been submitted and not been returned."""
+        """Number of tasks that were submitted and not yet returned."""
         ...
 
     @property
     def has_room(self) -> bool:
-        """True if a task that is submitted now begins at once."""
+        """True if a task that is submitted now starts at once."""
         ...
 
     def submit(self, task: CheckTask) -> None:
-        """Begin with a task. To be called when there is room."""
+        """Start a task. Call it only if ``has_room``."""
         ...
 
     def wait(self) -> tuple[CheckTask, Any]:
-        """The next task that is done, and its result. To be called while a task is running."""
+        """Wait for the next finished task and its result. Call it only while a task is running."""
         ...
 
 
 class InProcess:
-    """Does the tasks in this process, one after the other."""
+    """Runs tasks in this process, one after the other."""
 
     def __init__(self, start: StartHandler) -> None:
         self._handler = start(contextlib.nullcontext())
@@ -78,11 +78,11 @@ class InProcess:
 
 
 class WorkerProcesses:
-    """Does the tasks in ``num_processes`` processes, which end with the context."""
+    """Runs tasks in ``num_processes`` processes, which end with the context."""
 
     def __init__(self, num_processes: int, start: StartHandler) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-        self._lock = context.Lock()  # kept: a process that is still starting opens it by its name
+        self._lock = context.Lock()  # keep a reference: a process that is still starting opens the lock by its name
         self._workers = [_Worker(context, start, self._lock) for _ in range(num_processes)]
         self._idle = deque(self._workers)
         self._busy: dict[Connection, _Worker] = {}
@@ -137,7 +137,7 @@ class _Worker:
 
     def send(self, task: CheckTask) -> None:
         self._index.value, self._task = -1, task
-        with contextlib.suppress(BrokenPipeError):  # a dead worker: ``receive`` reports it
+        with contextlib.suppress(BrokenPipeError):  # the worker has died; ``receive`` reports it
             self.connection.send(task.payload)
 
     def receive(self) -> tuple[CheckTask, Any]:
@@ -170,8 +170,8 @@ class _Worker:
 
 
 def _work(connection: Connection, index: Any, start: StartHandler, lock: AbstractContextManager[Any]) -> None:
-    """The worker process: answer tasks until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the owner ends its workers
+    """The main function of a worker process: run tasks until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent ends its workers
 
     def report(number: int) -> None:
         index.value = number

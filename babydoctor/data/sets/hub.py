@@ -1,4 +1,4 @@
-"""Downloads of data sets. An interrupted download resumes where it stopped; errors say what to do.
+"""Download data sets. An interrupted download resumes where it stopped. Errors say what to do.
 
 The hub's client discards a partial file when the connection breaks or the process ends, which can cost a day for a
 27 GB archive. So the client only resolves the URL, and ``download_url`` fetches the file.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_TRIES = 5
-"""Give up after this many consecutive tries that each received less than ``_MIN_GAIN`` bytes."""
+"""Consecutive tries that each received less than ``_MIN_GAIN`` bytes, after which a download fails."""
 
 _MIN_GAIN = 1 << 20
 _RETRY_WAIT_S = 1.0
@@ -50,7 +50,7 @@ def download_hub_file(repo: str, file: str, folder: Path) -> Path:
     hint = f"By hand: download {url} elsewhere, put it at {target}, and run this again"
     try:
         metadata = get_hf_file_metadata(url)
-    except Exception as error:  # offline mode, network, missing or gated repository: each has its own class
+    except Exception as error:  # offline mode, network errors, missing and gated repositories have a class each
         raise hub_error(error, repo, kind="dataset", file=file, hint=hint) from error
     is_hub = urlsplit(metadata.location).netloc == urlsplit(constants.ENDPOINT).netloc
     download_url(
@@ -66,7 +66,7 @@ def download_hub_file(repo: str, file: str, folder: Path) -> Path:
 
 
 def download_hub_snapshot(repo: str, folder: Path) -> Path:
-    """Download a whole (small) data set repository into ``folder``. A folder that already has rows is used as it is."""
+    """Download a whole (small) data set repository into ``folder``. A folder that has rows is used unchanged."""
     done = folder / ".complete"
     if folder.is_dir() and (done.exists() or any(folder.glob("**/*.parquet")) or any(folder.glob("**/*.json"))):
         is_partial = (folder / ".cache").exists() and not done.exists()
@@ -90,7 +90,7 @@ def download_hub_snapshot(repo: str, folder: Path) -> Path:
 
 
 def record_source(folder: Path, name: str, version: str) -> None:
-    """Record in ``folder/sources.json`` the version of a published source of its files."""
+    """Record the version of a published source of the files of ``folder`` in ``folder/sources.json``."""
     path = folder / SOURCES_FILE
     path.write_text(json.dumps({**read_sources(folder), name: version}, indent=1) + "\n", encoding="utf-8")
 
@@ -115,10 +115,10 @@ def download_url(
     An existing file is kept. A broken connection is resumed at once.
 
     Args:
-        size: the expected number of bytes; None: what the server announces.
-        version: the file's ETag. A partial file of another version is discarded. One of 64 hex digits is the
-            SHA-256 of the content, which is then checked. None: the server's own ETag, by ``If-Range``.
-        sha1: of the content, if its publisher gives no SHA-256.
+        size: the expected number of bytes; None: the number that the server announces.
+        version: the file's ETag. A partial file of another version is discarded. An ETag of 64 hex digits is the
+            SHA-256 of the content, which is then checked. None: the server compares its own ETag (``If-Range``).
+        sha1: SHA-1 of the content, if its publisher gives no SHA-256.
 
     Raises:
         UserError: the network, the server or the disk failed; the partial file is kept.
@@ -212,7 +212,7 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
     asked = {"Accept-Encoding": "identity", **headers}
     if start:
         asked["Range"] = f"bytes={start}-"
-        if size is None and partial.version:  # not the hub's version, so the server compares it
+        if size is None and partial.version:  # the server's own ETag, so the server compares it
             asked["If-Range"] = partial.version
     with httpx.stream("GET", url, headers=asked, follow_redirects=True, timeout=60) as response:
         for step in (*response.history, response):
@@ -224,7 +224,7 @@ def _fetch_once(url: str, partial: _Partial, headers: dict[str, str], size: int 
             partial.restart(None)
             raise httpx.RemoteProtocolError(f"the server has {whole} bytes, but {start:,} were downloaded")
         response.raise_for_status()
-        if start and response.status_code != 206:  # this server cannot continue, or the file has changed
+        if start and response.status_code != 206:  # the server does not support ranges, or the file has changed
             start = 0
         if size is None and not start:
             etag = response.headers.get("ETag", "")
@@ -258,7 +258,7 @@ def _append(response: httpx.Response, partial: _Partial, start: int, total: int 
 
 
 def _check_content(path: Path, algorithm: str, published: str, url: str) -> None:
-    """Compare a downloaded file with its published checksum. A file that differs is removed."""
+    """Compare a downloaded file with its published checksum. Remove it if it differs."""
     hasher = hashlib.new(algorithm)
     with progress_bars(in_bytes=True) as progress, path.open("rb") as file:
         task = progress.add_task(f"checking {path.stem}", total=path.stat().st_size)

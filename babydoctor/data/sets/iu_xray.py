@@ -1,8 +1,8 @@
 """Indiana University's chest radiographs (Open-i): 7,470 images with 3,955 reports.
 
 Demner-Fushman et al., "Preparing a collection of radiology examinations for distribution and retrieval", JAMIA 2016.
-Read from Open-i's own files (``ecgen-radiology/*.xml`` and PNG files), or from R2Gen's ``annotation.json``. Each report
-is of another patient. Open-i publishes no split; R2Gen does.
+Read from Open-i's own files (``ecgen-radiology/*.xml`` and PNG files), or from R2Gen's ``annotation.json``. No two
+reports are of the same patient. Open-i publishes no split; R2Gen does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ R2GEN_SPLITS = {"test": "test", "val": "validation", "train": "train"}
 
 
 class Examination(NamedTuple):
-    """A report and its images. ``images`` are paths inside the image folder, ``id`` names the patient."""
+    """A report and its images. ``images`` are paths inside the image folder. ``id`` identifies the patient."""
 
     id: str
     sections: dict[str, str]
@@ -117,7 +117,7 @@ def read_examinations(source: Path) -> Iterator[Examination]:
 
 
 def _find_images(source: Path, names: list[str]) -> Path:
-    """The folder with the PNG files, by the first of them that is there."""
+    """The folder with the PNG files, found by the first of them that exists."""
     folders = [source / "NLMCXR_png", source / "images", source, *sorted(p for p in source.iterdir() if p.is_dir())]
     for name in names[:100]:
         for folder in folders:

@@ -1,7 +1,7 @@
-"""MIMIC-CXR: 377,110 chest radiographs of 227,835 studies with their reports, as PhysioNet hands them out.
+"""MIMIC-CXR: 377,110 chest radiographs of 227,835 studies with their reports, as PhysioNet distributes them.
 
 Johnson et al., "MIMIC-CXR, a de-identified publicly available database of chest radiographs with free-text reports",
-Scientific Data 2019; images as JPEG from MIMIC-CXR-JPG. Access is for credentialed users only, so nothing is downloaded
+Scientific Data 2019; images as JPEG from MIMIC-CXR-JPG. Only credentialed users have access, so nothing is downloaded
 here. The published split is by patient.
 """
 
@@ -93,7 +93,7 @@ def prepare_mimic_cxr(
 
 
 def find_reports(folder: Path) -> Path:
-    """The folder with ``p10/p10000032/s50414267.txt``. Raises ``UserError`` naming the places that were looked at."""
+    """The folder with ``p10/p10000032/s50414267.txt``. Raises ``UserError`` that names the folders searched."""
     places = [folder / "files", folder / "mimic-cxr-reports" / "files", folder]
     for place in places:
         if next(place.glob("p1[0-9]/p*/s*.txt"), None) is not None:

@@ -1,4 +1,4 @@
-"""Figures of open-access articles with their captions: PMC-OA, and what the pipeline of PMC-15M writes.
+"""Figures of open-access articles with their captions: PMC-OA, and the output of PMC-15M's pipeline.
 
 PMC-OA (Lin et al., "PMC-CLIP", 2023; hub: axiong/pmc_oa): ``{train,valid,test}.jsonl`` with ``image``, ``caption`` and
 ``pmcid``, one line for each figure. PMC-15M (Zhang et al., "BiomedCLIP", 2024; microsoft/BiomedCLIP_data_pipeline):
@@ -47,9 +47,10 @@ def prepare_pmc(
 
     Args:
         source: the folder with the JSONL files of either set.
-        images: folder of the images; None: the one below ``source`` that has them.
+        images: folder of the images; None: it is searched for below ``source``.
         hold_out: share of the articles that become ``test.json``, for PMC-15M, which has no splits.
-        keep_shared_articles: keep training figures of articles that the published validation or test has too.
+        keep_shared_articles: keep training figures of articles that also appear in the published validation or test
+            split.
 
     Raises:
         UserError: the files are not there, or a line is not as published.

@@ -1,4 +1,4 @@
-"""Chest radiographs with their reports: what the sets of MIMIC-CXR and Indiana University share."""
+"""Rows of chest radiographs and their reports. Shared by MIMIC-CXR and the Indiana University set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _HEADER = re.compile(rf"^[ \t]*({'|'.join(_HEADERS)})[ \t]*:", re.M)
 
 
 def parse_sections(report: str) -> dict[str, str]:
-    """``findings`` and ``impression`` of a report in free text, each on one line; what is missing has no key.
+    """``findings`` and ``impression`` of a free-text report, each on one line. A missing section has no key.
 
     A section goes from its heading (in capitals, at the start of a line, with a colon) to the next known heading.
     Unknown headings, such as "CHEST, PA AND LATERAL:", belong to the section they are in, so no text is lost. Sections
@@ -50,7 +50,7 @@ def parse_sections(report: str) -> dict[str, str]:
 
 
 def build_answer(sections: Mapping[str, str], section: Section) -> str:
-    """The part of a report that a row teaches; empty where the report does not have it."""
+    """The part of a report that becomes the answer of a row; empty if the report lacks it."""
     if section != "both":
         return sections.get(section, "")
     present = [(name, sections[name]) for name in ("findings", "impression") if sections.get(name)]

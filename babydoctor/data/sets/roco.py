@@ -126,7 +126,7 @@ def prepare_roco(
 def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: bool = False) -> PreparedSplit:
     """Write ``out/{split}.json`` from the hub set. The hub has no images: ``source`` is ROCO's folder with them.
 
-    The downloaded files stay in ``out/roco-instruct-65k``; files put there by hand are used instead.
+    The downloaded files stay in ``out/roco-instruct-65k``. Files that were put there by hand are used instead.
     Raises ``UserError`` if the download fails, the number of rows is not the published one, or there are no images.
     """
     check_split(split)
@@ -150,6 +150,6 @@ def prepare_roco_from_hub(source: Path | None, split: str, out: Path, *, copy: b
 
 
 def check_split(split: str) -> None:
-    """Raises ``UserError`` for a name that is no split."""
+    """Raises ``UserError`` for an unknown split."""
     if split not in SPLITS:
         raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")

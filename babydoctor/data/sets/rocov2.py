@@ -90,7 +90,7 @@ def read_captions(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_articles(source: Path) -> dict[str, str]:
-    """ID of an image -> PMC id of its article, wherever a line of ``license_information.csv`` names it."""
+    """ID of an image -> PMC id of its article, from the lines of ``license_information.csv`` that name one."""
     path = source / LICENSE_FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; --disjoint-from needs it to find the article of each image")

@@ -1,4 +1,4 @@
-"""Rows of several splits, written as they come, so that no patient or article is in two of them."""
+"""Write the rows of several splits one by one, with no patient or article in two splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from babydoctor.data.problems import RowError
 from babydoctor.data.sets.files import PreparedSplit, gather_images, link_folder, replace_when_done
 
 SPLITS = ("test", "validation", "train")
-"""In the order in which they must be written: what is in an earlier one is left out of a later one."""
+"""Splits in the order in which they must be written. Groups of an earlier split are left out of later ones."""
 
 
 @dataclass
@@ -96,10 +96,10 @@ class SplitWriter:
     def finish(
         self, *, copy: bool, expected: dict[str, int] | None = None, notes: tuple[str, ...] = ()
     ) -> list[PreparedSplit]:
-        """Place the images. To be called when the context has ended; ``train`` comes first.
+        """Place the images. Call it after the context has ended. ``train`` comes first.
 
         Args:
-            expected: published number of rows of each split, for sources of which a part may be missing.
+            expected: published number of rows of each split, for sources that may be incomplete.
             notes: reported with the first split.
         """
         names = set().union(*(split.images for split in self._splits.values())) if self._splits else set()
@@ -128,6 +128,6 @@ class SplitWriter:
 
 
 def held_out(group: str, share: float, seed: int) -> bool:
-    """True for this share of the groups. It depends on the group's name and the seed alone."""
+    """True for this share of the groups. It depends only on the group's name and the seed."""
     digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

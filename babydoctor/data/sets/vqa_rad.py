@@ -20,7 +20,7 @@ URL = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="
 ARCHIVE = "vqa-rad.zip"
 NUM_QUESTIONS = {"train": 1_797, "test": 451}
 KEPT_KEYS = ("qid", "question_type", "answer_type", "phrase_type", "image_organ")
-"""Kept in the rows for evaluation; training ignores them."""
+"""Keys that rows keep for evaluation. Training ignores them."""
 
 
 def download_vqa_rad(folder: Path) -> Path:
@@ -54,7 +54,7 @@ def find_images(source: Path, name: str) -> Path:
 
 
 def build_row(question: dict[str, Any]) -> dict[str, Any]:
-    """One official object as a row. Answers may be numbers there, and ``answer_type`` may end with a space."""
+    """One official object as a row. Its answer may be a number, and its ``answer_type`` may end with a space."""
     row: dict[str, Any] = {
         "id": f"vqa-rad-{question['qid']}",
         "image": question["image_name"],
@@ -71,8 +71,8 @@ def prepare_vqa_rad(
 ) -> list[PreparedSplit]:
     """Write ``out/train.json`` and, if there are test rows (``phrase_type`` begins with "test"), ``out/test.json``.
 
-    ``hold_out_images`` moves this share of the training images, with all their questions, to ``out/held_out.json``.
-    No image is then in both.
+    ``hold_out_images`` moves this share of the training images, with all their questions, to ``out/held_out.json``,
+    so that no image is in both files.
     """
     if not 0 <= hold_out_images < 1:
         raise UserError(f"hold-out-images {hold_out_images}: must be at least 0 and below 1")

@@ -86,7 +86,7 @@ class Operator:
 
 
 def layer_array(layers: Sequence[StepLayer]) -> ctypes.Array[StepLayer]:
-    """The layers in memory as ``StepModel`` wants them."""
+    """The layers as the C array that ``StepModel`` points to."""
     return (StepLayer * len(layers))(*layers)
 
 

@@ -1,8 +1,8 @@
 """Agreement of several sampled answers to one question, by normalized text. Text only.
 
 Answers that differ in meaning every time are probably made up (Farquhar et al. 2024, "Detecting hallucinations in large
-language models using semantic entropy"). Here answers mean the same if their normalized texts are equal; the shared
-words say how far they are apart otherwise.
+language models using semantic entropy"). Here answers mean the same if their normalized texts are equal. Otherwise
+the share of common words measures how similar they are.
 """
 
 from __future__ import annotations

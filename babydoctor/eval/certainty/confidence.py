@@ -34,10 +34,10 @@ MAX_NEW_TOKENS = 48
 BATCH_SIZE = 64
 
 FEWEST_QUESTIONS = 100
-"""With fewer, a bin holds less than five answers."""
+"""Fewest closed questions. With fewer, a bin has less than five answers."""
 
 FEWEST_IMAGES = 10
-"""They are split into halves."""
+"""Fewest images. They are split into halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class ScoredAnswer:
     image_key: str
     answer: str
     log_probabilities: np.ndarray
-    """At each of ``TEMPERATURES``, ``[G]``."""
+    """Log-probability of the answer at each of ``TEMPERATURES``, ``[G]``."""
     num_tokens: int
     is_right: bool
 
@@ -130,7 +130,7 @@ def _ask(run: Run, questions: list[Question], engine: Mapping[str, Any] | None) 
 
 
 def _is_right(question: Question, answer: str) -> bool:
-    """As the figures of closed questions: the parsed answer to a yes/no question, else the normalized text."""
+    """The answer as closed questions compare it: parsed for yes/no questions, else the normalized text."""
     if question.yes_no_reference:
         return parse_yes_no(answer) == question.yes_no_reference
     return exact_match(answer, question.references) == 1.0

@@ -29,6 +29,7 @@ from babydoctor.eval.certainty.unfamiliar import (
 )
 from babydoctor.eval.leakage import read_train_sources
 from babydoctor.eval.load import load_task
+from babydoctor.eval.metrics import auroc
 from babydoctor.eval.tasks import Task
 from babydoctor.files import write_json
 from babydoctor.imaging.isolation import load_image
@@ -40,14 +41,14 @@ from babydoctor.schema import UserError
 FALSE_ALARMS = 0.05
 
 MAX_REFERENCES = 4096
-"""Training images that are kept: 16 MB for CLIP ViT-L/14."""
+"""Most training images that are kept: 16 MB for CLIP ViT-L/14."""
 
 MAX_HELD_OUT = 1000
 FEWEST_HELD_OUT = 40
-"""Half of them set the threshold: fewer than 20 have no 95% quantile."""
+"""Fewest held-out images. Half of them set the threshold, and fewer than 20 have no 95% quantile."""
 
 NUM_DRAWN = 200
-"""Images of noise and of text."""
+"""Number of images of noise, and of text."""
 
 BATCH_SIZE = 64
 
@@ -131,13 +132,6 @@ def alarm_threshold(distances: np.ndarray, false_alarms: float = FALSE_ALARMS) -
     """
     rank = min(len(distances), math.ceil((len(distances) + 1) * (1 - false_alarms)))
     return float(np.sort(distances)[rank - 1])
-
-
-def auroc(familiar: np.ndarray, unfamiliar: np.ndarray) -> float:
-    """Probability that an unfamiliar image is farther away than a familiar one; ties count as half."""
-    ordered = np.sort(familiar)
-    below = np.searchsorted(ordered, unfamiliar, "left") + np.searchsorted(ordered, unfamiliar, "right")
-    return float(below.mean() / 2 / len(familiar))
 
 
 def _describe(run: Run, pictures: Iterable[Image.Image], total: int, kind: str, progress: OnImage) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from babydoctor.cores import num_cores
 from babydoctor.imaging.burned_in.boxes import TextBox, widen
 from babydoctor.imaging.burned_in.kinds import kind_of
 from babydoctor.schema import UserError
@@ -58,9 +59,8 @@ class TextReader:
     """
 
     def __init__(self, size: int | None = None, num_threads: int | None = None) -> None:
-        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.size = size or 1
-        self.num_threads = num_threads or max(1, num_cores // self.size)
+        self.num_threads = num_threads or max(1, num_cores() // self.size)
         self._free = threading.Semaphore(self.size)
         self._lock = threading.Lock()
         self._idle: list[_Process] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from babydoctor.cores import num_cores
 from babydoctor.imaging.isolation.process import DecodeProcess
 from babydoctor.imaging.limits import DecodeLimits, ImageError
 
@@ -29,7 +30,7 @@ class DecodePool:
     ) -> None:
         """``large_images`` is held while a large image is decoded: a lock that several processes with a pool share."""
         self._large_images = large_images or contextlib.nullcontext()
-        self.size = size or min(4, os.cpu_count() or 1)
+        self.size = size or min(4, num_cores())
         self.memory_budget = memory_budget
         self._pid = os.getpid()
         self._changed = threading.Condition()

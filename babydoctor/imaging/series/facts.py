@@ -77,7 +77,7 @@ class SliceFacts:
 
 
 def hash_of(identifier: str | bytes) -> str:
-    """SHA-256 of an identifier or of a file's content; empty for nothing."""
+    """SHA-256 of an identifier or of a file's content; empty for an empty one."""
     data = identifier.encode() if isinstance(identifier, str) else identifier
     return hashlib.sha256(data).hexdigest() if data else ""
 
@@ -167,7 +167,7 @@ def _centers(dicom: DicomImage) -> tuple[Vector, ...]:
         right, down = horizontal * (dicom.columns - 1) / 2, vertical * (dicom.rows - 1) / 2
         x, y, z = (p + right * r + down * c for p, r, c in zip(position, row, column, strict=True))
         centers.append((x, y, z))
-    # A multi-frame file without positions of its own frames states one position for all of them.
+    # A multi-frame file without a position for each frame has one position for all of them.
     return tuple(centers) if len(centers) == 1 or len(set(centers)) > 1 else ()
 
 

@@ -30,7 +30,7 @@ class SliceGroup:
             planes nearest to these; None if the orientation is not known.
         centers: middle of each image, or of each frame of a multi-frame file, in mm; empty if one is not known.
         num_gaps: places where images seem to be missing.
-        num_repeated: images at the position of the one before them.
+        num_repeated: images at the same position as the previous image.
     """
 
     slices: tuple[int, ...]
@@ -45,7 +45,7 @@ class SliceGroup:
 def group_slices(facts: Sequence[SliceFacts]) -> list[SliceGroup]:
     """Group images by series and by what must agree to scroll through them: size, kind, orientation and echo.
 
-    Each multi-frame file is a group of its own. Images of a series that fit to no other, such as localizers in three
+    Each multi-frame file is a group of its own. Images of a series that match no other, such as localizers in three
     planes, form one group. Groups come in the order of their first file.
     """
     groups: list[list[int]] = []

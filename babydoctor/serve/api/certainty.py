@@ -1,8 +1,8 @@
-"""Our extension to all APIs: ``familiarity``, ``confidence`` and ``agreement`` beside an answer, on request.
+"""Our extension to all APIs: ``familiarity``, ``confidence`` and ``agreement`` with an answer, on request.
 
 A worker measures the first two while it answers. Agreement is measured here: the same request is answered
-``agreement`` more times, sampled, and the texts are compared. The last delta of an answer carries the results; what was
-asked for and could not be measured says why, as ``{"unavailable": REASON}``.
+``agreement`` more times, sampled, and the texts are compared. The last delta of an answer carries the results. A
+measure that was requested and failed is ``{"unavailable": REASON}``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CertaintyFields(BaseModel):
 
 
 async def open_answer(backend: Backend, request: GenerateRequest) -> Readable:
-    """Start an answer, with everything that the request asks beside it.
+    """Start an answer, with the measures that the request asks for.
 
     Raises:
         ApiError: the request was refused.
@@ -114,7 +114,7 @@ class CertainAnswer:
         self._text += delta.text
         if delta.finish_reason is None:
             return delta
-        # Held back until the samples have ended; what else it says is passed on at once.
+        # The end is held back until the samples have ended. All other fields are passed on at once.
         self._last = dataclasses.replace(delta, text="", token_ids=(), logprobs=())
         self._sampling = asyncio.ensure_future(self._sample())
         return dataclasses.replace(delta, finish_reason=None, usage=None, certainty={})
@@ -195,5 +195,5 @@ async def _read(answer: Readable) -> str:
 
 
 def unavailable(reason: str) -> dict[str, str]:
-    """In place of a result."""
+    """The value of a measure that failed."""
     return {"unavailable": reason}

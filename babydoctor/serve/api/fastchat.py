@@ -75,7 +75,7 @@ def _style(template: Template) -> dict[str, Any]:
 
 
 def with_own_placeholders(request: GenerateRequest) -> GenerateRequest:
-    """The request with FastChat's image placeholders replaced by ours, on a line of its own as in training."""
+    """The request with FastChat's image placeholders replaced by ours, on a separate line as in training."""
     if _IMAGE_PLACEHOLDER not in request.prompt:
         return request
     return request.model_copy(update={"prompt": request.prompt.replace(_IMAGE_PLACEHOLDER, f"{IMAGE_TOKEN}\n")})

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from babydoctor.eval.certainty.agreement import MAX_SAMPLES
 from babydoctor.schema import Role
 
 GREEDY_TEMPERATURE = 0.001
@@ -36,7 +37,7 @@ MAX_STOPS = 32
 """Most stop strings of a request. Every token is checked against each of them."""
 
 CERTAINTY_NAMES = ("familiarity", "confidence", "agreement")
-"""What a request may ask for beside its answer; fields of requests and of last messages."""
+"""Measures that a request may ask for with its answer: fields of requests and of last messages."""
 
 StopText = Annotated[Text, Field(max_length=1024)]
 
@@ -126,7 +127,10 @@ class GenerateRequest(Sampling):
         False, description="The last message has the calibrated probability that a short answer is right."
     )
     agreement: int | None = Field(
-        None, ge=2, le=8, description="This many more answers are sampled; the last message says how many are the same."
+        None,
+        ge=2,
+        le=MAX_SAMPLES,
+        description="This many more answers are sampled; the last message says how many are the same.",
     )
     system: Text | None = Field(None, description="System prompt of `turns`; null: the template's own.")
     turns: list[PromptTurn] | None = Field(

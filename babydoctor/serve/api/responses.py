@@ -142,7 +142,7 @@ class StreamedAnswer(AnswerResponse):
 
 
 class WorkResponse(Response):
-    """Work that tells its progress and ends with a reply. A client that leaves ends the work.
+    """Work that reports its progress and ends with a reply. The work stops if the client disconnects.
 
     Args:
         messages: progress, then the reply; it may raise ``ApiError``. It is always closed.

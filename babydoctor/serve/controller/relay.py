@@ -27,7 +27,7 @@ from babydoctor.serve.logs import log
 logger = logging.getLogger(__name__)
 
 MAX_LOSSES = 4
-"""Lost workers after which an answer is given up, even if each of them had sent tokens of it."""
+"""Number of lost workers after which an answer fails, even if each of them had sent tokens of it."""
 
 FAILOVER_TIMEOUT_S = 20.0
 """How long an interrupted answer waits for a worker that can continue it."""

@@ -1,7 +1,7 @@
-"""The web UI for clinicians as an ASGI application: ``babydoctor web``. A Gradio application with everything local.
+"""``babydoctor web``: the web UI for clinicians, a Gradio app inside an ASGI application. Nothing is loaded remotely.
 
-Uploads use a route of their own and stay in memory; Gradio's upload would write them to disk. A content security policy
-tells browsers to load nothing from other servers.
+Uploads have their own route and stay in memory, because Gradio's upload writes files to disk. A content security policy
+forbids browsers to load anything from other servers.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ CONTENT_SECURITY_POLICY = "; ".join(
 
 
 class PageGuard:
-    """ASGI middleware: security headers on every response, ``origins`` and, where keys are given, HTTP Basic sign-in.
+    """ASGI middleware: security headers on every response, the check of ``origins`` and, with keys, HTTP Basic sign-in.
 
     Args:
-        keys: one of them must be the password; any user name will do. Empty: no sign-in.
+        keys: the password must be one of them; the user name is ignored. Empty: no sign-in.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Keys, origins: OriginCheck) -> None:
@@ -111,12 +111,12 @@ def build_page_app(
     """The web UI as an ASGI application.
 
     Args:
-        controller_url: the controller that is asked.
-        api_key: the key that the controller wants.
-        sign_in_keys: keys of which users must enter one; none: the web UI is open.
-        feedback_file: JSON lines are appended there; None: no feedback is taken.
-        pacs: the PACS that users may load images from.
-        origins: None: only this machine's own names.
+        controller_url: URL of the controller.
+        api_key: key for the controller.
+        sign_in_keys: users must enter one of these keys. Empty: no sign-in.
+        feedback_file: file that feedback is appended to, as JSON lines. None: no feedback form.
+        pacs: PACS that users may load images from.
+        origins: allowed origins. None: only this machine's own names.
     """
     import gradio as gr
 
@@ -153,7 +153,7 @@ def build_page_app(
 
     @app.post("/page/upload")
     async def upload(request: Request) -> dict[str, str]:
-        """Take a file as the body. The reply is its token, or the code of an error."""
+        """Receive a file as the request body. The reply is its token, or the code of an error."""
         try:
             return {"token": uploads.put(await uploads.read(request))}
         except PageError as error:
@@ -199,7 +199,7 @@ def run_page(
     feedback_file: Path | None = None,
     pacs: Sequence[DicomWebServer] = (),
 ) -> None:
-    """Serve the web UI until a signal comes.
+    """Serve the web UI until a signal arrives.
 
     Raises:
         UserError: the port is taken, or the host is not one of this machine's.

@@ -27,17 +27,17 @@ from babydoctor.serve.page.session import AnswerSettings, Exchange, Session, Ses
 from babydoctor.serve.page.texts import PageError
 
 Number = float | None
-"""Of a number box, which may be empty."""
+"""Value of a number box, which may be empty."""
 
 
 class ConversationHandlers(Handlers):
     """Handlers of the conversation.
 
-    An answer is written by a task of its session, so it survives a reload or a broken connection. The tab's timer
-    calls ``on_follow`` while an answer is being written.
+    A task of the session receives the answer, so an answer survives a reload or a broken connection. The tab's timer
+    calls ``on_follow`` while an answer arrives.
 
     Args:
-        text: hides burned-in text before a model gets the image.
+        text: hides burned-in text before the image is sent to a model.
     """
 
     def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, text: TextHandlers) -> None:
@@ -48,7 +48,7 @@ class ConversationHandlers(Handlers):
     async def on_ask(
         self, question: str, model: str, temperature: Number, top_p: Number, max_tokens: Number, request: gr.Request
     ) -> Changes:
-        """Start to answer a question."""
+        """Start answering a question."""
         session = self.sessions.accepted(request.session_hash)
         sampling = _sampling(temperature, top_p, max_tokens)
         self._check(session, question, model, sampling)
@@ -56,7 +56,7 @@ class ConversationHandlers(Handlers):
         exchange = self._check(session, question, model, sampling)
         index, box = session.editing, ""
         if index is not None:
-            # The edited question takes the place of the old one and of what followed; the earlier draft comes back.
+            # The edited question replaces the old one and all later exchanges. The earlier draft comes back.
             session.editing, box = None, session.draft
         return self._start(session, exchange, index) | {self.ui.question: box} | hidden
 
@@ -82,10 +82,10 @@ class ConversationHandlers(Handlers):
         return {self.ui.chat: show.chat(session)} if session.is_answering else self.finished(session, question)
 
     def finished(self, session: Session, question: str) -> Changes:
-        """The conversation at rest.
+        """The conversation without a running answer.
 
-        A question that got no answer goes back into its box, if that is empty, and what it should have replaced comes
-        back. After an answer that broke off, the replaced one can be brought back with "Undo".
+        If a question got no answer, the exchanges that it should have replaced come back, and its text goes back into
+        the question box, if that is empty. After an answer that broke off, "Undo" brings back the replaced one.
         """
         changes: Changes = {}
         last = session.last
@@ -111,7 +111,7 @@ class ConversationHandlers(Handlers):
         return self.chat(session) | changes
 
     async def on_stop(self, request: gr.Request) -> Changes:
-        """Ask the running answer to end; the next ``on_follow`` shows what there is."""
+        """Request the running answer to stop. The next ``on_follow`` shows the partial answer."""
         try:
             self.sessions.get(request.session_hash).stop()
         except PageError as error:
@@ -120,7 +120,7 @@ class ConversationHandlers(Handlers):
 
     @shows_errors
     def on_clear(self, request: gr.Request) -> Changes:
-        """Begin a new conversation about the same image."""
+        """Start a new conversation about the same image."""
         session = self.sessions.accepted(request.session_hash)
         earlier = list(session.exchanges) if not session.is_answering else []
         session.start_over()
@@ -129,7 +129,7 @@ class ConversationHandlers(Handlers):
         return self.chat(session) | self.no_overlay()
 
     def on_starter(self, event: gr.EventData) -> str:
-        """One of the ready-made questions was chosen."""
+        """Ask the suggested question that was chosen."""
         return str(event_values(event).get("question", ""))
 
     def _check(self, session: Session, question: str, model: str, sampling: AnswerSettings) -> Exchange:
@@ -147,7 +147,7 @@ class ConversationHandlers(Handlers):
         return Exchange(question, model, sampling, session.view, session.image_name)
 
     def _start(self, session: Session, exchange: Exchange, index: int | None = None) -> Changes:
-        """Begin to answer. ``index``: the question takes the place of this exchange and of all that follow it."""
+        """Start answering. ``index``: the question replaces this exchange and all later ones."""
         session.cancel_map("")
         session.forget_earlier()
         if index is not None:
@@ -178,7 +178,7 @@ class AnswerHandlers(Handlers):
     """Handlers of a finished answer.
 
     Args:
-        feedback_file: None: no feedback is taken.
+        feedback_file: None: no feedback form.
     """
 
     def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, feedback_file: Path | None) -> None:
@@ -187,7 +187,7 @@ class AnswerHandlers(Handlers):
 
     @shows_errors
     def on_export(self, request: gr.Request) -> Changes:
-        """The session as a file. The browser saves it; nothing is written on the server."""
+        """The session as a file for the browser to save. Nothing is written on the server."""
         session = self.sessions.accepted(request.session_hash)
         try:
             return {self.ui.exported: export_session(session)}
@@ -236,7 +236,7 @@ class AnswerHandlers(Handlers):
 
 
 def _sampling(temperature: Number, top_p: Number, max_tokens: Number) -> AnswerSettings:
-    """The settings within their limits; an empty box counts as its default."""
+    """The settings, clamped to their limits. An empty box counts as its default."""
     return AnswerSettings(
         temperature=min(max(temperature if temperature is not None else 0.0, 0.0), 2.0),
         top_p=min(max(top_p if top_p is not None else 1.0, 0.05), 1.0),

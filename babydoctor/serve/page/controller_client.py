@@ -1,4 +1,4 @@
-"""The web UI as a client of the controller: list of models, a streamed answer, where it looked. No Gradio."""
+"""The web UI's client of the controller: the list of models, streamed answers, occlusion maps. No Gradio."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from babydoctor.serve.page.texts import PageError
 TIMEOUT = httpx.Timeout(60, connect=5)
 
 POLL_S = 0.05
-"""How often a running answer checks whether it should stop, and the shortest time between two updates."""
+"""Interval at which a running answer checks for a stop request, and shortest time between two updates."""
 
 
 class ControllerClient:
     """One controller.
 
     Args:
-        url: without a path.
-        api_key: where it asks for one.
+        url: URL without a path.
+        api_key: key, if the controller requires one.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # Proxies from the environment are not used: images go to the controller and nowhere else.
+        # Ignore proxies from the environment: images must go to the controller and nowhere else.
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False)
 
     async def aclose(self) -> None:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        """Names of the models that can be asked now."""
+        """Names of the running models."""
         return list((await self._post("/list_models", {}))["models"])
 
     async def template(self, model: str) -> Template:
-        """The conversation template of a model, which its run's manifest names."""
+        """The conversation template of a model, from the manifest of its run."""
         name = (await self._post("/worker_get_conv_template", {"model": model}))["conv"]["name"]
         try:
             return get_template(str(name))
@@ -53,17 +53,17 @@ class ControllerClient:
             raise PageError("worker_failed") from None
 
     async def image_mode(self, model: str) -> str:
-        """How the model makes a picture square: ``pad`` or ``square``."""
+        """How the model makes an image square: ``pad`` or ``square``."""
         return str((await self._post("/model_details", {"model": model})).get("image_mode", "pad"))
 
     async def image_mean(self, model: str) -> tuple[float, float, float]:
-        """The color that the model sees as nothing, from 0 to 1; gray where its worker does not say."""
+        """The mean color of the model (0 to 1), which normalizes to zero; gray if its worker does not report one."""
         details = await self._post("/model_details", {"model": model})
         red, green, blue = details.get("image_mean") or (0.5, 0.5, 0.5)
         return float(red), float(green), float(blue)
 
     async def shows_attention(self, model: str) -> bool:
-        """True where the model's worker can tell where it looked. Workers for other servers cannot."""
+        """True if the model's worker can compute occlusion maps. Workers for other servers cannot."""
         try:
             details = await self._post("/model_details", {"model": model})
         except PageError:
@@ -71,11 +71,13 @@ class ControllerClient:
         return int(details.get("image_tokens") or 0) > 0
 
     async def attention(self, exchange: Exchange) -> AsyncGenerator[dict[str, Any], None]:
-        """On which parts of the image each piece of an answer depended: messages of ``protocol.AttentionProgress``,
-        then one of ``protocol.AttentionReply``. Closing the generator ends the work in the engine.
+        """Compute an occlusion map: how much each piece of an answer depended on each part of the image.
+
+        Yields messages of ``protocol.AttentionProgress``, then one of ``protocol.AttentionReply``. Closing the
+        generator cancels the work in the engine.
 
         Raises:
-            PageError: it was refused or broke off.
+            PageError: the request was refused or broke off.
         """
         body = {
             "stream": True,
@@ -102,14 +104,14 @@ class ControllerClient:
     async def answer(
         self, exchange: Exchange, turns: Sequence[Turn], agreement: int | None = None
     ) -> AsyncIterator[None]:
-        """Fill ``exchange`` with the model's answer; yields after each change.
+        """Fill ``exchange`` with the model's answer. Yields after each change.
 
-        ``agreement`` samples this many more answers, which ``exchange.certainty`` then compares.
+        ``agreement``: number of additional answers to sample; ``exchange.certainty`` then compares them.
 
-        Leaving the iteration, or ``exchange.stop_requested``, closes the connection, and that stops the model.
+        Leaving the iteration, or ``exchange.stop_requested``, closes the connection, which stops the model.
 
         Raises:
-            PageError: it was refused or broke off; ``exchange.answer`` keeps what had arrived.
+            PageError: the request was refused or broke off. ``exchange.answer`` keeps the text received so far.
         """
         exchange.turns = tuple(turns)
         template = await self.template(exchange.model)
@@ -149,14 +151,14 @@ class ControllerClient:
 
 
 async def _read(stream: LlavaStream, exchange: Exchange) -> AsyncIterator[None]:
-    """Read deltas until the end or until the user stops it; yields at most every ``POLL_S`` seconds."""
+    """Read deltas until the stream ends or the user stops it. Yields at most every ``POLL_S`` seconds."""
     last_update = 0.0
     changed = False
     while True:
         try:
             delta = await stream.next(POLL_S)
         except EndOfAnswer:
-            # An original worker sends no finish reason; a stream that ends without an error is complete.
+            # Workers of the original LLaVA send no finish reason. A stream that ends without an error is complete.
             exchange.ended = exchange.ended or "stop"
             if changed:
                 yield

@@ -1,4 +1,4 @@
-"""The web UI put together: which handler each component calls, the notice before it, and the list of models."""
+"""The assembled web UI: the handler of each component's events, the notice at the start, and the list of models."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from babydoctor.serve.page.uploads import Uploads
 from babydoctor.serve.page.viewer.handlers import ViewerHandlers
 from babydoctor.serve.settings import DicomWebServer
 
-# Nothing goes through Gradio's queue: its stream to the browser breaks with the connection, and a running answer with
-# it. Answers are written by tasks of the server, and a timer in the tab asks for them.
+# Gradio's queue is off, because its stream to the browser, and a running answer with it, breaks with the connection.
+# Tasks on the server receive answers, and a timer in the tab polls for them.
 #
-# Nothing goes through Gradio's own checks of values either: it refuses a number beyond a slider's ends, or a model that
-# is no longer in the list, with an error that the user does not see. Handlers check what they get.
+# Gradio's own checks of values are off, because for a number outside a slider's range, or a model that is no longer in
+# the list, they raise an error that the user does not see. Handlers check their inputs.
 PRIVATE: dict[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
@@ -49,10 +49,10 @@ class WebUI:
     """The web UI.
 
     Args:
-        client: asks the controller.
-        uploads: files that wait to be taken.
-        feedback_file: None: no feedback is taken.
-        pacs: the PACS that images may be loaded from.
+        client: client of the controller.
+        uploads: uploaded files that no session has taken yet.
+        feedback_file: None: no feedback form.
+        pacs: PACS that images may be loaded from.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WebUI:
         self.examples = {example.key: example for example in build_examples()}
 
     def build(self) -> gr.Blocks:
-        """Make the components and connect them with their handlers."""
+        """Create the components and connect them with their handlers."""
         with gr.Blocks(title="BabyDoctor", analytics_enabled=False) as demo:
             self.ui = Layout([*self.examples.values()], self.feedback_file is not None, self.pacs)
             self.images = ImageHandlers(self.ui, self.sessions, self.client, self.uploads, self.examples)
@@ -118,7 +118,7 @@ class WebUI:
         ui.model.input(tab.on_tick, [ui.model], models, **LATEST)
         ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [ui.agree], [ui.enter], **PRIVATE)
         ui.enter.click(tab.on_enter, [ui.agree], gate, **PRIVATE)
-        # The browser keeps the settings: a change goes from the components to its local storage.
+        # The browser keeps the settings in its local storage.
         as_list = "(model, temperature, top_p, max_tokens) => [[model, temperature, top_p, max_tokens]]"
         changes = [ui.model.change, ui.temperature.change, ui.top_p.change, ui.max_tokens.change]
         gr.on(changes, None, settings, [ui.preferences], js=as_list)
@@ -138,7 +138,7 @@ class WebUI:
             ui.study.list.select(study.on_choose, None, loaded, **PRIVATE),
             ui.study.canvas.select(study.on_second, None, loaded, **PRIVATE),
         ]
-        # "release" also comes when a number box is left, and Gradio has then limited the number to the slider's ends.
+        # "release" also fires when a number box loses focus, after Gradio has clamped the number to the slider's range.
         moved = [ui.center.input, ui.width.input, ui.center.release, ui.width.release]
         changed.append(gr.on(moved, self.images.on_window, [ui.center, ui.width], self._image, **LATEST))
         text = [ui.viewer, ui.text_boxes, ui.image_status]
@@ -162,7 +162,7 @@ class WebUI:
     def _connect_chat(self) -> None:
         ui, talk = self.ui, self.talk
         settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
-        # What is asked about is what the canvas shows, also in the moment after a drag.
+        # Wait for the canvas, so that the question is about what the user sees, also right after a drag.
         settled: dict[str, Any] = {"js": script("settled(inputs)", "...inputs", "viewer.js")}
         asked = [*self._chat, ui.viewer, ui.text_boxes]
         asks = [ui.send.click, ui.question.submit]
@@ -188,12 +188,12 @@ class WebUI:
 
 
 class TabHandlers(Handlers):
-    """Handlers of a tab as a whole: loading, the notice before the web UI, the list of models.
+    """Handlers of a whole tab: loading, the notice at the start, the list of models.
 
     Args:
-        images: shows the image again after a reload.
-        talk: shows the conversation again.
-        look: shows "Where it looked" again.
+        images: restores the image after a reload.
+        talk: restores the conversation.
+        look: restores "Where it looked".
     """
 
     def __init__(
@@ -216,12 +216,12 @@ class TabHandlers(Handlers):
 
     @shows_errors_async
     async def on_load(self, passed: bool, preferences: Any, tab: str, request: gr.Request) -> Changes:
-        """A tab was opened or reloaded. A reload shows everything that the session holds."""
+        """Handle the opening or reload of a tab. A reload restores everything in the session."""
         values = tab_values(tab)
         session = self.sessions.attach(request.session_hash, str(values.get("token", "")))
         typed = typed_texts(self.ui, values)
         if passed is not True:
-            return typed  # the gate is shown from the start; a late reply must not bring it back
+            return typed  # The notice is visible from the start; a late reply must not bring it back.
         was_known = session.has_accepted
         model, settings = stored_settings(self.ui, preferences)
         changes = settings | await self._open(session, model) | typed
@@ -237,19 +237,19 @@ class TabHandlers(Handlers):
 
     @shows_errors_async
     async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
-        """The user has read the notice."""
+        """Handle "Continue": the user has accepted the notice."""
         if not agreed:
             return {}
         return await self._open(self.sessions.get(request.session_hash), None) | {self.ui.passed: True}
 
     @shows_errors_async
     async def on_tick(self, model: str | None, request: gr.Request) -> Changes:
-        """Refresh the list of models. A chosen model that is not running stays chosen, and the user is told."""
+        """Refresh the list of models. A chosen model that is not running stays chosen, with a message to the user."""
         session = self.sessions.get(request.session_hash)
         return await self._models(session, model) if session.has_accepted else {}
 
     def on_unload(self, request: gr.Request) -> None:
-        """The tab was closed or reloaded, or its connection broke."""
+        """Handle a tab that was closed, reloaded or disconnected."""
         self.sessions.leave(request.session_hash)
 
     async def _open(self, session: Session, model: str | None) -> Changes:
@@ -261,7 +261,7 @@ class TabHandlers(Handlers):
         try:
             running = await self.client.models()
         except PageError as error:
-            # The list stays as it is; what was chosen stays chosen.
+            # Keep the list and the choice.
             return {
                 self.ui.model: gr.Dropdown(choices=[model] if model else [], value=model, visible=True),
                 self.ui.model_status: self.sentence(error),

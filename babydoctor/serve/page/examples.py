@@ -1,4 +1,4 @@
-"""Example cases: held-out phantoms drawn at start, and real images that ship with pydicom. Nothing is downloaded."""
+"""Example cases: held-out phantoms, drawn at startup, and real images from pydicom. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THUMBNAIL_SIZE = 112
 _PHANTOMS = (("radiograph", "effusion"), ("ct", "nodule"), ("mr", "cyst"), ("ultrasound", "none"))
 _MODALITY_NAMES = {"radiograph": "radiograph", "ct": "CT", "mr": "MR", "ultrasound": "ultrasound"}
 
-# Name in pydicom.examples, and its title. RT, waveform and DICOMDIR files hold no picture.
+# Name in pydicom.examples -> title. RT, waveform and DICOMDIR files contain no image.
 _REAL = (
     ("ct", "Real CT, spine"),
     ("overlay", "Real MR, abdomen"),
@@ -32,7 +32,7 @@ _REAL = (
 
 @dataclass(frozen=True)
 class ExampleCase:
-    """A case to try. ``load`` returns the bytes of the file; ``truth`` and ``case`` are known for phantoms only."""
+    """An example case. ``load`` returns the bytes of the file. ``truth`` and ``case`` are set for phantoms only."""
 
     key: str
     title: str
@@ -44,14 +44,14 @@ class ExampleCase:
 
 
 def build_examples(num_phantoms_of_each: int = 1) -> list[ExampleCase]:
-    """Draw the phantoms and find pydicom's files; those that are not installed are left out."""
+    """Draw the phantoms and find pydicom's files. Files that are not installed are left out."""
     return [*_phantoms(num_phantoms_of_each), *_real_ones()]
 
 
 def _phantoms(num_of_each: int) -> list[ExampleCase]:
     from babydoctor.phantom.drawing import draw
 
-    # Cases of the demo's held-out split: no model has trained on them.
+    # Cases of the demo's held-out split, which no model was trained on.
     cases = build_cases("held_out", 240, DEMO_SEED)
     examples = []
     for modality, finding in _PHANTOMS:
@@ -88,7 +88,7 @@ def _real_ones() -> list[ExampleCase]:
 def _thumbnail(data: bytes) -> str:
     view = open_scan(data).view()
     image = Image.open(io.BytesIO(view.png)).convert("RGB")
-    # Crop the center square, so that all thumbnails have one shape.
+    # Crop the center square, so that all thumbnails have the same shape.
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     image = image.crop((left, top, left + edge, top + edge)).resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

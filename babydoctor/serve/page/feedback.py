@@ -36,15 +36,15 @@ _ENDINGS = {"stopped": " (stopped)", "length": " (cut off at the length limit)",
 MAX_COMMENT_CHARS = 10_000
 
 MAX_FILE_BYTES = 2**30
-"""Of the feedback file. A full one is for the operator to move; the disk must not fill up."""
+"""Size limit of the feedback file, so that it cannot fill the disk. The operator must move a full file."""
 
 
 def build_row(
     session: Session, exchange: Exchange, *, verdict: str | None, errors: Sequence[str], comment: str, with_image: bool
 ) -> dict[str, Any]:
-    """One line of feedback. Nothing in it says who gave it or from where.
+    """One line of feedback. It does not record who gave it or from where.
 
-    ``seconds`` is the time from the moment that the whole answer was shown to the feedback.
+    ``seconds`` is the time from the display of the whole answer to the feedback.
     """
     facts = session.scan.facts if session.scan else {}
     row: dict[str, Any] = {
@@ -71,7 +71,7 @@ def save_row(path: Path, row: dict[str, Any]) -> None:
     """Append a line to a file that only the operator's account can read.
 
     Raises:
-        PageError: it cannot be written.
+        PageError: the file cannot be written.
     """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     try:
@@ -81,14 +81,14 @@ def save_row(path: Path, row: dict[str, Any]) -> None:
             raise PageError("feedback_full")
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # threads of this process wait for each other, too
+            fcntl.flock(file, fcntl.LOCK_EX)  # also locks out other threads of this process
             written = file.write(line)
-            if written != len(line):  # a full disk may take a part of it
+            if written != len(line):  # a full disk may accept only a part of the line
                 os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size - (written or 0))
                 raise PageError("not_saved")
             os.fsync(file.fileno())
         if is_new:
-            sync(path.parent)  # the file's name is on disk, too
+            sync(path.parent)  # sync the directory, so that the file's name is on disk, too
     except OSError:
         raise PageError("not_saved") from None
 
@@ -103,7 +103,7 @@ def _sampling(exchange: Exchange) -> dict[str, float]:
 
 
 def export_session(session: Session) -> str:
-    """The session as an HTML document without references to other files, with the same data as JSON inside.
+    """The session as a self-contained HTML document that also contains its data as JSON.
 
     Raises:
         PageError: there is no answer yet.

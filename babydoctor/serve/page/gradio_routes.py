@@ -1,7 +1,7 @@
-"""What of Gradio's HTTP routes the web UI offers, and the check of what comes in.
+"""Restrict Gradio's HTTP routes to those that the web UI uses, and check the calls.
 
-Gradio answers a malformed call with status 500 and a stack trace in the log. Here such a call gets a sentence, and the
-routes that the web UI does not use (queue, named functions, uploads, proxies) do not exist.
+Gradio answers a malformed call with status 500 and a stack trace in the log. This middleware answers with an error
+message. The routes that the web UI does not use (queue, named functions, uploads, proxies) return 404.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from babydoctor.serve.api.shape_errors import describe
 GRADIO_API = "/gradio_api/"
 
 RUN = f"{GRADIO_API}run/predict"
-"""Calls an event handler; everything in a tab goes through it, because nothing uses Gradio's queue."""
+"""The route that calls event handlers. A tab uses no other, because Gradio's queue is off."""
 
 USED = tuple(GRADIO_API + name for name in ("info", "heartbeat/", "startup-events", "app_id", "user", "file="))
 
 MAX_CALL_BYTES = 2**20
-"""A question and a few settings. Files come through ``/page/upload``."""
+"""Enough for a question and a few settings. Files go to ``/page/upload``."""
 
 _FIELDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "data": (list, "a list"),
@@ -55,14 +55,14 @@ _VALUES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
     ),
 }
-"""What a component of a kind sends; null stands for nothing chosen. Gradio's own checks are off, see ``events``."""
+"""Values that each kind of component sends; null if nothing is chosen. Gradio's own checks are off, see ``events``."""
 
 
 class GradioRoutes:
     """ASGI middleware around the application that holds Gradio.
 
     Args:
-        inputs: for each event handler's number, the kinds of components whose values it takes.
+        inputs: number of an event handler -> the kinds of its input components.
     """
 
     def __init__(self, app: ASGIApp, *, inputs: Mapping[int, Sequence[str]]) -> None:
@@ -90,7 +90,7 @@ class GradioRoutes:
         """The body of a call, checked.
 
         Raises:
-            ApiError: names the field.
+            ApiError: the body is malformed. The message names the field.
         """
         body = b""
         async for part in request.stream():
@@ -105,8 +105,8 @@ class GradioRoutes:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8, or a number is too long"
             raise ApiError("bad_json", f"The body is not valid JSON: {reason}.") from None
         self._check(call)
-        # Only these go on: Gradio takes further fields, among them one that stands for a whole request. Event data may
-        # be anything; the handlers that use it check it.
+        # Pass on only these fields. Gradio accepts more, among them one that replaces the whole request. Event data is
+        # checked by the handlers that use it.
         return json.dumps({name: call.get(name) for name in (*_FIELDS, "event_data")}).encode()
 
     def _check(self, call: Any) -> None:

@@ -1,7 +1,7 @@
-"""What the groups of event handlers share.
+"""The base of all groups of event handlers.
 
-A handler gets Gradio's session hash, finds the session, changes it, and returns the changes of the components. A
-``PageError`` becomes a sentence; nothing else about an error reaches the user.
+A handler gets Gradio's session hash, finds the session, changes it, and returns updates of the components. A
+``PageError`` becomes a sentence in the web UI. Users see no other details of an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Handlers:
     Args:
         ui: the components.
         sessions: all tabs.
-        client: asks the controller.
+        client: client of the controller.
     """
 
     def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient) -> None:
@@ -46,7 +46,7 @@ class Handlers:
         return self.ui.status
 
     def sentence(self, error: Exception) -> str:
-        """An error as HTML. An unexpected one is logged and shown without its text."""
+        """An error as HTML. An unexpected error is logged and shown without its text."""
         return show.status(as_page_error(error).sentence)
 
     def chat(self, session: Session) -> Changes:
@@ -66,7 +66,7 @@ class Handlers:
 
 
 def event_values(event: gr.EventData) -> dict[str, Any]:
-    """What ``page.js`` sends with an event; nothing where it is no object."""
+    """The data that ``page.js`` sends with an event; empty if it is not an object."""
     return event._data if isinstance(event._data, dict) else {}
 
 
@@ -74,7 +74,7 @@ def chosen_index(value: Any, count: int) -> int:
     """The index that a pressed button sends.
 
     Raises:
-        PageError: there is no such item (any more).
+        PageError: no item has this index.
     """
     text = str(value)
     if len(text) > 9 or not text.isdecimal() or int(text) >= count:
@@ -83,7 +83,7 @@ def chosen_index(value: Any, count: int) -> int:
 
 
 def as_page_error(error: Exception) -> PageError:
-    """The error itself, or ``internal`` for one that nobody expected, which is logged."""
+    """The error itself, or ``internal`` for an unexpected error, which is logged."""
     if isinstance(error, PageError):
         return error
     log(logger, logging.ERROR, "web UI handler failed", exception=type(error).__name__, place=_place(error))
@@ -91,7 +91,7 @@ def as_page_error(error: Exception) -> PageError:
 
 
 def shows_errors(handler: Callable[..., Changes]) -> Callable[..., Changes]:
-    """Show the error of a handler in the group's status line; a handler that changed something clears the line."""
+    """Show the error of a handler in the group's status line. A handler that changed something clears the line."""
 
     @functools.wraps(handler)
     def call(self: Handlers, *args: Any) -> Changes:

@@ -1,4 +1,4 @@
-"""Session -> HTML. The Jinja2 templates in ``templates/`` escape everything that comes from outside."""
+"""Session -> HTML. The Jinja2 templates in ``templates/`` escape all values."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def markdown(text: str) -> Markup:
 
 
 def banner() -> str:
-    """The notice that stays on top, and the line about a lost connection, which ``connection.js`` fills."""
+    """The notice at the top, and the line about a lost connection, which ``connection.js`` fills in."""
     return _render("banner.html", notice=texts.RESEARCH_NOTICE, sentences=texts.CONNECTION)
 
 
@@ -71,7 +71,7 @@ def title() -> str:
 
 
 def drop_zone(max_bytes: int, max_study_bytes: int) -> str:
-    """The place for files, with the progress of their upload."""
+    """The drop zone for files, with the progress of the upload."""
     return _render("drop.html", max_bytes=max_bytes, max_study_bytes=max_study_bytes)
 
 
@@ -81,7 +81,7 @@ def gallery(examples: Sequence[ExampleCase]) -> str:
 
 
 def status(text: str, kind: str = "error") -> str:
-    """A line that screen readers announce; empty for no text.
+    """A line that screen readers announce. Empty if there is no text.
 
     Args:
         kind: ``error``, ``warning`` or ``info``.
@@ -90,9 +90,9 @@ def status(text: str, kind: str = "error") -> str:
 
 
 def viewer(view: View | None, scan: Scan | None = None, state: Mapping[str, Any] | None = None) -> str:
-    """The image as the model gets it, with boxes around burned-in text. ``state`` is for the canvas."""
+    """The image as the model receives it, with boxes around burned-in text. ``state`` is for the canvas."""
     shown = {"view": view, "state": json.dumps(state) if state else ""}
-    # The boxes lie on the file's own pixels, so they are not drawn over a turned or cropped image.
+    # Boxes are in pixels of the file, so they are not drawn over a rotated or cropped image.
     if view is None or scan is None or scan.arrangement.caption:
         return _render("viewer.html", **shown, boxes=())
     boxes = [(box, scan.text.is_hidden(box)) for box in scan.text.identifying(scan.frame)]
@@ -100,17 +100,17 @@ def viewer(view: View | None, scan: Scan | None = None, state: Mapping[str, Any]
 
 
 def canvas(*, is_second: bool = False) -> str:
-    """The canvas and buttons of a viewer; ``viewer.js`` or ``viewer_second.js`` fills it."""
+    """The canvas and buttons of a viewer. ``viewer.js`` or ``viewer_second.js`` fills it."""
     return _render("canvas.html", is_second=is_second)
 
 
 def study(study: Study | None) -> str:
-    """The series of a study as buttons, how the chosen one is sorted, and what could not be read."""
+    """The series of a study as buttons, the order of the chosen one, and the files that could not be read."""
     return _render("study.html", study=study, reasons=UNREAD)
 
 
 def second(study: Study | None) -> str:
-    """How the series in the second viewport is shown, for its canvas."""
+    """The state of the second viewport, for its canvas."""
     if study is None or study.second is None:
         return _render("second.html", state="")
     scan = study.series[study.second].scan
@@ -118,7 +118,7 @@ def second(study: Study | None) -> str:
 
 
 def text_boxes(scan: Scan, is_searched: bool) -> str:
-    """What was found of burned-in text, with buttons that hide or show it; empty without the extra ``ocr``."""
+    """Burned-in text that was found, with buttons that hide or show it. Empty without the extra ``ocr``."""
     if not is_available():
         return ""
     boxes = scan.text.identifying(scan.frame)
@@ -137,7 +137,7 @@ def text_boxes(scan: Scan, is_searched: bool) -> str:
 
 
 def facts(scan: Scan | None) -> str:
-    """The facts about the image that may be shown, and the warning about burned-in text."""
+    """Facts about the image that do not identify a person, and the warning about burned-in text."""
     if scan is None:
         return ""
     is_warning = scan.facts.get("burned_in_annotation") == "YES"
@@ -147,7 +147,7 @@ def facts(scan: Scan | None) -> str:
 
 
 def pacs_studies(studies: Sequence[PacsStudy]) -> str:
-    """The studies that a search has found, as buttons."""
+    """The studies that a search found, as buttons."""
     return _render("pacs.html", studies=studies, series=())
 
 
@@ -157,7 +157,7 @@ def pacs_series(series: Sequence[PacsSeries]) -> str:
 
 
 def chat(session: Session | None) -> str:
-    """The conversation. Each answer names the image, frame, window and model that it belongs to."""
+    """The conversation. Each answer names its image, frame, window and model."""
     messages = [_message(exchange) for exchange in session.exchanges] if session else []
     has_buttons = session is not None and not session.is_answering
     editing = session.editing if session else None
@@ -171,7 +171,7 @@ def chat(session: Session | None) -> str:
 
 
 def turn_note(session: Session) -> str:
-    """Which question is being edited, or what can be undone; empty for neither."""
+    """Which question is being edited, or what can be undone. Empty if neither."""
     if session.editing is not None:
         later = len(session.exchanges) - session.editing - 1
         return _render("turn_note.html", number=session.editing + 1, later=later, undo="")
@@ -179,7 +179,7 @@ def turn_note(session: Session) -> str:
 
 
 def map_progress(running: RunningMap) -> str:
-    """How far an occlusion map is, with the time left."""
+    """The progress of an occlusion map, with the time left."""
     return _render("map_progress.html", share=running.share, left_s=running.left_s)
 
 
@@ -207,29 +207,29 @@ def _message(exchange: Exchange) -> dict[str, Any]:
 
 
 def sampled_answers(question: str, sentence: str, groups: Sequence[tuple[str, int]]) -> str:
-    """Sampled answers to a question, each distinct text with its count."""
+    """Sampled answers to a question: each distinct text with its count."""
     answers = [(f"{count} time{'s' if count > 1 else ''}", text) for text, count in groups]
     return _render("certainty.html", question=question, sentence=sentence, answers=answers)
 
 
 def answer_without_image(question: str, answer: str, hidden: str, sentence: str) -> str:
-    """An answer beside the answer to the same question without the image."""
+    """An answer next to the answer to the same question without the image."""
     answers = [("With the image", answer), ("Without the image", hidden)]
     return _render("certainty.html", question=question, sentence=sentence, answers=answers)
 
 
 def chips(labels: Iterable[str]) -> str:
-    """Questions to begin with, as buttons."""
+    """Suggested questions, as buttons."""
     return _render("chips.html", labels=labels)
 
 
 def word_buttons(words: Sequence[str]) -> str:
-    """The words of an answer as buttons; the first one stands for the whole answer."""
+    """The words of an answer as buttons. The first button is for the whole answer."""
     return _render("words.html", words=words)
 
 
 def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
-    """The image with the occlusion map on it. ``note`` says how far it can be trusted."""
+    """The image under its occlusion map. ``note`` says how reliable the map is."""
     ratio = view.width / view.height
     return _render(
         "overlay.html",
@@ -243,7 +243,7 @@ def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
 
 
 def export(data: Mapping[str, Any], exchanges: Sequence[Mapping[str, Any]]) -> str:
-    """A session as one HTML document; ``data`` is also inside as JSON."""
+    """A session as one HTML document that also contains ``data`` as JSON."""
     # "</" inside a script element would end it.
     block = json.dumps(data, ensure_ascii=False, indent=1).replace("<", "\\u003c")
     return _render("export.html", data=data, exchanges=exchanges, css=Markup(_export_css()), block=Markup(block))

@@ -20,15 +20,15 @@ from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES, Uploads
 from babydoctor.serve.page.viewer.state import viewer_state
 
 ROUNDING = 1e-3
-"""Level and width are shown rounded to this."""
+"""Level and width are displayed as multiples of this."""
 
 
 class ImageHandlers(Handlers):
     """Handlers of the image.
 
     Args:
-        uploads: files that wait to be taken.
-        examples: by key.
+        uploads: uploaded files that no session has taken yet.
+        examples: example cases by key.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class ImageHandlers(Handlers):
         return self.ui.image_status
 
     def load_upload(self, session: Session, values: Mapping[str, Any]) -> Changes:
-        """Show a file that has arrived. Raises ``PageError`` if its upload failed."""
+        """Show an uploaded file. Raises ``PageError`` if its upload failed."""
         if "token" not in values:
             raise PageError(str(values.get("error", "upload_broken")), limit_mb=MAX_UPLOAD_BYTES // 2**20)
         return self.load(session, open_scan(self.uploads.take(str(values["token"]))))
 
     @shows_errors
     def on_example(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """An example was chosen."""
+        """Show the example that was chosen."""
         session = self.sessions.accepted(request.session_hash)
         example = self.examples.get(str(event_values(event).get("example")))
         if example is None:
@@ -66,18 +66,18 @@ class ImageHandlers(Handlers):
 
     @shows_errors
     def on_frame(self, frame: float | None, request: gr.Request) -> Changes:
-        """Another frame of a multi-frame file."""
+        """Show another frame of a multi-frame file."""
         session, scan = self._with_scan(request)
         wanted = 1 if frame is None else int(min(max(frame, 1), scan.num_frames))
         scan.frame = wanted - 1
         changes = self._show_view(session, scan)
-        if scan.has_window:  # each frame may bring a window of its own
+        if scan.has_window:  # each frame may have its own window
             changes |= self._window_sliders(scan)
         return changes if wanted == frame else changes | {self.ui.frame: gr.Slider(value=wanted)}
 
     @shows_errors
     def on_preset(self, preset: str | None, request: gr.Request) -> Changes:
-        """The file's own window, or one of the presets for CT."""
+        """Apply the file's own window, or one of the CT presets."""
         session, scan = self._with_scan(request)
         scan.center = scan.width = None
         scan.preset = preset if preset in scan.presets and preset != scan.own_window else None
@@ -85,14 +85,14 @@ class ImageHandlers(Handlers):
 
     @shows_errors
     def on_window(self, center: float | None, width: float | None, request: gr.Request) -> Changes:
-        """Level or width was moved or typed. The sliders grow where a typed value lies beyond them."""
+        """Apply a level or width that was dragged or typed. A typed value may extend the sliders."""
         session, scan = self._with_scan(request)
         if not scan.has_window:
             raise PageError("bad_window")
-        if center is None or width is None:  # a box is empty while its user types
+        if center is None or width is None:  # a box may be empty while the user types
             return {}
         at = scan.window_range()
-        if abs(center - at.center) < ROUNDING and abs(width - at.width) < ROUNDING:  # a box was left as it was
+        if abs(center - at.center) < ROUNDING and abs(width - at.width) < ROUNDING:  # a box lost focus unchanged
             return {}
         try:
             scan.set_window(center, width)
@@ -106,7 +106,7 @@ class ImageHandlers(Handlers):
         }
 
     def show_scan(self, session: Session) -> Changes:
-        """The image with all its controls."""
+        """The image and all its controls."""
         scan = session.scan
         if scan is None:
             return {self.ui.viewer: show.viewer(None)}
@@ -125,7 +125,7 @@ class ImageHandlers(Handlers):
         }
 
     def show_arranged(self, session: Session) -> Changes:
-        """The image, and the values of the controls that the canvas changes, too."""
+        """The image, and the controls whose values the canvas can change."""
         scan = session.scan
         assert scan is not None
         changes = self._show_view(session, scan) | {
@@ -142,7 +142,7 @@ class ImageHandlers(Handlers):
         }
 
     def load(self, session: Session, scan: Scan) -> Changes:
-        """Show another image, which begins a new conversation."""
+        """Show another image, which starts a new conversation."""
         session.load(scan)
         return self.show_scan(session) | self.chat(session) | self.no_overlay() | {self.ui.status: ""}
 
@@ -161,10 +161,10 @@ class ImageHandlers(Handlers):
 
 
 def _choice(scan: Scan) -> str | None:
-    """What the list of windows shows; nothing where the sliders were moved."""
+    """The selected entry in the list of windows; None after the sliders were moved."""
     return scan.preset or (None if scan.center is not None else scan.own_window)
 
 
 def _short(value: float) -> float:
-    """Six digits are enough for a slider, whatever the unit."""
+    """Rounded to six significant digits, enough for a slider in any unit."""
     return float(f"{value:.6g}")

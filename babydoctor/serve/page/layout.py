@@ -23,12 +23,12 @@ from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
 from babydoctor.serve.settings import DicomWebServer
 
 REFRESH_S = 5
-"""How often an open tab asks which models are running."""
+"""How often an open tab polls the list of running models."""
 
 BUTTONS = "buttons(element, trigger)"
 
 FOLLOW_S = 0.25
-"""How often an open tab asks for the answer that is being written."""
+"""How often an open tab polls a running answer."""
 
 
 def script(call: str, arguments: str = "", file: str = "page.js") -> str:
@@ -36,14 +36,14 @@ def script(call: str, arguments: str = "", file: str = "page.js") -> str:
 
     Args:
         call: for example ``dropZone(element, trigger)``.
-        arguments: parameter names, to get a function for Gradio's ``js=``; empty: a statement for ``js_on_load``.
+        arguments: parameter names, for a function for Gradio's ``js=``. Empty: a statement for ``js_on_load``.
     """
     load = f"import(new URL('page/static/{file}', document.baseURI)).then((page) => page.{call})"
     return f"({arguments}) => {load}" if arguments else load
 
 
 def build_theme() -> Any:
-    """System fonts; text contrast of at least 4.5:1 in light and dark."""
+    """System fonts only. Text contrast is at least 4.5:1 in the light and the dark theme."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         neutral_hue=gr.themes.colors.slate,
@@ -83,18 +83,18 @@ def build_theme() -> Any:
 
 
 class Layout:
-    """The components, by name. Made inside ``gr.Blocks``; ``events.WebUI`` connects them with handlers.
+    """The components, by name. Create it inside ``gr.Blocks``. ``events.WebUI`` connects them with handlers.
 
     Args:
         examples: the example cases.
         takes_feedback: False hides the feedback form.
-        pacs: the PACS that images may be loaded from.
+        pacs: PACS that images may be loaded from.
     """
 
     def __init__(
         self, examples: Sequence[ExampleCase], takes_feedback: bool, pacs: Sequence[DicomWebServer] = ()
     ) -> None:
-        # Kept in the browser's local storage; neither value is a secret.
+        # Kept in the browser's local storage. Neither value is a secret.
         self.passed = gr.BrowserState(False, storage_key="babydoctor-research-use", secret="not a secret")
         self.preferences = gr.BrowserState(None, storage_key="babydoctor-settings", secret="not a secret")
         self.tab = gr.Textbox(visible=False)
@@ -235,6 +235,6 @@ def _section(title: str, lines: int) -> gr.Textbox:
 
 
 def _html(value: str, elem_id: str, call: str = "", file: str = "page.js") -> gr.HTML:
-    """A piece of HTML; ``call`` sets it up in the browser, see ``script``."""
+    """An HTML component. ``call`` initializes it in the browser, see ``script``."""
     on_load = script(call, file=file) if call else None
     return gr.HTML(value, js_on_load=on_load, elem_id=elem_id, apply_default_css=False, min_width=200)

@@ -1,4 +1,4 @@
-"""Weights of an occlusion map -> words, and transparent pictures that are laid over the image. Pure functions."""
+"""Weights of an occlusion map -> words and transparent images to overlay. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 MAX_EDGE = 512
-"""Long edge of an overlay. Its content is as coarse as the model's patches."""
+"""Long edge of an overlay in pixels. Its content is as coarse as the model's patches."""
 
 MAX_WORDS = 300
-"""Longer answers get overlays for their first words only."""
+"""Longer answers get overlays only for their first words."""
 
-# Yellow to red as weights grow: visible on gray, and ordered in lightness for readers who do not see color.
+# Yellow to red with increasing weight: visible on gray, and ordered by lightness for color-blind readers.
 _STOPS = np.array([0.0, 0.5, 1.0])
 _COLORS = np.array([[255, 237, 111], [253, 141, 60], [189, 0, 38]], float)
 
@@ -26,7 +26,7 @@ Grid = np.ndarray
 def group_words(tokens: Sequence[dict[str, Any]], rows: int, columns: int) -> list[tuple[str, Grid]]:
     """Pieces of an answer -> (word, weights ``[rows, columns]``), the whole answer first.
 
-    The weights of a word are the mean over its pieces. A piece that begins with a space begins a word.
+    The weights of a word are the mean over its pieces. A piece that starts with a space starts a word.
     """
     words: list[tuple[str, list[Grid]]] = []
     begins_new = True
@@ -48,11 +48,11 @@ def group_words(tokens: Sequence[dict[str, Any]], rows: int, columns: int) -> li
 
 
 def place_on_image(grid: Grid, width: int, height: int, mode: str) -> np.ndarray:
-    """Weights of the model's square -> weights on the picture, ``[h, w]`` from 0 to 1, ``max(h, w) <= MAX_EDGE``.
+    """Weights on the model's square input -> weights on the image, ``[h, w]`` from 0 to 1, ``max(h, w) <= MAX_EDGE``.
 
     Args:
-        mode: ``pad``: the square is the whole picture with borders. ``square``: it is the center of the picture;
-            the model did not see the rest.
+        mode: ``pad``: the square is the whole image with borders. ``square``: it is the center of the image, and the
+            model did not see the rest.
     """
     scale = MAX_EDGE / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -69,7 +69,7 @@ def place_on_image(grid: Grid, width: int, height: int, mode: str) -> np.ndarray
 
 
 def to_data_url(weights: np.ndarray) -> str:
-    """Weights ``[h, w]`` from 0 to 1 -> a transparent PNG as a data URL; clear where the weight is small."""
+    """Weights ``[h, w]`` from 0 to 1 -> a PNG as a data URL, transparent where the weight is small."""
     colors = np.stack([np.interp(weights, _STOPS, _COLORS[:, channel]) for channel in range(3)], axis=-1)
     alpha = np.clip((weights - 0.15) / 0.85, 0, 1) ** 0.8 * 190
     rgba = np.concatenate([colors, alpha[..., None]], axis=-1).astype(np.uint8)

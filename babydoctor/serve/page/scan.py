@@ -1,7 +1,7 @@
-"""The user's image: a picture or a DICOM file in memory, and the view of it that is shown and sent.
+"""The user's image: a picture or a DICOM file in memory, and the current view of it.
 
-A ``View`` holds the PNG that the browser shows, so the model gets what the user sees. Nothing is written to disk. Of a
-DICOM file's header only ``dicom.harmless_facts`` leave this module.
+A ``View`` contains the PNG that the browser shows, so the model receives what the user sees. Nothing is written to
+disk. From a DICOM file's header, only ``dicom.harmless_facts`` leave this module.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from babydoctor.serve.page.viewer.record import ViewRecord
 from babydoctor.serve.page.viewer.view import View, to_view
 
 FILE_WINDOW = "as stored in the file"
-"""Choice that shows the file's own window."""
+"""Choice of the file's own window."""
 
 AUTO_WINDOW = "automatic"
-"""The same choice for a file that stores no window: the window is made from the frame's values."""
+"""The same choice for a file without a window, whose window is computed from the frame's values."""
 
 CT_DEFAULT = "soft-tissue"
-"""Preset with which a CT opens that stores no window: level 40, width 400."""
+"""Initial preset of a CT that stores no window: level 40, width 400."""
 
 MAX_WINDOW = 1e6
 """Largest level and width that may be typed, in the units of the frame's values."""
 
 _NARROWEST = 1e-12
-"""Smallest width that is windowed; 0 would divide by zero."""
+"""Smallest width used for rendering, to avoid division by zero."""
 
 _IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 _WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
@@ -50,7 +50,7 @@ _WINDOW = re.compile(r"cent(?:er|re) (\S+), width (\S+)")
 
 @dataclass
 class WindowRange:
-    """Values and ends of the window sliders, in the units of the frame's values (HU for CT)."""
+    """Values and ranges of the window sliders, in the units of the frame's values (HU for CT)."""
 
     center: float
     width: float
@@ -60,12 +60,12 @@ class WindowRange:
 
     @property
     def step(self) -> float:
-        """Whole numbers where the values are large, else a 200th of the range."""
+        """1 if the range is large, else a 200th of the range."""
         return 1.0 if self.high - self.low >= 50 else max((self.high - self.low) / 200, 1e-12)
 
     @property
     def narrowest(self) -> float:
-        """The smallest width that the slider gives."""
+        """The smallest width of the slider."""
         return min(1.0, self.step)
 
 
@@ -73,8 +73,9 @@ class WindowRange:
 class Scan:
     """The loaded image, or a series of images.
 
-    ``dicom`` is None for plain pictures. Of a series, ``stack`` holds all images, and ``dicom`` or ``picture`` is the
-    first one. ``frame`` counts frames of one file or images of a series. ``file`` is the SHA-256 of a single file.
+    ``dicom`` is None for plain pictures. For a series, ``stack`` holds all images, and ``dicom`` or ``picture`` is the
+    first one. ``frame`` is the index of a frame in a file or of an image in a series. ``file`` is the SHA-256 of a
+    single file.
     """
 
     dicom: DicomImage | None
@@ -90,18 +91,18 @@ class Scan:
     text: PixelText = field(default_factory=PixelText)
     arrangement: Arrangement = field(default_factory=Arrangement)
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16), repr=False)
-    """Names the scan in the address of its frames."""
+    """Identifies the scan in the URLs of its frames."""
     change: int = 0
-    """Number of the last change that came from the canvas."""
+    """Number of the last change from the canvas."""
     stack: Stack | None = field(default=None, repr=False)
     label: str = ""
     file: str = ""
     own_windows: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """(center, width) of the window that a frame brings, by frame."""
+    """Frame -> (center, width) of the frame's own window."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the file or its pixels take."""
+        """Memory of the file or its pixels."""
         picture = self.picture.width * self.picture.height * 3 if self.picture else 0
         return picture + (2 * len(self.dicom.data) if self.dicom else 0)  # the file, and the values parsed from it
 
@@ -113,7 +114,7 @@ class Scan:
 
     @property
     def noun(self) -> str:
-        """What ``frame`` counts."""
+        """The word for what ``frame`` counts."""
         return self.stack.noun if self.stack is not None else "frame"
 
     def source(self) -> tuple[DicomImage, int]:
@@ -128,7 +129,7 @@ class Scan:
         return self.dicom, self.frame
 
     def record(self) -> ViewRecord:
-        """What is shown and how."""
+        """How the scan is shown."""
         file, instance, series, frame = self.file, "", "", self.frame
         if self.stack is not None:
             shown, frame = self.stack.file(self.frame)
@@ -145,17 +146,17 @@ class Scan:
 
     @property
     def stores_window(self) -> bool:
-        """True where the file brings a window or a VOI LUT."""
+        """True if the file has a window or a VOI LUT."""
         return self.dicom is not None and bool(self.dicom.windows or self.dicom.dataset.get("VOILUTSequence"))
 
     @property
     def own_window(self) -> str:
-        """Name of the choice without a preset."""
+        """Label of the choice without a preset."""
         return FILE_WINDOW if self.stores_window else AUTO_WINDOW
 
     @property
     def default_preset(self) -> str | None:
-        """The preset with which the image opens; None for the file's own window."""
+        """The initial preset; None for the file's own window."""
         is_bare_ct = self.facts.get("modality") == "CT" and self.has_window and not self.stores_window
         return CT_DEFAULT if is_bare_ct else None
 
@@ -164,10 +165,10 @@ class Scan:
         return [self.own_window, *(CT_PRESETS if self.facts.get("modality") == "CT" else ())]
 
     def set_window(self, center: float, width: float) -> None:
-        """Take a level and a width that the user chose, within the sliders or beyond them.
+        """Set a level and a width that the user chose, inside or outside the sliders' ranges.
 
         Raises:
-            PageError: one of them is not finite or beyond ``MAX_WINDOW``, or the width is negative.
+            PageError: a value is not finite or exceeds ``MAX_WINDOW``, or the width is negative.
         """
         if not (abs(center) <= MAX_WINDOW and 0 <= width <= MAX_WINDOW):
             raise PageError("bad_window")
@@ -175,7 +176,7 @@ class Scan:
         self.center, self.width = float(center), max(float(width), _NARROWEST)
 
     def view(self) -> View:
-        """Render the chosen frame under the chosen window, without the texts that are hidden.
+        """Render the chosen frame with the chosen window, without the hidden texts.
 
         Raises:
             PageError: the frame cannot be decoded.
@@ -189,7 +190,7 @@ class Scan:
         return replace(to_view(shown, caption), source_size=image.size, hidden=hidden, record=record)
 
     def rendered(self) -> tuple[Image.Image, str]:
-        """The chosen frame under the chosen window with all its text, and one line that says how it was made.
+        """The chosen frame with the chosen window and all its text, and one line that says how it was made.
 
         Raises:
             PageError: the frame cannot be decoded.
@@ -208,7 +209,7 @@ class Scan:
         return image, ", ".join(part for part in (number, window) if part)
 
     def window_range(self) -> WindowRange:
-        """The current window and the ends of the sliders: fixed for CT (HU), else around the file's own window."""
+        """The current window and the ranges of the sliders: fixed for CT (HU), else around the file's own window."""
         assert self.dicom is not None and self.has_window
         if self.preset is not None:
             center, width = CT_PRESETS[self.preset].center, CT_PRESETS[self.preset].width
@@ -233,17 +234,17 @@ class Scan:
     def _read_own_window(self) -> tuple[float, float]:
         assert self.dicom is not None
         found = _WINDOW.search(str(render(*self.source()).info.get("window", "")))
-        if found:  # a VOI LUT has no center and width
+        if found:  # a VOI LUT has no center or width
             return float(found[1]), float(found[2])
         bits = int(self.dicom.dataset.get("BitsStored") or 12)
         return 2.0 ** (bits - 1), 2.0**bits
 
 
 def open_scan(data: bytes) -> Scan:
-    """Read an uploaded file. Its kind is decided by its content; its name is never known here.
+    """Read an uploaded file. Its content decides its kind; its name is never known here.
 
     Raises:
-        PageError: it is empty, no image, damaged or too large.
+        PageError: the file is empty, not an image, damaged or too large.
     """
     if not data:
         raise PageError("empty_file")
@@ -259,7 +260,7 @@ def open_scan(data: bytes) -> Scan:
 
 def _open_dicom(data: bytes) -> Scan:
     try:
-        # First in a decoding process: a header that takes too long or too much memory to parse is refused there.
+        # Parse in a decoding process first, which refuses a header that takes too much time or memory.
         load_image(data, name=FILE_NAME)
         dicom = read_dicom(data, name=FILE_NAME)
         scan = Scan(dicom, None, harmless_facts(dicom), len(identifying_tags(dicom)), file=hash_of(data))
@@ -270,7 +271,7 @@ def _open_dicom(data: bytes) -> Scan:
 
 
 def describe(scan: Scan) -> list[tuple[str, str]]:
-    """Names and values of the facts about a scan that may be shown, in display order."""
+    """Names and values of the facts about a scan that identify nobody, in display order."""
     facts = scan.facts
     if scan.dicom is None:
         return [("Kind", "picture"), ("Size", f"{facts['columns']} × {facts['rows']} pixels")]

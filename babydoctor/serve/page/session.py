@@ -1,7 +1,7 @@
-"""What the web UI keeps of one browser tab: in memory only, and deleted some minutes after the tab is closed.
+"""The state of one browser tab: in memory only, and deleted some minutes after the tab is closed.
 
-A tab is known by a random token that its browser keeps over a reload. Gradio's session hash changes with each reload,
-so ``Sessions`` maps hashes to tokens.
+A tab is identified by a random token that the browser keeps across reloads. Gradio's session hash changes with each
+reload, so ``Sessions`` maps hashes to tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from babydoctor.serve.page.study.study import Study
 from babydoctor.serve.page.texts import PageError
 
 MAX_SESSIONS = 256
-"""Beyond this number the session that was used longest ago is deleted."""
+"""Largest number of sessions. Beyond it, the least recently used session is deleted."""
 
 MAX_BYTES = 2**30
-"""Images and views of all sessions together; beyond it the session that was used longest ago is deleted."""
+"""Limit on the images and views of all sessions. Beyond it, the least recently used session is deleted."""
 
 KEEP_MIN = 15
-"""Minutes for which the session of a closed tab is kept."""
+"""Minutes that the session of a closed tab is kept."""
 
 ABANDONED_S = 60.0
-"""A running answer is stopped when its tab has been gone for this many seconds."""
+"""Seconds after the tab has gone until its running answer is stopped."""
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
@@ -50,7 +50,7 @@ class AnswerSettings:
 
 @dataclass
 class Exchange:
-    """A question, the view that was sent with it, and its answer so far."""
+    """A question, the view that was sent with it, and the answer so far."""
 
     question: str
     model: str
@@ -59,22 +59,22 @@ class Exchange:
     image_name: str = ""
     prompt: str = ""
     turns: tuple[Turn, ...] = ()
-    """The conversation that the model got, this question included."""
+    """The conversation that the model received, this question included."""
     answer: str = ""
     ended: str = ""
-    """``stop``, ``length``, ``stopped`` by the user, ``error``; empty while it runs."""
+    """``stop``, ``length``, ``stopped`` (by the user) or ``error``; empty while the answer runs."""
     stop_requested: bool = False
     shown_s: float | None = None
     """When the whole answer was first shown (``time.monotonic``)."""
     certainty: dict[str, Any] = field(default_factory=dict)
-    """What the API said beside the answer, see ``serve/api/certainty.py``."""
+    """Certainty measures that the API returned with the answer, see ``serve/api/certainty.py``."""
     asked_at: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     )
 
     @property
     def source(self) -> str:
-        """Which image, frame, window and model the answer belongs to."""
+        """The image, frame, window and model of the answer."""
         return " · ".join(part for part in (self.image_name, self.view.caption, f"model {self.model}") if part)
 
 
@@ -90,38 +90,38 @@ class Session:
     num_images: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
     earlier: list[Exchange] | None = None
-    """The conversation before something of it was deleted or replaced, for one undo."""
+    """The conversation before the last deletion or replacement, for one undo."""
     undo_note: str = ""
-    """What was done to ``earlier``; shown beside "Undo"."""
+    """What was done to ``earlier``; shown next to "Undo"."""
     replaced: list[Exchange] = field(default_factory=list)
-    """What the running answer replaces; it comes back if the question gets no answer."""
+    """The exchanges that the running answer replaces. They come back if the question gets no answer."""
     editing: int | None = None
     """Index of the exchange whose question is being edited."""
     draft: str = ""
-    """What stood in the question box before the editing began."""
+    """The text of the question box before the edit."""
     map: RunningMap | None = None
     overlay_note: str = ""
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """(word, attention on the model's square ``[rows, columns]``) of the last answer; the first is the whole answer."""
+    """(word, weights ``[rows, columns]`` on the model's input) of the last answer. The first is the whole answer."""
     pacs: PacsPicker = field(default_factory=PacsPicker, repr=False)
     image_mode: str = "pad"
     problem: str = ""
-    """Code of what went wrong with the last answer, until it has been shown."""
+    """Code of the error of the last answer, until it has been shown."""
     problem_retry_s: float | None = None
     missing_model: str = ""
-    """The chosen model, while it is not running."""
+    """The chosen model, if it is not running."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
-    """Writes the running answer, whether or not a browser is connected."""
+    """The task that receives the running answer, whether or not a browser is connected."""
     connections: set[str] = field(default_factory=set)
     left_at_s: float | None = None
-    """When the last connection went (``time.monotonic``)."""
+    """Time at which the last connection was lost (``time.monotonic``)."""
 
     @property
     def last(self) -> Exchange | None:
         return self.exchanges[-1] if self.exchanges else None
 
     def last_answer(self) -> Exchange:
-        """The last exchange. Raises ``PageError`` if it has no answer, or its answer has not ended."""
+        """The last exchange. Raises ``PageError`` if it has no finished answer."""
         exchange = self.last
         if exchange is None or not exchange.answer:
             raise PageError("no_answer")
@@ -131,7 +131,7 @@ class Session:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the image and its views take."""
+        """Memory of the image and its views."""
         views = {id(each.view): each.view for each in [*self.exchanges, *(self.earlier or ()), *self.replaced]}
         if self.view is not None:
             views[id(self.view)] = self.view
@@ -141,7 +141,7 @@ class Session:
 
     @property
     def scans(self) -> list[Scan]:
-        """Every image that the tab may show."""
+        """All images that the tab may show."""
         return [one.scan for one in self.study.series] if self.study else [self.scan] if self.scan else []
 
     @property
@@ -154,25 +154,25 @@ class Session:
 
     @property
     def image_name(self) -> str:
-        """The image as named under an answer. The file's own name is never known here."""
+        """The name of the image under an answer. The file's own name is never known here."""
         if self.scan is None:
             return ""
         kind = self.scan.title or self.scan.label or str(self.scan.facts.get("modality") or "picture")
         return f"Image {self.num_images}: {kind}"
 
     def stop(self) -> None:
-        """Ask the running answer to end."""
+        """Request the running answer to stop."""
         for exchange in self.exchanges:
             exchange.stop_requested = True
 
     def load(self, scan: Scan) -> None:
-        """Take a new image, which begins a new conversation."""
+        """Set a new image, which starts a new conversation."""
         self.start_over()
         self.scan, self.study = scan, None
         self.num_images += 1
 
     def start_over(self) -> None:
-        """Delete the conversation; the image stays."""
+        """Delete the conversation and keep the image."""
         self.stop()
         self.cancel_map("")
         self.exchanges, self.replaced = [], []
@@ -182,19 +182,19 @@ class Session:
         self.problem = ""
 
     def cancel_map(self, problem: str) -> None:
-        """End the map that is being computed. ``problem`` is the code of the sentence that says so."""
+        """Cancel the map that is being computed. ``problem`` is the code of the message to the user."""
         if self.map is not None:
             self.map.cancel(problem)
 
     def keep_earlier(self, note: str) -> None:
-        """Remember the conversation as it is, before something of it is deleted."""
+        """Save the conversation for "Undo" before a part of it is deleted."""
         self.earlier, self.undo_note = list(self.exchanges), note
 
     def forget_earlier(self) -> None:
         self.earlier, self.undo_note = None, ""
 
     def turns(self, question: str) -> list[Turn]:
-        """The conversation with one more question; the image stands in the first one, as in training."""
+        """The conversation with one more question. The image is in the first question, as in training."""
         turns: list[Turn] = []
         for exchange in self.exchanges:
             if exchange.answer:
@@ -212,11 +212,11 @@ class Sessions:
         self._tokens: OrderedDict[str, str] = OrderedDict()
 
     def attach(self, connection: str | None, token: str) -> Session:
-        """Connect a page load with its tab's session, a new one where there is none.
+        """Connect a page load with the session of its tab. Creates one if there is none.
 
         Args:
             connection: Gradio's session hash.
-            token: 32 hexadecimal digits; anything else begins a session that a reload does not find again.
+            token: 32 hexadecimal digits. Any other text creates a session that a reload cannot find again.
         """
         connection = connection or ""
         token = token if _TOKEN.fullmatch(token) else f"connection {connection}"
@@ -234,7 +234,7 @@ class Sessions:
         """The tab's session.
 
         Raises:
-            PageError: there is none any more, so what the tab shows is not what would be sent.
+            PageError: the session no longer exists, so a request would not contain what the tab shows.
         """
         token = self._tokens.get(connection or "", "")
         session = self._sessions.get(token)
@@ -252,12 +252,12 @@ class Sessions:
         return session
 
     def scan(self, key: str) -> Scan | None:
-        """The image with this key, where a tab whose user has accepted the notice still shows it."""
+        """The image with this key, if a tab whose user has accepted the notice still shows it."""
         scans = [scan for each in list(self._sessions.values()) if each.has_accepted for scan in each.scans]
         return next((scan for scan in scans if secrets.compare_digest(scan.key.encode(), key.encode())), None)
 
     def leave(self, connection: str | None) -> None:
-        """A tab was closed, reloaded or lost its network; its session is kept for ``KEEP_MIN`` minutes."""
+        """Handle a tab that was closed, reloaded or disconnected. Its session is kept for ``KEEP_MIN`` minutes."""
         session = self._sessions.get(self._tokens.get(connection or "", ""))
         if session is not None:
             session.connections.discard(connection or "")
@@ -287,7 +287,7 @@ class Sessions:
         self._sessions.move_to_end(token)
 
     def _make_room(self) -> None:
-        """Delete the sessions that were used longest ago until the rest fits, but never the last one."""
+        """Delete the least recently used sessions until the rest fits, but never the last one."""
         total = sum(session.num_bytes for session in self._sessions.values())
         while total > MAX_BYTES and len(self._sessions) > 1:
             token, session = next(iter(self._sessions.items()))

@@ -55,8 +55,8 @@ BURNED_IN_NOTE = (
     "This server does not search images for burned-in text such as names or dates. Check the image before you ask."
 )
 BURNED_IN_WARNING = (
-    "The file says that text is burned into its pixels. It may identify a person and would be sent to the model. "
-    "Do not ask about this image unless it is anonymous."
+    "The file says that text is burned into its pixels. That text may identify a person and would be sent to the "
+    "model. Do not ask about this image unless it is anonymous."
 )
 
 BURNED_IN_SEARCHED = (

@@ -1,4 +1,4 @@
-"""Files on their way from the browser to a session: in memory only, and only for a minute."""
+"""Uploads from the browser, in memory for at most a minute until a session takes them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastapi import Request
 from babydoctor.serve.page.texts import PageError
 
 MAX_UPLOAD_BYTES = 128 * 2**20
-"""Room for a multi-frame DICOM file. The model gets one frame of it as a PNG."""
+"""Enough for a multi-frame DICOM file. The model receives one frame as a PNG."""
 
 MAX_WAITING = 16
 MAX_WAITING_BYTES = 2 * MAX_UPLOAD_BYTES
 MAX_ARRIVING_BYTES = 2 * MAX_UPLOAD_BYTES
 LIFE_S = 60.0
 UPLOAD_S = 300.0
-"""For one upload to arrive."""
+"""Time limit for one upload to arrive."""
 
 
 Kept = TypeVar("Kept")
 
 
 class Waiting(Generic[Kept]):
-    """Things that are kept for about ``LIFE_S`` seconds and taken once; the oldest make room.
+    """Items that are kept for about ``LIFE_S`` seconds and taken once. The oldest are dropped first if memory is short.
 
     Args:
-        max_bytes: memory of all of them.
-        gone: code of the error for one that is not there any more.
+        max_bytes: memory limit for all items.
+        gone: code of the error for an item that no longer exists.
     """
 
     def __init__(self, max_bytes: int, gone: str) -> None:
@@ -39,7 +39,7 @@ class Waiting(Generic[Kept]):
         self._kept: OrderedDict[str, tuple[float, int, Kept]] = OrderedDict()
 
     def put(self, thing: Kept, num_bytes: int = 0) -> str:
-        """Returns a token for ``take``. ``num_bytes`` is the memory that the thing takes."""
+        """Keep an item. Returns a token for ``take``. ``num_bytes``: memory of the item."""
         self.drop_old()
         while self._kept and not self._has_room(num_bytes):
             self._kept.popitem(last=False)
@@ -48,13 +48,13 @@ class Waiting(Generic[Kept]):
         return token
 
     def take(self, token: str) -> Kept:
-        """Raises ``PageError`` if it is not there any more."""
+        """Remove and return an item. Raises ``PageError`` if it no longer exists."""
         if token not in self._kept:
             raise PageError(self._gone)
         return self._kept.pop(token)[2]
 
     def drop_old(self) -> None:
-        """Delete what was not taken in time."""
+        """Delete items that were not taken in time."""
         oldest_s = time.monotonic() - LIFE_S
         for token in [token for token, (since_s, _, _) in self._kept.items() if since_s < oldest_s]:
             del self._kept[token]
@@ -72,18 +72,18 @@ class Uploads:
         self._num_arriving = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body of an upload request. All that arrive at the same time have ``MAX_ARRIVING_BYTES`` together.
+        """Receive the body of an upload request. Concurrent uploads share ``MAX_ARRIVING_BYTES``.
 
         Raises:
-            PageError: it is larger than ``MAX_UPLOAD_BYTES``, others fill the room, it takes longer than
-                ``UPLOAD_S``, or the connection broke.
+            PageError: the body exceeds ``MAX_UPLOAD_BYTES``, concurrent uploads exceed their limit, the upload takes
+                longer than ``UPLOAD_S``, or the connection broke.
         """
         parts: list[bytes] = []
         try:
             await asyncio.wait_for(self._receive(request, parts), UPLOAD_S)
         except PageError:
             raise
-        except Exception:  # too slow, or the browser has left
+        except Exception:  # too slow, or the browser disconnected
             raise PageError("upload_broken") from None
         finally:
             self._num_arriving -= sum(map(len, parts))
@@ -105,5 +105,5 @@ class Uploads:
         return self.waiting.put(data, len(data))
 
     def take(self, token: str) -> bytes:
-        """The file of a token, once. Raises ``PageError`` if it is not there any more."""
+        """Remove and return the file of a token. Raises ``PageError`` if it no longer exists."""
         return self.waiting.take(token)

@@ -39,11 +39,11 @@ class AnsweredRequest:
     cached_tokens: int = 0
     handle: GenerationHandle | None = None
     certainty: dict[str, Any] = field(default_factory=dict)
-    """Goes into the last delta."""
+    """Results for the last delta."""
     confidence_of: Callable[[Sequence[TokenLogprob], bool], dict[str, Any]] | None = None
-    """The confidence of the tokens of an answer that is whole, or not; None: the request does not ask for it."""
+    """(tokens, True if they are the whole answer) -> confidence. None: the request does not ask for it."""
     scored: list[TokenLogprob] = field(default_factory=list)
-    """All tokens so far, where the request asks for confidence."""
+    """All tokens so far, if the request asks for confidence."""
 
     def take_delta(self, delta: Delta) -> None:
         """Append new tokens to the answer."""
@@ -78,7 +78,7 @@ class AnsweredRequest:
         self.answer.finish()
 
     def _asked_for(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
-        """What the client wants of them: confidence may need more."""
+        """The alternatives that the client asked for; confidence may need more of them."""
         if not self.request.logprobs:
             return ()
         num_top = int(self.request.logprobs) - 1
@@ -99,7 +99,11 @@ class AnsweredRequest:
 
 
 class EventPump:
-    """Passes events from the engine's thread to the event loop, which it wakes once per decoding step."""
+    """Passes events from the engine's thread to the event loop, which it wakes up once per decoding step.
+
+    A wake-up writes to a socket and releases the interpreter lock meanwhile. One for each event would let the event
+    loop run in between and handle the step's events one by one.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[AnsweredRequest, Event], None]) -> None:
         self._loop = loop
@@ -108,8 +112,11 @@ class EventPump:
         self._is_scheduled = False
 
     def push(self, request: AnsweredRequest, event: Event) -> None:
-        """Queue an event. Called on the engine's thread."""
+        """Queue an event; ``wake`` comes after the last one. Thread-safe."""
         self._events.append((request, event))
+
+    def wake(self) -> None:
+        """Let the event loop deliver the queued events. Thread-safe."""
         if not self._is_scheduled and not self._loop.is_closed():
             self._is_scheduled = True
             self._loop.call_soon_threadsafe(self._drain)

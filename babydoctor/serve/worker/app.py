@@ -31,17 +31,16 @@ def load_worker(path: Path, settings: ServeSettings, *, on_start: StartHook | No
     Raises:
         UserError: the run, the device or a setting of the engine is not valid.
     """
-    import torch
-
     from babydoctor.conversation import get_template
     from babydoctor.data.template_tokens import end_token_ids
     from babydoctor.engine.engine import Engine
     from babydoctor.engine.settings import build_settings
     from babydoctor.model.run_dir import load_run
+    from babydoctor.plan.hardware import choose_device
 
     device = settings.worker.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(device)
     # Admission limits the queue before an image is decoded; the engine's own limit is higher.
     max_queue = max(256, settings.limits.max_queue)
     engine_settings = build_settings(settings.engine, max_queue=max_queue, on_start=on_start, own_weights=True)

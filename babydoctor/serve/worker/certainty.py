@@ -49,7 +49,7 @@ class CertaintyMeter:
         self._lock = threading.Lock()
 
     def measure(self, request: GenerateRequest, prepared: Prepared) -> dict[str, Any]:
-        """The fields of ``AnsweredRequest`` for what a request asks beside its answer."""
+        """The fields of ``AnsweredRequest`` for the measures that a request asks for."""
         images = prepared.generation.images if prepared.generation is not None else ()
         return {
             "certainty": {"familiarity": self.familiarity(images)} if request.familiarity else {},

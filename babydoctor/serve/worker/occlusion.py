@@ -6,19 +6,19 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from babydoctor.conversation import split_images
 from babydoctor.data.tokens import encode
-from babydoctor.engine.request import EngineError, ImageInput
+from babydoctor.engine.request import EngineError
 from babydoctor.model.occlusion import OcclusionMap, OcclusionTask, build_task
 from babydoctor.schema import IGNORE_INDEX, Segment
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.errors import ApiError, overflow_error
 from babydoctor.serve.api.protocol import AttentionRequest
+from babydoctor.serve.worker.preprocess import Preprocessor, api_error
 from babydoctor.serve.worker.resume import drops_first_space, label_rows
 
 if TYPE_CHECKING:
@@ -36,23 +36,14 @@ class OcclusionMaps:
     """Maps of one run.
 
     Args:
-        load: decodes an image of a request.
-        to_api_error: translates the engine's errors.
+        preprocessor: the one that prepared the answer, so that its map sees the same prompt and pixels.
         timeout_s: longest time for one map, waiting included.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        engine: Engine,
-        load: Callable[[bytes, int], ImageInput],
-        to_api_error: Callable[[EngineError], ApiError],
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, run: Run, engine: Engine, preprocessor: Preprocessor, timeout_s: float) -> None:
         self._run = run
         self._engine = engine
-        self._load = load
-        self._to_api_error = to_api_error
+        self._preprocessor = preprocessor
         self._timeout_s = timeout_s
         self._drops_first_space = drops_first_space(run.tokenizer)
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -101,7 +92,7 @@ class OcclusionMaps:
         try:
             running = self._engine.start_job(job)
         except EngineError as error:
-            raise self._to_api_error(error) from None
+            raise api_error(error) from None
         ended = asyncio.wrap_future(running.ended)
         try:
             while not ended.done():
@@ -111,17 +102,18 @@ class OcclusionMaps:
                     raise ApiError("deadline", "The model was too busy to compute where it looked.")
             ended.result()
         except EngineError as error:
-            raise self._to_api_error(error) from None
+            raise api_error(error) from None
         finally:
             running.ended.cancel()  # has no effect on a job that has ended
 
     def _task(self, request: AttentionRequest) -> OcclusionTask:
         """Tokens and pixels of the request. The answer is encoded as supervised, so labels mark its tokens."""
-        image = self._load(decode_image(request.images[0], 0), 0)
+        image = self._preprocessor.load(decode_image(request.images[0], 0), 0)
         answer = request.answer
         if self._drops_first_space and not answer[0].isspace() and not request.prompt[-1:].isspace():
             answer = f" {answer}"
-        model, segments = self._run.model, (*split_images(request.prompt), Segment(answer, supervised=True))
+        model = self._run.model
+        segments = (*self._preprocessor.split_prompt(request.prompt), Segment(answer, supervised=True))
         whole = encode(segments, self._run.tokenizer, model.num_patches)
         if len(whole.input_ids) > self._engine.max_context:
             raise overflow_error()

@@ -25,7 +25,7 @@ from babydoctor.errors import UserError
 from babydoctor.eval.certainty.calibration import NUM_TOP
 from babydoctor.imaging.isolation import load_pixels
 from babydoctor.imaging.limits import DecodeLimits
-from babydoctor.schema import Example, Turn
+from babydoctor.schema import Example, Segment, Turn
 from babydoctor.serve.api.admission import decode_image
 from babydoctor.serve.api.errors import ApiError, code_of_user_error, model_failed_error, overflow_error
 from babydoctor.serve.api.protocol import MAX_NEW_TOKENS, GenerateRequest
@@ -66,15 +66,18 @@ class Preprocessor:
         self._grammars = JsonGrammars(run.tokenizer, engine.vocab_size, engine.eos)
         self._pixels: OrderedDict[str, np.ndarray] = OrderedDict()
 
-    def encode(self, prompt: str) -> Example:
-        """A prompt with ``<image>`` for each image -> ids and image positions.
+    def split_prompt(self, prompt: str) -> tuple[Segment, ...]:
+        """A rendered prompt with ``<image>`` for each image -> segments for ``tokens.encode``.
 
         Some clients write the begin-of-sequence token of the published chat template, which ``tokens.encode`` adds. A
         single image moves to the front of the first question, where LLaVA's training and its clients put it.
         """
         template = get_template(self._run.manifest.template)
-        prompt = move_image_first(prompt.removeprefix(template.begin), template)
-        return encode(split_images(prompt), self._run.tokenizer, self._num_patches)
+        return split_images(move_image_first(prompt.removeprefix(template.begin), template))
+
+    def encode(self, prompt: str) -> Example:
+        """A rendered prompt -> ids and image positions."""
+        return encode(self.split_prompt(prompt), self._run.tokenizer, self._num_patches)
 
     def _encode_request(self, request: GenerateRequest) -> Example:
         """Encode the turns if the client sent messages, so that no text in them can become a control token.

@@ -18,6 +18,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.cores import num_cores
 from babydoctor.engine.request import Delta, EngineError, Event, Finished, FinishReason, Usage
 from babydoctor.imaging.isolation import shared_pool
 from babydoctor.serve.api.admission import check_image_count, check_request
@@ -55,10 +56,9 @@ class Worker(SingleModelBackend):
         self.engine = engine
         self._open: set[AnsweredRequest] = set()
         self._preprocessor = Preprocessor(run, engine, settings.limits)
-        timeout_s = settings.limits.request_timeout_s
-        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor.load, api_error, timeout_s)
-        self._certainty = CertaintyMeter(run, engine, timeout_s)
-        self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="preprocess")
+        self._occlusion_maps = OcclusionMaps(run, engine, self._preprocessor, settings.limits.request_timeout_s)
+        self._certainty = CertaintyMeter(run, engine, settings.limits.request_timeout_s)
+        self._threads = ThreadPoolExecutor(max(2, num_cores() // 2), thread_name_prefix="preprocess")
         self.health = Health(engine, shared_pool(), settings.limits.stuck_s)
         self._watching: asyncio.Task[None] | None = None
         self._pump: EventPump | None = None
@@ -191,6 +191,8 @@ class Worker(SingleModelBackend):
     # From request to engine; runs in a thread of ``_threads``.
 
     def _prepare(self, request: GenerateRequest, received_s: float) -> AnsweredRequest:
+        pump = self._pump
+        assert pump is not None, "start() comes before the first request"
         prepared = self._preprocessor.prepare(request)
         answered = AnsweredRequest(
             answer=AnswerStream(self._nothing),
@@ -208,7 +210,8 @@ class Worker(SingleModelBackend):
         if prepared.generation is None:
             # The lost worker had generated the whole answer, but did not report its end.
             reason: FinishReason = "stop" if answered.resumed is not None and answered.resumed.ended else "length"
-            self._push(answered, Finished(reason, "", Usage(answered.prompt_tokens, answered.num_tokens)))
+            pump.push(answered, Finished(reason, "", Usage(answered.prompt_tokens, answered.num_tokens)))
+            pump.wake()
             return answered
         try:
             answered.handle = self.engine.submit(prepared.generation)
@@ -216,12 +219,8 @@ class Worker(SingleModelBackend):
             self._open.discard(answered)
             raise api_error(error) from None
         request.images = None  # large, and no longer needed
-        answered.handle.add_listener(lambda event: self._push(answered, event))
+        answered.handle.add_listener(partial(pump.push, answered), after_step=pump.wake)
         return answered
-
-    def _push(self, answered: AnsweredRequest, event: Event) -> None:
-        assert self._pump is not None, "start() comes before the first request"
-        self._pump.push(answered, event)
 
     # From engine to answer; runs in the event loop.
 

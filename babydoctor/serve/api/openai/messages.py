@@ -102,7 +102,7 @@ async def read_messages(messages: Sequence[Message], fetch: FetchImage) -> ChatC
             continue
         if images and message.role == "assistant":
             raise ApiError("bad_messages", "An assistant's message holds an image.", param="messages")
-        # Training puts the image before the text, on a line of its own.
+        # Training puts the image before the text, on a separate line.
         text = f"{IMAGE_TOKEN}\n" * len(images) + text
         urls += images
         if turns and turns[-1].role == message.role:

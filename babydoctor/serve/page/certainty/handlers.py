@@ -1,4 +1,4 @@
-"""Handlers that ask the last question again: several times at random, or with the image hidden."""
+"""Handlers that ask the last question again: several times with random sampling, or with the image hidden."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from babydoctor.serve.page.texts import PageError
 
 
 class CertaintyHandlers(Handlers):
-    """Handlers of ``CertaintyPanel``. What they ask is not a part of the conversation."""
+    """Handlers of ``CertaintyPanel``. Their questions and answers are not part of the conversation."""
 
     @shows_errors_async
     async def on_sample(self, request: gr.Request) -> Changes:
-        """Sample more answers to the last question and show how many say the same."""
+        """Sample more answers to the last question and show how many agree."""
         session = self.sessions.accepted(request.session_hash)
         exchange = session.last_answer()
         asked = _again(exchange)
@@ -30,7 +30,7 @@ class CertaintyHandlers(Handlers):
         agreement = asked.certainty.get("agreement") or {}
         if "num_samples" not in agreement:
             raise PageError("cannot_sample")
-        # At a temperature above 0 the answer that is shown differs from the one that was just asked for.
+        # At a temperature above 0 the displayed answer differs from the one that this request returns.
         samples = [group["text"] for group in agreement["groups"] for _ in range(group["count"])]
         agreement = measure_agreement(exchange.answer, samples)
         groups = [(group["text"], group["count"]) for group in agreement["groups"]]
@@ -56,7 +56,7 @@ class CertaintyHandlers(Handlers):
                 asked.stop_requested = True
 
     def _shown(self, session: Session, exchange: Exchange, result: str) -> Changes:
-        """The result, unless the conversation went on while it was computed."""
+        """The result, unless the conversation changed while it was computed."""
         return {self.ui.certainty.result: result if session.last is exchange else ""}
 
 
@@ -64,7 +64,7 @@ def hide_image(view: View, color: tuple[float, float, float]) -> View:
     """A view of the same size in one color.
 
     Args:
-        color: red, green and blue from 0 to 1: the mean color of the model, which it sees as nothing.
+        color: red, green and blue from 0 to 1: the mean color of the model, which becomes zero for the model.
     """
     red, green, blue = (round(255 * share) for share in color)
     buffer = io.BytesIO()

@@ -9,7 +9,7 @@ from babydoctor.serve.page.certainty.texts import PANEL_NOTE
 
 
 class CertaintyPanel:
-    """Two buttons, and what they found. Made inside ``gr.Blocks``."""
+    """Two buttons and their results. Create it inside ``gr.Blocks``."""
 
     def __init__(self) -> None:
         with gr.Accordion("How sure is it?", open=False, elem_id="bd-certainty-panel"):

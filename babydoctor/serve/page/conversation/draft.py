@@ -1,4 +1,4 @@
-"""A report draft: assembled from answers, edited by the user, written as text, HTML or DICOM SR. No Gradio."""
+"""A report draft: assembled from answers, edited by the user, exported as text, HTML or DICOM SR. No Gradio."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from babydoctor.serve.page.texts import NOT_CLINICAL, RESEARCH_NOTICE, PageError
 MAX_SECTION_CHARS = 20_000
 
 SHORT_ANSWER_WORDS = 4
-"""A shorter answer ("Yes.") says nothing without its question."""
+"""A shorter answer ("Yes.") is copied with its question, because it means nothing without it."""
 
 
 @dataclass(frozen=True)
 class ReportDraft:
-    """What the user has written."""
+    """The text of the draft."""
 
     technique: str
     findings: str
@@ -34,13 +34,13 @@ class ReportDraft:
         return [(title, (text or "").strip()[:MAX_SECTION_CHARS]) for title, text in named]
 
     def check(self) -> None:
-        """Raises ``PageError`` if nothing is written."""
+        """Raises ``PageError`` if the draft is empty."""
         if not any(text for _, text in self.sections):
             raise PageError("empty_report")
 
 
 def add_answer(text: str, exchange: Exchange) -> str:
-    """The section with one more line; unchanged if it holds the line already.
+    """The section with one more line, or unchanged if it already contains the line.
 
     Raises:
         PageError: the question got no answer.
@@ -56,9 +56,10 @@ def add_answer(text: str, exchange: Exchange) -> str:
 
 
 def assemble(draft: ReportDraft, session: Session) -> ReportDraft:
-    """The draft with what the conversation adds to it. Nothing that the user wrote is removed.
+    """The draft with the conversation added to it. Nothing that the user wrote is removed.
 
-    Technique names image, views and models; findings get every answer, an empty impression gets the last one.
+    "Technique" names image, views and models. "Findings" gets every answer. "Impression" gets the last answer, if it
+    is empty.
 
     Raises:
         PageError: there is no answer yet.
@@ -77,29 +78,29 @@ def assemble(draft: ReportDraft, session: Session) -> ReportDraft:
 
 
 def describe_technique(exchanges: Sequence[Exchange]) -> str:
-    """Which images the model was given, and which model that was. One line for each."""
+    """One line per image and model: which image the model was given."""
     return "\n".join(dict.fromkeys(f"{each.source}." for each in exchanges))
 
 
 def as_text(draft: ReportDraft) -> str:
-    """Plain text, marked as research first and last."""
+    """Plain text, with a research notice in the first and last line."""
     parts = [NOT_CLINICAL, RESEARCH_NOTICE]
     parts += [f"{title.upper()}\n{text}" for title, text in draft.sections if text]
     return "\n\n".join([*parts, f"{_origin()}\n{NOT_CLINICAL}"]) + "\n"
 
 
 def as_html(draft: ReportDraft, session: Session) -> str:
-    """One HTML document with the pictures that the model got."""
+    """One HTML document with the images that the model received."""
     views = list(dict.fromkeys(each.view for each in session.exchanges))
     sections = [(title, text) for title, text in draft.sections if text]
     return show.report(sections, views, _origin())
 
 
 def as_dicom(draft: ReportDraft, session: Session) -> bytes:
-    """A DICOM structured report about the loaded image, for a PACS. It holds the patient attributes of that image.
+    """A DICOM structured report about the loaded image, for a PACS. It contains the patient attributes of that image.
 
     Raises:
-        PageError: the image is no DICOM file, lacks attributes, or the server cannot write reports.
+        PageError: the image is not a DICOM file or lacks attributes, or the server cannot write reports.
     """
     from babydoctor.serve.page.pacs.report import build_draft_report
 
@@ -113,7 +114,7 @@ def as_dicom(draft: ReportDraft, session: Session) -> bytes:
         report = build_draft_report(scan.dicom.dataset, sections=texts, model=models, view=caption, frame=scan.frame)
     except ImportError:
         raise PageError("no_dicom_writer") from None
-    except UserError:  # its text may quote the file
+    except UserError:  # the error's text may quote the file
         raise PageError("pacs_no_report") from None
     buffer = io.BytesIO()
     report.save_as(buffer, enforce_file_format=True)

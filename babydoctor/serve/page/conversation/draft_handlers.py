@@ -18,7 +18,7 @@ MIME_TYPES = {"txt": "text/plain", "html": "text/html", "dcm": "application/dico
 
 
 class DraftHandlers(Handlers):
-    """Handlers of the form. What is written stays in the browser; the server keeps no draft."""
+    """Handlers of the form. The text stays in the browser; the server keeps no draft."""
 
     @property
     def status(self) -> Any:
@@ -26,7 +26,7 @@ class DraftHandlers(Handlers):
 
     @shows_errors
     def on_assemble(self, technique: str, findings: str, impression: str, request: gr.Request) -> Changes:
-        """Take all answers into the draft."""
+        """Add all answers to the draft."""
         session = self.sessions.accepted(request.session_hash)
         draft = assemble(ReportDraft(technique, findings, impression), session)
         return {

@@ -1,4 +1,4 @@
-"""Handlers of "Where it looked": compute an occlusion map with its progress shown, cancel it, show it for a word."""
+"""Handlers of "Where it looked": compute an occlusion map with progress, cancel it, show it for one word."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from babydoctor.serve.page.session import Exchange, Session
 from babydoctor.serve.page.texts import SENTENCES, PageError, localization_note
 
 CANCELED = ("map_canceled", "map_left")
-"""Codes of maps that ended because somebody wanted it, so their sentence is no error."""
+"""Codes of maps that were ended on purpose, so their sentence is not shown as an error."""
 
 LOST = ("worker_lost", "worker_unreachable", "silent")
-"""Codes whose sentences speak of an answer."""
+"""Codes whose usual sentences are about an answer, not a map."""
 
 
 class LookHandlers(Handlers):
     """Handlers of the panel.
 
-    A map is computed by a task of its session. The tab's timer calls ``on_follow`` meanwhile. The task ends, and with
-    it the work in the engine, when the user cancels it, closes the tab, asks again or loads another image.
+    A task of the session computes the map. Meanwhile the tab's timer calls ``on_follow``. The task and its work in the
+    engine end when the user cancels it, closes the tab, asks again or loads another image.
     """
 
     @property
@@ -42,7 +42,7 @@ class LookHandlers(Handlers):
 
     @shows_errors_async
     async def on_look(self, request: gr.Request) -> Changes:
-        """Begin to compute the map of the last answer."""
+        """Start computing the map of the last answer."""
         session = self.sessions.accepted(request.session_hash)
         exchange = session.last_answer()
         session.cancel_map("")
@@ -53,20 +53,20 @@ class LookHandlers(Handlers):
 
     @shows_errors
     def on_follow(self, request: gr.Request) -> Changes:
-        """Progress so far; the last call shows the map, or says why there is none."""
+        """Show the progress. The last call shows the map, or why there is none."""
         session = self.sessions.accepted(request.session_hash)
         return self.shown(session)
 
     @shows_errors
     def on_cancel(self, request: gr.Request) -> Changes:
-        """The user does not want to wait."""
+        """Cancel the map that is being computed."""
         session = self.sessions.accepted(request.session_hash)
         session.cancel_map("map_canceled")
         return self.shown(session)
 
     @shows_errors
     def on_word(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """Another word of the answer was chosen."""
+        """Show the map for another word of the answer."""
         session = self.sessions.accepted(request.session_hash)
         word = str(event_values(event).get("word", 0))
         if not word.isdecimal():
@@ -85,7 +85,7 @@ class LookHandlers(Handlers):
             self.ui.look: gr.Button(visible=not is_running),
             self.ui.look_cancel: gr.Button(visible=is_running),
             self.ui.look_timer: gr.Timer(active=is_running),
-            # A sentence stays until the next map: a late reply to the timer must not clear it.
+            # A message stays until the next map. A late reply to the timer must not clear it.
             self.status: gr.skip(),
         }
         if running is not None and not is_running:
@@ -110,7 +110,7 @@ class LookHandlers(Handlers):
             if not words:
                 raise PageError("no_answer")
         except asyncio.CancelledError:
-            return  # ``cancel`` has noted why
+            return  # ``cancel`` has stored the reason
         except Exception as error:
             code = as_page_error(error).code
             running.problem = "map_lost" if code in LOST else code if code in SENTENCES else "internal"

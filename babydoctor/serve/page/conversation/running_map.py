@@ -12,8 +12,8 @@ class RunningMap:
 
     Attributes:
         share: share of the work that is done, 0 to 1.
-        left_s: seconds left, where known.
-        problem: code of why it ended without a map.
+        left_s: seconds left, if known.
+        problem: code of the reason if it ended without a map.
     """
 
     share: float = 0.0
@@ -26,7 +26,7 @@ class RunningMap:
         return not self.problem and self.task is not None and not self.task.done()
 
     def cancel(self, problem: str) -> None:
-        """End the work in the engine, too: its request is closed."""
+        """Cancel the task. This closes its request, which ends the work in the engine."""
         if self.task is not None and not self.task.done():
             self.problem = problem
             self.task.cancel()

@@ -1,4 +1,4 @@
-"""What the browser keeps for a tab: its token, what the user has typed, settings."""
+"""State that the browser stores for a tab: its token, typed text, settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from babydoctor.serve.page.layout import Layout
 
 
 def tab_values(text: Any) -> dict[str, Any]:
-    """What ``restore`` in ``page.js`` says about the tab; empty where it is malformed."""
+    """The state of a tab that ``restore`` in ``page.js`` sends; empty if it is malformed."""
     try:
         values = json.loads(text)
     except (TypeError, ValueError):
@@ -20,12 +20,12 @@ def tab_values(text: Any) -> dict[str, Any]:
 
 
 def kept_boxes(ui: Layout) -> list[Any]:
-    """The text boxes besides the question that a reload brings back, in the order of ``keepTexts``."""
+    """The text boxes, other than the question, that a reload restores, in the order of ``keepTexts``."""
     return [ui.technique, ui.findings, ui.impression, ui.comment]
 
 
 def typed_texts(ui: Layout, values: Mapping[str, Any]) -> Changes:
-    """What the user has typed, whether or not the server still knows the tab."""
+    """Restore the typed text, whether or not the server still knows the tab."""
     boxes = kept_boxes(ui)
     texts = values.get("texts")
     texts = texts if isinstance(texts, list) and len(texts) == len(boxes) else [""] * len(boxes)
@@ -34,7 +34,7 @@ def typed_texts(ui: Layout, values: Mapping[str, Any]) -> Changes:
 
 
 def stored_settings(ui: Layout, preferences: Any) -> tuple[str | None, Changes]:
-    """The model and the settings that this browser has used before."""
+    """Restore the model and the settings that this browser used last."""
     if not isinstance(preferences, list) or len(preferences) != 4:
         return None, {}
     model, *numbers = preferences

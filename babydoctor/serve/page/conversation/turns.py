@@ -1,4 +1,4 @@
-"""Handlers of the buttons beside each question and answer: edit and ask again, delete, undo, take into the report."""
+"""Handlers of the buttons at each question and answer: edit and ask again, delete, undo, add to the report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from babydoctor.serve.page.texts import PageError
 
 
 class TurnHandlers(Handlers):
-    """Handlers of single turns of the conversation."""
+    """Handlers of individual turns of the conversation."""
 
     @shows_errors
     def on_turn(
         self, question: str, findings: str, impression: str, event: gr.EventData, request: gr.Request
     ) -> Changes:
-        """A button beside a question or an answer was pressed."""
+        """Handle the press of a button at a question or an answer."""
         session = self.sessions.accepted(request.session_hash)
         values = event_values(event)
         if session.is_answering:
@@ -39,7 +39,7 @@ class TurnHandlers(Handlers):
 
     @shows_errors
     def on_note(self, question: str, event: gr.EventData, request: gr.Request) -> Changes:
-        """Undo, or leave the edited question as it was."""
+        """Undo the last change, or cancel the edit of a question."""
         session = self.sessions.accepted(request.session_hash)
         if "undo" in event_values(event) and session.earlier is not None and not session.is_answering:
             session.exchanges = session.earlier
@@ -55,14 +55,14 @@ class TurnHandlers(Handlers):
         return changes | self.chat(session) | (self._forget_map(session) if is_last else {})
 
     def _stop_editing(self, session: Session, question: str) -> Changes:
-        """Leave the edited question as it was. What was written before comes back into the box."""
+        """Cancel the edit. The text from before the edit comes back into the box."""
         if session.editing is None:
             return {}
         session.editing = None
         return {self.ui.question: session.draft}
 
     def _forget_map(self, session: Session) -> Changes:
-        """The map belonged to another answer."""
+        """Clear the map, because it belongs to another answer."""
         session.cancel_map("")
         session.words = []
         return self.no_overlay()

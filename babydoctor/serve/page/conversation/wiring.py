@@ -19,7 +19,7 @@ FILE = "conversation.js"
 
 
 def look_outputs(ui: Layout) -> list[Any]:
-    """What ``LookHandlers.shown`` changes."""
+    """The components that ``LookHandlers.shown`` changes."""
     return [ui.look, ui.look_progress, ui.look_cancel, ui.look_timer, ui.look_status, ui.overlay, ui.words]
 
 
@@ -40,10 +40,10 @@ def connect_look(ui: Layout, handlers: LookHandlers, event: Mapping[str, Any]) -
 def connect_turns(
     ui: Layout, sessions: Sessions, client: ControllerClient, chat: Sequence[Any], event: Mapping[str, Any]
 ) -> None:
-    """Connect the buttons of single turns and "Copy all".
+    """Connect the buttons of individual turns and "Copy all".
 
     Args:
-        chat: what the conversation changes.
+        chat: the components that the conversation changes.
     """
     turns = TurnHandlers(ui, sessions, client)
     report = [ui.findings, ui.impression]

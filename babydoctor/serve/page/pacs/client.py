@@ -1,7 +1,7 @@
 """Search, fetch and store by DICOMweb (PS3.18): QIDO-RS, WADO-RS and STOW-RS.
 
-Patient identifiers pass through to the picker and are not logged. Fetched files are returned as bytes: nothing parses
-them before the isolated decoder has.
+Patient identifiers go to the picker and are not logged. Fetched files are returned as bytes, because only the isolated
+decoder may parse them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BOUNDARY = re.compile(r'boundary="?([^";]+)"?', re.IGNORECASE)
 
 @dataclass(frozen=True)
 class StudyQuery:
-    """What to search for. At least one field is given; ``date`` is YYYY-MM-DD, or two of them with ``to`` between."""
+    """Search terms, at least one of them. ``date`` is ``YYYY-MM-DD`` or ``YYYY-MM-DD to YYYY-MM-DD``."""
 
     patient_id: str = field(default="", repr=False)
     accession: str = field(default="", repr=False)
@@ -44,7 +44,7 @@ class StudyQuery:
         """QIDO-RS parameters.
 
         Raises:
-            PageError: nothing is given, or the date is none.
+            PageError: all fields are empty, or the date is malformed.
         """
         values = {"PatientID": self.patient_id.strip(), "AccessionNumber": self.accession.strip()}
         filters = {key: value for key, value in values.items() if value}
@@ -62,7 +62,7 @@ class StudyQuery:
 
 @dataclass(frozen=True)
 class PacsStudy:
-    """A study as the picker shows it. ``patient`` and ``description`` may identify a person."""
+    """A study in the picker. ``patient`` and ``description`` may identify a person."""
 
     uid: str
     date: str
@@ -73,7 +73,7 @@ class PacsStudy:
 
 @dataclass(frozen=True)
 class PacsSeries:
-    """A series as the picker shows it."""
+    """A series in the picker."""
 
     study_uid: str
     uid: str
@@ -93,10 +93,10 @@ class PacsInstance:
 
 
 class PacsClient:
-    """One PACS. Its methods block for up to the server's ``timeout_s``; they may run in any thread.
+    """One PACS. Its methods block for up to the server's ``timeout_s`` and may run in any thread.
 
-    Every method raises ``PageError`` with a code ``pacs_...`` where the server cannot be reached, refuses, or answers
-    something else than DICOMweb.
+    Every method raises ``PageError`` with a code ``pacs_...`` if the server cannot be reached, refuses the request, or
+    answers with anything but DICOMweb.
     """
 
     def __init__(self, server: DicomWebServer, environment: Mapping[str, str] | None = None) -> None:
@@ -107,7 +107,7 @@ class PacsClient:
         self._credentials = (os.environ if environment is None else environment).get(server.credentials_variable)
 
     def search(self, query: StudyQuery) -> list[PacsStudy]:
-        """Studies, the newest first, at most ``MAX_RESULTS``."""
+        """Studies that match, newest first, at most ``MAX_RESULTS``."""
         filters = query.filters()
         fields = ["StudyDescription", "ModalitiesInStudy"]
         found = self._ask(
@@ -126,7 +126,7 @@ class PacsClient:
         return sorted((study for study in studies if study.uid), key=lambda study: study.date, reverse=True)
 
     def series(self, study: PacsStudy) -> list[PacsSeries]:
-        """The series of a study that may hold images, in order of their numbers."""
+        """The series of a study that may contain images, in order of their numbers."""
         fields = ["SeriesDescription", "NumberOfSeriesRelatedInstances", "SeriesNumber", "Modality"]
         found = self._ask(lambda client: client.search_for_series(study.uid, fields=fields, limit=MAX_SERIES))
         series = [
@@ -157,12 +157,12 @@ class PacsClient:
         return [PacsInstance(series.study_uid, series.uid, uid) for uid in uids]
 
     def fetch(self, instance: PacsInstance) -> bytes:
-        """A DICOM file as the PACS has it, of at most ``MAX_UPLOAD_BYTES``."""
+        """The bytes of a DICOM file, at most ``MAX_UPLOAD_BYTES``."""
         url = f"{self._root}/studies/{instance.study_uid}/series/{instance.series_uid}/instances/{instance.uid}"
         accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 
         def get(client: Any) -> bytes:
-            # dicomweb-client would parse the file in this process and without a limit of its size.
+            # dicomweb-client would parse the file in this process, without a size limit.
             with (
                 self._session() as session,
                 session.get(
@@ -198,7 +198,7 @@ class PacsClient:
         if user and not colon:
             session.headers["Authorization"] = f"Bearer {user}"
         session.verify = self.server.ca_file or True
-        session.trust_env = False  # neither a proxy nor ~/.netrc of the user who runs the server
+        session.trust_env = False  # use neither a proxy nor ~/.netrc of the user who runs the server
         return session
 
     def _ask(self, call: Any) -> Any:
@@ -208,7 +208,7 @@ class PacsClient:
         try:
             with self._session() as session:
                 client = DICOMwebClient(self._root, session=session, timeout=self.server.timeout_s)
-                client.set_http_retry_params(retry=False)  # it would try for a minute
+                client.set_http_retry_params(retry=False)  # the default retries last a minute
                 return call(client)
         except PageError:
             raise
@@ -217,12 +217,12 @@ class PacsClient:
             raise PageError("pacs_credentials" if status in (401, 403) else "pacs_refused") from None
         except requests.RequestException:
             raise PageError("pacs_unreachable") from None
-        except Exception:  # an answer that is no DICOMweb; its text may hold a name
+        except Exception:  # the answer is not DICOMweb; its text may contain a name
             raise PageError("pacs_not_dicomweb") from None
 
 
 def first_part(content: bytes, content_type: str) -> bytes:
-    """The first part of a multipart message (RFC 2046), or the content itself where it is none.
+    """The first part of a multipart message (RFC 2046), or the content itself if it is not multipart.
 
     Raises:
         PageError: the message is damaged.
@@ -259,14 +259,14 @@ def _text(item: Mapping[str, Any], tag: str) -> str:
 
 
 def _day(item: Mapping[str, Any], tag: str) -> str:
-    """A date as YYYY-MM-DD; anything else as it is."""
+    """A DICOM date as YYYY-MM-DD; any other text unchanged."""
     text = _text(item, tag)
     found = _DATE.fullmatch(text)
     return "-".join(found.groups()) if found else text
 
 
 def _uid(item: Mapping[str, Any], tag: str) -> str:
-    """A UID, which becomes part of a URL; empty for anything else."""
+    """A valid UID, safe to put into a URL; empty for anything else."""
     text = _text(item, tag)
     return text if _UID.fullmatch(text) else ""
 

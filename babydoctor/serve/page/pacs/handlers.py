@@ -21,10 +21,10 @@ from babydoctor.serve.settings import DicomWebServer
 
 
 class PacsHandlers(Handlers):
-    """Handlers of the PACS. What they show of a patient is in the picker alone.
+    """Handlers of the PACS. Patient identifiers appear only in the picker.
 
     Args:
-        uploads: takes series that are to be fetched.
+        uploads: receives the series to fetch.
         servers: the PACS of ``page.dicomweb``.
     """
 
@@ -58,10 +58,10 @@ class PacsHandlers(Handlers):
 
     @shows_errors
     def on_pick(self, keep: bool, event: gr.EventData, request: gr.Request) -> Changes:
-        """A study or a series was chosen. The tab then asks for the series by a ticket and shows how far that is.
+        """Handle the choice of a study or a series. The tab then requests the series by a ticket and shows progress.
 
         Args:
-            keep: the loaded series stay, and the chosen one is opened beside them.
+            keep: keep the loaded series, and open the chosen one beside them.
         """
         session = self.sessions.accepted(request.session_hash)
         picker, values = session.pacs, event_values(event)
@@ -128,7 +128,7 @@ class StoreHandlers(Handlers):
                 view=last.view.caption or "as stored",
                 frame=frame,
             )
-        except UserError:  # its text may quote the file
+        except UserError:  # the error's text may quote the file
             raise PageError("pacs_no_report") from None
         client.store(report)
         note = f"Stored in {client.server.name} as a research report, marked “not for clinical use”."

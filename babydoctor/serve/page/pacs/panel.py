@@ -10,9 +10,9 @@ from babydoctor.serve.settings import DicomWebServer
 
 
 class PacsPanel:
-    """Search form, results and the ticket of a chosen series; all hidden where no PACS is set up.
+    """Search form, results and the ticket of a chosen series. All are hidden if no PACS is configured.
 
-    Made inside ``gr.Blocks``.
+    Create it inside ``gr.Blocks``.
 
     Args:
         servers: the PACS to choose from.

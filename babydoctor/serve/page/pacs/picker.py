@@ -1,4 +1,4 @@
-"""What the picker of one tab holds: the results of the last search."""
+"""State of the picker of one tab: the results of the last search."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from babydoctor.serve.page.pacs.client import PacsClient, PacsSeries, PacsStudy
 
 @dataclass
 class PacsPicker:
-    """Patients' names and numbers are in ``studies`` only, and are deleted when a series is chosen."""
+    """Patients' names and ids are only in ``studies`` and are deleted when a series is chosen."""
 
     client: PacsClient | None = field(default=None, repr=False)
     studies: list[PacsStudy] = field(default_factory=list, repr=False)
     series: list[PacsSeries] = field(default_factory=list, repr=False)
 
     def forget_patients(self) -> None:
-        """Drop everything that identifies somebody."""
+        """Delete everything that identifies a patient."""
         self.studies, self.series = [], []

@@ -1,4 +1,4 @@
-"""An answer or a report draft as a DICOM structured report that says it is research and not for clinical use."""
+"""An answer or a report draft as a DICOM structured report, marked as research and not for clinical use."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SERIES_NUMBER = 9901
 def build_report(source: Dataset, *, question: str, answer: str, model: str, view: str, frame: int = 0) -> Dataset:
     """A Comprehensive SR (PS3.3 A.35.3) with one question and one answer about one image.
 
-    It is partial, not verified, belongs to the study of the source image, and refers to that image. Patient and study
-    attributes are copied from it, as a PACS needs them to file the report.
+    The report is partial and unverified. It belongs to the study of the source image and refers to that image. Patient
+    and study attributes are copied from the image, because a PACS needs them to file the report.
 
     Args:
         source: the image's data set.
-        question: as the user asked it.
-        answer: as the model wrote it.
+        question: the user's question.
+        answer: the model's answer.
         model: name of the model.
         view: how the image was shown to the model: frame, window, hidden text.
         frame: index of the frame in a multi-frame image.
@@ -88,7 +88,7 @@ def _build(source: Dataset, texts: Sequence[tuple[Any, str]], *, model: str, vie
     ]
     items += [hd.sr.TextContentItem(name=name, value=text, relationship_type=contains) for name, text in texts]
     with warnings.catch_warnings(), reading_values("the image"):
-        warnings.simplefilter("ignore")  # highdicom quotes a patient's name that it finds odd
+        warnings.simplefilter("ignore")  # highdicom's warnings may quote a patient's name
         items.append(
             hd.sr.ImageContentItem(
                 name=codes.DCM.SourceImage,

@@ -1,4 +1,4 @@
-"""Burned-in text of one loaded image: what was found in its frames, and what the model is not shown. Pure."""
+"""Burned-in text of one loaded image: the texts found in its frames, and those hidden from the model. Pure."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 from babydoctor.imaging.burned_in import TextBox
 
 _SAME_SHARE = 0.5
-"""Boxes of two searches belong to the same text if they share so much of their area."""
+"""Boxes of two searches belong to the same text if they share this much of their area."""
 
 
 @dataclass
 class PixelText:
     """Texts in the pixels of an image, by frame.
 
-    A frame is searched again under another window, because a window can bring text to light. Boxes of all its searches
-    stay. Identifying text is hidden and marks stay visible, unless the user decides otherwise. A decision also holds
-    for the same place in other frames.
+    A frame is searched again under another window, because a window can reveal text. Boxes of all searches are kept.
+    Identifying text is hidden and other marks stay visible, unless the user decides otherwise. A decision also applies
+    to the same position in other frames.
     """
 
     boxes: dict[int, list[TextBox]] = field(default_factory=dict)
     searched: set[Hashable] = field(default_factory=set)
     has_failed: bool = False
-    """True if the last search failed; nothing is known about the view then."""
+    """True if the last search failed, so the view may contain text."""
     shown: list[TextBox] = field(default_factory=list)
     hides_marks: bool = False
 
     def add(self, frame: int, found: Sequence[TextBox]) -> None:
-        """Take what a search of a frame has found."""
+        """Add the result of a search of a frame."""
         known = self.boxes.setdefault(frame, [])
         known += [box for box in found if not any(_is_same(box, other) for other in known)]
 
@@ -37,7 +37,7 @@ class PixelText:
         return [box for box in self.boxes.get(frame, ()) if box.is_identifying]
 
     def marks(self, frame: int) -> list[TextBox]:
-        """The other texts of a frame."""
+        """The texts of a frame that identify nobody."""
         return [box for box in self.boxes.get(frame, ()) if not box.is_identifying]
 
     def is_hidden(self, box: TextBox) -> bool:
@@ -46,7 +46,7 @@ class PixelText:
         return not any(_is_same(box, other) for other in self.shown)
 
     def hidden(self, frame: int) -> list[TextBox]:
-        """What the model is not shown of a frame."""
+        """The texts of a frame that are hidden from the model."""
         return [box for box in self.boxes.get(frame, ()) if self.is_hidden(box)]
 
     def toggle(self, box: TextBox) -> None:

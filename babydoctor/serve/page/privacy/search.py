@@ -1,4 +1,4 @@
-"""Search the view for burned-in text: after each change in the background, and always before the model gets it."""
+"""Search the view for burned-in text: in the background after each change, and always before it goes to the model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_searched(scan: Scan) -> bool:
-    """True if the view as it is now was searched, or cannot be searched here."""
+    """True if the current view was searched, or cannot be searched here."""
     return not is_available() or _key(scan) in scan.text.searched
 
 
 def _key(scan: Scan) -> Hashable:
-    """What decides whether another search may find something else."""
+    """Key of a view. Another search is needed only if the key changes."""
     return scan.frame, scan.center, scan.width, scan.preset
 
 
@@ -42,7 +42,7 @@ def _search(scan: Scan) -> None:
     """Search the current view of a scan. A failure is kept in ``scan.text`` and not tried again for this view."""
     key, frame = _key(scan), scan.frame
     image = scan.rendered()[0]
-    if _key(scan) != key:  # another frame or window was chosen meanwhile; the caller searches again
+    if _key(scan) != key:  # The view has changed meanwhile; the caller searches again.
         return
     try:
         scan.text.add(frame, find_text(image))
@@ -62,20 +62,20 @@ class TextHandlers(Handlers):
 
     @shows_errors_async
     async def on_view(self, request: gr.Request) -> Changes:
-        """The image, its frame or its window has changed, or the tab was reloaded."""
+        """Search after the image, frame or window has changed, or the tab was reloaded."""
         session = self.sessions.get(request.session_hash)
         if session.scan is None or is_searched(session.scan):
             return {}
         return await self.search(session)
 
     async def search(self, session: Session) -> Changes:
-        """Search the current view, unless that was done, and show what is hidden.
+        """Search the current view, unless it was searched already, and show what is hidden.
 
         Raises:
             PageError: the frame cannot be decoded.
         """
         changes: Changes = {}
-        # The image or its frame may change while a search runs, and a view may be rendered before the search has ended.
+        # The image or frame may change during a search, and a view may be rendered before the search ends.
         while (scan := session.scan) is not None:
             if not is_searched(scan):
                 await asyncio.to_thread(_search, scan)
@@ -86,7 +86,7 @@ class TextHandlers(Handlers):
 
     @shows_errors
     def on_box(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """The user hides a text or shows it."""
+        """Hide or show a text, as the user chose."""
         session = self.sessions.accepted(request.session_hash)
         scan = session.scan
         if scan is None:

@@ -1,8 +1,7 @@
-"""Ask the questions of a recorded session again: through a controller, or with a run in this process."""
+"""Ask the questions of a recorded session again, through a controller or with a run loaded in this process."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewAnswer:
-    """``problem`` says why there is no answer."""
+    """A new answer. ``problem`` says why there is none."""
 
     text: str = ""
     problem: str = ""
@@ -32,7 +31,7 @@ Tell = Callable[[int], Any]
 """Called with the number of answers so far."""
 
 
-def ask_server(
+async def ask_server(
     url: str,
     answers: Sequence[RecordedAnswer],
     views: Sequence[ReplayedView],
@@ -41,22 +40,11 @@ def ask_server(
     api_key: str | None,
     tell: Tell,
 ) -> list[NewAnswer]:
-    """Ask a controller. Each question comes with the recorded turns before it.
+    """Ask a controller. Each question is sent with the recorded turns before it.
 
     Args:
-        model: None: the recorded one.
+        model: name of the model. None: the recorded one.
     """
-    return asyncio.run(_ask_server(url, answers, views, model, api_key, tell))
-
-
-async def _ask_server(
-    url: str,
-    answers: Sequence[RecordedAnswer],
-    views: Sequence[ReplayedView],
-    model: str | None,
-    api_key: str | None,
-    tell: Tell,
-) -> list[NewAnswer]:
     from babydoctor.serve.page.controller_client import ControllerClient
 
     client = ControllerClient(url, api_key)
@@ -88,7 +76,7 @@ def ask_run(
     engine: dict[str, Any],
     tell: Tell,
 ) -> list[NewAnswer]:
-    """Load a run and ask it in this process.
+    """Load a run and ask it in this process, on the GPU if there is one.
 
     Args:
         engine: settings of the engine.
@@ -98,11 +86,12 @@ def ask_run(
     """
     from babydoctor.inference import Inference
     from babydoctor.model.run_dir import load_run
+    from babydoctor.plan.hardware import choose_device
 
     asked = [answer for answer in answers if views[answer.view].png is not None]
     if not asked:
         raise UserError("no question can be asked: all images are missing")
-    run = load_run(path)
+    run = load_run(path, device=choose_device("auto"))
     queries = _queries(run, asked, views)
     texts: list[str] = []
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, queries, engine=engine) as inference:

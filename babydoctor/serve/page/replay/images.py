@@ -1,4 +1,4 @@
-"""The images of a session: found by their hashes and rendered again, or taken from the export."""
+"""The images of a session, found by their hashes and rendered again, or taken from the export."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ReplayedView:
 
     Attributes:
         png: None if there is none.
-        status: ``same`` or ``differs`` from the recorded pixels after rendering again; ``from_export``: the recorded
-            pixels themselves; ``not_found``: no file has the recorded hash.
-        note: what a person should know, in one sentence; empty if all is well.
+        status: ``same`` or ``differs``: the result of rendering again, compared with the recorded pixels.
+            ``from_export``: the recorded pixels themselves. ``not_found``: no file has the recorded hash.
+        note: one sentence about a difference or problem; empty if there is none.
     """
 
     png: bytes | None = field(repr=False)
@@ -46,7 +46,7 @@ def replay_views(session: RecordedSession, images: Path | None) -> list[Replayed
     """The images of a session, in order.
 
     Args:
-        images: folder with the files; None: the images of the export are used.
+        images: folder of the image files. None: use the images of the export.
 
     Raises:
         UserError: the folder does not exist.
@@ -60,11 +60,11 @@ def replay_views(session: RecordedSession, images: Path | None) -> list[Replayed
 
 
 def render_record(data: bytes, record: ViewRecord) -> bytes:
-    """The PNG of a view, made again from its file.
+    """Render the PNG of a view again from its file.
 
     Raises:
         PageError: the file cannot be read.
-        UserError: it lacks the frame or the window.
+        UserError: the file lacks the frame or the window.
     """
     scan = open_scan(data)
     if not 0 <= record.frame < scan.num_frames:
@@ -115,7 +115,7 @@ def _difference(before: bytes | None, after: bytes) -> str:
 
 
 def _find(records: Sequence[ViewRecord], folder: Path) -> list[tuple[bytes | None, bool]]:
-    """For each record the file with its hash, else one that holds the same DICOM instance, and whether it is exact."""
+    """For each record, the file with its hash, or else one with the same DICOM instance, and whether it is exact."""
     wanted = {record.file for record in records}
     instances = {record.instance for record in records if record.instance}
     by_file: dict[str, bytes] = {}
@@ -129,7 +129,7 @@ def _find(records: Sequence[ViewRecord], folder: Path) -> list[tuple[bytes | Non
             try:
                 instance = read_facts(data, name=FILE_NAME).instance
             except ImageError:
-                continue  # no image, so it is not the recorded one
+                continue  # not an image, so not the recorded file
             if instance in instances:
                 by_instance[instance] = data
     return [
@@ -141,7 +141,7 @@ def _find(records: Sequence[ViewRecord], folder: Path) -> list[tuple[bytes | Non
 def _contents(paths: Iterable[Path]) -> Iterator[bytes]:
     for path in paths:
         if path.stat().st_size > MAX_STUDY_BYTES:
-            continue  # the web UI takes no file of this size
+            continue  # the web UI refuses files of this size
         data = path.read_bytes()
         if not is_zip(data):
             yield data

@@ -1,4 +1,4 @@
-"""Read an exported session: the web UI's HTML file, or the JSON out of it."""
+"""Read an exported session: the web UI's HTML file, or the JSON block from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PNG_URL = "data:image/png;base64,"
 
 @dataclass(frozen=True)
 class RecordedView:
-    """An image as the model got it. ``png`` is None if only the JSON is at hand."""
+    """An image as the model received it. ``png`` is None if only the JSON is available."""
 
     caption: str
     pixels: str
@@ -31,7 +31,7 @@ class RecordedView:
 
 @dataclass(frozen=True)
 class RecordedAnswer:
-    """A question, all turns that the model got with it, and its answer."""
+    """A question, all turns that were sent with it, and its answer."""
 
     question: str
     answer: str
@@ -51,7 +51,7 @@ def read_session(path: Path) -> RecordedSession:
     """Read an exported session.
 
     Raises:
-        UserError: the file does not exist, or is no session of this format.
+        UserError: the file does not exist, or is not a session in this format.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def _answer(values: Mapping[str, Any], num_views: int) -> RecordedAnswer:
     sampling, view = values["sampling"], int(values["view"])
     if not 0 <= view < num_views:
         raise ValueError(f"view {view}")
-    # A question that never reached a model has no turns.
+    # A question that was never sent to a model has no turns.
     turns = tuple(Turn(turn["role"], str(turn["text"])) for turn in values["turns"])
     return RecordedAnswer(
         question=str(values["question"]),
@@ -124,7 +124,7 @@ class _SessionParser(HTMLParser):
             try:
                 self.images[int(number)] = base64.b64decode(source.removeprefix(_PNG_URL), validate=True)
             except (binascii.Error, ValueError):
-                return  # the pixels are missing, and that is said
+                return  # counts as missing pixels, which is reported
 
     def handle_endtag(self, tag: str) -> None:
         self._is_inside = False

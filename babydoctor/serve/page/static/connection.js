@@ -1,4 +1,4 @@
-// Says in the web UI's own words that the connection to the server is lost or back, and knows copies of a tab.
+// Shows whether the connection to the server is lost or back, and detects copied tabs.
 
 const LOST_KEY = 'babydoctor-lost';
 const AGAIN_MS = 1000;
@@ -26,10 +26,10 @@ const hide = () => {
   try { sessionStorage.removeItem(LOST_KEY); } catch { /* storage is switched off */ }
 };
 
-// Gradio reloads the page when the connection is back, so a mark tells the new page that it was lost.
+// Gradio reloads the page when the connection is back. A mark in the storage tells the new page why.
 const watchConnectionOnce = () => {
   const fetchPlainly = window.fetch.bind(window);
-  // A page that is being left breaks its own requests off.
+  // Leaving the page aborts its own requests, which is not a lost connection.
   let isLeaving = false;
   window.addEventListener('pagehide', () => { isLeaving = true; });
   window.addEventListener('pageshow', () => { isLeaving = false; });
@@ -68,8 +68,8 @@ export const watchConnection = () => {
   isWatching = true;
 };
 
-// Each tab holds a lock with its token's name, and answers when another tab asks for its token. A tab that was copied
-// gets an answer; one that was reloaded gets the lock. Without https, browsers have locks on this machine only.
+// Each tab holds a lock named after its token and answers other tabs that ask for the token. A copied tab gets an
+// answer; a reloaded tab gets the lock. Without https, browsers provide locks on localhost only.
 const channel = 'BroadcastChannel' in window ? new BroadcastChannel('babydoctor-tabs') : null;
 const hold = (token, options, onHeld = () => {}) => {
   const keep = (lock) => {
@@ -92,7 +92,7 @@ export const isOpenElsewhere = (token) => new Promise((resolve) => {
   channel.addEventListener('message', hear);
   channel.postMessage({asked: token});
   hold(token, {signal: waiting.signal}, () => done(false));
-  // A tab that keeps its lock and does not answer is open, too.
+  // A tab that holds its lock without answering is open, too.
   setTimeout(() => done(Boolean(navigator.locks)), navigator.locks ? LOCKED_MS : REPLY_MS);
 });
 

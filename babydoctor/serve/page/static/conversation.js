@@ -1,11 +1,11 @@
-// The conversation: follows a growing answer, copies, edits and deletes turns, keeps typed texts, saves files.
+// The conversation: scrolls with a growing answer, copies, edits and deletes turns, keeps typed text, saves files.
 
 const TEXTS_KEY = 'babydoctor-texts';
 const NEAR_END_PX = 24;
 
 const questionBox = () => document.querySelector('#bd-question textarea');
 
-// On pages without TLS there is no navigator.clipboard, except on this machine.
+// Without https, navigator.clipboard exists on localhost only.
 const copyText = async (text) => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = document.createElement('textarea');
@@ -29,7 +29,7 @@ const copyAndSay = async (button, text) => {
   setTimeout(() => { button.textContent = label; }, 2000);
 };
 
-// Follow a growing answer only while the reader is at its end.
+// Scroll with a growing answer only while the reader is at its end.
 const followEnd = (box) => {
   let atEnd = true;
   box.addEventListener('scroll', () => {
@@ -57,7 +57,7 @@ export const chat = (element, trigger) => {
     if ('delete' in button.dataset) box.focus();
     trigger('select', {...button.dataset});
   });
-  // Arrow up in an empty box edits the last question, Escape leaves it as it was.
+  // Arrow up in an empty box edits the last question. Escape cancels the edit.
   document.addEventListener('keydown', (event) => {
     if (event.target !== questionBox() || event.isComposing) return;
     if (event.key === 'ArrowUp' && event.target.value === '') {
@@ -90,7 +90,7 @@ export const copyAll = () => {
   copyAndSay(document.getElementById('bd-copy-all'), [notice, '', ...turns].join('\n'));
 };
 
-// The focus goes to whichever of two buttons took the place of the other.
+// Two buttons replace each other; the focus goes to the one that is visible.
 export const moveFocus = (...ids) => {
   if (document.activeElement && document.activeElement !== document.body) return;
   setTimeout(() => ids.map((id) => document.getElementById(id)).find((button) => button?.offsetParent)?.focus());

@@ -1,5 +1,5 @@
 // Browser side of the web UI. Gradio components import this module by `script` in layout.py.
-// Nothing here talks to another server. Stored are a random tab token, what the user is typing, and the theme.
+// It makes no requests to other servers. It stores a random tab token, the text being typed, and the theme.
 
 import {keptTexts} from './conversation.js';
 import {isOpenElsewhere, watchConnection} from './connection.js';
@@ -19,7 +19,7 @@ const write = (storage, key, value) => {
 const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
 
-// On a loaded machine, Gradio was seen to drop the reply to "Continue". It is then asked again while the notice stands.
+// On a busy machine, Gradio sometimes drops the reply to "Continue". Ask again while the notice is visible.
 const CONTINUE_AGAIN_MS = 5000;
 const continueAgain = () => {
   document.addEventListener('click', ({target}) => {
@@ -31,7 +31,7 @@ const continueAgain = () => {
   }, true);
 };
 
-// A number box that is left empty gets its number back. Gradio would put the end of the slider there.
+// An empty number box that loses focus gets its number back. Gradio would insert the end of the slider's range.
 const keepNumbers = () => {
   const isNumber = (element) => element.matches?.('input[type=number]');
   const before = new WeakMap();
@@ -45,8 +45,8 @@ const keepNumbers = () => {
   }, true);
 };
 
-// Called on load: applies the stored theme and tells the server which tab this is.
-// A browser copies the token with a tab, and two tabs must not write into one conversation: the copy takes a new token.
+// Called on load: applies the stored theme and sends the tab's token to the server.
+// A browser copies the token with a tab. The copy takes a new one, because two tabs must not share a conversation.
 export const restore = async (passed, preferences) => {
   keepNumbers();
   continueAgain();
@@ -78,7 +78,7 @@ export const download = (text) => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 };
 
-// The file goes straight into the server's memory. Gradio's own upload would write it to disk, name included.
+// Upload the file into the server's memory. Gradio's own upload would write it to disk under its name.
 const upload = (file, onProgress) => new Promise((resolve) => {
   const request = new XMLHttpRequest();
   request.open('POST', new URL('page/upload', document.baseURI));
@@ -127,7 +127,7 @@ export const dropZone = (element, trigger) => {
   for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'));
   drop.addEventListener('drop', (event) => {
     event.preventDefault();
-    // A folder that cannot be read counts as nothing that arrived.
+    // A folder that cannot be read counts as empty.
     droppedFiles(event.dataTransfer).then(
       (files) => (files.length ? send(files) : trigger('upload', {error: 'study_empty'})),
       () => trigger('upload', {error: 'upload_broken'}),
@@ -135,16 +135,16 @@ export const dropZone = (element, trigger) => {
   });
 };
 
-// Load what waits under a ticket, with the progress of an upload.
+// Load the files of a ticket, with the progress display of an upload.
 export const loadTicket = (ticket) => {
   if (ticket) document.querySelector('.bd-drop')?.dispatchEvent(new CustomEvent('bd-ticket', {detail: ticket}));
   return '';
 };
 
-// The server has answered: the image or a sentence stands beside the drop zone.
+// The server has answered: the image or a message is visible next to the drop zone.
 export const uploadDone = () => document.querySelector('.bd-drop')?.removeAttribute('aria-busy');
 
-// One listener on the element survives new content, and the pressed button keeps the focus.
+// A single listener on the element survives changes of its content, and the pressed button keeps the focus.
 export const buttons = (element, trigger) => {
   element.addEventListener('click', (event) => {
     const button = event.target.closest('button');

@@ -1,8 +1,8 @@
-// Several files, a folder or a ZIP on their way to the server. Their names stay in the browser.
+// Upload several files, a folder or a ZIP. Their names stay in the browser.
 
 const SECOND_MS = 1000;
 
-// All files of a drop, also those in folders.
+// All files of a drop, including those in folders.
 export const droppedFiles = async (transfer) => {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.some((entry) => entry.isDirectory)) return [...transfer.files];
@@ -13,7 +13,7 @@ export const droppedFiles = async (transfer) => {
       return files.push([entry.fullPath, file]);
     }
     const reader = entry.createReader();
-    for (;;) { // a reader gives at most 100 entries at a time
+    for (;;) { // a reader returns at most 100 entries at a time
       const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
       if (!some.length) return;
       for (const each of some) await walk(each);
@@ -23,7 +23,7 @@ export const droppedFiles = async (transfer) => {
   return sorted(files);
 };
 
-// Files of an input, in the order of their names as people count: 2 before 10.
+// Files of an input in natural order of their names: 2 before 10.
 export const chosenFiles = (input) =>
   sorted([...input.files].map((file) => [file.webkitRelativePath || file.name, file]));
 
@@ -37,7 +37,7 @@ export const isStudy = async (files) => {
   return start[0] === 0x50 && start[1] === 0x4b && start[2] <= 8; // "PK": a ZIP
 };
 
-// Send files as one body and follow how they are read. Returns {study} or {error}.
+// Send files as one body and follow the progress of reading them. Returns {study} or {error}.
 export const sendStudy = async (files, maxBytes, show) => {
   const size = files.reduce((sum, file) => sum + file.size, 0);
   if (size > maxBytes) return {error: 'study_too_large'};
@@ -45,7 +45,7 @@ export const sendStudy = async (files, maxBytes, show) => {
   return run('page/study', body, show);
 };
 
-// Have the server read what waits under a ticket, such as a series in a PACS.
+// Ask the server to read the files of a ticket, such as a series in a PACS.
 export const fetchTicket = (ticket, show) => run(`page/study/${ticket}`, null, show);
 
 const framed = (files) => new Blob(files.flatMap((file) => {
@@ -78,7 +78,7 @@ const run = (path, body, show) => new Promise((resolve) => {
 });
 
 const lastLine = (text) => {
-  const lines = text.split('\n').slice(0, -1); // what follows the last line break is not complete
+  const lines = text.split('\n').slice(0, -1); // the text after the last line break is incomplete
   try { return JSON.parse(lines.at(-1)); } catch { return null; }
 };
 

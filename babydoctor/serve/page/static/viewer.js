@@ -1,5 +1,5 @@
-// The image viewer: a canvas that windows, scrolls, zooms and turns in the browser, without asking the server.
-// When the user rests, `send` tells the server what is shown, and the server renders the same picture for the model.
+// The image viewer: a canvas that windows, scrolls, zooms and rotates in the browser, without requests to the server.
+// When the user pauses, `send` reports what is shown, and the server renders the same image for the model.
 
 import {Frames, paint} from './viewer_frames.js';
 import {listen} from './viewer_input.js';
@@ -18,13 +18,13 @@ export const viewer = (element, trigger) => {
   current.viewer = new Viewer(element.querySelector('.bd-screen'), trigger);
 };
 
-// Called before a question is sent: waits until the server renders what the canvas shows.
+// Called before a question is sent: waits until the server has rendered what the canvas shows.
 export const settled = async (inputs) => {
   await current.viewer?.settle();
   return inputs;
 };
 
-// `source` is the id of the element that holds what the server says about the image.
+// `source` is the id of the element with the state that the server sends.
 export class Viewer {
   constructor(screen, trigger, source = 'bd-viewer') {
     this.screen = screen;
@@ -54,7 +54,7 @@ export class Viewer {
     this.stop();
   }
 
-  // Take what the server shows, unless the canvas has changed since.
+  // Apply the server's state, unless the canvas has changed since.
   read() {
     const box = document.getElementById(this.source);
     const text = box?.querySelector('[data-viewer]')?.dataset.viewer ?? '';
@@ -85,13 +85,13 @@ export class Viewer {
     this.ruler = null;
     this.choose('window');
     this.place.fit();
-    // Nothing of the image before stays on the canvas.
+    // Clear everything of the previous image.
     this.canvas.getContext('2d').reset();
     this.overlay.clear();
     this.note('Loading the image…');
   }
 
-  // Change what is shown. The server is told when nothing has changed for a moment.
+  // Change what is shown. The server gets the change after a short pause.
   change(values) {
     Object.assign(this.state, values);
     this.state.change += 1;
@@ -112,7 +112,7 @@ export class Viewer {
     this.trigger('change', this.shown());
   }
 
-  // What the server needs to render the same picture.
+  // The state that the server needs to render the same image.
   shown() {
     const shown = Object.fromEntries(SHOWN.map((name) => [name, this.state[name]]));
     return {key: this.state.key, change: this.state.change, ...shown};
@@ -136,7 +136,7 @@ export class Viewer {
     this.whenSettled = null;
   }
 
-  // The window that is applied in the browser; null: the frame's own.
+  // The window applied in the browser; null for the frame's own.
   get window() {
     const {center, width, preset, presets} = this.state;
     if (preset !== null) {
@@ -146,10 +146,10 @@ export class Viewer {
     return center === null ? null : {center, width};
   }
 
-  // Show a frame; until it has come, the one before stays.
+  // Show a frame. The previous one stays visible until it has loaded.
   async show(number) {
     const {frames, state} = this;
-    if (this.told !== number) { // the other viewer follows
+    if (this.told !== number) { // let the linked viewer follow
       this.told = number;
       document.dispatchEvent(new CustomEvent('bd-shown', {detail: this}));
     }
@@ -228,7 +228,7 @@ export class Viewer {
     this.draw();
   }
 
-  // Text that the model is not shown is not shown here either.
+  // Text that is hidden from the model is hidden here, too.
   hideText(context) {
     context.fillStyle = '#555';
     for (const [left, top, right, bottom] of this.state.hidden) context.fillRect(left, top, right - left, bottom - top);

@@ -1,6 +1,6 @@
-// Frames of an image before the window: fetched one at a time, kept in memory, and shown as gray levels.
-// The layout of a block of bytes stands in babydoctor/imaging/dicom/raw_frame.py. `shades` computes what imaging/windows.py
-// and imaging/dicom/gray.py compute, in the same order, so that both give the same gray levels.
+// Frames of an image before windowing: fetched one at a time, kept in memory, and shown as gray levels.
+// babydoctor/imaging/dicom/raw_frame.py documents the layout of a block of bytes. `shades` repeats the operations of
+// imaging/windows.py and imaging/dicom/gray.py in the same order, so that both give the same gray levels.
 
 const MAX_KEPT_BYTES = 256 * 2 ** 20;
 
@@ -26,7 +26,7 @@ export class Frames {
     this.coming = new Map();
   }
 
-  // The frame if it is here already.
+  // The frame, if it was fetched already.
   peek(number) { return this.kept.get(number); }
 
   // Fetch a frame. Throws an Error with a sentence for the user.
@@ -55,7 +55,7 @@ export class Frames {
     return frame;
   }
 
-  // Fetch the frames that are likely to be next; errors wait until a frame is really wanted.
+  // Prefetch the frames that are likely to be next. An error is reported only when the frame is needed.
   ahead(number, direction, count, total) {
     for (let i = 1; i <= count; i++) {
       const next = (number + direction * i + total * i) % total;
@@ -64,13 +64,13 @@ export class Frames {
   }
 }
 
-// As numpy rounds: halves to the even neighbor.
+// Round like numpy: half to even.
 const round = (x) => {
   const near = Math.round(x);
   return near - x === 0.5 && near % 2 ? near - 1 : near;
 };
 
-// The gray level of each of a frame's values. `window` is null for the file's own window.
+// The gray level of each value of a frame. `window` is null for the file's own window.
 export const shades = (frame, window, isInverted) => {
   const {values, shown, levels} = frame;
   const grays = new Uint8Array(levels);

@@ -72,7 +72,7 @@ export const listen = (viewer) => {
     drag = null;
   };
 
-  // Two fingers: zoom by their distance, move by their middle.
+  // Two fingers: zoom by their distance, pan by their midpoint.
   const pinch = () => {
     const [one, two] = [...fingers.values()].map(point);
     const now = {middle: [(one[0] + two[0]) / 2, (one[1] + two[1]) / 2], reach: Math.hypot(one[0] - two[0], one[1] - two[1])};
@@ -98,7 +98,7 @@ export const listen = (viewer) => {
     else if (event.button === 2) begin(event, 'zoom');
     else if (viewer.tool !== 'window') begin(event, viewer.tool);
     else if (viewer.state.has_window && viewer.frame.values) begin(event, 'window');
-    if (event.button === 1) event.preventDefault(); // no automatic scrolling
+    if (event.button === 1) event.preventDefault(); // prevent autoscroll
   });
   canvas.addEventListener('pointermove', (event) => {
     if (!viewer.frame) return;
@@ -140,7 +140,7 @@ export const listen = (viewer) => {
   };
   const turn = (count) => viewer.change({quarter_turns: (viewer.state.quarter_turns + count + 4) % 4});
   const mirror = () => {
-    // Mirroring comes before turning, so an image that lies on its side turns the other way round.
+    // Mirroring is applied before rotation, so it reverses the rotation of an image that is turned by 90 degrees.
     const {quarter_turns: turns, is_mirrored: was} = viewer.state;
     viewer.change({is_mirrored: !was, quarter_turns: (4 - turns) % 4});
   };

@@ -1,4 +1,4 @@
-// What lies over the canvas: orientation letters, values under the pointer, the ruler, the region, the buttons' state.
+// The overlay of the canvas: orientation letters, values under the pointer, the ruler, the region; and the buttons.
 
 const text = (element, value) => { if (element.textContent !== value) element.textContent = value; };
 const short = (value) => String(Number(value.toPrecision(6)));
@@ -81,18 +81,18 @@ export class Overlay {
     for (const [name, value] of Object.entries(pressed)) this.button(name)?.setAttribute('aria-pressed', String(value));
     const [whole, cine] = [this.button('whole'), this.button('cine')];
     if (whole) whole.hidden = state.region === null;
-    if (cine) { // the second viewer has neither
+    if (cine) { // the second viewer has neither control
       cine.hidden = state.frames < 2;
       text(cine, playing ? 'Stop playing' : 'Play');
     }
-    // A picture without a window that fits has nothing to drag, so a finger scrolls the tab.
+    // An image without a window that fits the canvas has nothing to drag, so a finger scrolls the page.
     this.screen.dataset.drags = String(Boolean(frame.values) || tool !== 'window');
   }
 
   button(name) { return this.screen.querySelector(`[data-do=${name}]`); }
 }
 
-// A distance in mm where the file gives the spacing of its pixels, else in pixels.
+// A distance in mm if the file has a pixel spacing, else in pixels.
 export const length = ([[x1, y1], [x2, y2]], {spacing, at_detector: atDetector}) => {
   if (!spacing) return `${Math.hypot(x2 - x1, y2 - y1).toFixed(1)} pixels`;
   const mm = Math.hypot((x2 - x1) * spacing[1], (y2 - y1) * spacing[0]);

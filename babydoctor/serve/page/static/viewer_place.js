@@ -1,4 +1,4 @@
-// Where an image lies on the canvas: zoom, position, mirroring and quarter turns. Lengths are device pixels.
+// The placement of an image on the canvas: zoom, position, mirroring and quarter turns. Lengths are in device pixels.
 
 const TURNS = [[1, 0, 0, 1], [0, 1, -1, 0], [-1, 0, 0, -1], [0, -1, 1, 0]];
 
@@ -7,7 +7,7 @@ export class Place {
 
   fit() { Object.assign(this, {zoom: null, x: 0, y: 0}); }
 
-  // Canvas size, image size in pixels of the file, height and width of a pixel, and how the image is turned.
+  // Canvas size, image size in pixels of the file, height and width of a pixel, and the rotation of the image.
   measure(canvas, state, shape) {
     const finest = Math.min(...shape);
     this.columns = state.columns;
@@ -46,7 +46,7 @@ export class Place {
     return [(d * (x - e) - c * (y - f)) / det, (a * (y - f) - b * (x - e)) / det];
   }
 
-  // Zoom by a factor; the point of the image at `at` stays where it is.
+  // Zoom by a factor. The point of the image at `at` does not move.
   zoomBy(factor, at) {
     const before = this.toImage(at);
     this.zoom = Math.min(Math.max(this.scale * factor, this.fitting / 4), 64);
@@ -59,13 +59,13 @@ export class Place {
     this.y += y;
   }
 
-  // Letters at the canvas' left, top, right and bottom edge, from those at the file's edges.
+  // Letters at the left, top, right and bottom edge of the canvas, from those at the edges of the file.
   marks(letters) {
     if (!letters) return ['', '', '', ''];
     const [left, top, right, bottom] = letters;
     const [a, b, c, d] = this.turn;
     const toward = (x, y) => (x > 0 ? right : x < 0 ? left : y > 0 ? bottom : top);
-    // A step to the right on the canvas, expressed in the file: the turn's transpose.
+    // A step to the right on the canvas, in file coordinates: the transpose of the rotation.
     return [toward(-a, -c), toward(-b, -d), toward(a, c), toward(b, d)];
   }
 }

@@ -1,4 +1,4 @@
-// The second viewport: a series for comparison. The model does not get it, so nothing of it is sent to the server.
+// The second viewport: a series for comparison. The model does not receive it, so its state is not sent to the server.
 
 import {current, Viewer} from './viewer.js';
 
@@ -35,7 +35,7 @@ class SecondViewer extends Viewer {
     document.removeEventListener('bd-shown', this.follow);
   }
 
-  // The server need not know how this viewport is shown.
+  // The server does not need the state of this viewport.
   send() {
     clearTimeout(this.timer);
     this.timer = null;
@@ -48,7 +48,7 @@ class SecondViewer extends Viewer {
     this.connect();
   }
 
-  // Ask the server how the two series belong together, and begin from where both are now.
+  // Ask the server how the two series are linked, and start from their current positions.
   async connect() {
     const {main} = this;
     const keys = [main?.state?.key, this.state?.key];
@@ -76,7 +76,7 @@ class SecondViewer extends Viewer {
     else if (viewer === this) this.move(this, main);
   }
 
-  // Scroll `to` to what `from` shows.
+  // Scroll `to` to the image that corresponds to the one of `from`.
   move(from, to) {
     const frame = this.partner(from.state.frame, from === this);
     if (frame === null || frame === to.state.frame) return;
@@ -86,7 +86,7 @@ class SecondViewer extends Viewer {
     this.isFollowing = false;
   }
 
-  // The image of the other series that belongs to an image of this one (`isBack`) or of the first one.
+  // The image that corresponds to an image of the first series or, with `isBack`, of the second one.
   partner(frame, isBack) {
     const {link} = this;
     if (!link || link.by === 'none') return null;

@@ -1,4 +1,4 @@
-"""Files out of a ZIP archive, in memory. What it would unpack to is limited before anything is decompressed."""
+"""Read the files of a ZIP archive in memory. Their unpacked size is limited before anything is decompressed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from babydoctor.serve.page.texts import PageError
 
 MAX_FILES = 5000
-"""Of one study, in an archive or not."""
+"""Largest number of files of a study, in an archive or not."""
 
 MAX_STUDY_BYTES = 512 * 2**20
-"""Of one study after it was unpacked, and of what is sent for it."""
+"""Largest size of a study, both as sent and unpacked."""
 
 MAX_RATIO = 100
-"""Unpacked size over packed size of an archive of more than ``SMALL_BYTES``. DICOM images pack to a half or a third."""
+"""Largest compression ratio of an archive of more than ``SMALL_BYTES``. DICOM images reach 2 or 3."""
 
 SMALL_BYTES = 16 * 2**20
 
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _MAX_ENTRY_BYTES = 512
-"""Room in the directory for one file: 46 bytes, its name and extra fields."""
+"""Size of a file's entry in the directory: 46 bytes, its name and extra fields."""
 
 _ARCHIVE_MAGIC = (
     *(b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0"),
@@ -73,7 +73,7 @@ class Archive:
         return len(self._members)
 
     def files(self) -> Iterator[bytes | Refused]:
-        """The content of each file, or why it cannot be read. ``zipfile`` reads no more than the directory states."""
+        """The content of each file, or why it cannot be read. ``zipfile`` reads at most what the directory states."""
         for member in self._members:
             if member.flag_bits & 0x1:
                 yield Refused("encrypted")
@@ -90,10 +90,10 @@ class Archive:
 
 
 def _check_directory(data: bytes) -> None:
-    """Check the size of the directory, which ``zipfile`` reads as a whole.
+    """Check the size of the directory, because ``zipfile`` reads all of it.
 
     Raises:
-        PageError: there is none, or it has more entries or bytes than ``MAX_FILES`` need. Folders count as entries.
+        PageError: there is no directory, or it has more entries or bytes than ``MAX_FILES`` need. Folders count.
     """
     at = data.rfind(_END, max(0, len(data) - 22 - 0xFFFF))
     if at < 0 or at + 22 > len(data):

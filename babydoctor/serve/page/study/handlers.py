@@ -1,4 +1,4 @@
-"""Handlers of a study: open it, choose a series, compare with another one."""
+"""Handlers of a study: open it, choose a series, compare two series."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StudyHandlers(Handlers):
 
     Args:
         images: shows a series.
-        uploads: studies that wait to be taken.
+        uploads: uploaded studies that no session has taken yet.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class StudyHandlers(Handlers):
 
     @shows_errors
     def on_upload(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """One file, or a study, has arrived, or its upload failed."""
+        """Show an uploaded file or study, or why its upload failed."""
         session = self.sessions.accepted(request.session_hash)
         values = event_values(event)
         if "study" not in values:
@@ -49,7 +49,7 @@ class StudyHandlers(Handlers):
 
     @shows_errors
     def on_choose(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """A series was chosen, for the model or for the second viewport."""
+        """Show the chosen series, for the model or in the second viewport."""
         session = self.sessions.accepted(request.session_hash)
         values = event_values(event)
         study = _study(session)
@@ -60,7 +60,7 @@ class StudyHandlers(Handlers):
 
     @shows_errors
     def on_second(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """A button of the second viewport: close it, or give the model its series instead of the first one."""
+        """Close the second viewport, or give its series to the model instead of the first one."""
         session = self.sessions.accepted(request.session_hash)
         study, values = _study(session), event_values(event)
         if study.second is None:

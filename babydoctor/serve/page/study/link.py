@@ -1,4 +1,4 @@
-"""Which images of two series belong together when both are scrolled. Pure."""
+"""Which images of two series correspond when both are scrolled. Pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from babydoctor.serve.page.study.stack import Stack
 LinkKind = Literal["position", "distance", "index", "none"]
 """How two series are linked:
 
-- ``position``: both state positions in one frame of reference.
-- ``distance``: both state positions, but in different frames of reference, as in an examination of another day. They
-  move by the same distance from where they were when they were linked.
-- ``index``: at least one does not state positions.
+- ``position``: both have positions in the same frame of reference.
+- ``distance``: both have positions, but in different frames of reference, as in an examination on another day. They
+  move by the same distance, measured from their positions at the time of linking.
+- ``index``: at least one has no positions.
 - ``none``: their planes differ.
 """
 
 _PARALLEL = 0.9
-"""Cosine of the angle between two normals that count as parallel."""
+"""Smallest cosine of the angle between two normals that count as parallel."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """``first`` and ``second`` are each image's position along the common normal, in mm; empty without positions."""
+    """``first`` and ``second`` are the images' positions along the common normal, in mm; empty without positions."""
 
     by: LinkKind
     first: tuple[float, ...] = ()

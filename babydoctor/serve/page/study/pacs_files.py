@@ -13,8 +13,8 @@ class PacsFiles:
     """Fetches one image after the other.
 
     Args:
-        num_stated: images that the series has according to the PACS.
-        kept: files of the study that is loaded, which the new one is to contain, too.
+        num_stated: number of images in the series according to the PACS.
+        kept: files of the loaded study, which are part of the new one, too.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PacsFiles:
         """The images.
 
         Raises:
-            PageError: the PACS cannot be reached or refuses, or the series is larger than a study may be.
+            PageError: the PACS cannot be reached or refuses the request, or the series exceeds a limit of a study.
         """
         yield from self._kept
         num_bytes = sum(map(len, self._kept))

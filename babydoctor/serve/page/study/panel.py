@@ -8,7 +8,7 @@ from babydoctor.serve.page import html as show
 
 
 class StudyPanel:
-    """Made inside ``gr.Blocks``.
+    """The list of series and the second viewport. Create it inside ``gr.Blocks``.
 
     Args:
         buttons: JavaScript that reports pressed buttons of a ``gr.HTML``.
@@ -18,10 +18,10 @@ class StudyPanel:
         self.list = gr.HTML("", js_on_load=buttons, elem_id="bd-study", apply_default_css=False, min_width=200)
 
     def build_second(self, second_viewer: str) -> None:
-        """Make the second viewport.
+        """Create the second viewport.
 
         Args:
-            second_viewer: JavaScript that sets it up.
+            second_viewer: JavaScript that initializes it.
         """
         self.canvas = gr.HTML(
             show.canvas(is_second=True),

@@ -1,4 +1,4 @@
-"""What the web UI says of files of a study that it cannot show, and of how a series is sorted."""
+"""Messages about files of a study that cannot be shown, and about the order of a series."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNREAD: Mapping[str, str] = {
     "not_sent": "listed in the DICOMDIR, but not among the files",
     "not_fetched": "in the PACS, but not sent by it",
 }
-"""Why a file is not shown, by code."""
+"""Code -> why a file is not shown."""
 
 CODES: Mapping[UserErrorCode, str] = {
     "image_empty": "empty",
@@ -37,7 +37,7 @@ CODES: Mapping[UserErrorCode, str] = {
     "image_decode_timeout": "timeout",
     "image_decoder_down": "damaged",
 }
-"""Codes of ``UNREAD`` for those of ``ImageError``."""
+"""Code of ``ImageError`` -> code of ``UNREAD``."""
 
 ORDERS: Mapping[Order, str] = {
     "position": "sorted by position",

@@ -1,4 +1,4 @@
-"""HTTP routes of a study: files in, and how two of its series are linked."""
+"""HTTP routes of a study: uploads, and the link between two series."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_STORE = {"cache-control": "no-store"}
 
 
 def study_routes(uploads: StudyUploads, sessions: Sessions) -> APIRouter:
-    """The routes; ``uploads`` says what they take and give."""
+    """The routes. See ``uploads`` for their requests and replies."""
     router = APIRouter()
 
     @router.post("/page/study")
@@ -29,7 +29,7 @@ def study_routes(uploads: StudyUploads, sessions: Sessions) -> APIRouter:
 
     @router.post("/page/study/{ticket}")
     async def ticket(ticket: str) -> Response:
-        """Read the files of a source that waits, such as a series in a PACS."""
+        """Read the files of a waiting source, such as a series in a PACS."""
         try:
             source = uploads.sources.take(ticket)
         except PageError as error:

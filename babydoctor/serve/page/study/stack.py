@@ -1,4 +1,4 @@
-"""The images of one series in memory. Each is parsed when it is shown."""
+"""The images of one series, in memory. An image is parsed when it is shown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from babydoctor.imaging.isolation import load_image
 from babydoctor.imaging.series import SliceFacts, SliceGroup, hash_of
 
 FILE_NAME = "the file"
-"""Stands for a file in error messages, because its own name may identify a person."""
+"""Name of every file in error messages, because the real name may identify a person."""
 
 
 @dataclass(frozen=True)
 class StackFile:
-    """One file that ``isolation.read_facts`` has read."""
+    """A file and its facts from ``isolation.read_facts``."""
 
     data: bytes = field(repr=False)
     facts: SliceFacts = field(repr=False)
@@ -31,8 +31,8 @@ class Stack:
     """The images of a series in order: one for each file, or the frames of a multi-frame file.
 
     Args:
-        files: in order. All have one size and are of one kind.
-        group: how they were grouped and sorted.
+        files: files in order, all of one size and kind.
+        group: how the files were grouped and sorted.
     """
 
     def __init__(self, files: Sequence[StackFile], group: SliceGroup) -> None:
@@ -42,7 +42,7 @@ class Stack:
 
     @property
     def facts(self) -> SliceFacts:
-        """Of the first file."""
+        """Facts of the first file."""
         return self.files[0].facts
 
     @property
@@ -65,22 +65,22 @@ class Stack:
         return (self.files[0], image) if self.is_multi_frame else (self.files[image], 0)
 
     def dicom(self, image: int) -> tuple[DicomImage, int]:
-        """The parsed file of an image, and its frame in that file. The last one stays parsed.
+        """The parsed file of an image, and its frame in that file. The last parsed file is cached.
 
         Raises:
-            ImageError: it cannot be parsed.
+            ImageError: the file cannot be parsed.
         """
         file, frame = self.file(image)
         index = 0 if self.is_multi_frame else image
-        opened = self._opened  # one read: another thread may replace it
+        opened = self._opened  # read it once, because another thread may replace it
         if opened is None or opened[0] != index:
             opened = self._opened = (index, read_dicom(file.data, name=FILE_NAME))
         return opened[1], frame
 
     def picture(self, image: int) -> Image.Image:
-        """An image that is no DICOM file.
+        """An image that is not a DICOM file.
 
         Raises:
-            ImageError: it cannot be decoded.
+            ImageError: the image cannot be decoded.
         """
         return load_image(self.file(image)[0].data, name=FILE_NAME)

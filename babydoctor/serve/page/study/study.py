@@ -1,4 +1,4 @@
-"""A study: the series of the files that were loaded together, and what could not be read."""
+"""A study: the series of files that were loaded together, and the files that could not be read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from babydoctor.serve.page.uploads import MAX_UPLOAD_BYTES
 
 @dataclass
 class Series:
-    """One series. ``scan`` keeps how it is shown while another series is looked at.
+    """One series. ``scan`` keeps its window and position while another series is shown.
 
     Attributes:
-        thumbnail: the image in the middle, as a data URL.
-        study: number of the study among those of its patient, from 1, the newest first.
-        days_before: days before the newest study; None where a date is missing.
+        thumbnail: the middle image, as a data URL.
+        study: number of the study among those of its patient, from 1, newest first.
+        days_before: days before the newest study; None if a date is missing.
         patient: number of the patient, from 1.
     """
 
@@ -46,7 +46,7 @@ class Series:
 
     @property
     def notes(self) -> list[str]:
-        """How the series is sorted, and what is odd about its positions."""
+        """How the series is sorted, and irregularities of its positions."""
         group = self.stack.group
         if len(self.stack) == 1:
             return []
@@ -60,14 +60,14 @@ class Series:
 
 @dataclass
 class Study:
-    """What was loaded together. It may hold several studies and patients.
+    """Files that were loaded together. They may be of several studies and patients.
 
     Attributes:
-        unread: number of files that are not shown, by code of ``reasons.UNREAD``.
-        shown: index of the series that the model gets.
+        unread: code of ``reasons.UNREAD`` -> number of files that are not shown.
+        shown: index of the series that the model receives.
         second: index of the series in the second viewport; None while it is closed.
-        origin: the PACS that it was fetched from.
-        extends_loaded: it contains the series that were loaded when it was asked for.
+        origin: the PACS that the files were fetched from.
+        extends_loaded: the files include those of the study that was loaded at the request.
     """
 
     series: list[Series]
@@ -115,7 +115,7 @@ class Study:
 class StudyReader:
     """Reads the files of a study one by one, in decoding processes.
 
-    The order of calls decides only where positions and image numbers are missing.
+    The order of calls matters only if positions and image numbers are missing.
     """
 
     def __init__(self) -> None:
@@ -148,13 +148,13 @@ class StudyReader:
             self._files.append(StackFile(file, facts))
 
     def study(self) -> Study:
-        """Group what was read. Series of the newest study come first.
+        """Group the files into series. Series of the newest study come first.
 
         Raises:
             PageError: there is no image.
         """
         read = {file.facts.instance for file in self._files}
-        # A file that cannot be read may be one of those that a DICOMDIR lists.
+        # A file that cannot be read may be one that a DICOMDIR lists.
         missing = len(self._listed - read) - sum(self.unread.values())
         if missing > 0:
             self.unread["not_sent"] = missing
@@ -173,7 +173,7 @@ class StudyReader:
         if not series:
             raise PageError("directory_alone" if self._listed else "study_empty")
         series.sort(key=lambda one: (one.patient, one.study))
-        # Series of many images come before localizers of the same study.
+        # Series with many images come before localizers of the same study.
         best = max(
             (one for one in series if (one.patient, one.study) == (series[0].patient, series[0].study)),
             key=lambda one: len(one.stack),
@@ -187,9 +187,9 @@ def _hashes(series: Series) -> tuple[str, ...]:
 
 
 def open_stack(stack: Stack) -> Scan:
-    """A series whose files ``isolation.read_facts`` has read, at the image in its middle.
+    """A series of files from ``isolation.read_facts``, set to its middle image.
 
-    An image whose header is fine and whose pixels are damaged stays in the series; its place says what is wrong.
+    An image with a valid header and damaged pixels stays in the series. The viewer shows the error in its place.
 
     Raises:
         PageError: no image can be decoded.
@@ -218,7 +218,7 @@ def _first_readable(stack: Stack) -> tuple[Scan, int]:
 
 
 def _number_studies(facts: list[SliceFacts]) -> dict[tuple[str, str], tuple[int, int, int | None]]:
-    """(number of the patient, number of the study, days before the newest) for each (patient, study)."""
+    """(patient, study) -> (number of the patient, number of the study, days before the newest study)."""
     days: dict[tuple[str, str], int | None] = {}
     for one in facts:
         key = (one.patient, one.study)

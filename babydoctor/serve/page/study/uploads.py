@@ -1,8 +1,8 @@
-"""Files of a study on their way from the browser, an archive or a PACS to a session: in memory only.
+"""Uploads of studies from the browser, an archive or a PACS, in memory until a session takes them.
 
-Several files come as one body: for each, its length (uint32, little-endian) and its content. Their names stay in the
-browser. While files are read, the reply says how far that is, one JSON object a line: ``{"read": 3, "of": 120}``; the
-last line is ``{"study": TOKEN}`` or ``{"error": CODE}``.
+Several files are one body: for each file, its length (uint32, little-endian) and its content. Their names stay in the
+browser. The reply reports the progress of reading, one JSON object per line: ``{"read": 3, "of": 120}``. The last line
+is ``{"study": TOKEN}`` or ``{"error": CODE}``.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.uploads import Waiting
 
 MAX_ARRIVING_BYTES = 2 * MAX_STUDY_BYTES
-"""Of all studies that arrive or are read at the same time."""
+"""Largest size of all studies that arrive or are read at the same time."""
 
 MAX_WAITING_BYTES = 2 * MAX_STUDY_BYTES
 ARRIVAL_S = 900.0
-"""For all files of a study to arrive."""
+"""Time limit for all files of a study to arrive."""
 
 PROGRESS_S = 0.2
-"""Shortest time between two lines of progress."""
+"""Shortest time between two progress lines."""
 
 _LENGTH_BYTES = 4
 
 
 class FileSource(Protocol):
-    """Files that are read one after the other; ``files`` may block."""
+    """A source of files that are read one by one. ``files`` may block."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +45,7 @@ class FileSource(Protocol):
 
 @dataclass(frozen=True)
 class FileList:
-    """Files that have arrived."""
+    """Files that have arrived from the browser."""
 
     contents: Sequence[bytes]
 
@@ -57,7 +57,7 @@ class FileList:
 
 
 class StudyUploads:
-    """Studies that no session has taken yet, and sources that a session wants to have read."""
+    """Studies that no session has taken yet, and sources that are waiting to be read."""
 
     def __init__(self) -> None:
         self.studies: Waiting[Study] = Waiting(MAX_WAITING_BYTES, "study_gone")
@@ -68,7 +68,7 @@ class StudyUploads:
         """The files of a request's body: an archive, or files with their lengths.
 
         Raises:
-            PageError: they are too many or too large, or the body is damaged or broke off.
+            PageError: there are too many files, they are too large, or the body is damaged or broke off.
         """
         counted = [0]
         try:
@@ -77,12 +77,12 @@ class StudyUploads:
             self._release(counted[0])
             if isinstance(error, PageError) or not isinstance(error, Exception):
                 raise
-            raise PageError("upload_broken") from None  # too slow, or the browser has left
-        weakref.finalize(source, self._release, counted[0])  # it may never be read
+            raise PageError("upload_broken") from None  # too slow, or the browser disconnected
+        weakref.finalize(source, self._release, counted[0])  # no session may ever ask for it
         return source
 
     def drop_old(self) -> None:
-        """Delete what was not taken in time."""
+        """Delete studies and sources that were not taken in time."""
         self.studies.drop_old()
         self.sources.drop_old()
 
@@ -112,7 +112,7 @@ class StudyUploads:
         return FileList(files)
 
     async def read(self, source: FileSource) -> AsyncIterator[bytes]:
-        """Read all files, and keep the study for a session. Yields the lines of the reply."""
+        """Read all files and keep the study for a session. Yields the lines of the reply."""
         reader, files = StudyReader(), source.files()
         num_read, told_s = 0, 0.0
         try:
@@ -131,7 +131,7 @@ class StudyUploads:
 
 
 def _cut(buffer: bytearray, files: list[bytes]) -> None:
-    """Move the files that have arrived as a whole from the buffer to the list."""
+    """Move complete files from the buffer to the list."""
     at = 0
     while len(buffer) - at >= _LENGTH_BYTES:
         end = at + _LENGTH_BYTES + int.from_bytes(buffer[at : at + _LENGTH_BYTES], "little")

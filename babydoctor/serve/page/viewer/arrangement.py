@@ -1,4 +1,4 @@
-"""What the viewer does to a windowed picture before the model gets it: region, inversion, mirroring, turning. Pure."""
+"""What the viewer does to a windowed image for the model: crop, invert, mirror, rotate. Pure."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from PIL import Image, ImageOps
 
 Region = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels of the file; right and bottom are exclusive."""
+"""(left, top, right, bottom) in pixels of the file. Right and bottom are exclusive."""
 
 _TURNS = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How a picture is shown.
+    """How an image is shown.
 
-    ``quarter_turns`` counts turns of 90 degrees clockwise, 0 to 3, after the picture was mirrored left to right.
+    ``quarter_turns`` counts rotations by 90 degrees clockwise, 0 to 3. The image is mirrored left to right first.
     """
 
     is_inverted: bool = False
@@ -25,10 +25,10 @@ class Arrangement:
     region: Region | None = None
 
     def apply(self, picture: Image.Image, columns: int, rows: int) -> Image.Image:
-        """The picture as shown.
+        """The image as shown.
 
         Args:
-            picture: one pixel for each of the file's ``columns`` and ``rows``, or stretched to square pixels.
+            picture: one pixel for each pixel of the file, or resampled to square pixels.
         """
         if self.region is not None:
             x, y = picture.width / columns, picture.height / rows
@@ -42,7 +42,7 @@ class Arrangement:
 
     @property
     def caption(self) -> str:
-        """What was done, for the line under the picture; empty where nothing was."""
+        """The changes, for the line under the image; empty if there are none."""
         parts = []
         if self.region is not None:
             left, top, right, bottom = self.region

@@ -19,7 +19,7 @@ class ViewerHandlers(Handlers):
     """The handler of the viewer's canvas.
 
     Args:
-        images: shows the picture that the model gets, and the controls.
+        images: shows the image that the model receives, and the controls.
     """
 
     def __init__(self, ui: Layout, sessions: Sessions, client: ControllerClient, images: ImageHandlers) -> None:
@@ -32,13 +32,13 @@ class ViewerHandlers(Handlers):
 
     @shows_errors
     def on_arrange(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """The user has changed the frame, window, region, inversion or rotation on the canvas."""
+        """Apply a change of the frame, window, region, inversion or rotation on the canvas."""
         session = self.sessions.accepted(request.session_hash)
         scan, values = session.scan, event_values(event)
-        if scan is None or values.get("key") != scan.key:  # of an image that was replaced meanwhile
+        if scan is None or values.get("key") != scan.key:  # the image was replaced meanwhile
             return {}
         try:
             take_state(scan, values)
-        except PageError as error:  # the canvas goes back to what the server shows
+        except PageError as error:  # the canvas returns to the server's state
             return self.images.show_arranged(session) | {self.status: self.sentence(error)}
         return self.images.show_arranged(session)

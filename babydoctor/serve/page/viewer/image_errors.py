@@ -16,17 +16,17 @@ _PAGE_CODES: dict[UserErrorCode, str] = {
     "image_decode_timeout": "image_decode_timeout",
     "image_decoder_down": "image_decode_failed",
 }
-"""The web UI's codes for those of ``UserError``."""
+"""Code of ``UserError`` -> code of ``PageError``."""
 
 
 def picture_error(error: UserError, looks_like_image: bool) -> PageError:
-    """The web UI's error for one of ``load_image``."""
+    """The web UI's error for an error of ``load_image``."""
     code = _PAGE_CODES.get(error.code)
     return PageError(code or ("damaged_image" if looks_like_image else "not_an_image"))
 
 
 def dicom_error(error: UserError) -> PageError:
-    """The web UI's error for one of ``read_dicom`` or ``render``."""
-    if error.code == "dicom_unsupported":  # these reasons hold no text of the file, only coded values
+    """The web UI's error for an error of ``read_dicom`` or ``render``."""
+    if error.code == "dicom_unsupported":  # these messages quote only coded values of the file, no text
         return PageError("dicom_unsupported", detail=str(error).removeprefix(f"{FILE_NAME}: "))
     return PageError(_PAGE_CODES.get(error.code, "bad_dicom"))

@@ -1,4 +1,4 @@
-"""How a view was made, by hashes and numbers, so that it can be rendered again from the same file."""
+"""A record of how a view was made, in hashes and numbers, for rendering it again from the same file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ViewRecord:
     Attributes:
         file: SHA-256 of the file's content.
         instance, series: SHA-256 of SOPInstanceUID and SeriesInstanceUID; empty for a picture.
-        frame: in the file, from 0.
+        frame: index of the frame in the file, from 0.
         preset, center, width: the chosen window; all None for the file's own.
-        hidden: covered texts, in pixels of the picture before it was turned or cropped.
+        hidden: boxes of the hidden texts, in pixels of the image before rotation and cropping.
     """
 
     file: str = ""
@@ -39,7 +39,7 @@ class ViewRecord:
     hidden: tuple[TextBox, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """For the export. The hidden texts themselves are left out."""
+        """The record as JSON, for the export. The hidden texts themselves are left out."""
         arrangement = self.arrangement
         return {
             "file": self.file,
@@ -56,7 +56,7 @@ class ViewRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ViewRecord:
-        """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything but what ``to_json`` gives."""
+        """The inverse of ``to_json``. Raises ``KeyError``, ``TypeError`` or ``ValueError`` for any other input."""
         region = values["region"]
         window = values["window"]
         turns = int(values["quarter_turns"])
@@ -85,6 +85,6 @@ class ViewRecord:
 
 
 def pixel_hash(png: bytes) -> str:
-    """SHA-256 of a picture's size and RGB values, whatever wrote the PNG."""
+    """SHA-256 of an image's size and RGB values, independent of the PNG encoder."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()

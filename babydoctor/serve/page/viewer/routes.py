@@ -1,4 +1,4 @@
-"""The route from which the viewer's canvas gets a frame before the window: ``/page/frame/{key}/{frame}``."""
+"""The route of a frame before windowing, for the viewer's canvas: ``/page/frame/{key}/{frame}``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from babydoctor.serve.page.texts import PageError
 from babydoctor.serve.page.viewer.image_errors import dicom_error
 
 MAX_AT_ONCE = 4
-"""Frames that are prepared at the same time; others wait. A block has up to ``raw_frame.MAX_BYTES``."""
+"""Frames that are prepared at the same time; others wait. A frame takes up to ``raw_frame.MAX_BYTES``."""
 
 
 def frame_routes(sessions: Sessions) -> APIRouter:
-    """The route. A scan's key is random and known only to the tab that loaded it; it ends with the session."""
+    """The route. A scan's key is random, known only to the tab that loaded the scan, and invalid after the session."""
     router = APIRouter()
     turns = threading.BoundedSemaphore(MAX_AT_ONCE)
 
     @router.get("/page/frame/{key}/{frame}")
     def frame(key: str, frame: int) -> Response:
         scan = sessions.scan(key)
-        # Nothing stays in the browser's cache on disk.
+        # Keep frames out of the browser's disk cache.
         headers = {"cache-control": "no-store"}
         if scan is None or not 0 <= frame < scan.num_frames:
             sentence = PageError("session_lost" if scan is None else "bad_event").sentence

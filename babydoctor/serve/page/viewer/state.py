@@ -1,4 +1,4 @@
-"""What the server and the canvas of the viewer tell each other about how an image is shown."""
+"""The state of the viewer, as exchanged between the server and the canvas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALLEST_REGION = 8
 
 
 def viewer_state(scan: Scan, view: View) -> dict[str, Any]:
-    """How a scan is shown now, as ``viewer.js`` reads it. ``view`` is what the model gets of it."""
+    """The state of a scan for ``viewer.js``. ``view`` is the image that the model receives."""
     arrangement = scan.arrangement
     return {
         "key": scan.key,
@@ -45,17 +45,17 @@ def viewer_state(scan: Scan, view: View) -> dict[str, Any]:
 
 
 def _hidden_boxes(scan: Scan, view: View) -> list[list[float]]:
-    """Left, top, right and bottom of each text that the model is not shown, in pixels of the file."""
+    """Left, top, right and bottom of each text that is hidden from the model, in pixels of the file."""
     width, height = view.source_size
     x, y = scan.facts["columns"] / max(width, 1), scan.facts["rows"] / max(height, 1)
     return [[box.left * x, box.top * y, box.right * x, box.bottom * y] for box in view.hidden]
 
 
 def take_state(scan: Scan, values: Mapping[str, Any]) -> None:
-    """Show a scan as the canvas shows it. Where an error is raised, only the number of the change is taken.
+    """Apply the canvas's state to a scan. On an error, only the number of the change is applied.
 
     Raises:
-        PageError: ``values`` is not what ``viewer.js`` sends, or asks for what the image does not have.
+        PageError: ``values`` is malformed, or requests something that the image does not have.
     """
     scan.change = _integer(values, "change", 2**53)
     frame = _integer(values, "frame", scan.num_frames - 1)
@@ -81,7 +81,7 @@ def take_state(scan: Scan, values: Mapping[str, Any]) -> None:
 
 
 def _frame_ms(scan: Scan) -> float | None:
-    """Time from one frame to the next, in milliseconds; None where the file does not say."""
+    """Time from one frame to the next, in milliseconds; None if the file does not state it."""
     if scan.dicom is None:
         return None
     dataset = scan.dicom.dataset

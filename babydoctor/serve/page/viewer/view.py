@@ -1,4 +1,4 @@
-"""A picture as the web UI shows it and as the model gets it."""
+"""An image as the web UI shows it and as the model receives it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from babydoctor.imaging.burned_in import TextBox
 from babydoctor.serve.page.viewer.record import ViewRecord
 
 MAX_VIEW_EDGE = 1536
-"""Larger pictures are shrunk to this long edge before they are shown and sent: vision towers see 224 to 448 pixels."""
+"""Longest edge of a view. Larger images are shrunk, because vision towers use only 224 to 448 pixels."""
 
 THUMBNAIL_EDGE = 72
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL.
+    """An image as shown: PNG bytes, size in pixels, one line that says how it was made, a thumbnail as data URL.
 
-    ``source_size`` is the (width, height) before it was shrunk; ``hidden`` are texts that it does not show, in pixels
-    of that size. ``record`` says how to render it again.
+    ``source_size`` is the (width, height) before shrinking. ``hidden`` are the boxes of texts that it does not show, in
+    pixels of that size. ``record`` describes how to render it again.
     """
 
     png: bytes = field(repr=False)
@@ -40,11 +40,11 @@ class View:
 
 
 def to_view(image: Image.Image, caption: str) -> View:
-    """The picture, shrunk to ``MAX_VIEW_EDGE`` and encoded without what its file said beside the pixels."""
+    """The image, shrunk to ``MAX_VIEW_EDGE`` and encoded without the metadata of its file."""
     if max(image.size) > MAX_VIEW_EDGE:
         image = image.copy()
         image.thumbnail((MAX_VIEW_EDGE, MAX_VIEW_EDGE), Image.Resampling.LANCZOS)
-    image.info = {}  # a PNG's text fields may name a patient
+    image.info = {}  # text fields of a PNG may name a patient
     small = image.copy()
     small.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
     thumbnail = f"data:image/jpeg;base64,{base64.b64encode(_encoded(small, 'JPEG', quality=80)).decode()}"
