@@ -150,9 +150,9 @@ def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str
     lines = markdown_table(HEAD, table_rows(stages))
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
-        "phantoms. An answer is right only if all of it is right. Chance is the accuracy of the best constant answer to "
-        "each kind of question. On blank images a model can fall below chance: it may correctly see no abnormality, "
-        "which is a wrong answer to a question about side or level."
+        "phantoms. An answer is right only if all of it is right. Chance is the accuracy of the best constant answer "
+        "to each kind of question. On blank images a model can fall below chance: it may correctly see no "
+        "abnormality, which is a wrong answer to a question about side or level."
     )
     parts = ["\n".join([*lines, "", note])]
     if robustness is not None:
