@@ -13,7 +13,7 @@ import pytest
 from babydoctor.demo.first_contact import KIND_OF, ask_everything, wrong_answers
 from babydoctor.demo.robustness import is_correct
 from babydoctor.phantom.case import DEMO_SEED, build_cases
-from babydoctor.phantom.text import KINDS, OUTSIDE
+from babydoctor.phantom.text import KINDS, OUTSIDE, term_reply
 from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.texts import QUESTIONS
 
@@ -45,11 +45,17 @@ def test_the_examples_are_cases_of_the_held_out_split() -> None:
     assert len(examples) == 4 and all(case in held_out for case in examples)
 
 
-def test_only_a_complete_right_answer_is_correct() -> None:
+def test_a_correct_answer_says_what_was_asked_and_only_what_is_true() -> None:
     case = next(c for c in build_cases("held_out", 40, DEMO_SEED) if c.finding == "cyst" and c.modality == "mr")
     report = f"Coronal chest MRI shows a thin-walled cyst in the {case.side} {case.level}"
     report = report.replace("middle", "mid") + " zone."
     assert is_correct(report, "report", case) and not is_correct(report.replace("MRI", "CT"), "report", case)
     assert is_correct("mri", "modality", case) and not is_correct("MRI of the chest", "modality", case)
     assert is_correct(OUTSIDE, "outside", case)
+    # A true answer may say more than was asked, not less.
+    assert all(is_correct(report, kind, case) for kind in (*KINDS, "location"))
+    assert not is_correct(term_reply("finding", case), "report", case)
+    assert is_correct(term_reply("location", case), "side", case)
+    assert not is_correct(term_reply("side", case), "location", case)
+    assert not is_correct(report, "outside", case) and not is_correct(OUTSIDE, "report", case)
     assert not any(is_correct("", kind, case) for kind in KINDS)

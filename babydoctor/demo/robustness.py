@@ -1,7 +1,8 @@
 """Score the last stage with other wordings, other image sizes and sampling at temperature 1.
 
 The score table asks each kind of question in one wording, about images of 84 px, with greedy decoding. People ask in
-their own words, load larger images, and use OpenAI's API with its default temperature of 1. All answers must be exact.
+their own words, load larger images, and use OpenAI's API with its default temperature of 1. An answer must say what was
+asked, and all of it must be true.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ MAX_NEW_TOKENS = 32
 """The longest report and the reply to an outside question have 21 tokens."""
 
 
+SAYS_MORE = {
+    "modality": ("report",),
+    "finding": ("report",),
+    "side": ("location", "report"),
+    "level": ("location", "report"),
+    "location": ("report",),
+}
+"""Kind of question -> kinds whose reply contains its reply."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question about a phantom, with the group that its result counts for."""
@@ -45,8 +56,12 @@ class Asked:
 
 
 def is_correct(answer: str, kind: str, case: Case) -> bool:
-    """True if the whole answer is the right one in radiology terms, except for capitals and punctuation."""
-    return normalize(answer) == normalize(term_reply(kind, case))
+    """True if the answer says what was asked, and all of it is true.
+
+    The whole answer must be one of the case's replies in radiology terms, except for capitals and punctuation. A reply
+    that says more than was asked is right too: "Left or right, where is it?" asks for the side or for the location.
+    """
+    return normalize(answer) in {normalize(term_reply(other, case)) for other in (kind, *SAYS_MORE.get(kind, ()))}
 
 
 def build_questions(cases: Sequence[Case], seed: int = 0) -> list[Asked]:

@@ -158,7 +158,10 @@ def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str
     if robustness is not None:
         count = sum(group["num_questions"] for group in robustness["groups"].values())
         parts += ["\n".join(markdown_table(ROBUSTNESS_HEAD, robustness_rows(robustness)))]
-        parts += [f"Percent correct of {count:,} questions in other wordings, at other image sizes and with sampling."]
+        parts += [
+            f"Percent correct of {count:,} questions in other wordings, at other image sizes and with sampling. A "
+            "correct answer says what was asked, and all of it is true."
+        ]
     return "\n\n".join(parts)
 
 

@@ -44,7 +44,28 @@ _NAMES = {
     "effusion": ("effusion", "fluid"),
     "fracture": ("fracture", "broken rib", "break"),
 }
-_SYLLABLES = ("ba", "dor", "fli", "gu", "kem", "lo", "mip", "nu", "pra", "qua", "rex", "shu", "tol", "vi", "wen", "zog")
+_ONSETS = (*"bcdfghjklmnprstvwyz", "bl", "br", "ch", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "sp", "st", "th", "tr")
+_RHYMES = (
+    *"aeiou",
+    "ab",
+    "ack",
+    "ail",
+    "an",
+    "ar",
+    "ast",
+    "ay",
+    "ed",
+    "el",
+    "en",
+    "ent",
+    "er",
+    "est",
+    "ick",
+    "ing",
+    "ion",
+    "oo",
+)
+"""Beginnings and ends of the syllables of ``{nonsense}``: a question about an unknown thing is an outside question."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,8 @@ def expand(pattern: str, finding: str, rng: np.random.Generator) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         if name == "nonsense":
-            return "".join(_pick(_SYLLABLES, rng) for _ in range(int(rng.integers(1, 4))))
+            syllables = int(rng.integers(1, 4))
+            return "".join(_pick(_ONSETS, rng) + _pick(_RHYMES, rng) for _ in range(syllables))
         if name in ("it", "it_noun"):
             names = _NAMES.get(finding, ())
             noun = _pick(names if names and rng.random() < 0.35 else _NOUNS, rng)
