@@ -14,7 +14,15 @@ from safetensors.numpy import load_file
 
 from babydoctor.config import load_config
 from babydoctor.demo import demo, robustness
-from babydoctor.demo.table import IN_TERMS, ROBUSTNESS_ROWS, robustness_shortfalls, shortfalls, to_markdown
+from babydoctor.demo.certainty import measure_localization
+from babydoctor.demo.table import (
+    IN_TERMS,
+    ROBUSTNESS_ROWS,
+    localization_shortfalls,
+    robustness_shortfalls,
+    shortfalls,
+    to_markdown,
+)
 from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings
 from babydoctor.phantom.text import KINDS
@@ -79,6 +87,13 @@ def test_each_threshold_of_wording_size_and_temperature() -> None:
     assert size == "accuracy at 512 px is 92.0%, more than 3% from the 96.0% at 84 px"
     (sampled,) = robustness_shortfalls(made_up_robustness({"temperature 1/level": 0.2}))
     assert sampled == "77.0% of the answers at temperature 1 are right, below 85%"
+
+
+def test_maps_that_miss_the_finding_fail_the_check() -> None:
+    assert localization_shortfalls({"near_finding": {"value": 0.9}}) == []
+    assert localization_shortfalls({"near_finding": {"value": 0.5}}) == [
+        "50.0% of the maps peak near the finding, below 80%"
+    ]
 
 
 def test_finished_steps_are_skipped_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +168,8 @@ def test_the_tables_come_from_the_phantom_task_and_the_other_ways_to_ask(
     monkeypatch.setattr(robustness, "NUM_SIZED_CASES", 1)
     monkeypatch.setattr(robustness, "NUM_SAMPLED", 8)
     demo.score_robustness(tmp_path)
+    monkeypatch.setattr("babydoctor.demo.certainty.NUM_MAPS", 2)
+    measure_localization(tmp_path / "phantoms", work / "align", tmp_path / "scores" / "certainty")
     questions = (work / "phantoms" / "questions.jsonl").read_text().splitlines()
     metrics = demo.read_scores(tmp_path)["align"]
     assert metrics["num_questions"] == len(questions)
@@ -171,7 +188,10 @@ def test_the_tables_come_from_the_phantom_task_and_the_other_ways_to_ask(
     guide = tmp_path / "GUIDE.md"
     guide.write_text("before\n<!-- demo scores: begin -->\nold\n<!-- demo scores: end -->\nafter\n")
     demo.print_scores(tmp_path, guide)
-    assert capsys.readouterr().out.count("[/INST] [bold]a mass") == len(demo.STAGES)
+    shown = capsys.readouterr().out
+    assert shown.count("[/INST] [bold]a mass") == len(demo.STAGES)
+    measured = json.loads((work / "align" / "manifest.json").read_text())["localization"]
+    assert f"in {measured['num_near']} of 2 phantoms" in " ".join(shown.split())
     table = to_markdown(demo.read_scores(tmp_path), demo.read_robustness(tmp_path))
     assert guide.read_text() == (f"before\n<!-- demo scores: begin -->\n{table}\n<!-- demo scores: end -->\nafter\n")
     chance = metrics["chance"]

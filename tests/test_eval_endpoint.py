@@ -49,7 +49,7 @@ def test_our_own_server_answers_as_the_run_does(rows: TaskConfig, tmp_path: Path
         tmp_path / "server", rows, CONFIG, endpoint=endpoint, progress=lambda *progress: reported.append(progress)
     )
     evaluate(tmp_path / "run", rows, CONFIG, run=tiny_run())
-    assert [reported.count((condition, 6, 6)) for condition in CONFIG.images_as] == [1, 1, 1, 1]
+    assert [reported.count((f"{condition} image", 6, 6)) for condition in CONFIG.images_as] == [1, 1, 1, 1]
     for condition in ("right", "shuffled"):
         assert answers(tmp_path / "server", condition) == answers(tmp_path / "run", condition)
     assert result["num_failed"] == dict.fromkeys(CONFIG.images_as, 0)

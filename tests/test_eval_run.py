@@ -14,6 +14,7 @@ import pytest
 from helpers.eval_rows import write_rows
 from helpers.serving import build_tiny_run
 
+from babydoctor.cli.evaluation.tables import print_result
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
 from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions
@@ -21,6 +22,7 @@ from babydoctor.eval.compare import compare
 from babydoctor.eval.load import load_task
 from babydoctor.eval.reporting.model_card import SECTION, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
+from babydoctor.model.run_dir import read_manifest, write_manifest
 from babydoctor.schema import UserError
 
 SETTINGS = EvalConfig(
@@ -49,7 +51,7 @@ def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, t
     config = TaskConfig(task="rows", data=str(rows))
     counted: list[tuple[str, int, int]] = []
     result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *progress: counted.append(progress))
-    assert counted[-1] == ("shuffled", 8, 8)
+    assert counted[-1] == ("shuffled image", 8, 8)
     assert set(result["conditions"]) == {"right", "shuffled"}
     assert result["conditions"]["right"]["figures"]["closed_accuracy"]["num_questions"] == 6
     assert result["baselines"]["always yes"]["yes_no_balanced_accuracy"] == 0.5
@@ -61,8 +63,10 @@ def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, t
     lines = whole.splitlines(keepends=True)
     file.write_text("".join(lines[:5]) + lines[5][:20])
     counted.clear()
+    # A figure that was measured meanwhile does not make it another run.
+    write_manifest(run, read_manifest(run).model_copy(update={"localization": {"num_near": 1, "num_cases": 2}}))
     evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *progress: counted.append(progress))
-    assert counted == [("right", number, 8) for number in (6, 7, 8)]
+    assert counted == [("right image", number, 8) for number in (6, 7, 8)]
     assert file.read_text() == whole
     other = EvalConfig(generation=GenerationConfig(max_new_tokens=5))
     with pytest.raises(UserError, match="holds another evaluation"):
@@ -101,6 +105,25 @@ def test_answers_of_other_programs_are_scored(rows: Path, tmp_path: Path) -> Non
     assert figures["closed_accuracy"]["value"] == pytest.approx(4 / 6)
     assert figures["open_token_f1"]["value"] == pytest.approx((1 + 1 / 2) / 2)
     assert result["gaps"] == {}
+
+
+def test_questions_without_images_are_not_counted_as_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [("human", "Is it CT?"), ("gpt", "yes"), ("human", "Contrast?"), ("gpt", "no")]
+    row = {"id": "q", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row | {"id": "r", "conversations": row["conversations"][:2]}]))
+    predictions = tmp_path / "answers.jsonl"
+    predictions.write_text("".join(json.dumps({"id": n, "answer": "yes"}) + "\n" for n in ("q-0", "q-1", "r")))
+    config = TaskConfig(task="rows", data=str(tmp_path / "rows.json"), train=(str(tmp_path / "rows.json"),))
+    result = evaluate(tmp_path / "out", config, SETTINGS, predictions=predictions)
+    assert (result["num_questions"], result["num_images"], result["resampled"]) == (3, 0, "rows")
+    closed = result["conditions"]["right"]["figures"]["closed_accuracy"]
+    assert (closed["num_questions"], closed["num_clusters"]) == (3, 2)
+    assert result["leakage"]["notes"] == ["3 of 3 questions are in train."]
+    print_result(result)
+    shown = capsys.readouterr().out
+    assert "3 questions without images" in shown and "no image" in shown and "right image" not in shown
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "3 questions without images" in report and "resample rows" in report
 
 
 def test_two_evaluations_are_compared(rows: Path, tmp_path: Path) -> None:

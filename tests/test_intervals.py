@@ -24,7 +24,7 @@ def test_interval_is_wider_by_image_than_by_question() -> None:
     by_question = bootstrap(mean_figure("score", scores), list(range(100)))
     assert by_image.value == by_question.value == 0.5
     assert by_image.high - by_image.low > 2 * (by_question.high - by_question.low)
-    assert (by_image.num_questions, by_image.num_images) == (100, 10)
+    assert (by_image.num_questions, by_image.num_clusters) == (100, 10)
 
 
 def test_interval_width_agrees_with_the_binomial() -> None:

@@ -17,6 +17,7 @@ import torch
 from helpers.engine_models import build_model, build_request, settings, tokenizer, tokens_of  # noqa: F401
 from helpers.serving import tiny_run
 
+from babydoctor.cli.evaluation.measure import measure_localization
 from babydoctor.engine.engine import Engine
 from babydoctor.eval.localization import MAX_NEW_TOKENS, QUESTION, evaluate_localization, peak_distance, pixel_auc
 from babydoctor.imaging.load import load_image
@@ -27,6 +28,7 @@ from babydoctor.model.run_dir import load_run
 from babydoctor.phantom.case import build_cases
 from babydoctor.phantom.drawing import finding_mask
 from babydoctor.phantom.write import write_phantoms
+from babydoctor.schema import UserError
 
 PREFIX, ANSWER = [5, 9, 11], [7, 200, 31]
 
@@ -161,6 +163,12 @@ def test_a_runs_localization_is_measured_and_recorded(tmp_path: Path) -> None:
     assert summary["num_cases"] == 3 and reported == [(1, 3), (2, 3), (3, 3)]
     assert json.loads((tmp_path / "run/manifest.json").read_text())["localization"] == summary
     cases = json.loads((tmp_path / "out/localization.json").read_text())["cases"]
+    paths = (tmp_path / "run", tmp_path / "phantoms", tmp_path / "mean")
+    other = evaluate_localization(*paths, num_cases=1, fill="mean", progress=lambda *p: None)
+    assert other["fill"] == "mean"
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["localization"] == summary  # the web UI uses blur
+    with pytest.raises(UserError, match="--fill gray: no such fill"):
+        measure_localization(*paths, 1, "gray")
     run = load_run(tmp_path / "run")
     query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS)
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query]) as inference:

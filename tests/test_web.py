@@ -124,7 +124,7 @@ def test_the_shown_image_is_sent_and_depends_on_the_window():
     assert np.array_equal(pixels(lung.png), pixels(by_hand.png)) and not np.array_equal(
         pixels(first.png), pixels(lung.png)
     )
-    assert re.search("cent(er|re) -600, width 1500", lung.caption)
+    assert re.search("level -600, width 1500", lung.caption)
     at = scan.window_range()
     assert (at.center, at.width) == (-600, 1500) and at.low <= -1024 and at.high >= 3071
 
@@ -326,15 +326,15 @@ def test_an_answer_names_its_image_frame_window_and_model():
     )
     page = show.chat(session)
     assert "Image 1: US" in page and "frame 16 of 30" in page and "model tiny" in page
-    assert "data:image/jpeg;base64," in page and "Cut off at the set length" in page and 'data-copy="So."' in page
+    assert "data:image/jpeg;base64," in page and "Cut off at the length limit" in page and 'data-copy="So."' in page
     assert "Copy" not in show.chat(Session()) and "Load an image" in show.chat(Session())
 
 
 def test_a_ct_without_a_stored_window_opens_in_the_soft_tissue_window():
-    assert open_scan(dicom_bytes()).view().caption.startswith("cent")
+    assert open_scan(dicom_bytes()).view().caption.startswith("level")
     scan = open_scan(without_window())
     assert scan.preset == "soft-tissue" and scan.presets[0] == AUTO_WINDOW
-    assert re.search("cent(er|re) 40, width 400", scan.view().caption)
+    assert re.search("level 40, width 400", scan.view().caption)
     stored = open_scan(dicom_bytes(WindowCenter=50, WindowWidth=350))
     assert stored.preset is None and stored.presets[0] == FILE_WINDOW and "width 350" in stored.view().caption
     assert open_scan(without_window(Modality="MR")).preset is None

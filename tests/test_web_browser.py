@@ -241,7 +241,7 @@ def test_how_sure_it_is(tab):
     tab.get_by_role("button", name="How sure is it?").click()
     result = tab.locator("#bd-certainty")
     tab.get_by_role("button", name="Ask 5 more times").click()
-    expect(result).to_contain_text("more answers, drawn at random")
+    expect(result).to_contain_text("more answers, sampled at random")
     tab.get_by_role("button", name="Ask without the image").click()
     expect(result.locator("dt").nth(1)).to_have_text("Without the image")
     expect(result.locator("dd").first).to_have_text(first, use_inner_text=True)

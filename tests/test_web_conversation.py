@@ -129,13 +129,13 @@ def test_a_report_draft_from_answers_to_three_files(tab: Any, scripted: Scripted
     tab.get_by_role("button", name="Add answer 2 to the impression").click()
     impression = tab.get_by_label("Impression", exact=True)
     expect(impression).to_have_value("A normal <b>spine</b> & disc.")
-    tab.get_by_role("button", name="Add the answers to the draft").click()
+    tab.get_by_role("button", name="Add all answers to the draft").click()
     findings = tab.get_by_label("Findings", exact=True)
     expect(findings).to_have_value("Is there a mass? No.\nA normal <b>spine</b> & disc.")
     findings.press("Control+End")
     findings.type("\nTyped by hand.")
     # Adding the answers again removes and repeats nothing. A reload restores all text.
-    tab.get_by_role("button", name="Add the answers to the draft").click()
+    tab.get_by_role("button", name="Add all answers to the draft").click()
     tab.reload()
     written = "Is there a mass? No.\nA normal <b>spine</b> & disc.\nTyped by hand."
     tab.locator("#bd-report > button").click()

@@ -118,7 +118,7 @@ def test_a_question_right_after_a_drag_gets_what_the_canvas_shows(tab: Any, scri
     assert wait_for_answer(tab) == "Fine."
     shown_window = re.search(r"level (\S+), width (\S+)", tab.locator("#bd-canvas .where").inner_text())
     assert shown_window is not None
-    said = f"center {shown_window[1]}, width {shown_window[2]}"
+    said = f"level {shown_window[1]}, width {shown_window[2]}"
     assert said in tab.locator("#bd-chat .bd-source").inner_text()
 
 

@@ -110,7 +110,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     assert brightest(sent(scripted), SIDE) > 200
 
     panel = tab.locator("#bd-text-boxes")
-    expect(panel).to_contain_text("1 of 1 texts that may identify a person is hidden")
+    expect(panel).to_contain_text("1 of 1 text that may identify a person is hidden")
     assert brightest(from_data_url(shown(tab)), NAME) < 60
     expect(tab.locator("#bd-viewer svg rect.hidden")).to_have_count(1)
     panel.locator("summary").click()

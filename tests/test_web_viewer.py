@@ -145,7 +145,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     assert center < 100 and width > 700
     expect(tab.locator("#bd-center input[type=number]")).to_have_value(f"{center:g}")
     expect(tab.locator("#bd-width input[type=number]")).to_have_value(f"{width:g}")
-    assert f"center {center:g}, width {width:g}" in caption(tab)
+    assert f"level {center:g}, width {width:g}" in caption(tab)
     assert (drawn(tab, WHOLE) == sent(tab)).all()
     # Inversion, mirroring, turns.
     for name, said in (("i", "inverted"), ("h", "mirrored"), ("t", "turned 90°"), ("v", "turned"), ("t", "turned")):
@@ -317,6 +317,47 @@ def test_a_series_is_scrolled_by_position_and_the_model_gets_the_image_on_the_ca
     assert PATIENT not in tab.content()
 
 
+def drop(tab: Any, *paths: Path) -> None:
+    """Drag files or folders from the desktop onto the drop zone, as the browser gets it from the operating system."""
+    box = tab.locator("#bd-drop .bd-drop").bounding_box()
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    session = tab.context.new_cdp_session(tab)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_study_is_dropped(tab, tmp_path: Path, kind: str):
+    files = {f"CT/1/IM{place}": ct_slice(place) for place in range(3)}
+    files |= {f"CT/2/IM{place}": ct_slice(place + 20, "2", Rows=64, PixelData=bytes(2 * 64 * 128)) for place in (1, 2)}
+    # A browser lists at most 100 files of a folder at a time.
+    files |= {f"CT/notes/{number}.txt": f"note {number}".encode() for number in range(101)}
+    dropped = tmp_path / f"{PATIENT}.zip"
+    if kind == "zip":
+        dropped.write_bytes(zipped(files))
+    else:
+        dropped = tmp_path / PATIENT
+        for name, data in files.items():
+            (dropped / name).parent.mkdir(parents=True, exist_ok=True)
+            (dropped / name).write_bytes(data)
+    enter(tab)
+    drop(tab, dropped)
+    series = tab.locator("#bd-study .bd-series")
+    expect(series).to_have_count(2)
+    assert series.locator("span").all_inner_texts() == ["CT axial, CHEST\n3 images", "CT axial, CHEST\n2 images"]
+    edges = "pictures => pictures.map((picture) => [picture.naturalWidth, picture.naturalHeight])"
+    wait_until(lambda: all(min(edge) > 0 for edge in series.locator("img").evaluate_all(edges)), START_S, "thumbnails")
+    wide = [width > height for width, height in series.locator("img").evaluate_all(edges)]
+    assert wide == [False, True]
+    expect(tab.locator("#bd-study summary")).to_have_text("101 files not shown")
+    expect(tab.locator("#bd-canvas .where")).to_contain_text("image 2 of 3")
+    expect(tab.locator(".bd-drop")).not_to_have_class(re.compile("over"))
+    settle(tab)
+    assert (drawn(tab, WHOLE) == sent(tab)).all()
+    assert PATIENT not in tab.content()
+
+
 def test_two_series_are_scrolled_together(tab, parts: Any):
     enter(tab)
     thick = [ct_slice(place, "2") for place in (0, 4, 8)]
@@ -340,6 +381,9 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     settle(tab)
     assert "image 1 of 9" in caption(tab)
     tab.screenshot(path=parts.folder / "two_series.png", full_page=True)
+    for pane in ("#bd-canvas .bd-pane", "#bd-second-canvas .bd-pane"):
+        box = tab.locator(pane).bounding_box()
+        assert box["width"] > 300 and box["y"] + box["height"] < 800, box
     # Without the link only one of them moves.
     tab.keyboard.press("l")
     expect(second.locator(".bd-link-note")).to_have_text("Not linked.")

@@ -80,6 +80,7 @@ def run(
         bool,
         typer.Option("--localization", help="phantom: measure whether 'Where it looked' finds the finding"),
     ] = False,
+    fill: Annotated[str, typer.Option(help="--localization: hidden parts are filled with blur or mean")] = "blur",
     familiarity: Annotated[
         bool, typer.Option("--familiarity", help="measure whether the run notices images unlike its training images")
     ] = False,
@@ -100,7 +101,8 @@ def run(
     The same command continues an interrupted evaluation. Under ``accelerate launch -m babydoctor eval``, the ranks
     share the questions.
     """
-    from babydoctor.cli.eval_measure import measure_confidence, measure_familiarity, measure_localization
+    from babydoctor.cli.evaluation.measure import measure_confidence, measure_familiarity, measure_localization
+    from babydoctor.cli.evaluation.tables import print_result
     from babydoctor.config import TaskConfig
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.eval.ask import GenerationConfig
@@ -130,7 +132,7 @@ def run(
         if run_directory is None or (localization and task != "phantom"):
             raise UserError("--familiarity and --confidence need a run directory, --localization also --task phantom")
         if localization:
-            measure_localization(run_directory, Path(data), out, max_questions, device=device)
+            measure_localization(run_directory, Path(data), out, max_questions, fill, device)
         if familiarity:
             measure_familiarity(run_directory, task_config, out, unfamiliar=unfamiliar, seed=seed, device=device)
         if confidence:
@@ -148,9 +150,9 @@ def run(
             answer_share(out, task_config, config, run=run_directory, device=device, engine=settings, ranks=ranks)
             return
 
-        def advance(condition: str, done: int, total: int) -> None:
+        def advance(label: str, done: int, total: int) -> None:
             share = "" if ranks.size == 1 else f" (this rank's share, 1 of {ranks.size})"
-            update(f"{condition} image{share}", done, total)
+            update(f"{label}{share}", done, total)
 
         result = evaluate(
             out,
@@ -164,47 +166,11 @@ def run(
             engine=settings,
             ranks=ranks,
         )
-    _print_result(result)
+    print_result(result)
     print(f"\nreport: {out / 'report.html'}   figures: {out / 'metrics.json'}")
     if update_model_card is not None:
         update_card(update_model_card, result)
         print(f"updated: {update_model_card}")
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from babydoctor.eval.reporting.report import headline_figures
-
-    shown = headline_figures(result)
-    title = f"{result['task']}, {result['num_questions']} questions, {result['num_images']} images"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    table.add_column("")
-    for name in shown:
-        table.add_column(name.replace("_", " "), justify="right")
-    for condition, scored in result["conditions"].items():
-        cells = [_with_interval(scored["figures"].get(name)) for name in shown]
-        table.add_row(f"[bold]{condition} image[/]", *cells)
-    for name, values in result["baselines"].items():
-        table.add_row(escape(name), *(_plain(values.get(figure)) for figure in shown), style="dim")
-    console = Console()
-    console.print(table)
-    for note in [*result["notes"], *result["leakage"]["notes"]]:
-        console.print(f"note: {escape(note)}", style="yellow")
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _with_interval(entry: dict[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return "-"
-    if entry["low"] is None:
-        return _plain(entry["value"])
-    return f"{_plain(entry['value'])} \\[{_plain(entry['low'])}, {_plain(entry['high'])}]"
 
 
 def compare(
@@ -216,25 +182,11 @@ def compare(
     """Compare two evaluations of the same questions: differences with intervals and p-values, paired by image."""
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from babydoctor.cli.evaluation.tables import print_comparison
     from babydoctor.eval.compare import compare as compare_folders
 
     result = compare_folders(a, b, num_resamples=resamples)
-    table = Table(box=None, pad_edge=False)
-    for name in (f"{result['num_questions']} questions", "A", "B", "B - A [95%]", "p"):
-        table.add_column(name.replace("[", "\\["), justify="left" if "questions" in name else "right")
-    for name, entry in result["figures"].items():
-        p_value = entry["p_value"]
-        table.add_row(
-            name.replace("_", " "),
-            _plain(entry["a"]),
-            _plain(entry["b"]),
-            _with_interval(entry),
-            "-" if p_value is None else f"{p_value:.4f}",
-        )
-    Console().print(table)
+    print_comparison(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

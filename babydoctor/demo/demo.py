@@ -24,6 +24,7 @@ from babydoctor.demo.table import (
     HEAD,
     ROBUSTNESS_HEAD,
     SECTION,
+    localization_shortfalls,
     robustness_rows,
     robustness_shortfalls,
     shortfalls,
@@ -61,7 +62,7 @@ class Step:
 
 def build_steps(work: Path) -> list[Step]:
     """All steps, in order."""
-    from babydoctor.demo.certainty import measure_certainty
+    from babydoctor.demo.certainty import LOCALIZATION, measure_certainty, measure_localization
     from babydoctor.demo.pictures import draw_cases
     from babydoctor.demo.tiny_language import make_tiny_base
     from babydoctor.phantom.write import write_phantoms
@@ -98,7 +99,9 @@ def build_steps(work: Path) -> list[Step]:
         )
     )
     certainty = work / "scores" / "certainty"
-    measure = partial(measure_certainty, phantoms, work / STAGES[-1], certainty)
+    measured = (phantoms, work / STAGES[-1], certainty)
+    maps, measure = partial(measure_localization, *measured), partial(measure_certainty, *measured)
+    steps.append(Step("Where it looked: maps of phantoms with a finding", certainty / LOCALIZATION, maps))
     steps.append(Step("Confidence, and images unlike the phantoms", certainty / "confidence.json", measure))
     picture = work / "demo_cases.png"
     draw = partial(draw_cases, phantoms, work / "instruct", work / "radiology", picture)
@@ -176,11 +179,7 @@ def score_stage(work: Path, stage: str) -> None:
     config = EvalConfig(images_as=CONDITIONS, generation=generation)
     task = TaskConfig(task="phantom", data=str(work / "phantoms"))
     with named_progress() as update:
-
-        def progress(condition: str, done: int, total: int) -> None:
-            update(f"{condition} image", done, total)
-
-        evaluate(work / "scores" / stage, task, config, run=work / stage, progress=progress)
+        evaluate(work / "scores" / stage, task, config, run=work / stage, progress=update)
 
 
 def score_robustness(work: Path) -> None:
@@ -214,15 +213,24 @@ def print_scores(work: Path, update: Path | None = None) -> list[str]:
     Args:
         update: Markdown file to write the tables to, between its markers.
     """
+    from babydoctor.demo.certainty import LOCALIZATION
+
     stages, robustness = read_scores(work), read_robustness(work)
+    localization = json.loads((work / "scores" / "certainty" / LOCALIZATION).read_text(encoding="utf-8"))
     title = f"{stages[STAGES[0]]['num_questions']} closed questions about held-out phantoms, % correct"
     _print_table(title, HEAD, table_rows(stages), num_names=2, section=len(CONDITIONS))
     _print_table("Other wordings, sizes and sampling, % correct", ROBUSTNESS_HEAD, robustness_rows(robustness))
+    near, cases = localization["num_near"], localization["num_cases"]
+    console.print(f'"Where it looked" peaks on the finding or within half a patch of it in {near} of {cases} phantoms')
     _print_example(work)
     if update is not None:
         write_section(update, SECTION, to_markdown(stages, robustness))
         console.print(f"updated: {update}")
-    return shortfalls(stages["radiology"], stages["instruct"]) + robustness_shortfalls(robustness)
+    return [
+        *shortfalls(stages["radiology"], stages["instruct"]),
+        *robustness_shortfalls(robustness),
+        *localization_shortfalls(localization),
+    ]
 
 
 def _print_table(

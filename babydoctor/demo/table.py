@@ -34,8 +34,9 @@ ROBUSTNESS_HEAD = ("radiology, asked", *KINDS, "location", "report", "all", "out
 class Thresholds:
     """What the last stage must reach on held-out phantoms, so that ``demo --check`` notices when it gets worse.
 
-    The goals are higher: 0.95 for ``accuracy``, 0.9 for ``held_out_wordings``, ``declined`` and ``at_temperature_1``.
-    ``declined`` rests on 64 questions, so its standard error is 5 points.
+    The goals are higher: 0.95 for ``accuracy``, 0.9 for ``held_out_wordings``, ``declined``, ``at_temperature_1`` and
+    ``near_finding``. ``declined`` rests on 64 questions and ``near_finding`` on 40 maps, so their standard error is 5
+    points.
 
     Attributes:
         accuracy: of all questions, answered in radiology terms with the right image.
@@ -47,6 +48,7 @@ class Thresholds:
         declined: share of outside questions that are declined.
         between_sizes: largest difference in accuracy between images of 84 px and larger ones.
         at_temperature_1: share of right answers at temperature 1.
+        near_finding: share of occlusion maps with their peak on the finding or within half a patch of it.
     """
 
     accuracy: float = 0.93
@@ -58,6 +60,7 @@ class Thresholds:
     declined: float = 0.65
     between_sizes: float = 0.03
     at_temperature_1: float = 0.85
+    near_finding: float = 0.8
 
 
 def accuracies(metrics: Mapping[str, Any], condition: str) -> dict[str, float]:
@@ -142,6 +145,13 @@ def robustness_shortfalls(robustness: Mapping[str, Any], thresholds: Thresholds 
             f"{limits.at_temperature_1:.0%}"
         )
     return found
+
+
+def localization_shortfalls(figures: Mapping[str, Any], thresholds: Thresholds | None = None) -> list[str]:
+    """What the occlusion maps lack, in words. ``figures``: the content of ``localization.json``."""
+    limit = (thresholds or Thresholds()).near_finding
+    share = figures["near_finding"]["value"]
+    return [f"{share:.1%} of the maps peak near the finding, below {limit:.0%}"] if share < limit else []
 
 
 def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str, Any] | None = None) -> str:

@@ -45,6 +45,11 @@ def check_conditions(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in CONDITIONS if name == "right" or name in names)
 
 
+def condition_label(condition: str, num_images: int) -> str:
+    """The name of a condition for people, such as "right image"."""
+    return f"{condition} image" if num_images else "no image"
+
+
 def shuffle_images(image_keys: Sequence[str], seed: int) -> dict[str, str]:
     """Map every image to another one: a random cycle through all images (Sattolo), so no image is mapped to itself.
 

@@ -1,7 +1,8 @@
 """Uncertainty of figures: bootstrap intervals and paired tests, both by image. Pure functions.
 
 Questions about the same image are not independent, because misreading it affects all of them. The bootstrap therefore
-resamples images with all their questions (a cluster bootstrap).
+resamples images with all their questions (a cluster bootstrap). Where a task groups its images, such as by article, or
+has rows without an image, groups or rows take the place of images.
 
 Shapes: ``N`` questions, ``C`` clusters (images), ``R`` resamples, ``K`` columns of a figure.
 """
@@ -20,13 +21,14 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with its 95% bootstrap interval. ``low`` and ``high`` are NaN with fewer than two images."""
+    """A figure with its 95% bootstrap interval. ``low`` and ``high`` are NaN with fewer than two clusters."""
 
     value: float
     low: float
     high: float
     num_questions: int
-    num_images: int
+    num_clusters: int
+    """Images, or what is resampled in their place."""
 
     def to_json(self) -> dict[str, float | int | None]:
         return _without_nan(asdict(self))
@@ -81,14 +83,14 @@ def bootstrap(
     """
     sums = cluster_sums(figure.columns, clusters)
     counted = figure.columns.any(axis=1)
-    counted_images = sums.any(axis=1)
-    num_images = int(counted_images.sum())
+    counted_clusters = sums.any(axis=1)
+    num_clusters = int(counted_clusters.sum())
     low = high = float("nan")
-    if num_images >= 2:
+    if num_clusters >= 2:
         # Images without a question of this kind add nothing to the sums. Leaving them out changes only the draw.
-        weights = draw_weights(num_images, num_resamples, seed)
-        low, high = _percentiles(figure.combine(weights @ sums[counted_images]))
-    return Interval(figure.value, low, high, int(counted.sum()), num_images)
+        weights = draw_weights(num_clusters, num_resamples, seed)
+        low, high = _percentiles(figure.combine(weights @ sums[counted_clusters]))
+    return Interval(figure.value, low, high, int(counted.sum()), num_clusters)
 
 
 def paired_difference(

@@ -8,35 +8,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from babydoctor.data.problems import RowError
+from babydoctor.data.row_formats import read_row
 from babydoctor.data.sources import iter_rows
 from babydoctor.eval.tasks import Question
+from babydoctor.schema import IMAGE_TOKEN
 
 
 def find_leakage(questions: Sequence[Question], train: Sequence[str], images: str | None = None) -> dict[str, Any]:
     """Compare the test images with the images of training rows.
 
     Two images are the same if their file names are equal. If ``images`` (the folder of the training images) is given,
-    images with equal bytes are the same too: a renamed copy is found, a re-encoded one is not.
+    images with equal bytes are the same too: a renamed copy is found, a re-encoded one is not. Questions without an
+    image are compared with rows without one.
 
     Returns counts and notes for the report. ``checked`` is False if ``train`` is empty.
     """
     test_names = {Path(question.image_key).name for question in questions if question.image is not None}
     report: dict[str, Any] = {"checked": bool(train), "num_test_images": len(test_names), "notes": []}
     if not train:
-        report["notes"].append("Images shared with train are unknown; give the training rows with --train.")
+        shared = "Images" if test_names else "Questions"
+        report["notes"].append(f"{shared} shared with train are unknown; give the training rows with --train.")
         return report
     train_names: dict[str, str] = {}
     train_pairs: set[tuple[str, str]] = set()
     for source in train:
         for _, row in iter_rows(source):
-            name = row.get("image") if isinstance(row, dict) else None
-            if isinstance(name, str):
+            name, texts = _read(row)
+            if name:
                 train_names.setdefault(Path(name).name, name)
-                train_pairs |= {(Path(name).name, text) for text in _questions_of(row)}
+            if name is not None:
+                train_pairs |= {(Path(name).name, text) for text in texts}
     same_name = test_names & train_names.keys()
     same_bytes = _same_bytes(questions, [Path(images) / name for name in train_names.values()]) if images else set()
     seen = same_name | {Path(key).name for key in same_bytes}
-    asked = sum((Path(q.image_key).name, q.prompt.lower()) in train_pairs for q in questions)
+    asked = sum((_name(question), question.prompt.lower()) in train_pairs for question in questions)
     report |= {
         "num_train_images": len(train_names),
         "num_same_name": len(same_name),
@@ -44,19 +50,29 @@ def find_leakage(questions: Sequence[Question], train: Sequence[str], images: st
         "num_seen": len(seen),
         "num_same_question": asked,
     }
-    report["notes"].append(f"{len(seen)} of {len(test_names)} test images are also in train.")
-    if asked:
-        report["notes"].append(f"{asked} of {len(questions)} questions are in train with the same image.")
+    if test_names:
+        report["notes"].append(f"{len(seen)} of {len(test_names)} test images are also in train.")
+    if asked or not test_names:
+        how = " with the same image" if test_names else ""
+        report["notes"].append(f"{asked} of {len(questions)} questions are in train{how}.")
     return report
 
 
-def _questions_of(row: dict[str, Any]) -> list[str]:
-    turns = row.get("conversations") or []
-    return [
-        str(turn.get("value", "")).replace("<image>", "").strip().lower()
-        for turn in turns
-        if isinstance(turn, dict) and turn.get("from") == "human"
-    ]
+def _name(question: Question) -> str:
+    return "" if question.image is None else Path(question.image_key).name
+
+
+def _read(row: Any) -> tuple[str | None, list[str]]:
+    """Image name and questions of a training row. The name is empty without an image, and None for embedded images and
+    for rows that cannot be read, which training leaves out."""
+    try:
+        content = read_row(row) if isinstance(row, dict) else None
+    except RowError:
+        content = None
+    if content is None or isinstance(content.image, bytes):
+        return None, []
+    texts = [turn.text.replace(IMAGE_TOKEN, "").strip().lower() for turn in content.turns if turn.role == "user"]
+    return content.image or "", texts
 
 
 def _same_bytes(questions: Sequence[Question], train_images: Sequence[Path]) -> set[str]:

@@ -46,8 +46,8 @@ class CaseResult:
     """Share of the image that the finding covers."""
 
 
-def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fill = FILL) -> Iterator[CaseResult]:
-    """Compare the run's maps with the truth, case by case.
+def cases_with_finding(phantoms: Path, num_cases: int = DEFAULT_CASES) -> list[Case]:
+    """The first held-out cases with a finding, at most ``num_cases``.
 
     Raises:
         UserError: the folder holds no phantoms, or none with a finding.
@@ -57,6 +57,11 @@ def localize(run: Run, phantoms: Path, num_cases: int = DEFAULT_CASES, fill: Fil
         raise UserError(
             f"{phantoms} holds no held-out phantoms with a finding; write some with `babydoctor data phantom`"
         )
+    return cases
+
+
+def localize(run: Run, phantoms: Path, cases: Sequence[Case], fill: Fill = FILL) -> Iterator[CaseResult]:
+    """Compare the run's maps with the truth, case by case. The images are in ``phantoms``."""
     query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
     options = {"pack_weights": False}  # the maps use the model's own weights
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query], engine=options) as inference:
@@ -104,7 +109,7 @@ def pixel_auc(drops: np.ndarray, mask: np.ndarray) -> float:
     return auroc(values[~mask], values[mask])
 
 
-def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
+def summarize(results: Sequence[CaseResult], fill: Fill) -> dict[str, Any]:
     """The figures, with 95% bootstrap intervals over cases."""
     values = {
         "on_finding": [float(result.distance == 0) for result in results],
@@ -113,7 +118,7 @@ def summarize(results: Sequence[CaseResult]) -> dict[str, Any]:
     }
     return {
         "method": "occlusion",
-        "fill": FILL,
+        "fill": fill,
         "num_cases": len(results),
         "num_on": int(sum(values["on_finding"])),
         "num_near": int(sum(values["near_finding"])),
@@ -134,19 +139,21 @@ def evaluate_localization(
     out: Path,
     *,
     num_cases: int,
+    fill: Fill = FILL,
     device: str = "cpu",
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Measure, write ``localization.json`` to ``out``, and record the figure in the run's manifest."""
+    """Measure, write ``localization.json`` to ``out``, and record figures of the usual fill in the run's manifest."""
     from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 
-    run = load_run(run_directory, device=device)
+    cases = cases_with_finding(phantoms, num_cases)
     results = []
-    for number, result in enumerate(localize(run, phantoms, num_cases), start=1):
+    for number, result in enumerate(localize(load_run(run_directory, device=device), phantoms, cases, fill), start=1):
         results.append(result)
-        progress(number, num_cases)
-    summary = summarize(results)
+        progress(number, len(cases))
+    summary = summarize(results, fill)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "localization.json", {**summary, "cases": [asdict(result) for result in results]})
-    write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"localization": summary}))
+    if fill == FILL:
+        write_manifest(run_directory, read_manifest(run_directory).model_copy(update={"localization": summary}))
     return summary

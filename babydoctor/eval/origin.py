@@ -19,6 +19,8 @@ from babydoctor.files import write_json, write_text
 from babydoctor.schema import UserError
 
 FORMAT = 1
+MEASURED = ("localization", "familiarity", "confidence")
+"""Fields of a manifest that ``babydoctor eval`` writes."""
 
 
 def describe(
@@ -39,7 +41,8 @@ def describe(
         "task": task.name,
         "notes": list(task.notes),
         "num_questions": len(task.questions),
-        "num_images": len({question.image_key for question in task.questions}),
+        "num_images": task.num_images,
+        "resampled": task.resampled,
         "data_fingerprint": task.fingerprint,
         "task_config": task_config.model_dump(mode="json"),
         "eval_config": asdict(config),
@@ -64,12 +67,13 @@ def claim(
 ) -> dict[str, Any]:
     """Record in ``out`` which evaluation it holds. Refuse a folder with the answers of another one."""
     manifest = run / "manifest.json" if run is not None else None
+    described = manifest.read_text(encoding="utf-8") if manifest is not None and manifest.is_file() else "null"
     origin = {
         "task": task.name,
         "data_fingerprint": task.fingerprint,
         "generation": _generation_values(config.generation),
         "seed": config.seed,
-        "run": json.loads(manifest.read_text()) if manifest is not None and manifest.is_file() else None,
+        "run": _without_figures(json.loads(described)),
         "predictions": predictions is not None,
     }
     if endpoint is not None:
@@ -77,6 +81,7 @@ def claim(
     path = out / "evaluation.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before["run"] = _without_figures(before.get("run"))
         changed = [key for key in origin if before.get(key) != origin[key]]
         if changed:
             raise UserError(f"--out {out}: holds another evaluation (other {', '.join(changed)}); use another folder")
@@ -84,6 +89,11 @@ def claim(
     lines = (json.dumps(_question_row(question), ensure_ascii=False) + "\n" for question in task.questions)
     write_text(out / "questions.jsonl", "".join(lines))
     return origin
+
+
+def _without_figures(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A manifest without the figures that were measured on the run: they do not change its answers."""
+    return manifest and {key: value for key, value in manifest.items() if key not in MEASURED}
 
 
 def _generation_values(generation: GenerationConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from babydoctor.eval.ask import (
     predictions_file,
     unanswered,
 )
-from babydoctor.eval.conditions import ConditionedFiles, ConditionedImages, check_conditions
+from babydoctor.eval.conditions import ConditionedFiles, ConditionedImages, check_conditions, condition_label
 from babydoctor.eval.endpoint import Endpoint, EndpointClient, ask_endpoint
 from babydoctor.eval.leakage import find_leakage, read_train_sources
 from babydoctor.eval.load import load_task
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from babydoctor.model.run_dir import Manifest
 
 OnAnswer = Callable[[str, int, int], None]
-"""Called after each answer with the image condition, the number of answers so far and the total."""
+"""Called after each answer with the image condition's label, the number of answers so far and the total."""
 
 
 def evaluate_task(
@@ -254,18 +254,18 @@ def _keep(
     progress: OnAnswer | None,
 ) -> None:
     """Write predictions as they arrive. ``total`` includes those that were written before."""
+    label = condition_label(condition, sum(question.image is not None for question in left))
     for number, _ in enumerate(append_predictions(file, predictions), start=total - len(left) + 1):
         if progress is not None:
-            progress(condition, number, total)
+            progress(label, number, total)
 
 
 def _usable(task: Task, config: EvalConfig) -> tuple[str, ...]:
     """The conditions that apply. Shuffling needs two images, blank and noise need one."""
     conditions: Sequence[str] = check_conditions(config.images_as)
-    images = {question.image_key for question in task.questions if question.image is not None}
-    if not images:
+    if not task.num_images:
         return ("right",)
-    return tuple(name for name in conditions if name != "shuffled" or len(images) > 1)
+    return tuple(name for name in conditions if name != "shuffled" or task.num_images > 1)
 
 
 def _images(task: Task, condition: str, inference: Inference, config: EvalConfig) -> ConditionedImages:

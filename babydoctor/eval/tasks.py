@@ -41,12 +41,12 @@ class Question:
 
     Attributes:
         image: a file, encoded bytes, or None.
-        image_key: name of the image; questions with the same key are about the same image.
+        image_key: name of the image, or of the row without one; questions with the same key are about the same image.
         prompt: the question, without an image token.
         references: correct answers. The first one is shown in reports.
         groups: attributes to break figures down by, for example ``{"question_type": "PRES"}``.
         subsets: subsets that are also scored on their own, for example "article_disjoint".
-        cluster: unit that the bootstrap resamples; empty: the image.
+        cluster: unit that the bootstrap resamples, such as an article; empty: the image, or the row without one.
         shuffled_among: shuffled images come from questions with the same value; empty: from all questions.
     """
 
@@ -82,6 +82,20 @@ class Task:
     @property
     def is_caption(self) -> bool:
         return all(question.kind == "caption" for question in self.questions)
+
+    @property
+    def num_images(self) -> int:
+        """Distinct images. Questions may have none."""
+        return len({question.image_key for question in self.questions if question.image is not None})
+
+    @property
+    def resampled(self) -> str:
+        """What the bootstrap resamples, as a plural noun."""
+        if any(question.cluster for question in self.questions):
+            return "articles"
+        if all(question.image is not None for question in self.questions):
+            return "images"
+        return "images and rows" if self.num_images else "rows"
 
     @property
     def fingerprint(self) -> str:
@@ -129,14 +143,14 @@ def load_llava_rows(config: TaskConfig) -> Task:
     questions: list[Question] = []
     for number, (where, row) in enumerate(iter_rows(path)):
         content, pairs = _read_llava_row(row, where)
-        name = content.image
+        name, row_id = content.image, str(row.get("id", number))
         image = _locate_image(name, images)
         groups = {group: normalize_group(str(row[key])) for key, group in _GROUP_KEYS.items() if row.get(key)}
         for turn, (prompt, answer) in enumerate(pairs):
             references = (answer,)
             kind = _row_kind(row.get("answer_type"), references)
-            identity = str(row.get("id", number)) + (f"-{turn}" if len(pairs) > 1 else "")
-            key = name if isinstance(name, str) else identity
+            identity = row_id + (f"-{turn}" if len(pairs) > 1 else "")
+            key = name if isinstance(name, str) else row_id
             questions.append(Question(identity, image, key, prompt, references, kind, groups))
     return Task("rows", tuple(questions))
 

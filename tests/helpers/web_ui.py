@@ -275,7 +275,7 @@ def wait_for_answer(tab: Any) -> str:
 
 def window(center: float, width: float) -> re.Pattern[str]:
     """The caption of a view under this window."""
-    return re.compile(f"cent(er|re) {center:g}, width {width:g}")
+    return re.compile(f"level {center:g}, width {width:g}")
 
 
 def patient_dicom(without: tuple[str, ...] = (), **changes: Any) -> bytes:

@@ -53,6 +53,7 @@ def write_report(
             right=right,
             run=run,
             headlines=headlines,
+            asked=count_asked(result),
             subject=run["manifest"]["name"] if run else Path(str(result["predictions"])).name,
             notes=_notes(result),
             conditions_plot=_conditions_plot(result, headlines),
@@ -95,6 +96,13 @@ def headline_figures(result: Mapping[str, Any]) -> list[str]:
     """The headline figures that this task has."""
     found = result["conditions"]["right"]["figures"]
     return [name for name in HEADLINES if found.get(name, {}).get("value") is not None]
+
+
+def count_asked(result: Mapping[str, Any]) -> str:
+    """What was asked, in words: "3 questions about 1 image"."""
+    questions, images = result["num_questions"], result["num_images"]
+    about = f"about {images} image{'s' if images > 1 else ''}" if images else "without images"
+    return f"{questions} question{'s' if questions != 1 else ''} {about}"
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ class ConversationHandlers(Handlers):
             session.problem = ""
         if replaced and last is not None and (last.ended in ("error", "stopped") or len(replaced) > 1):
             session.earlier = [*session.exchanges[:-1], *replaced]
-            session.undo_note = "What the new answer replaced can come back."
+            session.undo_note = "The old answer was replaced."
         return self.chat(session) | changes
 
     async def on_stop(self, request: gr.Request) -> Changes:

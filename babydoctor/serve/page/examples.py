@@ -60,7 +60,8 @@ def _phantoms(num_of_each: int) -> list[ExampleCase]:
             buffer = io.BytesIO()
             Image.fromarray(draw(case, PHANTOM_SIZE)).save(buffer, "PNG")
             data = buffer.getvalue()
-            place = f" in the {case.level} {case.side}" if case.side else ""
+            level = "mid" if case.level == "middle" else case.level
+            place = f" in the {case.side} {level} zone" if case.side else ""
             truth = f"{finding}{place}" if case.side else "no finding"
             title = f"Phantom {_MODALITY_NAMES[modality]}, {'normal' if finding == 'none' else finding}"
             question = "What does the image show?"

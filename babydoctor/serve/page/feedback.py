@@ -24,13 +24,13 @@ VERDICTS = {"up": "Good", "down": "Bad"}
 
 ERROR_KINDS = {
     "false_finding": "False finding: it names something that is not there",
-    "missed_finding": "Missed finding: something that is there is not named",
+    "missed_finding": "Missed finding: it does not name something that is there",
     "wrong_place": "Wrong place: side, level or organ",
     "wrong_severity": "Wrong severity or size",
     "style": "Style: wording, length, form",
 }
 
-_ENDINGS = {"stopped": " (stopped)", "length": " (cut at the set length)", "error": " (broken off)"}
+_ENDINGS = {"stopped": " (stopped)", "length": " (cut off at the length limit)", "error": " (interrupted)"}
 
 
 MAX_COMMENT_CHARS = 10_000

@@ -235,7 +235,7 @@ def overlay(view: View, overlay_url: str, word: str, note: str) -> str:
         "overlay.html",
         view=view,
         overlay_url=overlay_url,
-        what=f"“{word}”" if word else "The whole answer",
+        what=f"“{word}”" if word else "the whole answer",
         note=note,
         width_px=round(OVERLAY_HEIGHT_PX * ratio),
         ratio=f"{ratio:.4f}",

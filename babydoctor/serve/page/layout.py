@@ -194,7 +194,7 @@ class Layout:
 
     def _build_report(self) -> None:
         with gr.Accordion("Report draft", open=False, elem_id="bd-report") as self.report_panel:
-            self.assemble = gr.Button("Add the answers to the draft", size="sm", elem_id="bd-assemble")
+            self.assemble = gr.Button("Add all answers to the draft", size="sm", elem_id="bd-assemble")
             self.technique = _section("Technique", 2)
             self.findings = _section("Findings", 4)
             self.impression = _section("Impression", 2)

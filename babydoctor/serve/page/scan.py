@@ -203,7 +203,8 @@ class Scan:
             image = render(*self.source(), self.center, self.width, self.preset)
         except UserError as error:
             raise (dicom_error(error) if self.dicom else picture_error(error, True)) from None
-        window = str(image.info.get("window", ""))
+        # Radiologists say level; the standard says center.
+        window = _WINDOW.sub(r"level \1, width \2", str(image.info.get("window", "")))
         window += "".join(f" · Note: {warning}" for warning in image.info.get("warnings", ()))
         return image, ", ".join(part for part in (number, window) if part)
 

@@ -30,12 +30,12 @@ PANEL_NOTE = (
     "image can still be wrong."
 )
 
-AGREE = "{agreeing} of {samples} more answers, drawn at random, say the same."
-ALL_AGREE = "All {samples} more answers, drawn at random, say the same. They can all be wrong."
-NONE_AGREE = "None of {samples} more answers, drawn at random, says the same. Do not rely on this answer."
+AGREE = "{agreeing} of {samples} more answers, sampled at random, say the same."
+ALL_AGREE = "All {samples} more answers, sampled at random, say the same. They can all be wrong."
+NONE_AGREE = "None of {samples} more answers, sampled at random, says the same. Do not rely on this answer."
 SHARED_WORDS = "On average they share {share:.0%} of their words with the answer."
 
-SAME_WITHOUT = "The answer is the same without the image. It does not show what the model saw."
+SAME_WITHOUT = "The answer is the same without the image, so it may not depend on the image at all."
 OTHER_WITHOUT = "Without the image the answer is different, so it depends on the image. That does not make it right."
 
 

@@ -13,7 +13,7 @@ const read = (storage, key) => {
   try { return storage.getItem(key); } catch { return null; }
 };
 const write = (storage, key, value) => {
-  try { storage.setItem(key, value); } catch { /* storage is switched off: a reload starts over */ }
+  try { storage.setItem(key, value); } catch { /* storage is switched off: a reload starts a new conversation */ }
 };
 
 const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),

@@ -81,7 +81,7 @@ class StudyHandlers(Handlers):
         return changes | self._show_list(session)
 
     def _show(self, session: Session, study: Study, index: int) -> Changes:
-        """Show a series. The conversation continues within one examination. Another examination starts a new one."""
+        """Show a series. A series of the same examination keeps the conversation; any other one starts a new one."""
         before = study.shown
         if study.second == index:
             study.second = before

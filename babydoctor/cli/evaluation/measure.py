@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from babydoctor.schema import UserError
+
 if TYPE_CHECKING:
     from babydoctor.config import TaskConfig
 
 
-def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, *, device: str | None) -> None:
-    """``--localization``."""
+def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, fill: str, device: str | None) -> None:
+    """``--localization``. The run records the figures of the fill that the web UI uses, no others."""
     from babydoctor.eval.localization import DEFAULT_CASES, evaluate_localization
+    from babydoctor.model.occlusion import FILL, FILLS
     from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
-    device = device or choose_device("auto")
+    if fill not in FILLS:
+        raise UserError(f"--fill {fill}: no such fill; there are {', '.join(FILLS)}")
     num_cases = max_cases or DEFAULT_CASES
     with named_progress() as update:
         summary = evaluate_localization(
@@ -23,7 +27,8 @@ def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, *
             phantoms,
             out,
             num_cases=num_cases,
-            device=device,
+            fill=fill,
+            device=device or choose_device("auto"),
             progress=lambda done, total: update("maps", done, total),
         )
     print(f"{summary['num_cases']} held-out phantoms; a finding covers {summary['finding_share']:.1%} of the image")
@@ -34,7 +39,8 @@ def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, *
     ):
         figure = summary[name]
         print(f"  {text}: {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
-    print(f"recorded in {run / 'manifest.json'}; cases: {out / 'localization.json'}")
+    recorded = f"recorded in {run / 'manifest.json'}" if fill == FILL else f"not recorded: the web UI uses {FILL}"
+    print(f"{recorded}; cases: {out / 'localization.json'}")
 
 
 def measure_familiarity(

@@ -1,0 +1,1 @@
+"""What ``babydoctor eval`` measures of a run, and its tables in the terminal."""
