@@ -19,15 +19,17 @@ python -c "import deepspeed" > /dev/null 2>&1 ||
   DS_BUILD_OPS=0 pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed ||
   echo "deepspeed could not be installed; its tests will be skipped"
 # llama.cpp is compiled from source, which takes minutes, so only .ci/run asks for it. Without it its tests are skipped.
+# It records the flags, because `babydoctor bench peers` must not be run on this build.
 # Two versions: the current one and, in a separate folder, the last one that puts CLIP's class token first.
 build_llama_cpp() {
   echo "Building llama-cpp-python $1 (some minutes)"
-  CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
+  local flags="'-O1 -frecord-gcc-switches'"
+  CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=$flags -DCMAKE_CXX_FLAGS_RELEASE=$flags" CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
     timeout 1200 pip install --quiet --disable-pip-version-check -c constraints.txt "llama-cpp-python$1" "${@:2}" ||
     echo "llama-cpp-python $1 could not be built; the tests that load it will be skipped"
 }
 if [ -n "${BABYDOCTOR_LLAMA_CPP:-}" ]; then
-  python -c "import llama_cpp" 2> /dev/null || build_llama_cpp ">=0.3.36"
+  python -c "import llama_cpp" 2> /dev/null || build_llama_cpp "[server]>=0.3.36"
   old=.venv/llama-cpp-python-0.3.8
   [ -d "$old" ] || build_llama_cpp "==0.3.8" diskcache --no-deps --target "$old"
 fi

@@ -43,7 +43,7 @@ FOLDERS = (
         "config",
         "files",
     ),
-    *("ranks", "runtime"),
+    *("ranks", "memory_maps", "runtime"),
     *("data", "model", "engine", "inference", "interop", "phantom", "plan", "eval", "train", "serve"),
     *("demo", "bench", "cli", "__main__"),
 )
@@ -61,6 +61,7 @@ LONG_FILES: dict[str, str] = {}
 LARGE_FOLDERS: dict[str, str] = {}
 
 SWITCHES = {
+    "bench/peers/batched.py": "calls llama.cpp's C API by ctypes, in a process of its own",
     "engine/cpu/library.py": "calls the compiled operator by ctypes; changes nothing of the process",
     "serve/page/pacs/report.py": "restores the warning filters at the end of the block",
 }

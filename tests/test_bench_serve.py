@@ -10,8 +10,11 @@ from helpers.serving import tiny_worker
 
 from babydoctor.bench.endurance.soak import SoakReport, run_soak
 from babydoctor.bench.serve import run_bench
-from babydoctor.bench.serve_figures import DecodeCost, Timing, build_questions, summarize
+from babydoctor.bench.serve_figures import SHORT_PROMPT, DecodeCost, Timing, build_questions, summarize
 from babydoctor.bench.serve_http import drive
+from babydoctor.bench.serve_model import build_prompt, build_tokenizer
+from babydoctor.conversation import split_images
+from babydoctor.data.tokens import encode
 from babydoctor.schema import UserError
 
 
@@ -25,6 +28,13 @@ def test_figures_add_up():
 def test_questions_and_images_are_all_different():
     questions = build_questions(20)
     assert len({question.text for question in questions}) == len({question.image for question in questions}) == 20
+
+
+def test_prompts_can_be_longer():
+    short, long = build_questions(1, 3)[0], build_questions(1, 3, prompt_tokens=SHORT_PROMPT + 50)[0]
+    tokenizer = build_tokenizer([short.text, long.text])
+    lengths = [len(encode(split_images(build_prompt(text)), tokenizer, 256)) for text in (short.text, long.text)]
+    assert abs(lengths[0] - SHORT_PROMPT) <= 3 and lengths[1] == lengths[0] + 50
 
 
 def test_a_worker_is_measured_over_http():

@@ -26,6 +26,7 @@ from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.request import (
     Delta,
     EngineClosedError,
+    Finished,
     GenerationRequest,
     ImageInput,
     InvalidRequestError,
@@ -276,6 +277,25 @@ def test_closing_cancels_running_requests(model, tokenizer):
     engine.close()
     engine.close()
     assert all(handle.wait(10).finish_reason in ("cancelled", "length") for handle in handles)
+
+
+def test_the_reader_of_several_requests_is_woken_once_per_step(model, tokenizer):
+    seen: list[object] = []
+    seen_at_wake: list[int] = []
+    engine = Engine(model, tokenizer, settings(max_running=4)).start()
+    handles = [engine.submit(build_request(seed, max_new_tokens=12)) for seed in range(4)]
+
+    def wake() -> None:
+        seen_at_wake.append(len(seen))
+
+    for handle in handles:
+        handle.add_listener(seen.append, after_step=wake)
+    assert engine.drain(60)
+    num_steps = engine.stats().steps
+    engine.close()
+    assert sum(isinstance(event, Finished) for event in seen) == 4
+    assert seen_at_wake[-1] == len(seen) > num_steps
+    assert len(seen_at_wake) <= num_steps + len(handles)
 
 
 def test_an_error_in_a_listener_does_not_stop_the_engine(model, tokenizer):

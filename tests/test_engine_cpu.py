@@ -10,16 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engine_models import build_model, build_request, settings, tokenizer, tokens_of
+from helpers.engine_models import CONTEXT, build_model, build_request, settings, tokenizer, tokens_of
+from helpers.golden_answers import IMAGES, QUESTION, regret
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from babydoctor.conversation import get_template, render_prompt
+from babydoctor.data.tokens import encode
 from babydoctor.engine.cpu import check, library
 from babydoctor.engine.cpu.check import LARGEST_DIFFERENCE, difference_from_pytorch, operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, PackedProduct
 from babydoctor.engine.cpu.library import load_operator
+from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.engine import Engine
+from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.layout import CHUNK_STEP, Chunk, DecodeRows
+from babydoctor.engine.linear import PACKING_ROWS
+from babydoctor.engine.request import GenerationRequest, ImageInput
 from babydoctor.engine.settings import EngineSettings
+from babydoctor.imaging.load import load_image
+from babydoctor.imaging.preprocess import to_pixels
+from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
-from babydoctor.schema import UserError
+from babydoctor.model.run_dir import load_run
+from babydoctor.schema import Turn, UserError
 
 needs_operator = pytest.mark.skipif(load_operator() is None, reason="there is no C++ compiler for the CPU operator")
 
@@ -66,6 +79,59 @@ def test_the_engine_gives_the_same_answers_alone_and_in_a_batch(
         answers = [tokens_of(handle) for handle in together]
     with Engine(model, tokenizer, replace(options, max_running=1)) as alone:
         assert [tokens_of(alone.submit(request)) for request in requests] == answers
+
+
+@needs_operator
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_an_imported_model_chooses_tokens_that_are_as_likely(golden: Path, tmp_path: Path, weights: str | None) -> None:
+    """The golden model is undecided: its best tokens differ by less than rounding. Float32 must find none worse."""
+    import_llava(golden / "llava-golden-merged", tmp_path / "run", image_mode="pad")
+    exact, rounded = load_run(tmp_path / "run"), load_run(tmp_path / "run")
+    prompt = render_prompt([Turn("user", QUESTION)], get_template(exact.manifest.template))
+    encoded = encode(prompt, exact.tokenizer, exact.model.num_patches)
+    with Engine(
+        rounded.model.to(torch.bfloat16), exact.tokenizer, settings(weights=weights, max_context=256)
+    ) as engine:
+        assert isinstance(engine.decoder, CpuDecoder)
+        for name in IMAGES:
+            pixels = to_pixels(load_image(golden / "images" / f"{name}.jpg"), exact.manifest.image)
+            image = ImageInput(name, pixels)
+            request = GenerationRequest(encoded.input_ids, encoded.image_mask, (image,), max_new_tokens=24)
+            behind = regret(exact, torch.from_numpy(pixels), tokens_of(engine.submit(request)))
+            assert len(behind) >= 12 and max(behind) < (0.1 if weights else 0.03)  # logits spread by 0.8
+
+
+class ProductShapes(TorchDispatchMode):
+    """Records the shapes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(function) for name in ("mm", "linear")):
+            self.shapes.add((str(function), *(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_operator", [False, pytest.param(True, marks=needs_operator)])
+def test_prompts_of_many_lengths_have_few_product_shapes(model: BabyDoctor, on_operator: bool) -> None:
+    """oneDNN builds a kernel for each shape and keeps it, which made a worker grow with every new prompt length."""
+    config = model.language_model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, config.num_key_value_heads, head_dim, CONTEXT, 2, 1)
+    cache = KVCache(*shape, torch.bfloat16, torch.device("cpu"))
+    decoder = (CpuDecoder if on_operator else Decoder)(model.language_model, cache)
+    with ProductShapes() as recorded:
+        for length in range(30, CONTEXT, 3):
+            for start in range(0, length, 50):
+                embeds = decoder.embed_tokens(torch.arange(start, min(start + 50, length)) % config.vocab_size)
+                decoder.forward(DecodeRows([], [], []), [Chunk(0, start, embeds, start + 50 >= length)])
+    attention = {shape for shape in recorded.shapes if "bmm" in shape[0]}
+    lengths = -(-CONTEXT // CHUNK_STEP)
+    assert len(attention) <= 4 * lengths  # two products, of one row or of CHUNK_STEP rows
+    linear = recorded.shapes - attention
+    assert len({shape[1] for shape in linear}) <= (0 if on_operator else 3 * (PACKING_ROWS + 2))
 
 
 @needs_operator

@@ -131,7 +131,9 @@ def test_two_evaluations_are_compared(rows: Path, tmp_path: Path) -> None:
     for name, answers in (("a", ["no"] * 8), ("b", ["yes", "no", "yes", "no", "yes", "no", "left lung", "left lung"])):
         predictions = _write_answers(tmp_path / f"{name}.jsonl", answers)
         evaluate(tmp_path / name, config, SETTINGS, predictions=predictions)
-    found = compare(tmp_path / "a", tmp_path / "b")["figures"]["closed_accuracy"]
+    compared = compare(tmp_path / "a", tmp_path / "b")
+    assert (compared["num_questions"], compared["num_same_answers"]) == (8, 3)
+    found = compared["figures"]["closed_accuracy"]
     assert (found["a"], found["b"], found["value"]) == (0.5, 1.0, 0.5)
     assert 0 < found["p_value"] <= 1
     evaluate(

@@ -24,6 +24,7 @@ from babydoctor.model.layer_probe import LayerProbe, group_by_layer
 from babydoctor.model.lora import LoraUpdate, add_lora, lora_layers, save_lora
 from babydoctor.model.merge import merge_run
 from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
+from babydoctor.model.tensor_files import save_tensors
 from babydoctor.model.weights import ShardWriter, WeightReader
 from babydoctor.schema import UserError
 
@@ -239,6 +240,20 @@ def test_wrong_weights_are_refused_and_deleted(
     with pytest.raises(UserError, match="do not match"):
         merge_run(runs["float32"], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_weights_that_are_kept_do_not_keep_the_file_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 2**21)
+    tensors = {}
+    for layer in range(6):
+        tensors[f"{layer}.projection"] = torch.zeros(2**20)  # 4 MiB
+        tensors[f"{layer}.norm"] = torch.ones(64)
+    save_tensors(tensors, tmp_path / "model.safetensors")
+    kept = [weight for name, weight in WeightReader(tmp_path) if name.endswith(".norm")]
+    assert len(kept) == 6 and all(bool((weight == 1).all()) for weight in kept)
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert str(tmp_path) not in maps
 
 
 def test_the_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:

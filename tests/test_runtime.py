@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from babydoctor.engine.settings import EngineSettings
-from babydoctor.runtime import use_own_gpu
+from babydoctor.runtime import share_cores, use_own_gpu
 from babydoctor.schema import UserError
 
 LIBRARY_CALLS = """
@@ -135,6 +136,56 @@ print(json.dumps([flushed, os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ
     assert run_python(program, PYTORCH_ALLOC_CONF="backend:native") == [True, None, "backend:native"]
 
 
+WAITING = """
+import json, os, sys
+from babydoctor.cli.main import main
+sys.argv = ["babydoctor", "plan", "configs/radiology.yaml"]
+try:
+    main()
+except SystemExit as stopped:
+    assert not stopped.code
+print(json.dumps({name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}))
+"""
+
+
+def test_openmp_reads_the_way_of_waiting_that_a_command_sets() -> None:
+    """libgomp prints its settings when it is loaded, so a variable that is set too late would show the default."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING],
+        cwd=Path(__file__).parents[1],
+        env=kept | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch computes with another OpenMP here")
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == ["0"] * done.stderr.count("GOMP_SPINCOUNT")
+    # Workers and ranks are child processes, which inherit the variable.
+    assert json.loads(done.stdout.splitlines()[-1]) == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["PASSIVE", None]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None]),
+        ({"GOMP_SPINCOUNT": "1000"}, [None, "1000"]),
+    ],
+)
+def test_the_users_way_of_waiting_is_kept(
+    given: dict[str, str], expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, given.get(name, ""))  # restored after the test, whatever it does
+        if name not in given:
+            monkeypatch.delenv(name)
+    share_cores()
+    assert [os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")] == expected
+
+
 def test_the_engine_uses_the_configured_number_of_threads() -> None:
     program = """
 import json, threading, torch
@@ -151,6 +202,41 @@ thread.join()
 print(json.dumps(counts))
 """
     assert run_python(program, OMP_NUM_THREADS="1") == [3]
+
+
+WEIGHTS = """
+import json, re, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from babydoctor.memory_maps import clean_weight_files
+from babydoctor.model.tensor_files import load_tensors
+from babydoctor.runtime import return_freed_memory
+
+def resident():
+    text = Path("/proc/self/smaps").read_text()
+    found = re.findall(r"(read|changed)\\.safetensors\\n(?:.*\\n)*?Rss: +(\\d+) kB", text)
+    return {name: int(kilobytes) for name, kilobytes in found}
+
+folder = Path(sys.argv[1])
+tensors = {}
+for name in ("read", "changed"):
+    save_file({"weight": torch.arange(1 << 20)}, folder / f"{name}.safetensors")
+    tensors[name] = load_tensors(folder / f"{name}.safetensors")["weight"]
+tensors["changed"][5] = -1
+before = [int(tensor.sum()) for tensor in tensors.values()]
+mapped = resident()
+return_freed_memory()
+left = resident()
+print(json.dumps([mapped, left, before == [int(tensor.sum()) for tensor in tensors.values()]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_weight_files_are_returned_unless_they_were_changed(tmp_path: Path) -> None:
+    mapped, left, is_equal = run_python(WEIGHTS.replace("sys.argv[1]", repr(str(tmp_path))))
+    assert min(mapped.values()) >= 8192 and is_equal
+    assert left["read"] < 100 and left["changed"] >= 8192
 
 
 def test_a_thread_count_without_a_hook_is_refused() -> None:

@@ -13,6 +13,23 @@ from babydoctor.model.nf4 import Quantization
 from babydoctor.model.vision import build_projector
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "language": {
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 32000,
+        },
+        "vision": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+    },
     "mini": {
         "language": {
             "hidden_size": 512,
@@ -32,8 +49,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "7b": {"language": LLAMA_2_7B, "vision": CLIP_L},
 }
-"""``mini`` is for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L. Language models are LLaMAs unless
-``model_type`` says otherwise."""
+"""``tiny`` is for tests, ``mini`` for benchmarks on a CPU; ``7b`` has the sizes of LLaMA-2-7B and CLIP-L. Language
+models are LLaMAs unless ``model_type`` says otherwise."""
 
 
 def build_random_model(

@@ -86,6 +86,7 @@ def run_bench(
     users: tuple[int, ...] = (1, 16),
     requests_per_user: int = 4,
     max_new_tokens: int = 64,
+    prompt_tokens: int = 0,
     rounds: int = 3,
     engine_only: bool = False,
     nf4: bool = False,
@@ -98,6 +99,7 @@ def run_bench(
 
     Args:
         folder: an empty folder for the model's files.
+        prompt_tokens: see ``build_questions``.
         nf4: use a 4-bit language model. Like ``7b``, it is measured without HTTP.
         engine: settings of the engine that replace the defaults.
         on_engine_start: see ``EngineSettings.on_start``; used for an engine in this process.
@@ -112,7 +114,7 @@ def run_bench(
         raise UserError("--preset 7b needs a CUDA GPU with 16 GB or more; --preset mini runs on any machine")
     on_event(f"building {preset} with random weights")
     batches = [
-        (number, build_questions(max(number * requests_per_user, 8), seed=17 * round_ + number))
+        (number, build_questions(max(number * requests_per_user, 8), 17 * round_ + number, prompt_tokens=prompt_tokens))
         for round_ in range(rounds)
         for number in users
     ]

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from babydoctor.bench.serve_model import IMAGE_SIZE
+from babydoctor.schema import UserError
 
 _FINDINGS = ("an effusion", "a fracture", "a nodule", "free air", "a haematoma", "consolidation", "a shift", "a cyst")
 _PLACES = ("left", "right", "upper", "lower", "central", "medial", "lateral", "basal")
+
+SHORT_PROMPT = 314
+"""Tokens of a prompt with one of the questions and an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,12 @@ class Report:
         return row.decode_tokens_per_s / self.decode_cost.ceiling(row.num_users, self.memory_bytes_per_s)
 
 
-def build_questions(number: int, seed: int = 0) -> list[BenchQuestion]:
-    """Distinct questions, each with its own image: a PNG of smooth noise."""
+def build_questions(number: int, seed: int = 0, *, prompt_tokens: int = 0) -> list[BenchQuestion]:
+    """Distinct questions, each with its own image: a PNG of smooth noise.
+
+    Args:
+        prompt_tokens: add words until a prompt has about this many tokens. Without them it has ``SHORT_PROMPT``.
+    """
     from PIL import Image
 
     random = np.random.default_rng(seed)
@@ -96,8 +104,24 @@ def build_questions(number: int, seed: int = 0) -> list[BenchQuestion]:
         buffer = io.BytesIO()
         Image.fromarray(coarse).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(buffer, "PNG")
         text = f"In case {index} of {number}, is there {finding} on the {place} side? Say what you see and why."
-        questions.append(BenchQuestion(text, buffer.getvalue()))
+        more = random.choice(_PLACES, max(0, prompt_tokens - SHORT_PROMPT))
+        questions.append(BenchQuestion(" ".join((text, *more)), buffer.getvalue()))
     return questions
+
+
+def parse_users(text: str) -> tuple[int, ...]:
+    """The numbers of users of a ``--users`` option.
+
+    Raises:
+        UserError: it is not a list of positive numbers.
+    """
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"--users {text!r} must be whole numbers with commas between them, for example 1,16")
+    return numbers
 
 
 def summarize(num_users: int, timings: list[Timing], wall_s: float) -> Figures:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,27 +85,45 @@ def running_worker(run: Path, log: Path, engine: Mapping[str, Any] | None = None
     Raises:
         UserError: the worker did not become ready.
     """
+    port = free_port("worker")
+    command = [sys.executable, "-c", "from babydoctor.cli.main import main; main()", "worker", str(run)]
+    command += ["worker.controller=null", f"worker.port={port}"]
+    command += [f"engine.{name}={json.dumps(value)}" for name, value in (engine or {}).items()]
+    url = f"http://127.0.0.1:{port}"
+    with running_server("the worker", command, f"{url}/readyz", log, _without_keys()) as pid:
+        yield url, pid
+
+
+def free_port(name: str) -> int:
+    """A port on the loopback address that nothing listens on."""
+    with bind(name, "127.0.0.1", 0) as sock:
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def running_server(
+    name: str, command: Sequence[str], ready_url: str, log: Path, environment: Mapping[str, str]
+) -> Iterator[int]:
+    """Run a server in its own process until the block ends. Yields its process id once ``ready_url`` answers 200.
+
+    Raises:
+        UserError: the server did not become ready. The message ends with its output, which is in ``log``.
+    """
     import httpx
 
-    with bind("worker", "127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", "from babydoctor.cli.main import main; main()", "worker", str(run)]
-    settings = ["worker.controller=null", f"worker.port={port}"]
-    settings += [f"engine.{name}={json.dumps(value)}" for name, value in (engine or {}).items()]
     with log.open("wb") as file:
-        process = subprocess.Popen([*command, *settings], stdout=file, stderr=file, env=_without_keys())
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     try:
         deadline = time.monotonic() + READY_WITHIN_S
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"the worker did not start:\n{log.read_text(errors='replace')[-2000:]}")
+                raise UserError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
             try:
-                if httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200:
+                if httpx.get(ready_url, timeout=2, trust_env=False).status_code == 200:
                     break
             except httpx.TransportError:
                 time.sleep(0.1)
-        yield url, process.pid
+        yield process.pid
     finally:
         process.terminate()
         try:

@@ -6,7 +6,6 @@ token, which is close to LLaMA's. Unused tokens fill its vocabulary up to the re
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch
 
 from babydoctor.bench.models import PRESETS, build_random_model
 from babydoctor.conversation import get_template, prompt_text, render_prompt
+from babydoctor.interop.gguf_vocabulary import LLAMA_3_SPLIT
 from babydoctor.model.babydoctor import BabyDoctor
 from babydoctor.model.nf4 import Quantization
 from babydoctor.schema import IMAGE_TOKEN, Turn
@@ -34,18 +34,24 @@ def build_model(preset: str, device: str = "cpu", quantization: Quantization | N
 
 
 def build_tokenizer(questions: Sequence[str]) -> Any:
-    """Build a byte-level tokenizer in which every word of the prompts is one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Build a byte-level tokenizer in which every word of the prompts is one token.
+
+    It splits text as LLaMA-3's does, which llama.cpp knows: there, too, a word of the vocabulary is one token.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    text = " ".join([*questions, *(build_prompt(question) for question in questions)])
-    words = sorted({piece.replace(" ", "Ġ") for piece in re.findall(r" ?\w+| ?[^\w\s]+", text)})
-    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [word for word in words if word not in tokens]
+    words = pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated")
+    splitter = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    texts = [*questions, *(build_prompt(question).replace(IMAGE_TOKEN, "") for question in questions)]
+    pieces = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merge = ("Ġ", "t")  # llama.cpp refuses a vocabulary without merges
+    tokens = ["<unk>", "<s>", "</s>", *alphabet, *sorted({*pieces, "".join(merge)} - set(alphabet))]
     tokens += [f"Ġtoken{index}" for index in range(VOCABULARY - len(tokens))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[merge], unk_token="<unk>", ignore_merges=True))
+    backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 

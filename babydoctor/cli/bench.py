@@ -11,6 +11,7 @@ import typer
 from babydoctor.cli.benchmarks.data import data
 from babydoctor.cli.benchmarks.endurance import chaos, soak
 from babydoctor.cli.benchmarks.guide_table import print_table
+from babydoctor.cli.benchmarks.peers import peers
 
 _DEVICE = typer.Option(help="auto, cpu or cuda")
 _JSON = typer.Option("--json", metavar="FILE", help="append the figures to this file, one JSON object per line")
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure speed on this machine with random weights.", no_args_is_help=True)
     group.command("train")(train)
     group.command("serve")(serve)
+    group.command("peers")(peers)
     group.command("soak")(soak)
     group.command("chaos")(chaos)
     group.command("paths")(paths)
@@ -130,6 +132,7 @@ def serve(
     users: Annotated[str, typer.Option(help="numbers of concurrent users, with commas")] = "1,16",
     requests_per_user: Annotated[int, typer.Option(min=1)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of each answer")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=0, help="lengthen prompts to about this many tokens")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="measurements; the fastest one counts")] = 3,
     engine_only: Annotated[bool, typer.Option("--engine-only", help="call the engine directly, without HTTP")] = False,
     nf4: Annotated[bool, typer.Option("--nf4", help="use a 4-bit language model; implies --engine-only")] = False,
@@ -144,17 +147,12 @@ def serve(
 
     from babydoctor.bench.gpu_report import serve_record, write_record
     from babydoctor.bench.serve import run_bench
+    from babydoctor.bench.serve_figures import parse_users
     from babydoctor.engine.settings import parse_overrides
     from babydoctor.plan.hardware import choose_device
     from babydoctor.runtime import hide_saving_progress, prepare_bench, prepare_engine
-    from babydoctor.schema import UserError
 
-    try:
-        numbers = tuple(int(number) for number in users.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"--users {users!r} must be whole numbers with commas between them, for example 1,16")
+    numbers = parse_users(users)
     prepare_bench()
     hide_saving_progress()
     console = Console(highlight=False)
@@ -165,6 +163,7 @@ def serve(
             users=numbers,
             requests_per_user=requests_per_user,
             max_new_tokens=max_new_tokens,
+            prompt_tokens=prompt_tokens,
             rounds=rounds,
             engine_only=engine_only,
             nf4=nf4,

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from babydoctor.files import explain_unreadable
-from babydoctor.runtime import quiet_libraries
+from babydoctor.runtime import prepare_process
 from babydoctor.schema import UserError
 from babydoctor.train.interrupt import TrainingStopped
 
@@ -51,7 +51,7 @@ def main() -> None:
     Exit status: that of a ``UserError``, which is printed as one paragraph on stderr (2: bad input); 128 + the signal's
     number if a signal stopped training (130 SIGINT, 143 SIGTERM, 138 SIGUSR1).
     """
-    quiet_libraries()
+    prepare_process()
     try:
         with explain_unreadable():
             build_app()()

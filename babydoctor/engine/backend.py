@@ -28,7 +28,7 @@ def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
     is_asked = settings.weights == "int8"
     reason = _why_no_operator(model, settings)
     if is_asked and reason:
-        raise UserError(f"engine.weights=int8 is not possible: {reason}. Remove it")
+        raise UserError(f"engine.weights=int8 is not possible: {reason}. Change that, or remove engine.weights")
     return not reason
 
 
@@ -39,7 +39,10 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
     if settings.kv_dtype not in (None, "bfloat16"):
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
     if not fits(model):
-        return "it takes a LLaMA with plain bfloat16 weights (no LoRA, no 4-bit layers) on a CPU"
+        return (
+            "it takes a LLaMA with plain bfloat16 weights on a CPU, which `babydoctor merge RUN --out DIR --dtype "
+            "bfloat16` writes for a run with a LoRA or 4-bit layers"
+        )
     if not has_room_for_copy(model.parameters()):
         return "a second copy of the weights takes too much of this machine's memory"
     if not operator_works():

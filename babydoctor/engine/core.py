@@ -149,10 +149,15 @@ class EngineCore:
         self._take_logits(batch, logits)
 
     def _publish(self) -> None:
-        """Publish the events of the last step."""
+        """Publish the events of the last step. Readers of several requests are woken up once for all of them."""
         events, self._unpublished = self._unpublished, []
-        for handle, event in events:
-            handle.publish(event)
+        for after_step in {handle.publish(event) for handle, event in events} - {None}:
+            assert after_step is not None
+            try:
+                after_step()
+            except Exception:
+                # An error in a listener must not stop the engine.
+                logger.exception("the listener of some requests failed")
         if self.num_ending:
             with self.changed:
                 self.num_ending = 0

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
 from babydoctor.engine.kv_cache import KVCache
-from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout
-from babydoctor.engine.linear import Linear, build_linear, packing_pays
+from babydoctor.engine.layout import CHUNK_STEP, Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout, round_up
+from babydoctor.engine.linear import Linear, build_linear, packing_pays, round_rows
 from babydoctor.model.families import LanguageModel, sliding_window
 
 QUERY_BLOCK = 128
@@ -101,7 +101,8 @@ class Decoder:
 
     def _build_linear(self, modules: Sequence[nn.Module]) -> Linear:
         """One product for linear modules with the same input."""
-        return build_linear(modules, self.dtype, pack=self._pack, own=self._own)
+        multiply = build_linear(modules, self.dtype, pack=self._pack, own=self._own)
+        return round_rows(multiply) if self.device.type == "cpu" else multiply
 
     def _head_norm(self, attention: Any) -> torch.Tensor:
         """The norms' weights of all query and key heads, ``[H + K, W]``."""
@@ -142,8 +143,10 @@ class Decoder:
         outputs = self._attend_runs(index, query, layout)
         row = len(layout.tokens)
         for chunk, mask in zip(chunks, layout.chunk_masks, strict=True):
-            outputs.append(self._attend_chunk(index, query[row : row + len(mask)], chunk.slot, mask))
-            row += len(mask)
+            outputs.append(
+                self._attend_chunk(index, query[row : row + len(chunk.embeds)], chunk.slot, chunk.start, mask)
+            )
+            row += len(chunk.embeds)
         return self._add_mlp(layer, hidden + layer.output(_join(outputs)))
 
     def _finish(
@@ -159,9 +162,11 @@ class Decoder:
             kept = layout.wanted[: len(layout.wanted) - sum(chunk.final for chunk in chunks)]
             outputs = [_join(outputs)[kept]]
         for chunk, mask in zip(chunks, layout.chunk_masks, strict=True):
-            row += len(mask)
+            num_rows = len(chunk.embeds)
+            row += num_rows
             if chunk.final:
-                outputs.append(self._attend_chunk(index, query[row - 1 : row], chunk.slot, mask[-1:]))
+                last = mask[num_rows - 1 : num_rows]
+                outputs.append(self._attend_chunk(index, query[row - 1 : row], chunk.slot, chunk.end - 1, last))
         if not outputs:
             return hidden.new_zeros(0, 0)
         if layout.wanted is not None:
@@ -227,32 +232,41 @@ class Decoder:
             ]
         return self._run_views[key]
 
-    def _attend_chunk(self, index: int, query: torch.Tensor, slot: int, mask: torch.Tensor) -> torch.Tensor:
-        """Attention of a prompt chunk: ``[T, H, W] -> [T, H * W]``; ``mask`` ``[T, L]``."""
-        num_rows, length = mask.shape
+    def _attend_chunk(
+        self, index: int, query: torch.Tensor, slot: int, position: int, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of rows of a prompt chunk: ``[T, H, W] -> [T, H * W]``.
+
+        Args:
+            position: of the first row.
+            mask: ``[T or more, L]``. Further rows are filler, which gives the products shapes that repeat.
+        """
+        num_rows, length = len(query), mask.shape[1]
         # With a float32 cache and a bfloat16 model (CPU), one cast per chunk makes the products twice as fast.
         keys = self.kv_cache.keys[index][slot, :, :length].to(self.dtype)
         values = self.kv_cache.values[index][slot, :, :length].to(self.dtype)
         outputs = []
         for start in range(0, num_rows, QUERY_BLOCK):
-            rows = slice(start, min(start + QUERY_BLOCK, num_rows))
-            reach = length - num_rows + rows.stop  # no row of the block sees a later key
+            rows = slice(start, start + QUERY_BLOCK)
+            # No row of the block sees a later key.
+            reach = round_up(position + min(rows.stop, num_rows), length, CHUNK_STEP)
             outputs.append(self._attend_block(query[rows], keys[:, :reach], values[:, :reach], mask[rows, :reach]))
         return _join(outputs)
 
     def _attend_block(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """``[T, H, W] -> [T, H * W]`` over keys and values ``[K, L, W]``; ``mask`` ``[T, L]``."""
+        """``[T, H, W] -> [T, H * W]`` over keys and values ``[K, L, W]``; ``mask`` ``[T or more, L]``."""
         num_rows, length = mask.shape
         groups = self.num_heads // self.num_kv_heads
-        rows = query.to(self.dtype).view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
+        padded = pad(query.to(self.dtype), (0, 0, 0, 0, 0, num_rows - len(query)))
+        rows = padded.view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
         rows = rows.reshape(self.num_kv_heads, groups * num_rows, self.head_dim)  # [K, G * T, W]
         scores = torch.bmm(rows, keys.transpose(1, 2)).view(self.num_kv_heads, groups, num_rows, length)
         weights = torch.softmax(torch.add(mask, scores, alpha=self.scale), dim=-1).to(self.dtype)
         output = torch.bmm(weights.flatten(1, 2), values)
-        output = output.view(self.num_kv_heads, groups, num_rows, self.head_dim).permute(2, 0, 1, 3)
-        return output.reshape(num_rows, self.num_heads * self.head_dim)
+        output = output.view(self.num_kv_heads, groups, num_rows, self.head_dim)[:, :, : len(query)]
+        return output.permute(2, 0, 1, 3).reshape(len(query), self.num_heads * self.head_dim)
 
     def _add_mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + layer.down(gate(layer.gate_up(self._norm(hidden, layer.post_norm))))

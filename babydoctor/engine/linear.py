@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from babydoctor.model.packed.lora_linear import ADAPTER, has_lora
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """``[M, in] -> [M, out]``."""
+
+ROWS_STEP = 32
+"""See ``round_rows``."""
 
 PACKING_ROWS = 16
 """Number of rows that oneDNN chooses the layout for. It is as fast for 1 and for 300 rows (measured)."""
@@ -77,6 +80,20 @@ def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack:
         for start, end, down, up in parts:
             output[:, start:end].addmm_(rows @ down, up)
         return output
+
+    return forward
+
+
+def round_rows(multiply: Linear) -> Linear:
+    """Fill the rows of prompt chunks up to a multiple of ``ROWS_STEP``.
+
+    oneDNN builds a kernel for each number of rows and keeps it. Measured in bfloat16 with the mini model and prompts of
+    160 different lengths: without filling, kernels took 240 MiB more.
+    """
+
+    def forward(rows: torch.Tensor) -> torch.Tensor:
+        missing = -len(rows) % ROWS_STEP if len(rows) > PACKING_ROWS else 0
+        return multiply(pad(rows, (0, 0, 0, missing)))[: len(rows)] if missing else multiply(rows)
 
     return forward
 

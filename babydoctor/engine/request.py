@@ -200,6 +200,7 @@ class GenerationHandle:
         self._ended = threading.Event()  # not the condition, which each token would wake
         self._events: deque[Event] = deque()
         self._listener: Callable[[Event], None] | None = None
+        self._after_step: Callable[[], None] | None = None
         self._cancelled = False
         self._finished: Finished | None = None
 
@@ -219,8 +220,12 @@ class GenerationHandle:
         """The last event, once the request has ended and its slot is free."""
         return self._finished
 
-    def publish(self, event: Event) -> None:
-        """Append an event. Only the engine calls this."""
+    def publish(self, event: Event) -> Callable[[], None] | None:
+        """Append an event. Only the engine calls this.
+
+        Returns:
+            What to call once after all events of this step, whichever requests they belong to.
+        """
         with self._condition:
             assert self._finished is None, f"event after the end: {event}"
             if isinstance(event, Finished):
@@ -237,15 +242,23 @@ class GenerationHandle:
             except Exception:
                 # An error in a listener must not stop the engine.
                 logger.exception("the listener of a request failed")
+        return self._after_step
 
-    def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Call ``listener`` with every event, past ones first. It runs on the engine's thread, so it must be fast."""
+    def add_listener(self, listener: Callable[[Event], None], after_step: Callable[[], None] | None = None) -> None:
+        """Call ``listener`` with every event, past ones first. It runs on the engine's thread, so it must be fast.
+
+        Args:
+            after_step: called after the listeners of a step. If several requests have the same one, it is called once
+                for all of them, so it is the place to wake up another thread.
+        """
         with self._condition:
             assert self._listener is None, "a handle has one reader"
             # With the lock held, the engine cannot publish a newer event in between.
             while self._events:
                 listener(self._events.popleft())
-            self._listener = listener
+            self._listener, self._after_step = listener, after_step
+        if after_step is not None:
+            after_step()  # for the past events
 
     def wait(self, timeout_s: float | None = None) -> Finished | None:
         """Block until the request has ended. Returns None after ``timeout_s``."""

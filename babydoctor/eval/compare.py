@@ -39,8 +39,8 @@ def load_questions(folder: Path) -> list[Question]:
 def compare(a: Path, b: Path, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Compare two evaluation folders figure by figure.
 
-    Returns ``{"a", "b", "num_questions", "figures": {name: {"a", "b", "value", "low", "high", "p_value"}}}``.
-    ``value`` is B minus A.
+    Returns ``{"a", "b", "num_questions", "num_same_answers", "figures": {name: FIGURE}}`` with ``FIGURE = {"a", "b",
+    "value", "low", "high", "p_value"}``. ``value`` is B minus A. Answers are the same if their text is equal.
 
     Raises:
         UserError: the evaluations have different questions.
@@ -65,4 +65,6 @@ def compare(a: Path, b: Path, *, num_resamples: int = NUM_RESAMPLES, seed: int =
         other = by_name[figure.name]
         difference = paired_difference(figure, other, clusters(questions), num_resamples=num_resamples, seed=seed)
         result[figure.name] = {"a": figure.value, "b": other.value, **difference.to_json()}
-    return {"a": str(a), "b": str(b), "num_questions": len(questions), "figures": result}
+    num_same = sum(ours == theirs for ours, theirs in zip(*answers, strict=True))
+    counts = {"num_questions": len(questions), "num_same_answers": num_same}
+    return {"a": str(a), "b": str(b), **counts, "figures": result}

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLIT_NAMES = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+LLAMA_3_SPLIT = _WORDS + r"\p{N}{1,3}" + _REST
+"""The pattern by which LLaMA-3's tokenizer splits text before merging."""
+
+_SPLIT_NAMES = {LLAMA_3_SPLIT: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
 """The patterns of LLaMA-3 and Qwen2 and llama.cpp's names for them."""
 
 

@@ -99,7 +99,11 @@ class AnsweredRequest:
 
 
 class EventPump:
-    """Passes events from the engine's thread to the event loop, which it wakes once per decoding step."""
+    """Passes events from the engine's thread to the event loop, which it wakes up once per decoding step.
+
+    A wake-up writes to a socket and releases the interpreter lock meanwhile. One for each event would let the event
+    loop run in between and handle the step's events one by one.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[AnsweredRequest, Event], None]) -> None:
         self._loop = loop
@@ -108,8 +112,11 @@ class EventPump:
         self._is_scheduled = False
 
     def push(self, request: AnsweredRequest, event: Event) -> None:
-        """Queue an event. Called on the engine's thread."""
+        """Queue an event; ``wake`` comes after the last one. Thread-safe."""
         self._events.append((request, event))
+
+    def wake(self) -> None:
+        """Let the event loop deliver the queued events. Thread-safe."""
         if not self._is_scheduled and not self._loop.is_closed():
             self._is_scheduled = True
             self._loop.call_soon_threadsafe(self._drain)

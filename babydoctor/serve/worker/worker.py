@@ -191,6 +191,8 @@ class Worker(SingleModelBackend):
     # From request to engine; runs in a thread of ``_threads``.
 
     def _prepare(self, request: GenerateRequest, received_s: float) -> AnsweredRequest:
+        pump = self._pump
+        assert pump is not None, "start() comes before the first request"
         prepared = self._preprocessor.prepare(request)
         answered = AnsweredRequest(
             answer=AnswerStream(self._nothing),
@@ -208,7 +210,8 @@ class Worker(SingleModelBackend):
         if prepared.generation is None:
             # The lost worker had generated the whole answer, but did not report its end.
             reason: FinishReason = "stop" if answered.resumed is not None and answered.resumed.ended else "length"
-            self._push(answered, Finished(reason, "", Usage(answered.prompt_tokens, answered.num_tokens)))
+            pump.push(answered, Finished(reason, "", Usage(answered.prompt_tokens, answered.num_tokens)))
+            pump.wake()
             return answered
         try:
             answered.handle = self.engine.submit(prepared.generation)
@@ -216,12 +219,8 @@ class Worker(SingleModelBackend):
             self._open.discard(answered)
             raise api_error(error) from None
         request.images = None  # large, and no longer needed
-        answered.handle.add_listener(lambda event: self._push(answered, event))
+        answered.handle.add_listener(partial(pump.push, answered), after_step=pump.wake)
         return answered
-
-    def _push(self, answered: AnsweredRequest, event: Event) -> None:
-        assert self._pump is not None, "start() comes before the first request"
-        self._pump.push(answered, event)
 
     # From engine to answer; runs in the event loop.
 
