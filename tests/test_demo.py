@@ -18,7 +18,8 @@ from babydoctor.demo.certainty import measure_localization
 from babydoctor.demo.table import (
     IN_TERMS,
     ROBUSTNESS_ROWS,
-    localization_shortfalls,
+    certainty_lines,
+    certainty_shortfalls,
     robustness_shortfalls,
     shortfalls,
     to_markdown,
@@ -89,11 +90,26 @@ def test_each_threshold_of_wording_size_and_temperature() -> None:
     assert sampled == "77.0% of the answers at temperature 1 are right, below 85%"
 
 
-def test_maps_that_miss_the_finding_fail_the_check() -> None:
-    assert localization_shortfalls({"near_finding": {"value": 0.9}}) == []
-    assert localization_shortfalls({"near_finding": {"value": 0.5}}) == [
-        "50.0% of the maps peak near the finding, below 80%"
-    ]
+def made_up_certainty(near: float = 0.95, noticed: float = 1.0, alarms: float = 0.05, error: float = 0.01) -> Any:
+    """The parts of the three files that the demo reads."""
+    return {
+        "localization": {"num_near": round(40 * near), "num_cases": 40, "near_finding": {"value": near}},
+        "familiarity": {
+            "false_alarms": alarms,
+            "unfamiliar": {"upside_down": {"noticed": noticed}, "noise": {"noticed": 1.0}},
+        },
+        "confidence": {"calibration_error_after": error},
+    }
+
+
+def test_each_threshold_of_certainty() -> None:
+    assert certainty_shortfalls(made_up_certainty()) == []
+    (missed,) = certainty_shortfalls(made_up_certainty(near=0.5))
+    assert missed == "50.0% of the maps peak near the finding, below 80%"
+    (unnoticed,) = certainty_shortfalls(made_up_certainty(noticed=0.8))
+    assert unnoticed == "80.0% of the unfamiliar images (upside down) are noticed, below 90%"
+    assert len(certainty_shortfalls(made_up_certainty(alarms=0.2, error=0.3))) == 2
+    assert certainty_lines(made_up_certainty())[0].endswith("in 38 of 40 phantoms")
 
 
 def test_finished_steps_are_skipped_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +186,9 @@ def test_the_tables_come_from_the_phantom_task_and_the_other_ways_to_ask(
     demo.score_robustness(tmp_path)
     monkeypatch.setattr("babydoctor.demo.certainty.NUM_MAPS", 2)
     measure_localization(tmp_path / "phantoms", work / "align", tmp_path / "scores" / "certainty")
+    for name in ("familiarity", "confidence"):  # they need more images
+        path = tmp_path / "scores" / "certainty" / f"{name}.json"
+        path.write_text(json.dumps(made_up_certainty()[name]))
     questions = (work / "phantoms" / "questions.jsonl").read_text().splitlines()
     metrics = demo.read_scores(tmp_path)["align"]
     assert metrics["num_questions"] == len(questions)

@@ -24,6 +24,7 @@ from babydoctor.model.layer_probe import LayerProbe, group_by_layer
 from babydoctor.model.lora import LoraUpdate, add_lora, lora_layers, save_lora
 from babydoctor.model.merge import merge_run
 from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
+from babydoctor.model.tensor_files import save_tensors
 from babydoctor.model.weights import ShardWriter, WeightReader
 from babydoctor.schema import UserError
 
@@ -241,6 +242,20 @@ def test_wrong_weights_are_refused_and_deleted(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_weights_that_are_kept_do_not_keep_the_file_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 2**21)
+    tensors = {}
+    for layer in range(6):
+        tensors[f"{layer}.projection"] = torch.zeros(2**20)  # 4 MiB
+        tensors[f"{layer}.norm"] = torch.ones(64)
+    save_tensors(tensors, tmp_path / "model.safetensors")
+    kept = [weight for name, weight in WeightReader(tmp_path) if name.endswith(".norm")]
+    assert len(kept) == 6 and all(bool((weight == 1).all()) for weight in kept)
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert str(tmp_path) not in maps
+
+
 def test_the_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
     base = Path(read_manifest(runs["float32"]).language_model)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -250,13 +265,13 @@ def test_the_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
         probe.advance({name: state[name] for name in group})
     with torch.no_grad():
         torch.testing.assert_close(probe.logits, model(probe._input_ids).logits[0], atol=1e-5, rtol=1e-5)
-    beside, merged = LayerProbe(model.config), LayerProbe(model.config)
+    unmerged, merged = LayerProbe(model.config), LayerProbe(model.config)
     update = LoraUpdate(runs["float32"] / "adapter")
     for group in group_by_layer(WeightReader(base).files):
-        beside.advance({name: state[name] for name in group}, update)
+        unmerged.advance({name: state[name] for name in group}, update)
         merged.advance({name: update.apply(name.removesuffix(".weight"), state[name]) for name in group})
-    torch.testing.assert_close(beside.logits, merged.logits, atol=1e-4, rtol=1e-4)
-    assert (beside.logits - probe.logits).abs().max() > 0.01  # type: ignore[operator]
+    torch.testing.assert_close(unmerged.logits, merged.logits, atol=1e-4, rtol=1e-4)
+    assert (unmerged.logits - probe.logits).abs().max() > 0.01  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["float32", "nf4"])

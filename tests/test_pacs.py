@@ -109,7 +109,13 @@ def test_a_series_becomes_a_study_as_files_do(orthanc: Orthanc) -> None:
     found = asyncio.run(lines())
     loaded = uploads.studies.take(found[-1]["study"])
     assert found[0]["of"] == 4 and loaded.unread == {"not_fetched": 1} and loaded.origin is pacs
-    assert [one.size for one in loaded.series] == ["3 images"]
+    assert [one.size for one in loaded.series] == ["3 images"] and not loaded.extends_loaded
+    kept = [ct(1, StudyInstanceUID="1.2.9", SeriesInstanceUID="1.2.9.1", SOPInstanceUID="1.2.9.1.1")]
+    ticket = uploads.sources.put(PacsFiles(pacs, instances, len(instances), kept))
+    found = asyncio.run(lines())
+    loaded = uploads.studies.take(found[-1]["study"])
+    assert found[0]["of"] == 4 and loaded.extends_loaded
+    assert sorted(one.size for one in loaded.series) == ["1 image", "3 images"]
 
 
 @needs_orthanc

@@ -230,6 +230,20 @@ def test_a_session_counts_its_study_once_and_another_image_ends_it() -> None:
     assert session.study is None
 
 
+def test_a_prior_is_opened_beside_the_loaded_series() -> None:
+    current = [ct_slice(place, "2") for place in range(3)]
+    prior = [ct_slice(place, "3", StudyInstanceUID="1.9", StudyDate="20030120") for place in range(4)]
+    loaded = read(current)
+    loaded.series[0].scan.set_window(50, 300)
+    loaded.series[0].scan.frame = 2
+    both = read([*current, *prior])
+    assert both.keep_shown(loaded)
+    shown, second = both.series[both.shown], both.series[both.second or 0]
+    assert shown.scan is loaded.series[0].scan and (shown.scan.frame, shown.scan.center) == (2, 50)
+    assert second.size == "4 images" and second.days_before == 364
+    assert not read(prior).keep_shown(loaded)
+
+
 def test_an_image_with_damaged_pixels_keeps_its_place() -> None:
     files = [ct_slice(place) for place in range(3)]
     like = pydicom.dcmread(io.BytesIO(ct_slice(3)))

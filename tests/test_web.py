@@ -30,7 +30,7 @@ from babydoctor.serve.page.feedback import build_row, export_session, save_row
 from babydoctor.serve.page.overlay import group_words, place_on_image, to_data_url
 from babydoctor.serve.page.scan import AUTO_WINDOW, FILE_WINDOW, describe, open_scan
 from babydoctor.serve.page.session import KEEP_MIN, AnswerSettings, Exchange, Session, Sessions
-from babydoctor.serve.page.texts import SENTENCES, PageError
+from babydoctor.serve.page.texts import NO_LOCALIZATION, SENTENCES, PageError, localization_note
 from babydoctor.serve.page.uploads import MAX_WAITING_BYTES, Uploads
 
 
@@ -153,14 +153,14 @@ def test_identifying_data_do_not_leave_the_scan():
     session.scan, session.view = scan, scan.view()
     session.exchanges[0].view = session.view
     row = build_row(session, session.exchanges[0], verdict="up", errors=[], comment="", with_image=True)
-    told = [
+    texts = [
         repr(scan),
         repr(describe(scan)),
         export_session(session),
         json.dumps(row),
         session.view.png.decode("latin1"),
     ]
-    for text in told:
+    for text in texts:
         assert "Zzyzx" not in text and "77123" not in text
     assert scan.num_identifying >= 3 and not {name for name, _ in describe(scan)} & set(IDENTIFYING_TAGS)
 
@@ -312,6 +312,13 @@ def test_an_answer_stops_if_its_tab_does_not_return(monkeypatch: pytest.MonkeyPa
 def test_markdown_is_rendered_and_html_is_text(text: str, shown: str, hidden: str):
     rendered = show.markdown(text).replace("<br />", "<br>")
     assert shown in rendered and hidden not in rendered
+
+
+def test_an_overlay_says_how_often_such_maps_found_the_finding():
+    note = localization_note({"num_near": 38, "num_cases": 40})
+    assert "in 38 of 40 cases" in note and "Not measured on real images" in note
+    for unknown in (None, {}, {"num_near": None, "num_cases": 40}, {"num_near": "many", "num_cases": 40}):
+        assert localization_note(unknown) == NO_LOCALIZATION
 
 
 def test_an_answer_names_its_image_frame_window_and_model():

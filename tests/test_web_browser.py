@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -253,24 +255,51 @@ def test_how_sure_it_is(tab):
     expect(tab.locator("#bd-chat .bd-sure")).to_have_count(0)
 
 
-@pytest.mark.skipif("BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no page with a model")
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
-def test_screenshots_for_the_readme(browser, scheme: str, width: int):
-    """``BABYDOCTOR_PAGE_URL=http://127.0.0.1:7860 pytest tests/test_web_browser.py -k readme`` renews the pictures."""
+IMAGES = Path(__file__).parents[1] / "images"
+needs_page = pytest.mark.skipif(
+    "BABYDOCTOR_PAGE_URL" not in os.environ, reason="BABYDOCTOR_PAGE_URL names no web UI with a model"
+)
+
+
+@contextlib.contextmanager
+def served_page(browser, width: int, scheme: str):
+    """A tab on the web UI that BABYDOCTOR_PAGE_URL names."""
     context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
     context.set_default_timeout(TIMEOUT_MS)
     tab = context.new_page()
     tab.goto(os.environ["BABYDOCTOR_PAGE_URL"])
     enter(tab)
-    tab.get_by_role("button", name="Phantom CT, nodule").click()
-    expect(tab.locator("#bd-viewer img")).to_be_visible()
-    for question in ("What kind of scan is this?", "What is the main finding?"):
-        ask(tab, question)
-        wait_for_answer(tab)
-    tab.get_by_role("button", name="Where it looked").click()
-    tab.get_by_role("button", name="Show for the last answer").click()
-    expect(tab.locator("#bd-overlay img").nth(1)).to_be_visible()
-    tab.wait_for_timeout(500)
-    folder = Path(__file__).parents[1] / "images"
-    tab.screenshot(path=folder / f"page_{width}_{scheme}.png", full_page=True)
+    yield tab
     context.close()
+
+
+@needs_page
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)])
+def test_screenshots_for_the_readme(browser, scheme: str, width: int):
+    """``BABYDOCTOR_PAGE_URL=http://127.0.0.1:7860 pytest tests/test_web_browser.py -k readme`` renews the pictures."""
+    with served_page(browser, width, scheme) as tab:
+        tab.get_by_role("button", name="Phantom CT, nodule").click()
+        expect(tab.locator("#bd-viewer img")).to_be_visible()
+        for question in ("What kind of scan is this?", "What is the main finding?"):
+            ask(tab, question)
+            wait_for_answer(tab)
+        tab.get_by_role("button", name="Where it looked").click()
+        tab.get_by_role("button", name="Show for the last answer").click()
+        expect(tab.locator("#bd-overlay img").nth(1)).to_be_visible()
+        tab.wait_for_timeout(500)
+        tab.screenshot(path=IMAGES / f"page_{width}_{scheme}.png", full_page=True)
+
+
+@needs_page
+def test_screenshot_of_a_cat_for_the_readme(browser):
+    """The photograph is from scikit-image and in the public domain (CC0)."""
+    package = importlib.util.find_spec("skimage")
+    if package is None:
+        pytest.skip("scikit-image, which has the photograph of a cat, is not installed")
+    with served_page(browser, 1280, "light") as tab:
+        load(tab, (Path(package.submodule_search_locations[0]) / "data" / "chelsea.png").read_bytes())
+        expect(tab.locator("#bd-viewer img")).to_be_visible()
+        ask(tab, "What is the main finding?")
+        wait_for_answer(tab)
+        expect(tab.locator("#bd-chat .bd-sure.warning")).to_be_visible()
+        tab.screenshot(path=IMAGES / "page_unfamiliar.png")

@@ -114,6 +114,8 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     assert brightest(from_data_url(shown(tab)), NAME) < 60
     expect(tab.locator("#bd-viewer svg rect.hidden")).to_have_count(1)
     panel.locator("summary").click()
+    # The picture is large enough to see the box.
+    assert tab.locator("#bd-viewer svg rect.hidden").bounding_box()["width"] > 40
     panel.get_by_role("button", name="Show 1: may be a name").click()
     expect(panel.get_by_role("button", name="Hide 1: may be a name")).to_be_visible()
     expect(tab.locator("#bd-viewer svg rect.shown")).to_have_count(1)
@@ -195,6 +197,8 @@ def test_an_image_comes_from_the_pacs_and_its_answer_is_stored_there(tab, parts:
     image = report.ContentSequence[-1].ReferencedSOPSequence[0]
     assert image.ReferencedSOPInstanceUID == "1.2.3.3"
 
+    _open_a_prior(tab, parts)
+
     # An image that is not from the PACS cannot be stored there.
     tab.get_by_role("button", name="Real MR, abdomen").click()
     expect(tab.locator("#bd-facts")).to_contain_text("MR")
@@ -204,6 +208,29 @@ def test_an_image_comes_from_the_pacs_and_its_answer_is_stored_there(tab, parts:
     expect(tab.locator("#bd-pacs-stored")).to_contain_text("did not come from a PACS")
     log = (parts.folder / "page").read_text(encoding="utf-8")
     assert PATIENT not in log and "P-4711" not in log and CREDENTIALS.partition(":")[2] not in log
+
+
+def _open_a_prior(tab, parts: PacsParts) -> None:
+    """The loaded series and the conversation about it stay; the prior is opened beside it."""
+    prior = {"StudyInstanceUID": "1.2.9", "SeriesInstanceUID": "1.2.9.1", "StudyDate": "20030119"}
+    for number in (1, 2):
+        changes = prior | {"PatientID": "P-4711", "InstanceNumber": number, "SOPInstanceUID": f"1.2.9.1.{number}"}
+        parts.orthanc.add(patient_dicom(**changes))
+    form, results = tab.get_by_role("button", name="Load from a PACS"), tab.locator("#bd-pacs-results")
+    if not tab.get_by_label("Patient ID").is_visible():
+        form.click()
+    tab.get_by_label("Study date").fill("2003-01-19")
+    tab.get_by_label("Keep the loaded series").check()
+    tab.get_by_role("button", name="Search", exact=True).click()
+    expect(results.locator("li")).to_have_count(1)
+    results.locator("li button").click()
+    results.get_by_role("button", name="CT series").click()
+    expect(tab.locator("#bd-study .bd-series")).to_have_count(2)
+    expect(tab.locator("#bd-second-canvas .where")).to_contain_text("of 2")
+    expect(tab.locator("#bd-study")).to_contain_text("365 days before study 1")
+    expect(tab.locator("#bd-viewer")).to_contain_text("image 3 of 3")
+    expect(tab.locator("#bd-chat .bd-answer")).to_have_text("A vertebra.")
+    assert PATIENT not in tab.content() and "P-4711" not in tab.content()
 
 
 @needs_ocr

@@ -19,6 +19,7 @@ from helpers.study_files import ct_slice, zipped
 from helpers.web_ui import (
     PATIENT,
     START_S,
+    axe_violations,
     browser,
     enter,
     expect,
@@ -148,7 +149,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     assert f"level {center:g}, width {width:g}" in caption(tab)
     assert (drawn(tab, WHOLE) == sent(tab)).all()
     # Inversion, mirroring, turns.
-    for name, said in (("i", "inverted"), ("h", "mirrored"), ("t", "turned 90°"), ("v", "turned"), ("t", "turned")):
+    for name, said in (("i", "inverted"), ("h", "flipped"), ("t", "rotated 90°"), ("v", "rotated"), ("t", "rotated")):
         key(tab, name)
         settle(tab)
         assert said in caption(tab)
@@ -169,7 +170,7 @@ def test_the_canvas_shows_what_the_model_gets(tab, changes: dict[str, str]):
     # A double click resets everything.
     tab.mouse.dblclick(*middle(tab))
     settle(tab)
-    assert shown_window(tab) == (100, 700) and "inverted" not in caption(tab) and "turned" not in caption(tab)
+    assert shown_window(tab) == (100, 700) and "inverted" not in caption(tab) and "rotated" not in caption(tab)
 
 
 def test_the_controls_and_the_canvas_stay_in_sync(tab):
@@ -384,7 +385,11 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     for pane in ("#bd-canvas .bd-pane", "#bd-second-canvas .bd-pane"):
         box = tab.locator(pane).bounding_box()
         assert box["width"] > 300 and box["y"] + box["height"] < 800, box
+    assert axe_violations(tab) == []
+    tab.get_by_role("button", name="Light / dark").click()
+    assert axe_violations(tab) == []
     # Without the link only one of them moves.
+    second.locator("canvas").focus()
     tab.keyboard.press("l")
     expect(second.locator(".bd-link-note")).to_have_text("Not linked.")
     tab.keyboard.press("End")

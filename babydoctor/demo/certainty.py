@@ -6,7 +6,9 @@ They take some seconds and write their figures into the run's manifest, where se
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from babydoctor.config import TaskConfig
 from babydoctor.eval.certainty.confidence import evaluate_confidence
@@ -19,6 +21,12 @@ NUM_REFERENCES = 1500
 NUM_QUESTIONS = 600
 NUM_MAPS = 40
 """A map takes about 0.4 s on one CPU core."""
+
+
+def read_measured(out: Path) -> dict[str, Any]:
+    """What the demo measured, by name: ``localization``, ``familiarity`` and ``confidence``."""
+    names = ("localization", "familiarity", "confidence")
+    return {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names}
 
 
 def measure_localization(phantoms: Path, run: Path, out: Path) -> None:

@@ -24,7 +24,8 @@ from babydoctor.demo.table import (
     HEAD,
     ROBUSTNESS_HEAD,
     SECTION,
-    localization_shortfalls,
+    certainty_lines,
+    certainty_shortfalls,
     robustness_rows,
     robustness_shortfalls,
     shortfalls,
@@ -213,15 +214,15 @@ def print_scores(work: Path, update: Path | None = None) -> list[str]:
     Args:
         update: Markdown file to write the tables to, between its markers.
     """
-    from babydoctor.demo.certainty import LOCALIZATION
+    from babydoctor.demo.certainty import read_measured
 
     stages, robustness = read_scores(work), read_robustness(work)
-    localization = json.loads((work / "scores" / "certainty" / LOCALIZATION).read_text(encoding="utf-8"))
+    measured = read_measured(work / "scores" / "certainty")
     title = f"{stages[STAGES[0]]['num_questions']} closed questions about held-out phantoms, % correct"
     _print_table(title, HEAD, table_rows(stages), num_names=2, section=len(CONDITIONS))
     _print_table("Other wordings, sizes and sampling, % correct", ROBUSTNESS_HEAD, robustness_rows(robustness))
-    near, cases = localization["num_near"], localization["num_cases"]
-    console.print(f'"Where it looked" peaks on the finding or within half a patch of it in {near} of {cases} phantoms')
+    for line in certainty_lines(measured):
+        console.print(line)
     _print_example(work)
     if update is not None:
         write_section(update, SECTION, to_markdown(stages, robustness))
@@ -229,7 +230,7 @@ def print_scores(work: Path, update: Path | None = None) -> list[str]:
     return [
         *shortfalls(stages["radiology"], stages["instruct"]),
         *robustness_shortfalls(robustness),
-        *localization_shortfalls(localization),
+        *certainty_shortfalls(measured),
     ]
 
 

@@ -34,9 +34,9 @@ ROBUSTNESS_HEAD = ("radiology, asked", *KINDS, "location", "report", "all", "out
 class Thresholds:
     """What the last stage must reach on held-out phantoms, so that ``demo --check`` notices when it gets worse.
 
-    The goals are higher: 0.95 for ``accuracy``, 0.9 for ``held_out_wordings``, ``declined``, ``at_temperature_1`` and
-    ``near_finding``. ``declined`` rests on 64 questions and ``near_finding`` on 40 maps, so their standard error is 5
-    points.
+    The goals are higher: 0.95 for ``accuracy`` and ``noticed``, 0.9 for ``held_out_wordings``, ``declined``,
+    ``at_temperature_1`` and ``near_finding``, 0.05 for ``false_alarms``. ``declined`` rests on 64 questions and
+    ``near_finding`` on 40 maps, so their standard error is 5 points.
 
     Attributes:
         accuracy: of all questions, answered in radiology terms with the right image.
@@ -49,6 +49,9 @@ class Thresholds:
         between_sizes: largest difference in accuracy between images of 84 px and larger ones.
         at_temperature_1: share of right answers at temperature 1.
         near_finding: share of occlusion maps with their peak on the finding or within half a patch of it.
+        noticed: share of each kind of unfamiliar images that is noticed.
+        false_alarms: share of held-out phantoms that count as unfamiliar.
+        calibration_error: expected calibration error of the confidence of closed answers.
     """
 
     accuracy: float = 0.93
@@ -61,6 +64,9 @@ class Thresholds:
     between_sizes: float = 0.03
     at_temperature_1: float = 0.85
     near_finding: float = 0.8
+    noticed: float = 0.9
+    false_alarms: float = 0.1
+    calibration_error: float = 0.05
 
 
 def accuracies(metrics: Mapping[str, Any], condition: str) -> dict[str, float]:
@@ -147,11 +153,40 @@ def robustness_shortfalls(robustness: Mapping[str, Any], thresholds: Thresholds 
     return found
 
 
-def localization_shortfalls(figures: Mapping[str, Any], thresholds: Thresholds | None = None) -> list[str]:
-    """What the occlusion maps lack, in words. ``figures``: the content of ``localization.json``."""
-    limit = (thresholds or Thresholds()).near_finding
-    share = figures["near_finding"]["value"]
-    return [f"{share:.1%} of the maps peak near the finding, below {limit:.0%}"] if share < limit else []
+def certainty_lines(measured: Mapping[str, Any]) -> list[str]:
+    """What was measured of maps, unfamiliar images and confidence, in words.
+
+    Args:
+        measured: the content of ``localization.json``, ``familiarity.json`` and ``confidence.json``, by name.
+    """
+    maps, known, sure = (measured[name] for name in ("localization", "familiarity", "confidence"))
+    kinds = ", ".join(f"{name.replace('_', ' ')} {of['noticed']:.1%}" for name, of in known["unfamiliar"].items())
+    return [
+        f'"Where it looked" peaks on the finding or within half a patch of it in {maps["num_near"]} of '
+        f"{maps['num_cases']} phantoms",
+        f"Unfamiliar images noticed: {kinds}; false alarms: {known['false_alarms']:.1%}",
+        f"Expected calibration error of confidence: {sure['calibration_error_after']:.3f}",
+    ]
+
+
+def certainty_shortfalls(measured: Mapping[str, Any], thresholds: Thresholds | None = None) -> list[str]:
+    """What maps, unfamiliar images and confidence lack, in words. ``measured`` as for ``certainty_lines``."""
+    limits = thresholds or Thresholds()
+    near = measured["localization"]["near_finding"]["value"]
+    known, error = measured["familiarity"], measured["confidence"]["calibration_error_after"]
+    found = []
+    if near < limits.near_finding:
+        found.append(f"{near:.1%} of the maps peak near the finding, below {limits.near_finding:.0%}")
+    for kind, figures in known["unfamiliar"].items():
+        if figures["noticed"] < limits.noticed:
+            share = f"{figures['noticed']:.1%} of the unfamiliar images ({kind.replace('_', ' ')})"
+            found.append(f"{share} are noticed, below {limits.noticed:.0%}")
+    if known["false_alarms"] > limits.false_alarms:
+        share = f"{known['false_alarms']:.1%} of the held-out phantoms"
+        found.append(f"{share} count as unfamiliar, above {limits.false_alarms:.0%}")
+    if error > limits.calibration_error:
+        found.append(f"the calibration error is {error:.3f}, above {limits.calibration_error}")
+    return found
 
 
 def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str, Any] | None = None) -> str:
@@ -161,8 +196,8 @@ def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
         "phantoms. An answer is right only if all of it is right. Chance is the accuracy of the best constant answer "
-        "to each kind of question. On blank images a model can fall below chance: it may correctly see no abnormality, "
-        "which is a wrong answer to a question about side or level."
+        "to each kind of question. On blank images a model can fall below chance: it may correctly see no "
+        "abnormality, which is a wrong answer to a question about side or level."
     )
     parts = ["\n".join([*lines, "", note])]
     if robustness is not None:

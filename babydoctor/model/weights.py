@@ -59,7 +59,7 @@ def read_model_config(path: str | Path, what: str) -> Any:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint: safetensors where there are any, else ``pytorch_model*.bin``."""
+    """The weight files of a checkpoint: safetensors if there are any, else ``pytorch_model*.bin``."""
     for pattern, index_name in (
         ("model*.safetensors", "model.safetensors.index.json"),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -80,6 +80,9 @@ SHARD_BYTES = 2 * 2**30
 """Size at which a written shard is closed. Readers map one shard at a time."""
 
 _MAPPED_BYTES = 2**29
+_COPIED_BYTES = 2**20
+"""Weights up to this size are copied. A norm's 8 KB that a model keeps would keep ``_MAPPED_BYTES`` mapped."""
+
 _HEADER_BYTES = 2**17
 _MAX_TENSORS = 512
 """A shard is also closed after this many tensors, so that its header (about 150 bytes per tensor) fits."""
@@ -88,8 +91,8 @@ _MAX_TENSORS = 512
 class WeightReader:
     """Reads the weights of a checkpoint by name. One file is open at a time.
 
-    Weights are memory-mapped. Those that the caller no longer holds are unmapped when the next file is opened, and
-    after every ``_MAPPED_BYTES`` of a large file. So reading a whole checkpoint takes little memory at any shard
+    Large weights are memory-mapped. Those that the caller no longer holds are unmapped when the next file is opened,
+    and after every ``_MAPPED_BYTES`` of a large file. So reading a whole checkpoint takes little memory at any shard
     size.
 
     Attributes:
@@ -124,11 +127,11 @@ class WeightReader:
                 progress.advance(weight.nbytes)
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight ``name``, memory-mapped."""
+        """The weight ``name``, memory-mapped unless it is small."""
         file = self._file(self.files[name])
         weight = file[name] if isinstance(file, dict) else file.get_tensor(name)
         self._mapped += weight.nbytes
-        return weight
+        return weight.clone() if weight.nbytes <= _COPIED_BYTES else weight
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight; its values are not read."""

@@ -292,3 +292,17 @@ def patient_dicom(without: tuple[str, ...] = (), **changes: Any) -> bytes:
     buffer = io.BytesIO()
     dataset.save_as(buffer)
     return buffer.getvalue()
+
+
+def axe_violations(tab: Any) -> list[str]:
+    """Serious and critical findings of axe-core."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    response = axe.Axe().run(tab).response
+    assert len(response["passes"]) > 20
+    found = response["violations"]
+    return [
+        f"{each['id']}: {node['html'][:160]} {node['any'][:1]}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]

@@ -32,7 +32,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """Print the figures of two evaluations, their differences and p-values."""
+    """Print the figures of two evaluations, their differences, p-values and the number of equal answers."""
     table = Table(box=None, pad_edge=False)
     for name in (f"{result['num_questions']} questions", "A", "B", "B - A [95%]", "p"):
         table.add_column(name.replace("[", "\\["), justify="left" if "questions" in name else "right")

@@ -152,8 +152,8 @@ class WebUI:
         form = [panel.server, panel.patient, panel.accession, panel.date]
         searches = [panel.search.click, panel.patient.submit, panel.accession.submit, panel.date.submit]
         gr.on(searches, handlers.on_search, form, [panel.results, panel.status], **ONCE)
-        picked = [panel.results, panel.status, panel.ticket, panel.patient, panel.accession, panel.form]
-        panel.results.select(handlers.on_pick, None, picked, **ONCE).then(
+        picked = [panel.results, panel.status, panel.ticket, panel.patient, panel.accession, panel.form, panel.keep]
+        panel.results.select(handlers.on_pick, [panel.keep], picked, **ONCE).then(
             None, [panel.ticket], [panel.ticket], js=script("loadTicket(ticket)", "ticket")
         )
         storing = StoreHandlers(self.ui, self.sessions, self.client)

@@ -190,6 +190,7 @@ SENTENCES: dict[str, str] = {
     "pacs_not_dicomweb": "The PACS did not answer as DICOMweb requires. Tell the person who runs this server.",
     "pacs_no_images": "This series contains no images.",
     "pacs_not_from_here": "The image did not come from a PACS, so there is nowhere to store the answer.",
+    "pacs_cannot_keep": "No series from this PACS is loaded, so none can be kept. Untick the box and try again.",
     "pacs_read_only": "This PACS is set up for reading only. Nothing was stored.",
     "pacs_no_report": "Nothing was stored: the image lacks attributes that a report needs.",
     "odd_region": "The region is too small or too thin for the model. Draw a larger box. Nothing was changed.",

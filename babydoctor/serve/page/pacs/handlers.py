@@ -13,7 +13,7 @@ from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.handlers import Changes, Handlers, chosen_index, event_values, shows_errors
 from babydoctor.serve.page.layout import Layout
 from babydoctor.serve.page.pacs.client import PacsClient, StudyQuery
-from babydoctor.serve.page.session import Sessions
+from babydoctor.serve.page.session import Session, Sessions
 from babydoctor.serve.page.study.pacs_files import PacsFiles
 from babydoctor.serve.page.study.uploads import StudyUploads
 from babydoctor.serve.page.texts import PageError
@@ -57,8 +57,12 @@ class PacsHandlers(Handlers):
         return {self.ui.pacs.results: show.pacs_studies(picker.studies)}
 
     @shows_errors
-    def on_pick(self, event: gr.EventData, request: gr.Request) -> Changes:
-        """Handle the choice of a study or a series. The tab then requests the series by a ticket and shows progress."""
+    def on_pick(self, keep: bool, event: gr.EventData, request: gr.Request) -> Changes:
+        """Handle the choice of a study or a series. The tab then requests the series by a ticket and shows progress.
+
+        Args:
+            keep: keep the loaded series, and open the chosen one beside them.
+        """
         session = self.sessions.accepted(request.session_hash)
         picker, values = session.pacs, event_values(event)
         if picker.client is None:
@@ -72,11 +76,23 @@ class PacsHandlers(Handlers):
         instances = picker.client.instances(series)
         if not instances:
             raise PageError("pacs_no_images")
-        source = PacsFiles(picker.client, instances, max(series.num_instances, len(instances)))
+        kept = _files_to_keep(session, picker.client) if keep is True else ()
+        source = PacsFiles(picker.client, instances, max(series.num_instances, len(instances)), kept)
         picker.forget_patients()
         panel = self.ui.pacs
-        emptied = {panel.results: "", panel.patient: "", panel.accession: ""}
+        emptied = {panel.results: "", panel.patient: "", panel.accession: "", panel.keep: False}
         return emptied | {panel.ticket: self.uploads.sources.put(source), panel.form: gr.Accordion(open=False)}
+
+
+def _files_to_keep(session: Session, client: PacsClient) -> list[bytes]:
+    """The files of the loaded study.
+
+    Raises:
+        PageError: they did not come from this PACS, so no answer about them may be stored there.
+    """
+    if session.study is None or session.study.origin is not client:
+        raise PageError("pacs_cannot_keep")
+    return [file.data for series in session.study.series for file in series.stack.files]
 
 
 class StoreHandlers(Handlers):

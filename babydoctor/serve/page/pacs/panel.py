@@ -27,6 +27,9 @@ class PacsPanel:
                 self.patient = gr.Textbox(label="Patient ID", max_length=64, min_width=120)
                 self.accession = gr.Textbox(label="Accession no.", max_length=64, min_width=120)
                 self.date = gr.Textbox(label="Study date", max_length=32, min_width=120, placeholder="2024-05-31")
+            self.keep = gr.Checkbox(
+                False, label="Keep the loaded series and open the new one beside it", elem_id="bd-pacs-keep"
+            )
             self.search = gr.Button("Search", size="sm", elem_id="bd-pacs-search")
             self.status = gr.HTML("", elem_id="bd-pacs-status", apply_default_css=False)
             self.results = gr.HTML("", js_on_load=buttons, elem_id="bd-pacs-results", apply_default_css=False)

@@ -76,6 +76,10 @@ class StudyHandlers(Handlers):
         return self._show_list(session)
 
     def _open(self, session: Session, study: Study) -> Changes:
+        before = session.study
+        if study.extends_loaded and before is not None and study.keep_shown(before):
+            session.study = study
+            return self.images.show_scan(session)  # the conversation is about the same image
         changes = self.images.load(session, study.series[study.shown].scan)
         session.study = study
         return changes | self._show_list(session)

@@ -14,15 +14,23 @@ class PacsFiles:
 
     Args:
         num_stated: number of images in the series according to the PACS.
+        kept: files of the loaded study, which are part of the new one, too.
     """
 
-    def __init__(self, client: PacsClient, instances: Sequence[PacsInstance], num_stated: int) -> None:
+    def __init__(
+        self, client: PacsClient, instances: Sequence[PacsInstance], num_stated: int, kept: Sequence[bytes] = ()
+    ) -> None:
         self.client = client
         self._instances = tuple(instances)
         self._num_stated = num_stated
+        self._kept = tuple(kept)
+
+    @property
+    def has_kept(self) -> bool:
+        return bool(self._kept)
 
     def __len__(self) -> int:
-        return self._num_stated
+        return len(self._kept) + self._num_stated
 
     def files(self) -> Iterator[bytes | Refused]:
         """The images.
@@ -30,7 +38,8 @@ class PacsFiles:
         Raises:
             PageError: the PACS cannot be reached or refuses the request, or the series exceeds a limit of a study.
         """
-        num_bytes = 0
+        yield from self._kept
+        num_bytes = sum(map(len, self._kept))
         for instance in self._instances:
             try:
                 data = self.client.fetch(instance)

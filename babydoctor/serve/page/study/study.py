@@ -67,6 +67,7 @@ class Study:
         shown: index of the series that the model receives.
         second: index of the series in the second viewport; None while it is closed.
         origin: the PACS that the files were fetched from.
+        extends_loaded: the files include those of the study that was loaded at the request.
     """
 
     series: list[Series]
@@ -74,6 +75,24 @@ class Study:
     shown: int = 0
     second: int | None = None
     origin: PacsClient | None = field(default=None, repr=False)
+    extends_loaded: bool = False
+
+    def keep_shown(self, before: Study) -> bool:
+        """Take over how the series of an earlier study are shown, and show a new one in the second viewport.
+
+        Returns False, and changes nothing, if the series that was shown is not among those of this study.
+        """
+        old = {_hashes(one): one for one in before.series}
+        hashes = [_hashes(one) for one in self.series]
+        wanted = _hashes(before.series[before.shown])
+        if wanted not in hashes:
+            return False
+        for one, files in zip(self.series, hashes, strict=True):
+            if files in old:
+                one.scan, one.stack = old[files].scan, old[files].stack
+        self.shown = hashes.index(wanted)
+        self.second = next((index for index, files in enumerate(hashes) if files not in old), None)
+        return True
 
     @property
     def num_bytes(self) -> int:
@@ -160,6 +179,11 @@ class StudyReader:
             key=lambda one: len(one.stack),
         )
         return Study(series, self.unread, series.index(best))
+
+
+def _hashes(series: Series) -> tuple[str, ...]:
+    """Of the series' files, in order."""
+    return tuple(file.sha256 for file in series.stack.files)
 
 
 def open_stack(stack: Stack) -> Scan:

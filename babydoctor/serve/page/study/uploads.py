@@ -123,7 +123,8 @@ class StudyUploads:
                     told_s = time.monotonic()
                     yield _line(read=num_read, of=len(source))
             study = await asyncio.to_thread(reader.study)
-            study.origin = source.client if isinstance(source, PacsFiles) else None
+            if isinstance(source, PacsFiles):
+                study.origin, study.extends_loaded = source.client, source.has_kept
             yield _line(study=self.studies.put(study, study.num_bytes))
         except Exception as error:
             yield _line(error=as_page_error(error).code)

@@ -48,6 +48,6 @@ class Arrangement:
             left, top, right, bottom = self.region
             parts.append(f"region of {right - left} × {bottom - top} pixels from column {left + 1}, row {top + 1}")
         parts += ["inverted"] if self.is_inverted else []
-        parts += ["mirrored left to right"] if self.is_mirrored else []
-        parts += [f"turned {90 * self.quarter_turns}° clockwise"] if self.quarter_turns else []
+        parts += ["flipped left to right"] if self.is_mirrored else []
+        parts += [f"rotated {90 * self.quarter_turns}° clockwise"] if self.quarter_turns else []
         return ", ".join(parts)
