@@ -49,7 +49,7 @@ _PARENT_POLL_S = 0.5
 
 
 def prepare_process() -> None:
-    """Switches for every command. Call first: before numpy and torch are loaded, and before a process is started."""
+    """Switches for every command. Call it first, before torch is loaded and before a process is started."""
     share_cores()
     quiet_libraries()
 
