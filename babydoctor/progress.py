@@ -65,15 +65,16 @@ def named_progress() -> Iterator[Callable[[str, int, int], None]]:
     """
     tasks: dict[str, Any] = {}
     started: dict[str, tuple[float, int]] = {}
-    logged = time.monotonic()
+    logged = last = time.monotonic()
 
     def update(description: str, done: int, total: int) -> None:
-        nonlocal logged
+        nonlocal logged, last
+        now = time.monotonic()
         if description not in tasks:
             tasks[description] = bars.add_task(description, total=total)
-            started[description] = time.monotonic(), done - 1
+            started[description] = last, done - 1  # the work on the first item began after the last update
+        last = now
         bars.update(tasks[description], completed=done)
-        now = time.monotonic()
         if bars.disable and now - logged > _LOG_EVERY_S:
             logged = now
             start, done_before = started[description]

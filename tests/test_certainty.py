@@ -197,12 +197,12 @@ def test_familiarity_is_measured_and_recorded(phantoms: Path, tmp_path: Path, mo
     monkeypatch.setattr(measure_familiarity, "NUM_DRAWN", 40)
     rows = (str(phantoms / "radiology_train.json"),)
     task = TaskConfig(task="phantom", data=str(phantoms), train=rows)
-    told: list[tuple[str, int, int]] = []
+    reported: list[tuple[str, int, int]] = []
     summary = evaluate_familiarity(
-        run_directory, task, tmp_path / "out", unfamiliar=photographs, progress=lambda *each: told.append(each)
+        run_directory, task, tmp_path / "out", unfamiliar=photographs, progress=lambda *each: reported.append(each)
     )
     assert summary["num_references"] == 80 and summary["num_held_out"] == 30
-    assert ("training images", 80, 80) in told and ("photographs", 12, 12) in told
+    assert ("training images", 80, 80) in reported and ("photographs", 12, 12) in reported
     assert set(summary["unfamiliar"]) == {"upside_down", "noise", "text", "photographs"}
     assert summary["false_alarms"] <= 0.2 and summary["auroc"] > 0.8
     assert all(summary["unfamiliar"][kind]["noticed"] > 0.9 for kind in ("noise", "text", "photographs"))

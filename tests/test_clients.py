@@ -101,8 +101,8 @@ print(repr(asyncio.run(model.generate("Which modality is this?")).completion))
 
 def test_inspect_ai_uses_the_responses_api(controller: Server, tmp_path: Path):
     need("inspect_ai")
-    told = run_client(INSPECT, f"{controller.url}/v1", cwd=tmp_path)
-    assert told == repr(expected(controller, "Which modality is this?", 16))
+    answer = run_client(INSPECT, f"{controller.url}/v1", cwd=tmp_path)
+    assert answer == repr(expected(controller, "Which modality is this?", 16))
 
 
 LITELLM = """
@@ -118,8 +118,8 @@ print(repr(reply.choices[1].message.content))
 
 def test_litellm(controller: Server, tmp_path: Path):
     need("litellm")
-    told = run_client(LITELLM, f"{controller.url}/v1", cwd=tmp_path)
-    assert told == repr(expected(controller, "Which modality is this?", 16))
+    answer = run_client(LITELLM, f"{controller.url}/v1", cwd=tmp_path)
+    assert answer == repr(expected(controller, "Which modality is this?", 16))
 
 
 LANGCHAIN = """
@@ -132,8 +132,8 @@ print(repr(chat.invoke("Which modality is this?").content))
 
 def test_langchain(controller: Server, tmp_path: Path):
     need("langchain_openai", "uuid_utils")
-    told = run_client(LANGCHAIN, f"{controller.url}/v1", cwd=tmp_path)
-    assert told == repr(expected(controller, "Which modality is this?", 16))
+    answer = run_client(LANGCHAIN, f"{controller.url}/v1", cwd=tmp_path)
+    assert answer == repr(expected(controller, "Which modality is this?", 16))
 
 
 def test_guidellm_runs_a_benchmark(controller: Server, tmp_path: Path):

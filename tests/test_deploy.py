@@ -37,12 +37,12 @@ def compose() -> dict[str, Any]:
 
 def commands() -> dict[str, list[str]]:
     """The arguments of every container, each with a name for the test."""
-    told = {f"compose-{name}": service["command"] for name, service in compose().items()}
+    found = {f"compose-{name}": service["command"] for name, service in compose().items()}
     for manifest in manifests():
         if manifest["kind"] == "Deployment":
             (container,) = manifest["spec"]["template"]["spec"]["containers"]
-            told[f"kubernetes-{container['name']}"] = container["args"]
-    return told
+            found[f"kubernetes-{container['name']}"] = container["args"]
+    return found
 
 
 def test_the_dockerfile_is_linted() -> None:

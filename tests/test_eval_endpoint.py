@@ -43,13 +43,13 @@ def answers(folder: Path, condition: str) -> dict[str, str]:
 def test_our_own_server_answers_as_the_run_does(rows: TaskConfig, tmp_path: Path) -> None:
     worker = tiny_worker()
     name = requests.get(f"{worker.url}/v1/models").json()["data"][0]["id"]
-    told: list[tuple[str, int, int]] = []
+    reported: list[tuple[str, int, int]] = []
     endpoint = Endpoint(f"{worker.url}/v1", name)
     result = evaluate(
-        tmp_path / "server", rows, CONFIG, endpoint=endpoint, progress=lambda *progress: told.append(progress)
+        tmp_path / "server", rows, CONFIG, endpoint=endpoint, progress=lambda *progress: reported.append(progress)
     )
     evaluate(tmp_path / "run", rows, CONFIG, run=tiny_run())
-    assert [told.count((f"{condition} image", 6, 6)) for condition in CONFIG.images_as] == [1, 1, 1, 1]
+    assert [reported.count((f"{condition} image", 6, 6)) for condition in CONFIG.images_as] == [1, 1, 1, 1]
     for condition in ("right", "shuffled"):
         assert answers(tmp_path / "server", condition) == answers(tmp_path / "run", condition)
     assert result["num_failed"] == dict.fromkeys(CONFIG.images_as, 0)

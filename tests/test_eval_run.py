@@ -50,7 +50,7 @@ def _write_answers(path: Path, answers: list[str]) -> Path:
 def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, tmp_path: Path) -> None:
     config = TaskConfig(task="rows", data=str(rows))
     counted: list[tuple[str, int, int]] = []
-    result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
+    result = evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *progress: counted.append(progress))
     assert counted[-1] == ("shuffled image", 8, 8)
     assert set(result["conditions"]) == {"right", "shuffled"}
     assert result["conditions"]["right"]["figures"]["closed_accuracy"]["num_questions"] == 6
@@ -65,7 +65,7 @@ def test_a_run_is_scored_and_continues_where_it_stopped(run: Path, rows: Path, t
     counted.clear()
     # A figure that was measured meanwhile does not make it another run.
     write_manifest(run, read_manifest(run).model_copy(update={"localization": {"num_near": 1, "num_cases": 2}}))
-    evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *told: counted.append(told))
+    evaluate(tmp_path, config, SETTINGS, run=run, progress=lambda *progress: counted.append(progress))
     assert counted == [("right image", number, 8) for number in (6, 7, 8)]
     assert file.read_text() == whole
     other = EvalConfig(generation=GenerationConfig(max_new_tokens=5))

@@ -97,7 +97,7 @@ def test_a_killed_download_continues_where_it_stopped(hub: Hub, tmp_path: Path) 
     hub.hold_after.clear()
     done = run(hub, tmp_path / "home", "data", "lcs", "--download", "--out", str(out))
     # The set is not the published one, which is reported after the rows are written.
-    assert "2 rows were in the source where 558,128 are published" in one_sentence(done)
+    assert "2 rows were in the source, and 558,128 are published" in one_sentence(done)
     assert hub.downloads("images.zip") == [None, f"bytes={half}-"]
     assert (out / "download" / "images.zip").read_bytes() == archive
     assert sorted(path.name for path in (out / "download").iterdir()) == sorted(

@@ -203,8 +203,8 @@ def test_missing_color_layout_and_full_resolution_ybr() -> None:
     data = dicom(color, PlanarConfiguration=None)
     assert first_row(data) == color[0].tolist() and "PlanarConfiguration" in warnings_of(data)
     ybr = dicom(color, PhotometricInterpretation="YBR_FULL")
-    told = dicom(color, PhotometricInterpretation="YBR_FULL_422")
-    assert first_row(ybr) == first_row(told) and "full resolution" in warnings_of(told)
+    stated = dicom(color, PhotometricInterpretation="YBR_FULL_422")
+    assert first_row(ybr) == first_row(stated) and "full resolution" in warnings_of(stated)
 
 
 def test_implausible_pixel_spacing_is_ignored_with_a_warning() -> None:

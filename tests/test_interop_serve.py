@@ -111,8 +111,8 @@ def test_same_answer_from_transformers_serve_as_from_our_worker(transformers_ser
         assert len(own) > 10
         assert direct.strip() == own.strip() == through["message"]["content"].strip()
         assert through["finish_reason"] == "length"
-        wire = llava_answer(worker.url, generation(image, prompt=prompt, max_new_tokens=24))
-        assert wire.strip() == own.strip()
+        streamed = llava_answer(worker.url, generation(image, prompt=prompt, max_new_tokens=24))
+        assert streamed.strip() == own.strip()
 
 
 def test_answers_stream_through_a_controller(transformers_serve: Server, tmp_path: Path) -> None:

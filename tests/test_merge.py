@@ -265,13 +265,13 @@ def test_the_layer_probe_equals_the_model(runs: dict[str, Path]) -> None:
         probe.advance({name: state[name] for name in group})
     with torch.no_grad():
         torch.testing.assert_close(probe.logits, model(probe._input_ids).logits[0], atol=1e-5, rtol=1e-5)
-    beside, merged = LayerProbe(model.config), LayerProbe(model.config)
+    unmerged, merged = LayerProbe(model.config), LayerProbe(model.config)
     update = LoraUpdate(runs["float32"] / "adapter")
     for group in group_by_layer(WeightReader(base).files):
-        beside.advance({name: state[name] for name in group}, update)
+        unmerged.advance({name: state[name] for name in group}, update)
         merged.advance({name: update.apply(name.removesuffix(".weight"), state[name]) for name in group})
-    torch.testing.assert_close(beside.logits, merged.logits, atol=1e-4, rtol=1e-4)
-    assert (beside.logits - probe.logits).abs().max() > 0.01  # type: ignore[operator]
+    torch.testing.assert_close(unmerged.logits, merged.logits, atol=1e-4, rtol=1e-4)
+    assert (unmerged.logits - probe.logits).abs().max() > 0.01  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["float32", "nf4"])

@@ -104,11 +104,11 @@ def test_a_mean_ignores_none() -> None:
 def test_most_frequent_and_repetition() -> None:
     answers = ["No.", "no", "Yes", "left", ""]
     assert most_frequent(answers) == "no"
-    told = repetition(answers)
-    assert told["num_distinct"] == 4
-    assert told["distinct_share"] == pytest.approx(4 / 5)
-    assert told["empty_share"] == pytest.approx(1 / 5)
-    assert told["most_repeated"][0] == {"answer": "no", "count": 2, "share": pytest.approx(0.4)}  # type: ignore[index]
+    found = repetition(answers)
+    assert found["num_distinct"] == 4
+    assert found["distinct_share"] == pytest.approx(4 / 5)
+    assert found["empty_share"] == pytest.approx(1 / 5)
+    assert found["most_repeated"][0] == {"answer": "no", "count": 2, "share": pytest.approx(0.4)}  # type: ignore[index]
 
 
 # The published definitions, including their faults.

@@ -156,11 +156,11 @@ def test_a_runs_localization_is_measured_and_recorded(tmp_path: Path) -> None:
     """With random weights: every case gets a map of the run's answer, and the manifest records the result."""
     shutil.copytree(tiny_run(), tmp_path / "run")
     write_phantoms(tmp_path / "phantoms", num_train=2, num_held_out=6, seed=0, size=84)
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     summary = evaluate_localization(
-        tmp_path / "run", tmp_path / "phantoms", tmp_path / "out", num_cases=3, progress=lambda *p: told.append(p)
+        tmp_path / "run", tmp_path / "phantoms", tmp_path / "out", num_cases=3, progress=lambda *p: reported.append(p)
     )
-    assert summary["num_cases"] == 3 and told == [(1, 3), (2, 3), (3, 3)]
+    assert summary["num_cases"] == 3 and reported == [(1, 3), (2, 3), (3, 3)]
     assert json.loads((tmp_path / "run/manifest.json").read_text())["localization"] == summary
     cases = json.loads((tmp_path / "out/localization.json").read_text())["cases"]
     paths = (tmp_path / "run", tmp_path / "phantoms", tmp_path / "mean")

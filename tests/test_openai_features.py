@@ -130,9 +130,9 @@ def test_a_last_assistant_message_is_continued(client: openai.OpenAI):
     begun = {"role": "assistant", "content": whole[:6]}
     rest = client.chat.completions.create(**OPTIONS | {"messages": [*MESSAGES, begun]})
     assert rest.choices[0].message.content and rest.usage.prompt_tokens > 0
-    told = generation(png(), max_new_tokens=24)
-    told["prompt"] = told["prompt"].replace("[INST] ", "[INST] ", 1) + f" {whole[:6]}"
-    assert rest.choices[0].message.content == llava_answer(tiny_worker().url, told | {"continues": True})
+    body = generation(png(), max_new_tokens=24)
+    body["prompt"] = body["prompt"].replace("[INST] ", "[INST] ", 1) + f" {whole[:6]}"
+    assert rest.choices[0].message.content == llava_answer(tiny_worker().url, body | {"continues": True})
 
 
 def test_the_responses_api_works_without_state(client: openai.OpenAI):

@@ -119,7 +119,7 @@ def test_the_images_are_gray_pngs_of_the_asked_size(folder: Path) -> None:
 def test_every_scored_answer_is_true_and_asked_in_a_wording_of_the_training_sets(folder: Path) -> None:
     cases = {case.image: case for case in load_cases(folder, "held_out")}
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    told = {
+    wordings = {
         turn["value"].replace(IMAGE_TOKEN, "").strip()
         for name in ("instruct", "radiology")
         for row in json.loads((folder / f"{name}_train.json").read_text())
@@ -129,7 +129,7 @@ def test_every_scored_answer_is_true_and_asked_in_a_wording_of_the_training_sets
         truth = getattr(cases[row["image"]], row["kind"])
         assert row["truth"] == truth
         assert text.TERMS[row["kind"]][truth] == row["answer"]
-        assert row["question"].replace(IMAGE_TOKEN, "").strip() in told
+        assert row["question"].replace(IMAGE_TOKEN, "").strip() in wordings
     asked = Counter(row["kind"] for row in questions)
     num_found = sum(case.finding != "none" for case in cases.values())
     assert asked == {"modality": 24, "finding": 24, "side": num_found, "level": num_found}
@@ -148,8 +148,8 @@ def test_no_answer_is_correct_for_two_values() -> None:
 
 def test_reports_use_radiology_terms_and_conversations_do_not(folder: Path) -> None:
     def answers(name: str) -> str:
-        told = [row for row in json.loads((folder / f"{name}_train.json").read_text()) if "image" in row]
-        return " ".join(t["value"] for row in told for t in row["conversations"] if t["from"] == "gpt").lower()
+        rows = [row for row in json.loads((folder / f"{name}_train.json").read_text()) if "image" in row]
+        return " ".join(t["value"] for row in rows for t in row["conversations"] if t["from"] == "gpt").lower()
 
     lay, terse = answers("instruct") + answers("align"), answers("radiology")
     for word in ("nodule", "effusion", "fracture", "radiograph", "sonogram", "zone"):

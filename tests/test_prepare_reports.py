@@ -90,8 +90,8 @@ def mimic(tmp_path: Path) -> Path:
 
 def test_mimic_cxr_keeps_the_published_splits(mimic: Path, tmp_path: Path) -> None:
     options = ("--source", mimic, "--views", "all", "--section", "findings", "--out", tmp_path / "all")
-    told = run_data("mimic-cxr", *options)
-    assert "train.json: 3 rows, 3 images" in told and "this is not the full set" in told
+    output = run_data("mimic-cxr", *options)
+    assert "train.json: 3 rows, 3 images" in output and "this is not the full set" in output
     train, validation, test = prepare_mimic_cxr(mimic, tmp_path / "out")
     answer = f"Findings: {FINDINGS}\nImpression: {IMPRESSION}"
     question = "<image>\nWrite the findings and the impression of the radiology report of this chest radiograph."

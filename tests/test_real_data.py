@@ -62,8 +62,8 @@ def test_real_radiology_data_from_files_to_answers(shared_dir: Path, golden: Pat
         image.rename(both / image.name)
     rows = (tmp_path / "vqa-rad" / "train.json", tmp_path / "roco" / "validation.json")
     limits = ("--tokenizer", golden / "base", "--num-patches", "16", "--max-length", "320")
-    told = run("data", "check", *rows, "--images", both, "--bad", tmp_path / "bad.jsonl", *limits)
-    assert "1,799 of 1,799 rows are good; 315 images were decoded" in told
+    output = run("data", "check", *rows, "--images", both, "--bad", tmp_path / "bad.jsonl", *limits)
+    assert "1,799 of 1,799 rows are good; 315 images were decoded" in output
 
     config = tmp_path / "real.yaml"
     config.write_text(CONFIG.format(out=tmp_path, golden=golden))

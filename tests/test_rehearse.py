@@ -109,8 +109,8 @@ def test_differences_of_answers_are_found() -> None:
     assert "other tokens" in differences(reference, build_answer(prompt=np.arange(8)), 0.02)[1][0]
     tokens = reference.tokens.copy()
     tokens[1] = reference.logits[1].argmin()
-    told, faults = differences(reference, build_answer(tokens=tokens), 0.02)
-    assert told.startswith("1 of 3") and "token 2" in faults[0]
+    note, faults = differences(reference, build_answer(tokens=tokens), 0.02)
+    assert note.startswith("1 of 3") and "token 2" in faults[0]
     # Rounding may favor the second-best token if it is equally likely.
     close = reference.logits.copy()
     close[1, tokens[1]] = close[1].max() - 1e-4
@@ -178,8 +178,8 @@ def test_a_failed_command_is_reported_and_the_others_continue(tmp_path: Path) ->
     assert [(row.label, row.ok) for row in context.rows] == [("break", False), ("two", False)]
     assert context.rows[0].note == "exit status 1: ValueError: the reason"
     context.console.file.flush()
-    told = (tmp_path / "console.txt").read_text()
-    assert "so far" in told and "skipped: one failed" in told
+    output = (tmp_path / "console.txt").read_text()
+    assert "so far" in output and "skipped: one failed" in output
     again = build_context(tmp_path)
     again.load()
     assert again.rows == context.rows

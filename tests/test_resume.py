@@ -50,8 +50,8 @@ def test_a_run_resumes_after_kill_9(tiny_settings: dict[str, Any], tmp_path: Pat
     process = start_training(file)
     wait_until((run / "checkpoints" / "step-3").exists, process)
     process.kill()
-    _, told = process.communicate()
-    assert process.returncode == -signal.SIGKILL, told[-2000:]
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors[-2000:]
     assert not (run / "manifest.json").exists()
     train(killed, resume=True)
     assert losses(run) == losses(Path(whole.output_dir))

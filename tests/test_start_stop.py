@@ -281,7 +281,7 @@ def test_a_finished_run_can_be_made_longer(tiny_settings: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "told"),
+    ("section", "change", "message"),
     [
         ("train", {"learning_rate": 0.5}, "train.learning_rate: 0.001 in the run, 0.5 now"),
         ("train", {"batch_size": 2}, "train.batch_size: 4 in the run, 2 now"),
@@ -293,12 +293,12 @@ def test_a_finished_run_can_be_made_longer(tiny_settings: dict[str, Any], tmp_pa
     ],
 )
 def test_settings_that_change_training_are_refused(
-    stopped_run: dict[str, Any], section: str, change: dict[str, Any], told: str
+    stopped_run: dict[str, Any], section: str, change: dict[str, Any], message: str
 ) -> None:
     changed = stopped_run | {section: stopped_run[section] | change}
     with pytest.raises(UserError, match="change what is learned") as caught:
         train(build_config(changed), resume=True)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "Use the run's values" in str(caught.value)
 
 

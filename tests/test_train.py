@@ -88,8 +88,8 @@ def test_a_task_at_intervals_is_reported_and_changes_nothing(
     train(build_config(settings | {"output_dir": str(tmp_path / "with"), "eval": task}))
     records = read_metrics(tmp_path / "with")
     asked = [record for record in records if record["kind"].startswith("task/")]
-    told = [(record["step"], record["kind"]) for record in asked]
-    assert told == [(step, f"task/{condition}") for step in (4, 6) for condition in ("right", "shuffled")]
+    recorded = [(record["step"], record["kind"]) for record in asked]
+    assert recorded == [(step, f"task/{condition}") for step in (4, 6) for condition in ("right", "shuffled")]
     for record in asked:
         low, high = record["intervals"]["open_token_f1"]
         assert 0 <= low <= record["open_token_f1"] <= high <= 1

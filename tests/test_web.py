@@ -153,14 +153,14 @@ def test_identifying_data_do_not_leave_the_scan():
     session.scan, session.view = scan, scan.view()
     session.exchanges[0].view = session.view
     row = build_row(session, session.exchanges[0], verdict="up", errors=[], comment="", with_image=True)
-    told = [
+    texts = [
         repr(scan),
         repr(describe(scan)),
         export_session(session),
         json.dumps(row),
         session.view.png.decode("latin1"),
     ]
-    for text in told:
+    for text in texts:
         assert "Zzyzx" not in text and "77123" not in text
     assert scan.num_identifying >= 3 and not {name for name, _ in describe(scan)} & set(IDENTIFYING_TAGS)
 

@@ -90,7 +90,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_rss_bytes(pid: int) -> int:
-    """Peak resident memory of a process (Linux); 0 where the system does not report it."""
+    """Peak resident memory of a process (Linux); 0 if the system does not report it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:

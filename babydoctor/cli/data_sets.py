@@ -215,7 +215,7 @@ def _report(prepared: Sequence[PreparedSplit], *, download: bool) -> None:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in split.left_out.most_common())
             typer.echo(f"  left out: {reasons}; listed in {split.left_out_list}")
         if split.num_expected is not None and split.num_expected != split.num_read:
-            text = f"{split.num_read:,} rows were in the source where {split.num_expected:,} are published"
+            text = f"{split.num_read:,} rows were in the source, and {split.num_expected:,} are published"
             if download:
                 raise UserError(f"{text}; remove the download and fetch it again")
             typer.echo(f"  note: {text}: this is not the full set")

@@ -80,7 +80,7 @@ class AttentionLayout:
     """Which query rows see which keys.
 
     ``spans`` serves the CPU. A variable-length kernel reads ``query_bounds`` and ``key_bounds``, int32 ``[S + 1]``
-    cumulative lengths, and ``shared`` where a prefix is shared; all three are absent until ``to`` has been called.
+    cumulative lengths, and ``shared`` if a prefix is shared; all three are absent until ``to`` has been called.
     """
 
     spans: tuple[Span, ...]
@@ -97,7 +97,7 @@ def build_attention_layout(
     prefix_length: int = 0,
     device: torch.device | str = "cpu",
 ) -> AttentionLayout:
-    """A layout on its own, for tests and single documents. Training copies whole ``PackedBatch`` objects."""
+    """A layout without a batch, for tests and single documents. Training copies whole ``PackedBatch`` objects."""
     host = _HostLayout(build_spans(document_lengths, query_lengths, prefix_length), prefix_length)
     if torch.device(device).type == "cpu":
         return host.layout

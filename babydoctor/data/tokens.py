@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_SUPERVISED = 16
-"""Truncation leaves at least this many tokens of the first reply (or all of it, where it is shorter)."""
+"""Truncation leaves at least this many tokens of the first reply (or all of it, if it is shorter)."""
 
 CUE_TOKENS = 8
 """Truncation leaves this many tokens before the first reply: the template's marker of the model's turn."""

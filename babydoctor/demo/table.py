@@ -196,8 +196,8 @@ def to_markdown(stages: Mapping[str, Mapping[str, Any]], robustness: Mapping[str
     note = (
         f"Percent correct of {metrics['num_questions']:,} closed questions about {metrics['num_images']} held-out "
         "phantoms. An answer is right only if all of it is right. Chance is the accuracy of the best constant answer "
-        "to each kind of question. On blank images a model can fall below chance: it may correctly see no abnormality, "
-        "which is a wrong answer to a question about side or level."
+        "to each kind of question. On blank images a model can fall below chance: it may correctly see no "
+        "abnormality, which is a wrong answer to a question about side or level."
     )
     parts = ["\n".join([*lines, "", note])]
     if robustness is not None:

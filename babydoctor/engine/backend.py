@@ -23,7 +23,7 @@ def uses_cpu_operator(model: LanguageModel, settings: EngineSettings) -> bool:
     """True if the compiled operator computes the steps of a model. It keeps keys and values in bfloat16.
 
     Raises:
-        UserError: ``engine.weights=int8`` where the operator cannot run.
+        UserError: ``engine.weights=int8`` is set, and the operator cannot run.
     """
     is_asked = settings.weights == "int8"
     reason = _why_no_operator(model, settings)

@@ -148,7 +148,7 @@ class LayoutBuilder:
         )
 
     def _to_device(self, *columns: list[int]) -> tuple[torch.Tensor, ...]:
-        """An int64 tensor for each list. All are moved in one call, because each call costs some 10 µs."""
+        """An int64 tensor for each list. All are moved in one call, because each call takes about 10 µs."""
         together = torch.tensor([number for column in columns for number in column], dtype=torch.long)
         return together.to(self.device).split([len(column) for column in columns])
 

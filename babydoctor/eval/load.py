@@ -108,7 +108,7 @@ def load_from_hub(config: TaskConfig) -> Task:
         rows = load_dataset(hub_set.repository, split=config.split or hub_set.split)
     except Exception as error:  # the hub client raises a dozen unrelated classes
         hint = (
-            f"Or fetch it where there is a network (`hf download {hub_set.repository} --repo-type dataset`), "
+            f"Or fetch it on a machine with a network (`hf download {hub_set.repository} --repo-type dataset`), "
             "or give a local folder with --data"
         )
         raise data_set_error(error, hub_set.repository, hint=hint) from error

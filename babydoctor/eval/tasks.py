@@ -133,7 +133,7 @@ def normalize_group(value: str) -> str:
 
 
 def load_llava_rows(config: TaskConfig) -> Task:
-    """Read LLaVA JSON: each user turn is asked on its own, and the next turn is its reference.
+    """Read LLaVA JSON: each user turn is asked separately, and the next turn is its reference.
 
     Later turns are asked without the turns before them. Rows may have ``answer_type`` (closed, open, caption) and, for
     plots, ``question_type``, ``image_organ`` and ``modality``.

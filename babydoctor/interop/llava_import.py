@@ -142,7 +142,7 @@ class _Parts:
 
 
 def _import_trained_part(checkpoint: Source, template: str, out: Path) -> _Parts:
-    """Read a projector, or a LoRA and a projector. The language model stays where it is."""
+    """Read a projector, or a LoRA and a projector. The language model is not copied."""
     _check_tokenizer(checkpoint.language_model, template, checkpoint.language_model)
     is_lora = checkpoint.layout == "lora"
     path = checkpoint.directory / ("non_lora_trainables.bin" if is_lora else "mm_projector.bin")

@@ -81,7 +81,7 @@ class PlainRun:
     def language_weights(self, description: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each weight of the language model by its name in transformers, a tied ``lm_head`` included.
 
-        Float32 where a LoRA was added, else in the run's precision.
+        Float32 if a LoRA was added, else the run's precision.
 
         Args:
             description: label of the progress display.
@@ -137,7 +137,7 @@ class PlainRun:
         text, vision = weights["weight"].shape
         if text < 2 * vision:
             raise UserError(
-                f"{self.path}: a linear projector becomes LLaVA-1.5's MLP only where the text width ({text}) is at "
+                f"{self.path}: a linear projector becomes LLaVA-1.5's MLP only if the text width ({text}) is at "
                 f"least twice the vision width ({vision}); train with model.projector: mlp2x_gelu to export this pair"
             )
         identity = torch.eye(vision)

@@ -49,7 +49,7 @@ class LayerProbe:
         if hasattr(one_layer, "layer_types"):
             one_layer.layer_types = one_layer.layer_types[:1]
         body: Any = build_language_model(one_layer, torch.float32).eval().model
-        # Without a mask transformers attends to all earlier tokens, also where the model has a sliding window.
+        # Without a mask transformers attends to all earlier tokens, even if the model has a sliding window.
         self._layer = body.layers[0]
         rotary = type(body.rotary_emb)(one_layer).to(self.device)
         self._positions = rotary(torch.zeros(1, device=self.device), torch.arange(NUM_TOKENS, device=self.device)[None])

@@ -64,5 +64,5 @@ class RunWeights:
         return weight
 
     def merge(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """``base`` with the run's own LoRA added: float32 where there is one for it, else ``base`` itself."""
+        """``base`` with the run's own LoRA added: float32 if there is one for it, else ``base`` itself."""
         return base if self.update is None else self.update.apply(name.removesuffix(".weight"), base)

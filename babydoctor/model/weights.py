@@ -59,7 +59,7 @@ def read_model_config(path: str | Path, what: str) -> Any:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint: safetensors where there are any, else ``pytorch_model*.bin``."""
+    """The weight files of a checkpoint: safetensors if there are any, else ``pytorch_model*.bin``."""
     for pattern, index_name in (
         ("model*.safetensors", "model.safetensors.index.json"),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),

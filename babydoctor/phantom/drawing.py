@@ -278,7 +278,7 @@ _DRAW = {"radiograph": _radiograph, "ct": _ct, "mr": _mr, "ultrasound": _ultraso
 def finding_mask(case: Case, size: int) -> np.ndarray:
     """Where the finding is: bool ``[S, S]``, all false for a normal case.
 
-    The rest of a drawing is the same with and without the finding, so it is where the two differ visibly.
+    The rest of a drawing is the same with and without the finding, so the mask is true where the two differ visibly.
     """
     normal = replace(case, finding="none", side=None, level=None, size=None, size_mm=None)
     return np.abs(draw(case, size).astype(int) - draw(normal, size).astype(int)) > VISIBLE_DIFFERENCE

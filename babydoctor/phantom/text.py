@@ -13,7 +13,7 @@ from babydoctor.phantom.case import Case
 from babydoctor.schema import IMAGE_TOKEN
 
 KINDS = ("modality", "finding", "side", "level")
-"""The kinds of closed questions. The evaluation asks about side and level only where there is a finding."""
+"""The kinds of closed questions. The evaluation asks about side and level only if there is a finding."""
 
 # The evaluation asks the first wording of each kind. ``wordings.yaml`` holds further wordings for training.
 QUESTIONS: dict[str, tuple[str, ...]] = {

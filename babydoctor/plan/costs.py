@@ -17,7 +17,7 @@ class Architecture:
     num_layers: int
     hidden_size: int
     query_size: int
-    """Queries of one token, over all heads: the hidden size, except where heads have a size of their own (Qwen3)."""
+    """Queries of one token, over all heads: the hidden size, unless heads have a separate size (Qwen3)."""
     kv_size: int
     """Keys (or values) of one token, over all heads."""
     intermediate_size: int
@@ -130,7 +130,7 @@ def count_flops(shape: Architecture, work: Work, recompute_every: int) -> Flops:
     """Operations of forward and backward for one micro-batch.
 
     Frozen weights need the gradient of their input only, so their backward pass costs what the forward pass does.
-    LoRA's weights also need their own gradient. Attention's backward pass has four products where the forward pass
+    LoRA's weights also need their own gradient. Attention's backward pass has four products, and the forward pass
     has two. The vision tower runs forward only.
     """
     base = lora = attention = recomputed = 0.0
@@ -176,7 +176,7 @@ def attention_flops(shape: Architecture, work: Work, *, is_last: bool) -> float:
 
 
 def vision_flops(shape: Architecture, work: Work) -> float:
-    """The tower forward; the projector forward and, where it trains, the gradient of its weight."""
+    """The tower forward; the projector forward and, if it trains, the gradient of its weight."""
     width, patches = shape.vision_hidden_size, work.num_images * shape.num_patches
     total = 2 * patches * shape.vision_layers * (4 * width**2 + 2 * width * shape.vision_intermediate_size)
     total += 4 * patches * shape.num_patches * width * shape.vision_layers
@@ -185,5 +185,5 @@ def vision_flops(shape: Architecture, work: Work) -> float:
 
 
 def passes_over_weights(recompute_every: int) -> float:
-    """How often a micro-batch reads each frozen weight: forward, backward, and again where a layer is recomputed."""
+    """How often a micro-batch reads each frozen weight: forward, backward, and again if the layer is recomputed."""
     return 2 + (1 / recompute_every if recompute_every else 0)

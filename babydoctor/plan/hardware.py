@@ -34,7 +34,7 @@ class Hardware:
 
 
 # Peaks without sparsity, from NVIDIA's data sheets (A10, A100 40/80 GB SXM, L4, L40S, RTX A6000, H100 SXM, H200 SXM)
-# and the Ada white paper (4090). Memory is the total that nvidia-smi reports; where ECC is on, it is below nominal.
+# and the Ada white paper (4090). Memory is the total that nvidia-smi reports; with ECC on, it is below nominal.
 GPUS = {
     name: Hardware(name, round(mib * 2**20), tflops * 1e12, gb_per_s * 1e9)
     for name, mib, tflops, gb_per_s in (
@@ -77,7 +77,7 @@ def this_cpu() -> Hardware:
 
 
 def this_device(device: str) -> Hardware:
-    """The device of a run: the CPU, or the CUDA device, with the table's peaks where its name is known."""
+    """The device of a run: the CPU, or the CUDA device, with the table's peaks if its name is known."""
     if not device.startswith("cuda"):
         return this_cpu()
     import torch

@@ -97,13 +97,13 @@ def _projector_kind(config: RunConfig) -> str:
 
 
 def _base_configs(config: RunConfig) -> tuple[Any, Any, str]:
-    """Configurations of language model and tower, and a note where one had to be assumed."""
+    """Configurations of language model and tower, and a note if one had to be assumed."""
     language, vision, note = base_models(config)
     return _language_config(language), _vision_config(vision), note
 
 
 def base_models(config: RunConfig) -> tuple[str, str, str]:
-    """Folder or hub id of language model and tower, and a note where one had to be assumed."""
+    """Folder or hub id of language model and tower, and a note if one had to be assumed."""
     language, vision, note = config.model.language_model, config.model.vision_tower, ""
     if config.init_from is not None:
         start = Path(config.init_from)

@@ -126,7 +126,7 @@ def build_plan(
 def choose_checkpointing(
     config: RunConfig, model: Model, hardware: Hardware, statistics: TokenStatistics
 ) -> tuple[str, int]:
-    """The setting of gradient checkpointing, chosen where it is ``auto``, and the largest micro-batch with it."""
+    """The setting of gradient checkpointing, chosen if it is ``auto``, and the largest micro-batch with it."""
     setting = config.train.gradient_checkpointing
     if setting != "auto":
         return setting, largest_micro_batch(config, model, hardware, statistics, setting)
@@ -169,7 +169,7 @@ def tensors_by_part(
     """Bytes of tensors by part at the peak of a step whose largest micro-batch is ``work``.
 
     Args:
-        accumulates: True where the step has several micro-batches.
+        accumulates: True if the step has several micro-batches.
     """
     peak = peak_moment(model.shape, work, recompute_every(checkpointing), accumulates=accumulates, is_cuda=is_cuda)
     return model.weights | {
@@ -196,7 +196,7 @@ def recompute_every(setting: str) -> int:
 def largest_micro_batch(
     config: RunConfig, model: Model, hardware: Hardware, statistics: TokenStatistics, checkpointing: str
 ) -> int:
-    """The largest micro-batch that fits, in tokens; 0 where one sample of data.max_length does not."""
+    """The largest micro-batch that fits, in tokens; 0 if one sample of data.max_length does not fit."""
 
     def fits(tokens: int) -> bool:
         memory = memory_by_part(config, model, hardware, statistics, checkpointing, tokens)

@@ -31,7 +31,7 @@ class TrainingStopped(Exception):
 
 
 class _StopNow(BaseException):
-    """Raised by the signal handler where a signal takes effect at once. ``except Exception`` must not catch it."""
+    """Raised by the signal handler if a signal takes effect at once. ``except Exception`` must not catch it."""
 
 
 class StopSignals:

@@ -44,8 +44,8 @@ def differences(reference: AnswerTensors, other: AnswerTensors, tolerance: float
         gap = float(row[reference.tokens[num_equal]] - row[other.tokens[num_equal]]) / scale
         if gap > 2 * tolerance:
             faults.append(f"token {num_equal + 1} differs, and the two logits are {gap:.2%} of the largest logit apart")
-    told = f"{num_equal} of {len(reference.tokens)} greedy tokens equal, logits within {distance:.2%} of the largest"
-    return told, faults
+    note = f"{num_equal} of {len(reference.tokens)} greedy tokens equal, logits within {distance:.2%} of the largest"
+    return note, faults
 
 
 def read_answer(path: Path) -> AnswerTensors:

@@ -50,8 +50,8 @@ class FinishedProcess:
     def error(self) -> str:
         """The exit status, and the line of the output that says what went wrong."""
         lines = self.stderr.strip().splitlines() or self.stdout.strip().splitlines() or ["no output"]
-        told = next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
-        return f"exit status {self.status}: {told[:LINE_CHARS]}"
+        line = next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
+        return f"exit status {self.status}: {line[:LINE_CHARS]}"
 
 
 class Process:

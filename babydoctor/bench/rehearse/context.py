@@ -125,9 +125,9 @@ class Context:
         """Run a module of this folder as a program."""
         return self.execute(label, python_module(f"babydoctor.bench.rehearse.{module}", *arguments))
 
-    def compare(self, label: str, told: str, faults: Sequence[str] = ()) -> None:
+    def compare(self, label: str, note: str, faults: Sequence[str] = ()) -> None:
         """Add the row of a comparison. It fails if there are faults; the step continues."""
-        self.rows.append(Row(self.step, label, note="; ".join([told, *faults]), ok=not faults))
+        self.rows.append(Row(self.step, label, note="; ".join([note, *faults]), ok=not faults))
         self.console.print(
             f"    {'ok' if not faults else 'FAILED'}: {label}: {self.rows[-1].note}", markup=False, soft_wrap=True
         )

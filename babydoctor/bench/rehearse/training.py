@@ -119,13 +119,13 @@ def check_peak(context: Context) -> None:
     if not context.size.checks_plan or not row.plan_bytes or not row.peak_bytes:
         return
     off = row.peak_bytes / row.plan_bytes - 1
-    told = f"{row.peak_bytes / GIB:.2f} GiB, planned {row.plan_bytes / GIB:.2f} ({off:+.0%})"
+    note = f"{row.peak_bytes / GIB:.2f} GiB, planned {row.plan_bytes / GIB:.2f} ({off:+.0%})"
     faults = []
     if off > PLAN_TOLERANCE:
         faults.append(f"more than {PLAN_TOLERANCE:.0%} above the plan")
     if row.peak_bytes + PROCESS_ALLOWANCE_BYTES < (1 - PLAN_TOLERANCE) * row.plan_bytes:
         faults.append(f"more than {PLAN_TOLERANCE:.0%} and the process's allowance below the plan")
-    context.compare(f"{row.label}: peak = plan", told, faults)
+    context.compare(f"{row.label}: peak = plan", note, faults)
 
 
 def check_lineage(context: Context, stage: str, run: Path) -> None:
@@ -133,8 +133,8 @@ def check_lineage(context: Context, stage: str, run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     lineage = [(entry["name"], entry["steps"]) for entry in manifest["lineage"]]
     expected = [(name, context.size.steps) for name in STAGES[: STAGES.index(stage) + 1]]
-    told = " -> ".join(name for name, _ in lineage)
-    context.compare(f"{stage}: lineage", told, [] if lineage == expected else [f"expected {expected}"])
+    note = " -> ".join(name for name, _ in lineage)
+    context.compare(f"{stage}: lineage", note, [] if lineage == expected else [f"expected {expected}"])
 
 
 def same_run(whole: Path, other: Path, steps: int) -> tuple[str, list[str]]:

@@ -85,7 +85,7 @@ def read_captions(path: Path) -> Iterator[tuple[str, str]]:
             raise UserError(f"{path}: must have the columns ID and Caption; has {lines.fieldnames}")
         for line in lines:
             if not line["ID"] or line["Caption"] is None or None in line:
-                raise UserError(f"{path}:{lines.line_num}: must be ID,Caption (quoted where it holds a comma)")
+                raise UserError(f"{path}:{lines.line_num}: must be ID,Caption (quoted if it holds a comma)")
             yield line["ID"].strip(), " ".join(line["Caption"].split())
 
 
@@ -109,7 +109,7 @@ def read_articles(source: Path) -> dict[str, str]:
 
 
 def _find_images(source: Path, published: str) -> Path:
-    """The folder of a split's images: ``train``, or ``train_images`` where the archive was unpacked under its name."""
+    """The folder of a split's images: ``train``, or ``train_images`` if the archive was unpacked under its name."""
     places = [source / published, source / f"{published}_images" / published, source / f"{published}_images"]
     for place in places:
         if place.is_dir():

@@ -35,7 +35,7 @@ class SliceFacts:
         day: the study date as a proleptic ordinal, to tell older studies from newer ones. It is not shown.
         number: InstanceNumber.
         echo: EchoNumbers.
-        rows_direction, columns_direction: ImageOrientationPatient, unit vectors in patient coordinates; None where the
+        rows_direction, columns_direction: ImageOrientationPatient, unit vectors in patient coordinates; None if the
             file does not state a usable one.
         centers: middle of each frame in patient coordinates, in mm; empty if a frame lacks its position.
         listed: instances that a DICOMDIR lists.

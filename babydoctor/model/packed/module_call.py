@@ -13,7 +13,7 @@ from torch import nn
 
 
 def call_module(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """``function(x)``, with the hooks of ``module(x)`` before and after it where the module has any."""
+    """``function(x)``, with the hooks of ``module(x)`` before and after it, if the module has any."""
     if not has_hooks(module):
         return function(x)
     own = module.__dict__.get("forward")

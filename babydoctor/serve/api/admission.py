@@ -203,7 +203,7 @@ def check_json_text(body: bytes) -> None:
         return
     try:
         value = json.loads(body)
-    except ValueError:  # reported where the body is parsed for the route
+    except ValueError:  # reported when the body is parsed for the route
         return
     path = _path_of_surrogate(value)
     if path is not None:

@@ -83,7 +83,7 @@ class CertaintyMeter:
 
         Args:
             tokens: the tokens of the answer with ``NUM_TOP`` alternatives each.
-            is_whole: False where some tokens are not known, or the answer was cut off.
+            is_whole: False if some tokens are not known or the answer was cut off.
         """
         figures = self._run.manifest.confidence
         if figures is None:

@@ -81,7 +81,7 @@ export class Viewer {
     this.stop();
     this.frames = new Frames(state.key);
     this.frame = null;
-    this.told = null;
+    this.followed = null;
     this.ruler = null;
     this.choose('window');
     this.place.fit();
@@ -149,8 +149,8 @@ export class Viewer {
   // Show a frame. The previous one stays visible until it has loaded.
   async show(number) {
     const {frames, state} = this;
-    if (this.told !== number) { // let the linked viewer follow
-      this.told = number;
+    if (this.followed !== number) { // let the linked viewer follow
+      this.followed = number;
       document.dispatchEvent(new CustomEvent('bd-shown', {detail: this}));
     }
     try {
