@@ -117,7 +117,8 @@ class WebUI:
         ui.timer.tick(tab.on_tick, [ui.model], models, **PRIVATE)
         ui.model.input(tab.on_tick, [ui.model], models, **LATEST)
         ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [ui.agree], [ui.enter], **PRIVATE)
-        ui.enter.click(tab.on_enter, [ui.agree], gate, **PRIVATE)
+        # Gradio ignores a click while it waits for a reply. If the reply is lost, `continueAgain` must get through.
+        ui.enter.click(tab.on_enter, [ui.agree], gate, **PRIVATE, trigger_mode="multiple")
         # The browser keeps the settings in its local storage.
         as_list = "(model, temperature, top_p, max_tokens) => [[model, temperature, top_p, max_tokens]]"
         changes = [ui.model.change, ui.temperature.change, ui.top_p.change, ui.max_tokens.change]
