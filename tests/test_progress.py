@@ -1,10 +1,11 @@
-"""Progress lines in a log file, with the time left."""
+"""Progress lines in a log file: the time left, and the figures of training."""
 
 from __future__ import annotations
 
 import pytest
 
 from babydoctor import progress
+from babydoctor.train.report import StepProgress
 
 
 def test_the_time_left_counts_the_first_item_too(
@@ -24,3 +25,12 @@ def test_the_time_left_counts_the_first_item_too(
         "answers: 2 of 10, about 240 s left",
         "maps: 4 of 6, about 40 s left",
     ]
+
+
+def test_steps_before_the_first_loss_show_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with StepProgress("align", 0, 2) as steps:
+        steps.update(1, loss=None, tokens_per_s=3.0, samples_per_s=0.0123)
+        steps.update(2, loss=0.5, tokens_per_s=2000.0, samples_per_s=12.34)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("align: step 1/2  0.012 samples/s  3 tokens/s")
+    assert lines[-1].startswith("align: step 2/2  loss 0.500  12.3 samples/s  2,000 tokens/s")

@@ -75,9 +75,12 @@ class StepProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, *, loss: float, tokens_per_s: float, samples_per_s: float) -> None:
-        """Show the figures after ``step`` steps."""
-        figures = f"loss {loss:.3f}  {samples_per_s:.1f} samples/s  {tokens_per_s:,.0f} tokens/s"
+    def update(self, step: int, *, loss: float | None, tokens_per_s: float, samples_per_s: float) -> None:
+        """Show the figures after ``step`` steps. ``loss``: the last that was read; None before the first."""
+        samples = f"{samples_per_s:.1f}" if samples_per_s >= 1 else f"{samples_per_s:.2g}"
+        figures = f"{samples} samples/s  {tokens_per_s:,.0f} tokens/s"
+        if loss is not None:
+            figures = f"loss {loss:.3f}  {figures}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self.total:
@@ -146,7 +149,7 @@ class Reporter:
         self._num_cut = sum("tokens_cut" in line for line in kept)
         self._num_bad = sum("left_out" in line for line in kept)
         self._last = time.monotonic()
-        self._last_loss = float("nan")
+        self._last_loss: float | None = None
 
     def __enter__(self) -> Reporter:
         if self.active:
