@@ -62,7 +62,7 @@ def test_a_complete_session(tab, parts: Parts):
     load(tab, patient_dicom())
     expect(tab.locator("#bd-facts")).to_contain_text("CT")
     expect(tab.locator("#bd-facts")).to_contain_text("0.661 × 0.661 mm")
-    expect(tab.locator("#bd-facts")).to_contain_text("searched for burned-in text")
+    expect(tab.locator("#bd-facts")).to_contain_text("burned-in text")
     own = shown(tab)
     assert own != plain
     tab.get_by_label("Window", exact=True).click()
