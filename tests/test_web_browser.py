@@ -62,7 +62,7 @@ def test_a_complete_session(tab, parts: Parts):
     load(tab, patient_dicom())
     expect(tab.locator("#bd-facts")).to_contain_text("CT")
     expect(tab.locator("#bd-facts")).to_contain_text("0.661 × 0.661 mm")
-    expect(tab.locator("#bd-facts")).to_contain_text("burned into the pixels")
+    expect(tab.locator("#bd-facts")).to_contain_text("burned-in text")
     own = shown(tab)
     assert own != plain
     tab.get_by_label("Window", exact=True).click()
@@ -94,7 +94,7 @@ def test_a_complete_session(tab, parts: Parts):
     word.click()
     expect(over).not_to_have_attribute("src", whole)
     expect(word).to_have_attribute("aria-pressed", "true")
-    expect(tab.get_by_text("It does not show that the answer is right")).to_be_visible()
+    expect(tab.get_by_text("This does not show that the answer is right")).to_be_visible()
 
     _feedback(tab, parts)
     _export(tab, parts)

@@ -185,7 +185,7 @@ def test_an_image_comes_from_the_pacs_and_its_answer_is_stored_there(tab, parts:
 
     tab.get_by_role("button", name="Store the last answer").click()
     tab.get_by_role("button", name="Store", exact=True).click()
-    expect(tab.locator("#bd-pacs-stored")).to_contain_text("tick the box")
+    expect(tab.locator("#bd-pacs-stored")).to_contain_text("Tick the box")
     assert len(parts.orthanc.files()) == 3
     tab.get_by_label("Store question and answer").check()
     tab.get_by_role("button", name="Store", exact=True).click()
