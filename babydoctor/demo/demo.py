@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ MAX_NEW_TOKENS = 24
 
 BATCH_SIZE = 64
 
-console = Console(highlight=False)
+# A log file gets the tables in full width; 80 columns would cut off the heads.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(frozen=True)
