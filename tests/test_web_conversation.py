@@ -30,6 +30,7 @@ from helpers.web_ui import (
     patient_dicom,
     question_box,
     scripted,
+    switch_scheme,
     tab,
     visitor,
     wait_for_answer,
@@ -264,6 +265,12 @@ IMPORTANT = ("#bd-canvas canvas", ".bd-tools", "#bd-preset", "#bd-width", "#bd-c
              "#bd-overlay .bd-pair", "#bd-look")  # fmt: skip
 
 
+def _check_both_schemes(tab: Any) -> None:
+    assert axe_violations(tab) == []
+    switch_scheme(tab)
+    assert axe_violations(tab) == []
+
+
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 800, "light"), (1920, 1080, "dark")])
 def test_the_main_parts_are_visible_without_scrolling(browser: Any, parts: Parts, width: int, height: int, scheme: str):
     with visitor(browser, parts, viewport={"width": width, "height": height}, color_scheme=scheme) as tab:
@@ -272,7 +279,7 @@ def test_the_main_parts_are_visible_without_scrolling(browser: Any, parts: Parts
             box = tab.locator(place).first.bounding_box()
             assert box["y"] >= 0 and box["y"] + box["height"] <= height, (place, box)
             assert box["x"] >= 0 and box["x"] + box["width"] <= width, (place, box)
-        assert axe_violations(tab) == []
+        _check_both_schemes(tab)
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(390, 844, "light"), (640, 400, "dark")])
@@ -285,4 +292,4 @@ def test_narrow_and_zoomed_pages_do_not_scroll_sideways(
     with visitor(browser, parts, viewport=viewport, color_scheme=scheme, device_scale_factor=zoom) as tab:
         _open_everything(tab)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert axe_violations(tab) == []
+        _check_both_schemes(tab)

@@ -26,6 +26,7 @@ from helpers.web_ui import (
     load,
     needs_chromium,
     patient_dicom,
+    switch_scheme,
     tab,
     visitor,
 )
@@ -386,7 +387,7 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
         box = tab.locator(pane).bounding_box()
         assert box["width"] > 300 and box["y"] + box["height"] < 800, box
     assert axe_violations(tab) == []
-    tab.get_by_role("button", name="Light / dark").click()
+    switch_scheme(tab)
     assert axe_violations(tab) == []
     # Without the link only one of them moves.
     second.locator("canvas").focus()

@@ -294,6 +294,13 @@ def patient_dicom(without: tuple[str, ...] = (), **changes: Any) -> bytes:
     return buffer.getvalue()
 
 
+def switch_scheme(tab: Any) -> None:
+    """Switch between light and dark, and wait until the colors no longer change."""
+    tab.get_by_role("button", name="Light / dark").click()
+    running = "document.getAnimations().some(one => one instanceof CSSTransition && one.playState === 'running')"
+    tab.wait_for_function(f"!{running}")
+
+
 def axe_violations(tab: Any) -> list[str]:
     """Serious and critical findings of axe-core."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
