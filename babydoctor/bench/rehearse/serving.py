@@ -35,7 +35,7 @@ def evaluate(context: Context) -> None:
     remove(out)
     arguments = cli("eval", context.run, "--task", "roco", "--data", context.held_out, "--out", out)
     arguments += ["--max-questions", str(NUM_QUESTIONS), "--max-new-tokens", str(context.size.answer_tokens)]
-    arguments += ["--images-as", "right", "--resamples", "100", "--batch-size", "4"]
+    arguments += ["--images-as", "right", "--resamples", "100", "--batch-size", str(context.size.eval_batch_size)]
     context.execute(f"eval, {NUM_QUESTIONS} questions", arguments)
     lines = split_lines((out / "predictions-right.jsonl").read_text(encoding="utf-8"))
     predictions = {row["id"]: row for row in map(json.loads, lines)}

@@ -33,6 +33,8 @@ class Size:
         num_sample_answers: sample answers of the last stage; each takes a long time in wide models.
         num_rows: rows of each training set.
         answer_tokens: longest answer of chat, evaluation and the APIs.
+        eval_batch_size: ``--batch-size`` of the evaluation. In bfloat16 a batch rounds differently from one row. The
+            best tokens of random weights are so close that its answers can then differ from those of ``chat``.
         greedy_tokens: tokens that are compared between a run and its merged and exported forms.
         dtype: precision of the comparison. float32 reveals small errors, but 7B does not fit into memory.
         tolerance: largest difference of logits, relative to the largest logit, that counts as rounding.
@@ -54,6 +56,7 @@ class Size:
     num_sample_answers: int
     num_rows: int
     answer_tokens: int
+    eval_batch_size: int
     greedy_tokens: int
     dtype: str
     tolerance: float
@@ -90,6 +93,7 @@ SIZES = {
         num_sample_answers=1,
         num_rows=20,
         answer_tokens=12,
+        eval_batch_size=4,
         greedy_tokens=8,
         dtype="float32",
         tolerance=0.02,
@@ -111,6 +115,7 @@ SIZES = {
         num_sample_answers=0,
         num_rows=12,
         answer_tokens=4,
+        eval_batch_size=4,
         greedy_tokens=3,
         dtype="float32",
         tolerance=0.02,
@@ -132,6 +137,7 @@ SIZES = {
         num_sample_answers=1,
         num_rows=12,
         answer_tokens=4,
+        eval_batch_size=1,
         greedy_tokens=3,
         dtype="bfloat16",
         # bfloat16 rounds a lot over 32 layers of random weights: with the same merged weights, our forward pass and
