@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 _SHOW_AFTER_S = 5.0
 _LOG_EVERY_S = 15.0
+_SHORTEST_S = 1.0
+"""Time from which the time left is estimated."""
 
 
 def progress_bars(*, in_bytes: bool = False) -> Progress:
@@ -65,21 +67,22 @@ def named_progress() -> Iterator[Callable[[str, int, int], None]]:
     """
     tasks: dict[str, Any] = {}
     started: dict[str, tuple[float, int]] = {}
-    logged = last = time.monotonic()
+    logged = time.monotonic()
 
     def update(description: str, done: int, total: int) -> None:
-        nonlocal logged, last
+        nonlocal logged
         now = time.monotonic()
         if description not in tasks:
             tasks[description] = bars.add_task(description, total=total)
-            started[description] = last, done - 1  # the work on the first item began after the last update
-        last = now
+            started[description] = now, done  # the first item's time is unknown: loading may have come before it
         bars.update(tasks[description], completed=done)
         if bars.disable and now - logged > _LOG_EVERY_S:
             logged = now
             start, done_before = started[description]
-            left = (total - done) * (now - start) / max(1, done - done_before)
-            print(f"{description}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            text = f"{description}: {done} of {total}"
+            if done > done_before and now - start > _SHORTEST_S:  # items of one batch end together
+                text += f", about {(total - done) * (now - start) / (done - done_before):.0f} s left"
+            print(text, file=sys.stderr, flush=True)
 
     with progress_bars() as bars:
         yield update

@@ -8,22 +8,26 @@ from babydoctor import progress
 from babydoctor.train.report import StepProgress
 
 
-def test_the_time_left_counts_the_first_item_too(
+def test_the_time_left_is_estimated_without_what_came_before_the_first_item(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with progress.named_progress() as update:
-        now += 30
-        update("answers", 1, 10)
-        now += 30
-        update("answers", 2, 10)
+        now += 300  # loading
+        for done in (1, 2):  # a batch
+            update("answers", done, 10)
+        now += 40
+        update("answers", 3, 10)
+        now += 40
+        update("answers", 5, 10)
         now += 20
         update("maps", 4, 6)  # three were done before
     assert capsys.readouterr().err.splitlines() == [
-        "answers: 1 of 10, about 270 s left",
-        "answers: 2 of 10, about 240 s left",
-        "maps: 4 of 6, about 40 s left",
+        "answers: 1 of 10",
+        "answers: 3 of 10, about 140 s left",
+        "answers: 5 of 10, about 100 s left",
+        "maps: 4 of 6",
     ]
 
 
