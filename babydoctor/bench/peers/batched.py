@@ -162,7 +162,7 @@ def main(write: Callable[[str], object]) -> None:
         parser.add_argument(option, type=int, required=True)
     given = parser.parse_args()
     model = BatchedModel(given.folder, num_users=given.users, context=given.context, num_threads=given.threads)
-    write(json.dumps({"system": llama_cpp.llama_print_system_info().decode()}))
+    write(json.dumps("ready"))
     for line in sys.stdin:
         asked = json.loads(line)
         write(json.dumps(model.answer(asked["questions"], asked["max_new_tokens"])))

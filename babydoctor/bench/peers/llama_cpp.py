@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib.util
 import json
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from babydoctor.bench.serve_figures import BenchQuestion, Figures, Timing, summarize
 from babydoctor.bench.serve_http import free_port, running_server
@@ -54,21 +55,13 @@ class Server:
 
     def measure(self, questions: Sequence[BenchQuestion], max_new_tokens: int) -> Figures:
         """Ask the questions one after the other."""
-        timings: list[Timing] = []
-
-        async def ask_all() -> float:
-            import httpx
-
-            async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-                start = time.perf_counter()
-                for question in questions:
-                    timings.append(await ask(client, self.url, question, max_new_tokens))
-                return time.perf_counter() - start
-
-        return summarize(1, timings, asyncio.run(ask_all()))
+        with httpx.Client(timeout=120, trust_env=False) as client:
+            start = time.perf_counter()
+            timings = [ask(client, self.url, question, max_new_tokens) for question in questions]
+            return summarize(1, timings, time.perf_counter() - start)
 
 
-async def ask(client: Any, url: str, question: BenchQuestion, max_new_tokens: int) -> Timing:
+def ask(client: httpx.Client, url: str, question: BenchQuestion, max_new_tokens: int) -> Timing:
     """Send one question over OpenAI's API and time its answer.
 
     Raises:
@@ -92,10 +85,10 @@ async def ask(client: Any, url: str, question: BenchQuestion, max_new_tokens: in
     }
     start = time.perf_counter()
     first, reason = None, ""
-    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+    with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            raise UserError(f"llama.cpp's server answered {response.status_code}: {(await response.aread())[:300]!r}")
-        async for line in response.aiter_lines():
+            raise UserError(f"llama.cpp's server answered {response.status_code}: {response.read()[:300]!r}")
+        for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
             choice = json.loads(line.removeprefix("data: "))["choices"][0]
@@ -141,7 +134,7 @@ class Batched:
     def __init__(self, process: subprocess.Popen[str], log: Path, num_users: int) -> None:
         self._process, self._log, self._num_users = process, log, num_users
         self.pid = process.pid
-        self.system = self._read()["system"]
+        self._read()  # the model is loaded
         self.prompt_tokens: dict[str, int] = {}
         """Length of each prompt that it computed."""
 
