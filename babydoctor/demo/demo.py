@@ -250,14 +250,14 @@ def _print_table(
 
 def _print_example(work: Path) -> None:
     """One question with the answer of each stage."""
-    from babydoctor.eval.ask import read_predictions
+    from babydoctor.eval.ask import predictions_file, read_predictions
     from babydoctor.phantom.case import load_cases
 
     case = next(case for case in load_cases(work / "phantoms", "held_out") if case.finding == "fracture")
     # Answers can hold anything, such as "[/INST]", which rich would parse as markup.
     console.print(f"One question, {QUESTIONS['finding'][0]!r} (truth: {case.finding}):", markup=False)
     for stage in STAGES:
-        predictions = read_predictions(work / "scores" / stage / "predictions-right.jsonl")
+        predictions = read_predictions(predictions_file(work / "scores" / stage, "right"))
         (answer,) = (prediction.answer for prediction in predictions if prediction.id == f"{case.id}-finding")
         console.print(f"  after {stage:<10} {answer!r}", markup=False)
 

@@ -227,8 +227,11 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> Iterato
             yield prediction
 
 
-def predictions_file(out: Path, condition: str, ranks: SharedWork) -> Path:
-    """Where a rank writes its predictions. One process writes the whole file, several ranks write parts of it."""
+def predictions_file(out: Path, condition: str, ranks: SharedWork = SharedWork()) -> Path:
+    """Where a rank writes its predictions. One process writes the whole file, several ranks write parts of it.
+
+    Without ``ranks`` it is the whole file.
+    """
     part = "" if ranks.size == 1 else f".rank-{ranks.rank}"
     return out / f"predictions-{condition}{part}.jsonl"
 
@@ -241,7 +244,7 @@ def merge_parts(out: Path, condition: str, questions: Sequence[Question]) -> Non
     parts = sorted(out.glob(f"predictions-{condition}.rank-*.jsonl"))
     if not parts:
         return
-    whole = out / f"predictions-{condition}.jsonl"
+    whole = predictions_file(out, condition)
     found = {
         prediction.id: prediction for path in (whole, *parts) if path.is_file() for prediction in read_predictions(path)
     }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from babydoctor.eval.ask import match_predictions
+from babydoctor.eval.ask import match_predictions, predictions_file
 from babydoctor.eval.intervals import NUM_RESAMPLES, paired_difference
 from babydoctor.eval.score import PUBLISHED_SOURCES, clusters, figures
 from babydoctor.eval.tasks import Question, read_json
@@ -53,7 +53,7 @@ def compare(a: Path, b: Path, *, num_resamples: int = NUM_RESAMPLES, seed: int =
         )
     questions = load_questions(a)
     answers = [
-        [prediction.answer for prediction in match_predictions(folder / "predictions-right.jsonl", questions)]
+        [prediction.answer for prediction in match_predictions(predictions_file(folder, "right"), questions)]
         for folder in (a, b)
     ]
     found_a, found_b = figures(questions, answers[0]), figures(questions, answers[1])

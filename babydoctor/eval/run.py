@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +138,9 @@ def evaluate(
     else:
         assert predictions is not None
         answers = {"right": match_predictions(predictions, task.questions)}
-        (out / "predictions-right.jsonl").unlink(missing_ok=True)
-        list(append_predictions(out / "predictions-right.jsonl", answers["right"]))
+        file = predictions_file(out, "right")
+        file.unlink(missing_ok=True)
+        list(append_predictions(file, answers["right"]))
     seconds = time.monotonic() - started
     result = {
         **describe(task, task_config, config, run, predictions, endpoint, origin),
@@ -172,7 +174,7 @@ def answer_share(
     ranks.wait()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _RunQuestions:
     """The questions of an evaluation and the run that answers them."""
 
@@ -184,13 +186,9 @@ class _RunQuestions:
     engine: Mapping[str, Any] | None
     ranks: SharedWork
 
-    @property
+    @cached_property
     def conditions(self) -> tuple[str, ...]:
         return _usable(self.task, self.config)
-
-    def answers_file(self, condition: str) -> Path:
-        """The answers of all ranks."""
-        return self.out / f"predictions-{condition}.jsonl"
 
     def merge(self) -> None:
         for condition in self.conditions:
@@ -202,19 +200,22 @@ def _ask_run(asked: _RunQuestions, progress: OnAnswer | None) -> dict[str, list[
     asked.merge()  # parts of ranks that were interrupted
     questions = asked.task.questions
     for condition in asked.conditions:
-        unanswered(asked.answers_file(condition), questions)  # repairs the file before others read it
+        unanswered(predictions_file(asked.out, condition), questions)  # repairs the file before others read it
     asked.ranks.wait()
     _answer(asked, progress)
     asked.ranks.wait()
     asked.merge()
-    return {condition: match_predictions(asked.answers_file(condition), questions) for condition in asked.conditions}
+    return {
+        condition: match_predictions(predictions_file(asked.out, condition), questions)
+        for condition in asked.conditions
+    }
 
 
 def _answer(asked: _RunQuestions, progress: OnAnswer | None = None) -> None:
     """Write this rank's share of the answers that are not there yet."""
     config, ranks, total = asked.config, asked.ranks, len(asked.task.questions)
     left = {
-        condition: ranks.share(unanswered(asked.answers_file(condition), asked.task.questions))
+        condition: ranks.share(unanswered(predictions_file(asked.out, condition), asked.task.questions))
         for condition in asked.conditions
     }
     if not any(left.values()):
@@ -235,7 +236,7 @@ def _ask_server(
     out: Path, task: Task, config: EvalConfig, endpoint: Endpoint, progress: OnAnswer | None
 ) -> dict[str, list[Prediction]]:
     conditions = _usable(task, config)
-    files = {condition: out / f"predictions-{condition}.jsonl" for condition in conditions}
+    files = {condition: predictions_file(out, condition) for condition in conditions}
     client = EndpointClient(endpoint)
     for condition in conditions:
         left = unanswered(files[condition], task.questions)
