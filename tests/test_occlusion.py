@@ -168,7 +168,7 @@ def test_a_runs_localization_is_measured_and_recorded(tmp_path: Path) -> None:
     assert other["fill"] == "mean"
     assert json.loads((tmp_path / "run/manifest.json").read_text())["localization"] == summary  # the web UI uses blur
     with pytest.raises(UserError, match="--fill gray: no such fill"):
-        measure_localization(*paths, 1, "gray", None)
+        measure_localization(*paths, 1, "gray", "cpu")
     run = load_run(tmp_path / "run")
     query = Query([user_turn(QUESTION, has_image=True)], max_new_tokens=MAX_NEW_TOKENS)
     with Inference.for_queries(run.model, run.tokenizer, run.manifest, [query]) as inference:

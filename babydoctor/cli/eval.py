@@ -109,6 +109,7 @@ def run(
     from babydoctor.eval.endpoint import Endpoint
     from babydoctor.eval.reporting.model_card import update_model_card as update_card
     from babydoctor.eval.run import EvalConfig, answer_share, evaluate
+    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
     from babydoctor.ranks import check_alone, join_ranks
 
@@ -131,6 +132,7 @@ def run(
         check_alone("measuring a run")
         if run_directory is None or (localization and task != "phantom"):
             raise UserError("--familiarity and --confidence need a run directory, --localization also --task phantom")
+        device = device or choose_device("auto")
         if localization:
             measure_localization(run_directory, Path(data), out, max_questions, fill, device)
         if familiarity:

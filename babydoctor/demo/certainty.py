@@ -14,6 +14,7 @@ from babydoctor.config import TaskConfig
 from babydoctor.eval.certainty.confidence import evaluate_confidence
 from babydoctor.eval.certainty.familiarity import evaluate_familiarity
 from babydoctor.eval.localization import evaluate_localization
+from babydoctor.eval.origin import MEASURED
 from babydoctor.progress import named_progress
 
 LOCALIZATION = "localization.json"
@@ -24,9 +25,8 @@ NUM_MAPS = 40
 
 
 def read_measured(out: Path) -> dict[str, Any]:
-    """What the demo measured, by name: ``localization``, ``familiarity`` and ``confidence``."""
-    names = ("localization", "familiarity", "confidence")
-    return {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    """What the demo measured, by the names of ``MEASURED``."""
+    return {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in MEASURED}
 
 
 def measure_localization(phantoms: Path, run: Path, out: Path) -> None:

@@ -11,11 +11,10 @@ if TYPE_CHECKING:
     from babydoctor.config import TaskConfig
 
 
-def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, fill: str, device: str | None) -> None:
+def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, fill: str, device: str) -> None:
     """``--localization``. The run records the figures of the fill that the web UI uses, no others."""
     from babydoctor.eval.localization import DEFAULT_CASES, evaluate_localization
     from babydoctor.model.occlusion import FILL, FILLS
-    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
     if fill not in FILLS:
@@ -28,7 +27,7 @@ def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, f
             out,
             num_cases=num_cases,
             fill=fill,
-            device=device or choose_device("auto"),
+            device=device,
             progress=lambda done, total: update("maps", done, total),
         )
     print(f"{summary['num_cases']} held-out phantoms; a finding covers {summary['finding_share']:.1%} of the image")
@@ -44,15 +43,14 @@ def measure_localization(run: Path, phantoms: Path, out: Path, max_cases: int, f
 
 
 def measure_familiarity(
-    run: Path, task: TaskConfig, out: Path, *, unfamiliar: Path | None, seed: int, device: str | None
+    run: Path, task: TaskConfig, out: Path, *, unfamiliar: Path | None, seed: int, device: str
 ) -> None:
     """``--familiarity``."""
     from babydoctor.eval.certainty.familiarity import evaluate_familiarity
     from babydoctor.model.familiarity import FILE_NAME
-    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
-    options: dict[str, Any] = {"unfamiliar": unfamiliar, "seed": seed, "device": device or choose_device("auto")}
+    options: dict[str, Any] = {"unfamiliar": unfamiliar, "seed": seed, "device": device}
     with named_progress() as update:
         summary = evaluate_familiarity(run, task, out, **options, progress=update)
     print(f"{summary['num_references']} training images, {summary['num_held_out']} held-out images")
@@ -65,14 +63,13 @@ def measure_familiarity(
 
 
 def measure_confidence(
-    run: Path, task: TaskConfig, out: Path, *, seed: int, device: str | None, engine: dict[str, Any]
+    run: Path, task: TaskConfig, out: Path, *, seed: int, device: str, engine: dict[str, Any]
 ) -> None:
     """``--confidence``."""
     from babydoctor.eval.certainty.confidence import evaluate_confidence
-    from babydoctor.plan.hardware import choose_device
     from babydoctor.progress import named_progress
 
-    options: dict[str, Any] = {"seed": seed, "device": device or choose_device("auto"), "engine": engine}
+    options: dict[str, Any] = {"seed": seed, "device": device, "engine": engine}
     with named_progress() as update:
         summary = evaluate_confidence(
             run, task, out, **options, progress=lambda done, total: update("closed questions", done, total)
