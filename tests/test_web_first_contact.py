@@ -134,6 +134,34 @@ def test_settings_typed_beyond_their_sliders_do_not_stop_an_answer(tab: Any, scr
     assert wait_for_answer(tab) == "Fine."
 
 
+def test_continue_does_not_wait_for_the_server_to_know_the_tab(browser: Any, parts: Parts):
+    held: list[Any] = []
+
+    def hold_opening(route: Any) -> None:
+        """Hold the call that a tab sends when it opens."""
+        is_opening = '\\"reloaded\\"' in route.request.post_data and route.request.post_data_json["data"][0] is False
+        held.append(route) if is_opening else route.continue_()
+
+    with visitor(browser, parts) as tab:
+        tab.route("**/run/predict", hold_opening)
+        tab.reload()
+        enter(tab)
+        expect(tab.get_by_label("Model")).to_have_value("tiny")
+        load_example(tab)
+        question_box(tab).fill("Typed at once")
+        assert len(held) == 1
+        with tab.expect_response("**/run/predict"):
+            held[0].continue_()
+        tab.get_by_role("button", name="Settings").click()
+        expect(tab.get_by_role("spinbutton", name="Temperature")).to_be_visible()
+        expect(question_box(tab)).to_have_value("Typed at once")
+        expect(tab.locator("#bd-viewer img")).to_be_visible()
+        tab.unroute("**/run/predict")
+        tab.reload()  # The session is the same tab's, so it comes back.
+        expect(tab.locator("#bd-viewer img")).to_be_visible()
+        expect(question_box(tab)).to_have_value("Typed at once")
+
+
 def test_a_model_that_dies_is_not_silently_replaced(tab: Any, parts: Parts, scripted: ScriptedServer):
     enter(tab)
     choose_model(tab, "tiny")

@@ -15,7 +15,13 @@ from babydoctor.serve.page.chat_handlers import AnswerHandlers, ConversationHand
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.conversation.look import LookHandlers
 from babydoctor.serve.page.conversation.stored import kept_boxes, stored_settings, tab_values, typed_texts
-from babydoctor.serve.page.conversation.wiring import connect_draft, connect_look, connect_turns, look_outputs
+from babydoctor.serve.page.conversation.wiring import (
+    connect_draft,
+    connect_kept,
+    connect_look,
+    connect_turns,
+    look_outputs,
+)
 from babydoctor.serve.page.examples import build_examples
 from babydoctor.serve.page.handlers import Changes, Handlers, shows_errors_async
 from babydoctor.serve.page.image_handlers import ImageHandlers
@@ -103,8 +109,8 @@ class WebUI:
         models = [ui.model, ui.model_status, ui.look_panel]
         settings = [ui.model, ui.temperature, ui.top_p, ui.max_tokens]
         gate = [ui.gate, ui.main, ui.passed, *models]
-        kept = kept_boxes(ui)
-        restored = list(dict.fromkeys([*gate, *settings, *self._image, *self._chat, *look_outputs(ui), *kept]))
+        shown = [*self._image, *self._chat, *look_outputs(ui), *kept_boxes(ui)]
+        restored = list(dict.fromkeys([*gate, *settings, *shown]))
         demo.load(
             tab.on_load,
             [ui.passed, ui.preferences, ui.tab],
@@ -117,8 +123,8 @@ class WebUI:
         ui.timer.tick(tab.on_tick, [ui.model], models, **PRIVATE)
         ui.model.input(tab.on_tick, [ui.model], models, **LATEST)
         ui.agree.change(lambda agreed: gr.Button(interactive=agreed), [ui.agree], [ui.enter], **PRIVATE)
-        # Gradio ignores a click while it waits for a reply. If the reply is lost, `continueAgain` must get through.
-        ui.enter.click(tab.on_enter, [ui.agree], gate, **PRIVATE, trigger_mode="multiple")
+        entered = script("enter(agreed)", "agreed")
+        ui.enter.click(tab.on_enter, [ui.agree, ui.tab], gate, js=entered, **PRIVATE, trigger_mode="multiple")
         # The browser keeps the settings in its local storage.
         as_list = "(model, temperature, top_p, max_tokens) => [[model, temperature, top_p, max_tokens]]"
         changes = [ui.model.change, ui.temperature.change, ui.top_p.change, ui.max_tokens.change]
@@ -168,7 +174,6 @@ class WebUI:
         asked = [*self._chat, ui.viewer, ui.text_boxes]
         asks = [ui.send.click, ui.question.submit]
         gr.on(asks, talk.on_ask, [ui.question, *settings], asked, **PRIVATE, **settled)
-        ui.question.change(None, [ui.question], None, js=script("keepDraft(question)", "question"))
         ui.again.click(talk.on_again, settings, asked, **PRIVATE, **settled)
         ui.follow.tick(talk.on_follow, [ui.question], self._chat, **ONCE)
         ui.stop.click(talk.on_stop, None, [ui.stop, ui.status], **PRIVATE)
@@ -181,6 +186,7 @@ class WebUI:
         connect_look(ui, self.look, PRIVATE)
         connect_turns(ui, self.sessions, self.client, self._chat, PRIVATE)
         connect_draft(ui, self.sessions, self.client, PRIVATE)
+        connect_kept(ui)
         sure = CertaintyHandlers(ui, self.sessions, self.client)
         ui.certainty.sample.click(sure.on_sample, None, [ui.certainty.result, ui.status], **ONCE)
         ui.certainty.hide.click(sure.on_hide, None, [ui.certainty.result, ui.status], **ONCE)
@@ -227,7 +233,7 @@ class TabHandlers(Handlers):
         model, settings = stored_settings(self.ui, preferences)
         changes = settings | await self._open(session, model) | typed
         if was_known:
-            draft = str(values.get("draft") or "")
+            draft = typed.get(self.ui.question, "")
             changes |= self.images.show_scan(session) | self.look.shown(session)
             changes |= self.chat(session) if session.is_answering else self.talk.finished(session, draft)
         elif values.get("copied"):
@@ -237,11 +243,12 @@ class TabHandlers(Handlers):
         return changes
 
     @shows_errors_async
-    async def on_enter(self, agreed: bool, request: gr.Request) -> Changes:
-        """Handle "Continue": the user has accepted the notice."""
+    async def on_enter(self, agreed: bool, tab: str, request: gr.Request) -> Changes:
+        """Handle "Continue": the user has accepted the notice, perhaps before ``on_load`` was called."""
         if not agreed:
             return {}
-        return await self._open(self.sessions.get(request.session_hash), None) | {self.ui.passed: True}
+        session = self.sessions.attach(request.session_hash, str(tab_values(tab).get("token", "")))
+        return await self._open(session, None) | {self.ui.passed: True}
 
     @shows_errors_async
     async def on_tick(self, model: str | None, request: gr.Request) -> Changes:

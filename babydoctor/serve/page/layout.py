@@ -27,6 +27,9 @@ REFRESH_S = 5
 
 BUTTONS = "buttons(element, trigger)"
 
+KEPT = "bd-kept"
+"""CSS class of a text box whose content the browser keeps while the user types, see ``keepTyped``."""
+
 FOLLOW_S = 0.25
 """How often an open tab polls a running answer."""
 
@@ -163,6 +166,7 @@ class Layout:
                 scale=5,
                 min_width=200,
                 elem_id="bd-question",
+                elem_classes=KEPT,
             )
             self.send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="bd-send")
             self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="bd-stop")
@@ -215,7 +219,12 @@ class Layout:
                 [(text, kind) for kind, text in ERROR_KINDS.items()], label="What was wrong?", elem_id="bd-errors"
             )
             self.comment = gr.Textbox(
-                label="Comment", lines=2, max_length=4000, info="no names, please", elem_id="bd-comment"
+                label="Comment",
+                lines=2,
+                max_length=4000,
+                info="no names, please",
+                elem_id="bd-comment",
+                elem_classes=KEPT,
             )
             self.consent = gr.Checkbox(
                 False,
@@ -231,7 +240,9 @@ class Layout:
 def _section(title: str, lines: int) -> gr.Textbox:
     """A section of the report draft."""
     name = f"bd-report-{title.lower()}"
-    return gr.Textbox(label=title, lines=lines, max_lines=12, max_length=MAX_SECTION_CHARS, elem_id=name)
+    return gr.Textbox(
+        label=title, lines=lines, max_lines=12, max_length=MAX_SECTION_CHARS, elem_id=name, elem_classes=KEPT
+    )
 
 
 def _html(value: str, elem_id: str, call: str = "", file: str = "page.js") -> gr.HTML:

@@ -20,17 +20,16 @@ def tab_values(text: Any) -> dict[str, Any]:
 
 
 def kept_boxes(ui: Layout) -> list[Any]:
-    """The text boxes, other than the question, that a reload restores, in the order of ``keepTexts``."""
-    return [ui.technique, ui.findings, ui.impression, ui.comment]
+    """The text boxes whose content survives a reload. The browser stores it by ``elem_id``."""
+    return [ui.question, ui.technique, ui.findings, ui.impression, ui.comment]
 
 
 def typed_texts(ui: Layout, values: Mapping[str, Any]) -> Changes:
-    """Restore the typed text, whether or not the server still knows the tab."""
-    boxes = kept_boxes(ui)
+    """Restore the typed text, whether or not the server still knows the tab. An empty box is left as it is."""
     texts = values.get("texts")
-    texts = texts if isinstance(texts, list) and len(texts) == len(boxes) else [""] * len(boxes)
-    typed: Changes = {ui.question: str(values.get("draft") or "")}
-    return typed | {box: str(text or "") for box, text in zip(boxes, texts, strict=True)}
+    if not isinstance(texts, dict):
+        return {}
+    return {box: str(texts[box.elem_id]) for box in kept_boxes(ui) if texts.get(box.elem_id)}
 
 
 def stored_settings(ui: Layout, preferences: Any) -> tuple[str | None, Changes]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gradio as gr
-
 from babydoctor.serve.page.controller_client import ControllerClient
 from babydoctor.serve.page.conversation.draft_handlers import DraftHandlers
 from babydoctor.serve.page.conversation.look import LookHandlers
@@ -66,5 +64,9 @@ def connect_draft(ui: Layout, sessions: Sessions, client: ControllerClient, even
         button.click(handler, sections, [ui.report_file, ui.report_status], **event).then(
             None, [ui.report_file], None, js=script("saveFile(file)", "file", FILE)
         )
-    kept = kept_boxes(ui)
-    gr.on([box.change for box in kept], None, kept, None, js=script("keepTexts(texts)", "...texts", FILE))
+
+
+def connect_kept(ui: Layout) -> None:
+    """Keep the content of text boxes in the browser, also when a handler changes it."""
+    for box in kept_boxes(ui):
+        box.change(None, [box], None, js=script(f"keepText('{box.elem_id}', text)", "text", FILE))

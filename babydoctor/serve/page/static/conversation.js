@@ -1,6 +1,6 @@
 // The conversation: scrolls with a growing answer, copies, edits and deletes turns, keeps typed text, saves files.
 
-const TEXTS_KEY = 'babydoctor-texts';
+const TEXTS_KEY = 'babydoctor-typed';
 const NEAR_END_PX = 24;
 
 const questionBox = () => document.querySelector('#bd-question textarea');
@@ -96,12 +96,22 @@ export const moveFocus = (...ids) => {
   setTimeout(() => ids.map((id) => document.getElementById(id)).find((button) => button?.offsetParent)?.focus());
 };
 
-export const keepTexts = (texts) => {
+// The texts that a reload brings back: id of the box -> text.
+export const keptTexts = () => {
+  try { return JSON.parse(sessionStorage.getItem(TEXTS_KEY)) ?? {}; } catch { return {}; }
+};
+
+export const keepText = (id, text) => {
+  const texts = {...keptTexts(), [id]: text ?? ''};
   try { sessionStorage.setItem(TEXTS_KEY, JSON.stringify(texts)); } catch { /* storage is switched off */ }
 };
 
-export const keptTexts = () => {
-  try { return JSON.parse(sessionStorage.getItem(TEXTS_KEY)) ?? []; } catch { return []; }
+// Keep each key press at once. Gradio reports a change later, and a reload may come first.
+export const keepTyped = () => {
+  document.addEventListener('input', ({target}) => {
+    const box = target.closest?.('.bd-kept');
+    if (box) keepText(box.id, target.value);
+  }, true);
 };
 
 export const saveFile = (json) => {

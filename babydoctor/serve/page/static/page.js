@@ -1,12 +1,11 @@
 // Browser side of the web UI. Gradio components import this module by `script` in layout.py.
 // It makes no requests to other servers. It stores a random tab token, the text being typed, and the theme.
 
-import {keptTexts} from './conversation.js';
+import {keepTyped, keptTexts} from './conversation.js';
 import {isOpenElsewhere, watchConnection} from './connection.js';
 import {chosenFiles, droppedFiles, fetchTicket, isStudy, sendStudy} from './study.js';
 
 const TAB_KEY = 'babydoctor-tab';
-const DRAFT_KEY = 'babydoctor-draft';
 const THEME_KEY = 'babydoctor-theme';
 
 const read = (storage, key) => {
@@ -18,18 +17,6 @@ const write = (storage, key, value) => {
 
 const newToken = () => Array.from(crypto.getRandomValues(new Uint8Array(16)),
   (byte) => byte.toString(16).padStart(2, '0')).join('');
-
-// On a busy machine, Gradio sometimes drops the reply to "Continue". Ask again while the notice is visible.
-const CONTINUE_AGAIN_MS = 5000;
-const continueAgain = () => {
-  document.addEventListener('click', ({target}) => {
-    const button = target.closest?.('#bd-enter');
-    if (!button) return;
-    setTimeout(() => {
-      if (button.isConnected && button.offsetParent && !button.disabled) button.click();
-    }, CONTINUE_AGAIN_MS);
-  }, true);
-};
 
 // An empty number box that loses focus gets its number back. Gradio would insert the end of the slider's range.
 const keepNumbers = () => {
@@ -45,29 +32,36 @@ const keepNumbers = () => {
   }, true);
 };
 
-// Called on load: applies the stored theme and sends the tab's token to the server.
+// The tab's token and typed texts, as JSON for the server. Created once after each load of the page.
 // A browser copies the token with a tab. The copy takes a new one, because two tabs must not share a conversation.
-export const restore = async (passed, preferences) => {
-  keepNumbers();
-  continueAgain();
-  watchConnection();
-  const theme = read(localStorage, THEME_KEY);
-  if (theme) document.body.classList.toggle('dark', theme === 'dark');
+let tab = null;
+const identify = async () => {
   const stored = read(sessionStorage, TAB_KEY);
   const copied = stored !== null && await isOpenElsewhere(stored);
   const token = stored === null || copied ? newToken() : stored;
   write(sessionStorage, TAB_KEY, token);
   isOpenElsewhere.answerFor(token);
-  const draft = read(sessionStorage, DRAFT_KEY) ?? '';
-  return [passed, preferences, JSON.stringify({token, draft, texts: keptTexts(), copied, reloaded: stored !== null})];
+  return JSON.stringify({token, texts: keptTexts(), copied, reloaded: stored !== null});
 };
+const identity = () => tab ??= identify();
+
+// Called on load: applies the stored theme and identifies the tab to the server.
+export const restore = async (passed, preferences) => {
+  keepNumbers();
+  keepTyped();
+  watchConnection();
+  const theme = read(localStorage, THEME_KEY);
+  if (theme) document.body.classList.toggle('dark', theme === 'dark');
+  return [passed, preferences, await identity()];
+};
+
+// "Continue" identifies the tab, too, because a quick user presses it before the server has answered `restore`.
+export const enter = async (agreed) => [agreed, await identity()];
 
 export const toggleTheme = () => {
   const isDark = document.body.classList.toggle('dark');
   write(localStorage, THEME_KEY, isDark ? 'dark' : 'light');
 };
-
-export const keepDraft = (question) => write(sessionStorage, DRAFT_KEY, question ?? '');
 
 export const download = (text) => {
   if (!text) return;
