@@ -134,7 +134,7 @@ def _export(tab, parts: Parts) -> None:
         new = pool.submit(
             lambda: asyncio.run(ask_server(parts.controller.url, session.answers, views, **options))
         ).result()
-    assert [view.status for view in views] == ["from_export"]
+    assert [view.status for view in views] == ["from_export"], [view.record for view in session.views]
     assert [answer.text for answer in new] == [answer.answer.strip() for answer in session.answers]
 
 

@@ -79,6 +79,8 @@ class ImageHandlers(Handlers):
     def on_preset(self, preset: str | None, request: gr.Request) -> Changes:
         """Apply the file's own window, or one of the CT presets."""
         session, scan = self._with_scan(request)
+        if preset is None:  # a slider was moved before this event was sent
+            return {}
         scan.center = scan.width = None
         scan.preset = preset if preset in scan.presets and preset != scan.own_window else None
         return self.show_scan(session)
