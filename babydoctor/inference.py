@@ -96,6 +96,7 @@ class Inference:
         batch_size: int = 1,
         template: str | None = None,
         engine: Mapping[str, Any] | None = None,
+        own_weights: bool = False,
     ) -> None:
         """Build the engine.
 
@@ -105,6 +106,7 @@ class Inference:
             batch_size: queries answered at the same time.
             template: conversation template; None: the manifest's.
             engine: settings that replace the defaults, see ``engine.settings.EngineSettings``.
+            own_weights: the model is of no use afterwards, which saves memory; see ``EngineSettings``.
 
         Raises:
             UserError: an engine setting is wrong, the KV cache does not fit in memory, or the tokenizer lacks the
@@ -118,6 +120,7 @@ class Inference:
         check_template(self.template, tokenizer, manifest.language_model, fix="use template={template}")
         context = min(num_tokens, model.language_model.config.max_position_embeddings)
         defaults: dict[str, Any] = {"max_running": batch_size, "max_queue": 4 * batch_size, "max_context": context}
+        defaults["own_weights"] = own_weights
         if batch_size == 1:
             defaults["cached_slots"] = 0
         ends = end_token_ids(self.template, tokenizer)
@@ -259,10 +262,12 @@ def open_conversation(
     question: str | None = None,
     max_new_tokens: int = 256,
     engine: Mapping[str, Any] | None = None,
+    own_weights: bool = False,
 ) -> Conversation:
     """Build a conversation and its engine; enter ``conversation.inference`` before asking.
 
     Args:
+        own_weights: the run's model is used for nothing else, which saves memory; see ``EngineSettings``.
         question: the only question that will be asked, so the KV cache holds only this one. None: the cache holds
             ``max_length`` of the run plus one answer.
     """
@@ -270,7 +275,9 @@ def open_conversation(
     if question is not None:
         turns = [user_turn(question, has_image=pixels is not None)]
         num_prompt = len(_encode(turns, None, run.manifest.template, run.tokenizer, run.model.num_patches))
-    inference = Inference(run.model, run.tokenizer, run.manifest, num_tokens=num_prompt + max_new_tokens, engine=engine)
+    num_tokens = num_prompt + max_new_tokens
+    options: dict[str, Any] = {"num_tokens": num_tokens, "engine": engine, "own_weights": own_weights}
+    inference = Inference(run.model, run.tokenizer, run.manifest, **options)
     return Conversation(inference, pixels, max_new_tokens=max_new_tokens)
 
 

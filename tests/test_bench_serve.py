@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-import torch
 from helpers.serving import tiny_worker
 
 from babydoctor.bench.endurance.soak import SoakReport, run_soak
@@ -15,6 +14,7 @@ from babydoctor.bench.serve_http import drive
 from babydoctor.bench.serve_model import build_prompt, build_tokenizer
 from babydoctor.conversation import split_images
 from babydoctor.data.tokens import encode
+from babydoctor.engine import linear
 from babydoctor.schema import UserError
 
 
@@ -88,7 +88,10 @@ def test_memory_that_keeps_growing_is_a_fault(mebibytes, is_fault):
     assert "third quarter" in report.lines()[-1]
 
 
-def test_the_large_preset_states_its_requirements(tmp_path):
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="CUDA"):
-            run_bench("7b", tmp_path)
+@pytest.mark.parametrize(
+    ("nf4", "needed"), [(False, "--preset 7b needs 17 GB"), (True, "--preset 7b --nf4 needs 7 GB")]
+)
+def test_the_large_preset_states_its_requirements(tmp_path, monkeypatch, nf4, needed):
+    monkeypatch.setattr(linear, "available_memory_bytes", lambda: 5_000_000_000)
+    with pytest.raises(UserError, match=f"{needed} of free memory on a CPU, and 5.0 GB are free"):
+        run_bench("7b", tmp_path, nf4=nf4)

@@ -14,6 +14,7 @@ from helpers.engine_models import CONTEXT, build_model, build_request, settings,
 from helpers.golden_answers import IMAGES, QUESTION, regret
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from babydoctor.config import LoraConfig
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data.tokens import encode
 from babydoctor.engine.cpu import check, library
@@ -31,6 +32,9 @@ from babydoctor.imaging.load import load_image
 from babydoctor.imaging.preprocess import to_pixels
 from babydoctor.interop.llava_import import import_llava
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.lora import add_lora
+from babydoctor.model.nf4 import BLOCK_SIZE, Quantization, quantize_linear
+from babydoctor.model.packed.lora_linear import effective_weight
 from babydoctor.model.run_dir import load_run
 from babydoctor.schema import Turn, UserError
 
@@ -142,10 +146,71 @@ def test_other_thread_counts_give_the_same_logits(monkeypatch: pytest.MonkeyPatc
         assert difference_from_pytorch(is_int8=False) == difference
 
 
+def trained_in_4_bit() -> BabyDoctor:
+    """A bfloat16 model with NF4 layers and LoRAs, as stage 3 trains it."""
+    pytest.importorskip("bitsandbytes")
+    model = build_model(num_heads=4).to(torch.bfloat16)
+    for name, module in list(model.language_model.named_modules()):
+        if name.endswith("_proj"):
+            model.language_model.set_submodule(name, quantize_linear(module.weight.detach(), Quantization()))
+    add_lora(model.language_model, LoraConfig(r=4, alpha=8))
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@needs_operator
+def test_int8_takes_4_bit_weights_and_merges_loras(tokenizer: Any) -> None:
+    model, merged = trained_in_4_bit(), build_model(num_heads=4).to(torch.bfloat16)
+    for name, module in merged.language_model.named_modules():
+        if name.endswith("_proj"):
+            module.weight.data = effective_weight(model.language_model.get_submodule(name), torch.bfloat16)
+    requests = [build_request(seed, num_images=seed % 2) for seed in range(3)]
+    with Engine(merged, tokenizer, settings(weights="int8")) as engine:
+        expected = [tokens_of(engine.submit(request)) for request in requests]
+    with Engine(model, tokenizer, settings(weights="int8", own_weights=True)) as engine:
+        assert isinstance(engine.decoder, CpuDecoder)
+        assert [tokens_of(engine.submit(request)) for request in requests] == expected
+    with Engine(trained_in_4_bit(), tokenizer, settings()) as engine:
+        assert not isinstance(engine.decoder, CpuDecoder)  # unless asked, nothing is merged
+
+
+@needs_operator
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_copied_weights_of_an_owned_model_are_freed(tokenizer: Any, is_tied: bool) -> None:
+    model, request = build_model(num_heads=4).to(torch.bfloat16), build_request(1)
+    language_model = model.language_model
+    if is_tied:
+        language_model.lm_head.weight = language_model.model.embed_tokens.weight
+    with Engine(model, tokenizer, settings()) as engine:
+        expected = tokens_of(engine.submit(request))
+    with Engine(model, tokenizer, settings(own_weights=True)) as engine:
+        assert tokens_of(engine.submit(request)) == expected
+    kept = [name for name, parameter in language_model.named_parameters() if parameter.numel()]
+    assert all("norm" in name or "embed_tokens" in name for name in kept) and "model.embed_tokens.weight" in kept
+
+
+def test_an_owned_4_bit_model_is_not_dequantized() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    if not functional.has_avx512bf16():
+        pytest.skip("bitsandbytes has no 4-bit kernel for this CPU")
+    logits = []
+    for own in (False, True):
+        model = trained_in_4_bit().language_model
+        decoder = Decoder(model, KVCache(3, 2, 16, CONTEXT, 2, 1, torch.bfloat16, torch.device("cpu")), own=own)
+        embeds = decoder.embed_tokens(torch.arange(1, 40))
+        logits.append(decoder.forward(DecodeRows([], [], []), [Chunk(0, 0, embeds, True)]).float())
+        bases = [module.base_layer for name, module in model.named_modules() if name.endswith("_proj")]
+        repacked = [hasattr(base.weight.quant_state, "packing_format_for_cpu") for base in bases]
+        assert repacked == [own and base.in_features % BLOCK_SIZE == 0 for base in bases]
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 0.1  # both are 0.05 from float32
+
+
 def test_models_that_the_operator_cannot_run_are_refused_by_name(model: BabyDoctor, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="weights=int4 must be int8"):
         EngineSettings(weights="int4")
-    with pytest.raises(UserError, match="int8 is not possible: it takes a LLaMA with plain bfloat16 weights"):
+    with pytest.raises(UserError, match="int8 is not possible: it takes a LLaMA in bfloat16"):
         Engine(build_model(), tokenizer, settings(weights="int8"))
     with pytest.raises(UserError, match=r"engine\.kv_dtype=float32, and it needs bfloat16"):
         Engine(model, tokenizer, settings(weights="int8", kv_dtype="float32"))

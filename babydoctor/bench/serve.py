@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from babydoctor.engine.settings import EngineSettings, StartHook
     from babydoctor.model.babydoctor import BabyDoctor
 
+CPU_BYTES_7B = {"bf16": 17e9, "nf4": 7e9}
+"""Memory for the 7b preset on a CPU: weights, the largest one while it is copied, and a KV cache."""
+
 Batches = Sequence[tuple[int, list[BenchQuestion]]]
 """A number of users and their questions, for each measurement."""
 
@@ -111,7 +114,7 @@ def run_bench(
     from babydoctor.engine.settings import build_settings
 
     if preset == "7b" and not device.startswith("cuda"):
-        raise UserError("--preset 7b needs a CUDA GPU with 16 GB or more; --preset mini runs on any machine")
+        _check_memory(nf4=nf4)
     on_event(f"building {preset} with random weights")
     batches = [
         (number, build_questions(max(number * requests_per_user, 8), 17 * round_ + number, prompt_tokens=prompt_tokens))
@@ -137,7 +140,22 @@ def run_bench(
     through = "engine alone" if engine_only else "worker over HTTP"
     # The peaks are measured twice, because other programs may slow down one of the measurements.
     bandwidth, rate = max(bandwidth, memory_bytes_per_s(device)), max(rate, matmul_flops_per_s(device))
-    return Report(f"{preset} {'NF4' if nf4 else 'bf16'}", through, device, best, peak, rate, bandwidth, cost)
+    precision = "NF4" if nf4 else "bf16"
+    if settings.weights:
+        precision = f"{settings.weights} from {precision}"
+    return Report(f"{preset} {precision}", through, device, best, peak, rate, bandwidth, cost)
+
+
+def _check_memory(*, nf4: bool) -> None:
+    """Raise ``UserError`` if this machine has too little free memory for a 7B model and a small KV cache."""
+    from babydoctor.engine.linear import available_memory_bytes
+
+    needed, free = CPU_BYTES_7B["nf4" if nf4 else "bf16"], available_memory_bytes()
+    if needed > free:
+        raise UserError(
+            f"--preset 7b{' --nf4' if nf4 else ''} needs {needed / 1e9:.0f} GB of free memory on a CPU, and "
+            f"{free / 1e9:.1f} GB are free; close other programs, or choose {'' if nf4 else '--nf4 or '}--preset mini"
+        )
 
 
 def _bench_engine(
@@ -192,8 +210,11 @@ def decode_cost(model: BabyDoctor, request: Any, settings: EngineSettings) -> De
     if uses_cpu_operator(language_model, settings):
         dtype = torch.bfloat16
     weight_bytes = tensor_bytes(language_model) - embedding.numel() * embedding.element_size()
+    if settings.weights == "int8":
+        linears: list[Any] = [part for part in language_model.modules() if isinstance(part, torch.nn.Linear)]
+        weight_bytes = sum(linear.in_features * linear.out_features for linear in linears)
     return DecodeCost(
-        weight_bytes=weight_bytes // (2 if settings.weights == "int8" else 1),
+        weight_bytes=weight_bytes,
         position_bytes=slot_bytes(*kv_shape(language_model.config), 1, dtype),
         num_positions=len(request.input_ids) + request.max_new_tokens // 2,
     )

@@ -128,7 +128,9 @@ def serve(
         typer.Argument(metavar="[engine.KEY=VALUE]...", help="engine settings, for example engine.num_threads=8"),
     ] = None,
     *,
-    preset: Annotated[Literal["mini", "7b"], typer.Option(help="size of the model; 7b needs a GPU")] = "mini",
+    preset: Annotated[
+        Literal["mini", "7b"], typer.Option(help="size of the model; 7b takes 17 GB, 7 with --nf4")
+    ] = "mini",
     users: Annotated[str, typer.Option(help="numbers of concurrent users, with commas")] = "1,16",
     requests_per_user: Annotated[int, typer.Option(min=1)] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="length of each answer")] = 64,
@@ -180,13 +182,13 @@ def serve(
     for row in report.figures:
         table.add_row(
             str(row.num_users),
-            f"{row.tokens_per_s:.0f}",
+            f"{row.tokens_per_s:.1f}" if row.tokens_per_s < 20 else f"{row.tokens_per_s:.0f}",
             f"{row.requests_per_s:.2f}",
             f"{row.first_token_p50_s:.3f}",
             f"{row.first_token_p95_s:.3f}",
             f"{row.per_token_p50_s * 1e3:.1f}",
             f"{row.per_token_p95_s * 1e3:.1f}",
-            f"{row.decode_tokens_per_s:.0f}",
+            f"{row.decode_tokens_per_s:.1f}" if row.decode_tokens_per_s < 20 else f"{row.decode_tokens_per_s:.0f}",
             f"{report.share_of_ceiling(row):.0%}",
         )
     console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens per answer")

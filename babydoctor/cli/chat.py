@@ -50,7 +50,9 @@ def chat(
     prepare_inference()
     loaded = load_run(run, device=choose_device(device))
     pixels = None if image is None else to_pixels(open_image(image, frame, preset), loaded.manifest.image)
-    conversation = open_conversation(loaded, pixels, question=question, max_new_tokens=max_new_tokens, engine=engine)
+    conversation = open_conversation(
+        loaded, pixels, question=question, max_new_tokens=max_new_tokens, engine=engine, own_weights=True
+    )
     with conversation.inference:
         if question is not None:
             _print_stream(conversation.ask(question, temperature=temperature))

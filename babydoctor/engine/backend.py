@@ -38,12 +38,9 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
         return "engine.pack_weights=false"
     if settings.kv_dtype not in (None, "bfloat16"):
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
-    if not fits(model):
-        return (
-            "it takes a LLaMA with plain bfloat16 weights on a CPU, which `babydoctor merge RUN --out DIR --dtype "
-            "bfloat16` writes for a run with a LoRA or 4-bit layers"
-        )
-    if not has_room_for_copy(model.parameters()):
+    if not fits(model, rounds=settings.weights == "int8"):
+        return "it takes a LLaMA in bfloat16 on a CPU (`babydoctor merge RUN --out DIR --dtype bfloat16` writes one)"
+    if not settings.own_weights and not has_room_for_copy(model.parameters()):
         return "a second copy of the weights takes too much of this machine's memory"
     if not operator_works():
         return "the operator could not be built or gives wrong numbers here, see the log; is g++ installed?"
@@ -66,7 +63,7 @@ def build_decoder(
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
         if on_cpu_operator:
-            return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8")
+            return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8", own=settings.own_weights)
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
     try:
         from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels

@@ -45,12 +45,13 @@ class EngineSettings:
         num_threads: CPU threads of the engine; by default torch's. The thread count belongs to the process, so an
             ``on_start`` must set it, as the command line's does.
         weights: ``int8`` rounds the weights to eight bits with a scale per output (CPU), and each row of a product's
-            input as well. A step then reads half of the bytes of bfloat16. By default they stay unchanged.
+            input as well. A step then reads half of the bytes of bfloat16. A LoRA is merged into the weights first. By
+            default they stay unchanged.
         pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
             allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
-        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place. This
-            saves kernel launches, and costs no memory unless weights are packed.
+        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place,
+            repack 4-bit weights, and free weights that it has copied. The model is of no use afterwards.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """

@@ -56,7 +56,8 @@ def quantize_linear(weight: torch.Tensor, quantization: Quantization) -> nn.Modu
     )
     layer.quant_state = state
     # On CPUs with AVX512-BF16, bitsandbytes would repack the weights in place at the first inference call, for a
-    # kernel that rounds to bfloat16 and requires sizes divisible by 32. Training could not continue after that.
+    # kernel that rounds to bfloat16 and requires sizes divisible by 32. Training could not continue after that, so only
+    # an engine that owns the model asks for it, see ``repack_for_cpu``.
     layer.support_avx512bf16_for_cpu = False
     return layer
 
@@ -145,9 +146,29 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def repack_for_cpu(layer: Any) -> None:
+    """Repack a bfloat16 layer's 4-bit weight for bitsandbytes' CPU kernel, where it has one (AVX512-BF16).
+
+    The kernel does not dequantize the weight. Measured on one core with ``[11008, 4096]``: one row takes 1.5 ms instead
+    of 130, and 256 rows 338 ms instead of 207. The layer cannot be trained, merged or saved afterwards.
+    """
+    if layer.weight.device.type != "cpu" or layer.compute_dtype != torch.bfloat16:
+        return
+    outputs, inputs = layer.weight.quant_state.shape
+    if outputs % 32 == 0 and inputs % BLOCK_SIZE == 0 and import_bitsandbytes().functional.has_avx512bf16():
+        layer.support_avx512bf16_for_cpu = True
+        with torch.inference_mode():
+            layer.eval()(torch.zeros(1, inputs, dtype=torch.bfloat16))  # the first call repacks
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """True if a linear layer's weight is in 4 bits."""
+    return getattr(layer.weight, "quant_state", None) is not None
+
+
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     """The float weight ``[out, in]`` of a plain or 4-bit linear layer."""
     weight: Any = layer.weight
-    if getattr(weight, "quant_state", None) is None:
+    if not is_4bit(layer):
         return weight.data
     return import_bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)

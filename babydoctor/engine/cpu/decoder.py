@@ -18,6 +18,8 @@ from babydoctor.engine.kv_cache import KVCache
 from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
+from babydoctor.model.nf4 import is_4bit
+from babydoctor.model.packed.lora_linear import effective_weight, has_lora
 
 BLOCK = 64
 """Outputs per block of packed weights."""
@@ -67,13 +69,17 @@ class PackedProduct:
 
 
 class CpuDecoder(Decoder):
-    """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied."""
+    """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied.
 
-    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False) -> None:
+    Args:
+        own: free the model's weights once they are copied. The model is then of no other use.
+    """
+
+    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False, own: bool = False) -> None:
         operator = load_operator()
-        assert operator is not None and fits(model), "checked by the caller"
+        assert operator is not None and fits(model, rounds=is_int8), "checked by the caller"
         self._operator, self._is_int8 = operator, is_int8
-        super().__init__(model, kv_cache, pack=False)
+        super().__init__(model, kv_cache, pack=False, own=own)
         head: Any = self.lm_head
         self._vocab_size = head.structure.outputs
         self._tables = [table[:, 0].float().contiguous() for table in (self.cos, self.sin)]  # [C, W]
@@ -96,8 +102,18 @@ class CpuDecoder(Decoder):
         )
 
     def _build_linear(self, modules: Sequence[nn.Module]) -> PackedProduct:
-        weights: list[Any] = [module.weight for module in modules]
-        return PackedProduct(self._operator, weights, is_int8=self._is_int8)
+        weights = [effective_weight(module, self.dtype) for module in modules]
+        product = PackedProduct(self._operator, weights, is_int8=self._is_int8)
+        if self._own:
+            for module in modules:
+                self._free(module)
+        return product
+
+    def _free(self, module: nn.Module) -> None:
+        """Free the weights of a module, except for a head that shares them with the embedding."""
+        for parameter in module.parameters():
+            if parameter.data_ptr() != self.embed_tokens.weight.data_ptr():
+                parameter.data = parameter.data.new_empty(0)
 
     def _layer(self, index: int) -> StepLayer:
         layer: Any = self.layers[index]
@@ -127,15 +143,24 @@ class CpuDecoder(Decoder):
         return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part.numel()])
 
 
-def fits(model: LanguageModel) -> bool:
-    """True if the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window."""
+def fits(model: LanguageModel, *, rounds: bool = False) -> bool:
+    """True if the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window.
+
+    Args:
+        rounds: the weights will be rounded to int8, so they may also be 4-bit, and a LoRA may be merged into them.
+            Otherwise such models keep PyTorch's operations, whose numbers are those of training.
+    """
     config = model.config
     head_dim = kv_shape(config)[2]
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
-    linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    modules: list[Any] = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    bases = [module.base_layer if has_lora(module) else module for module in modules]
+    floats = [model.model.embed_tokens, model.model.norm, *(base for base in bases if not is_4bit(base))]
     return (
-        all(parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" for parameter in model.parameters())
-        and all(type(module) is nn.Linear and module.bias is None for module in linears)
+        all(parameter.device.type == "cpu" for parameter in model.parameters())
+        and all(module.weight.dtype == torch.bfloat16 for module in floats)
+        and all(base.bias is None and (type(base) is nn.Linear or is_4bit(base)) for base in bases)
+        and (rounds or not any(has_lora(module) or is_4bit(module) for module in modules))
         and all(size % LANES == 0 for size in sizes)
         and head_dim <= MAX_HEAD_DIM
         and sliding_window(config) is None

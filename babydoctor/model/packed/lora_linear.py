@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from babydoctor.model.nf4 import dequantized_weight
+from babydoctor.model.nf4 import dequantized_weight, is_4bit
 from babydoctor.model.packed.fused_ops import PLAIN_OPS, ElementwiseOps
 
 ADAPTER = "default"
@@ -62,7 +62,7 @@ def apply_linears(
             factors += [peft_layer.lora_A[ADAPTER].weight, peft_layer.lora_B[ADAPTER].weight]
         else:
             layers.append(_Layer(module))
-    if not factors and not any(_is_4bit(layer.base) or _is_gathered(layer.base) for layer in layers):
+    if not factors and not any(is_4bit(layer.base) or _is_gathered(layer.base) for layer in layers):
         return tuple(linear(x, layer.weight(x.dtype), _bias(layer.base, x)) for layer in layers)
     keep = draw_keep_mask(x.shape, dropout, x.device) if dropout else None
     return _FrozenLinears.apply(x, keep, tuple(layers), ops, *factors)
@@ -142,13 +142,19 @@ def draw_keep_mask(shape: Sequence[int], dropout: float, device: torch.device) -
     return keep.view(torch.uint8).view(tuple(shape))
 
 
-def _is_4bit(base: nn.Module) -> bool:
-    return getattr(base.weight, "quant_state", None) is not None
-
-
 def _is_gathered(base: nn.Module) -> bool:
     """True if ZeRO-3 holds the weight only during the layer's passes; autograd must not keep it in between."""
     return hasattr(base.weight, "ds_id")
+
+
+def effective_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[O, I]`` of a layer with its LoRA merged into it, in ``dtype``. Not copied where it exists."""
+    if not has_lora(module):
+        return dequantized_weight(module).to(dtype)
+    peft_layer: Any = module
+    down, up = peft_layer.lora_A[ADAPTER].weight.detach(), peft_layer.lora_B[ADAPTER].weight.detach()
+    weight = dequantized_weight(peft_layer.base_layer).float()
+    return weight.addmm(up.float(), down.float(), alpha=peft_layer.scaling[ADAPTER]).to(dtype)
 
 
 def has_lora(module: nn.Module) -> bool:
