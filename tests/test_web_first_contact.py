@@ -146,7 +146,6 @@ def test_continue_does_not_wait_for_the_server_to_know_the_tab(browser: Any, par
         tab.route("**/run/predict", hold_opening)
         tab.reload()
         enter(tab)
-        expect(tab.get_by_label("Model")).to_have_value("tiny")
         load_example(tab)
         question_box(tab).fill("Typed at once")
         assert len(held) == 1

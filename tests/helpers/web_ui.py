@@ -203,7 +203,15 @@ def tab(browser: Any, parts: Parts) -> Iterator[Any]:
 
         page.on("request", on_request)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+
+        def on_message(message: Any) -> None:
+            address = message.location["url"]
+            # The viewer may ask for the next frame of an image that the server has just replaced.
+            is_late = "status of 404" in message.text and ("/page/frame/" in address or "/page/link/" in address)
+            if message.type == "error" and not is_late:
+                faults.append(f"{message.text} {address}")
+
+        page.on("console", on_message)
         page.reload()
         yield page
     assert not foreign and not faults, (foreign, faults)
