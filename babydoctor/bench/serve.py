@@ -116,8 +116,12 @@ def run_bench(
     if preset == "7b" and not device.startswith("cuda"):
         _check_memory(nf4=nf4)
     on_event(f"building {preset} with random weights")
+    fewest = 8 if preset == "mini" else 1  # on a CPU, 7B takes a minute for each
     batches = [
-        (number, build_questions(max(number * requests_per_user, 8), 17 * round_ + number, prompt_tokens=prompt_tokens))
+        (
+            number,
+            build_questions(max(number * requests_per_user, fewest), 17 * round_ + number, prompt_tokens=prompt_tokens),
+        )
         for round_ in range(rounds)
         for number in users
     ]
