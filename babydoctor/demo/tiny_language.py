@@ -30,7 +30,7 @@ from babydoctor.schema import IGNORE_INDEX, UserError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from babydoctor.demo.tiny_tower import Tower, TowerSettings
+    from babydoctor.demo.tiny_tower import TowerSettings
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 WORD_START = "▁"
@@ -192,6 +192,21 @@ def train_language_model(
     return model.eval()
 
 
+def make_language_model(
+    cases: Sequence[Case], out: Path, settings: LanguageSettings | None = None, seed: int = 0
+) -> None:
+    """Train a tokenizer and a LLaMA on texts about the cases and save both in the folder ``out``."""
+    from babydoctor.files import atomic_directory
+
+    settings = settings or LanguageSettings()
+    corpus = build_corpus(cases, settings.num_texts, seed)
+    tokenizer = build_tokenizer(corpus, cases, settings.vocab_size)
+    model = train_language_model(corpus, tokenizer, settings, seed)
+    with atomic_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class TinySettings:
     """Settings of the tiny base models."""
@@ -202,50 +217,19 @@ class TinySettings:
     """None: the defaults."""
 
 
-def save_tower(tower: Tower, folder: Path) -> None:
-    """Save a tower with CLIP's preprocessor_config.json."""
-    size = tower.model.config.image_size
-    tower.model.save_pretrained(folder)
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [tower.mean] * 3,
-        "image_std": [tower.std] * 3,
-        "do_convert_rgb": True,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-
-
 def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = None) -> None:
     """Train ``out/clip`` and ``out/llama`` on a phantom folder. Existing ones are kept.
 
     Raises:
         UserError: ``phantoms`` has no training cases.
     """
-    from babydoctor.demo.tiny_tower import TowerSettings, load_images, train_tower
-    from babydoctor.files import atomic_directory
+    from babydoctor.demo.tiny_tower import make_tower
 
     settings = settings or TinySettings()
     cases = load_cases(phantoms, "train")
     if not cases:
         raise UserError(f"{phantoms / 'truth.jsonl'} has no training case; run `babydoctor data phantom` again")
     if not (out / "clip").is_dir():
-        tower = train_tower(
-            cases, load_images(cases, phantoms / "images"), settings.tower or TowerSettings(), settings.seed
-        )
-        with atomic_directory(out / "clip") as folder:
-            save_tower(tower, folder)
+        make_tower(cases, phantoms / "images", out / "clip", settings.tower, settings.seed)
     if not (out / "llama").is_dir():
-        corpus = build_corpus(cases, settings.language.num_texts, settings.seed)
-        tokenizer = build_tokenizer(corpus, cases, settings.language.vocab_size)
-        model = train_language_model(corpus, tokenizer, settings.language, settings.seed)
-        with atomic_directory(out / "llama") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        make_language_model(cases, out / "llama", settings.language, settings.seed)
