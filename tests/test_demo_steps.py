@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from babydoctor.schema import UserError
 HOUR = 3600
 
 
-def shared(name: str, result: Path, run: partial[object], needs: Path | None = None) -> Step:
+def shared(name: str, result: Path, run: Callable[[], object], needs: Path | None = None) -> Step:
     return Step(name, result, run, shares_cores=True, needs=needs)
 
 
@@ -89,13 +90,13 @@ def test_steps_share_the_cores_and_start_when_what_they_need_is_there(
 
 @pytest.mark.parametrize(("breaks", "message"), [(fail, "no training case"), (be_killed, "was killed.*again")])
 def test_an_error_in_one_step_ends_the_other(
-    breaks: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    breaks: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "num_cores", lambda: 2)
     started = tmp_path / "started"
     order = [
         shared("long", tmp_path / "long", partial(start_and_wait, started)),
-        shared("broken", tmp_path / "broken", partial(breaks, started)),  # type: ignore[operator]
+        shared("broken", tmp_path / "broken", partial(breaks, started)),
         shared("later", tmp_path / "later", partial(write_own, tmp_path / "later")),
     ]
     with pytest.raises(UserError, match=message):

@@ -112,8 +112,8 @@ def test_a_repeated_question_about_the_same_image_is_asked_once(
     temperature: float, run: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_run(run)
-    questions = load_task(TaskConfig(task="rows", data=str(rows))).questions
-    questions = [replace(question, prompt=questions[0].prompt, references=("lung",)) for question in questions]
+    task = load_task(TaskConfig(task="rows", data=str(rows)))
+    questions = [replace(question, prompt="Where is it?", references=("lung",)) for question in task.questions]
     config = GenerationConfig(max_new_tokens=4, batch_size=2, temperature=temperature)
     known: dict[Hashable, Prediction] = {}
     asked: list[str] = []
