@@ -31,8 +31,8 @@ class Step:
     Attributes:
         shares_cores: runs in a process of its own, which another such step may run beside. ``run`` is then a function
             of a module, or a ``partial`` of one.
-        needs: result of a step that must be done before. Steps in the list before or after one that uses all cores
-            need not be named.
+        needs: result of another such step that must be there before this one starts. A step that uses all cores waits
+            for all steps before it.
     """
 
     name: str
@@ -125,4 +125,5 @@ def _begin(prepare: Callable[[], None]) -> None:
 
 
 def _run(step: Callable[[], object]) -> None:
+    """Run a step. What it returns is not sent back: its result is the file that it writes."""
     step()
