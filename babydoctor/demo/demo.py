@@ -54,8 +54,12 @@ BATCH_SIZE = 64
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def build_steps(work: Path) -> list[Step]:
-    """All steps, in order. Of those after the last stage, the longest come first."""
+def build_steps(work: Path, *, check: bool = False) -> list[Step]:
+    """All steps, in order. Of those after the last stage, the longest come first.
+
+    Args:
+        check: also ask the web UI's examples over HTTP. They are asked again each time.
+    """
     from babydoctor.demo.certainty import LOCALIZATION, measure_certainty, measure_localization
     from babydoctor.demo.pictures import draw_cases
     from babydoctor.phantom.write import write_phantoms
@@ -75,6 +79,13 @@ def build_steps(work: Path) -> list[Step]:
     for number, stage in enumerate(STAGES, 1):
         name = f"Stage {number}, {stage}: babydoctor train configs/tiny/{stage}.yaml"
         steps.append(Step(name, work / stage / "manifest.json", partial(train_stage, work, stage)))
+    if check:
+        from babydoctor.demo import first_contact
+
+        asked = scores / first_contact.FILE_NAME
+        asked.unlink(missing_ok=True)
+        name = "First contact: the web UI's examples and ready-made questions, over HTTP"
+        steps.append(step(name, asked, partial(first_contact.measure, run, asked)))
     steps += [
         step(
             "Robustness: other wordings, image sizes, temperature 1",
@@ -105,8 +116,8 @@ def run_demo(work: Path, *, check: bool, update: Path | None = None, prepare: Ca
         prepare: called in each process that the demo starts for steps.
     """
     started = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
-    run_steps(build_steps(work), console, prepare)
+    (work / "scores").mkdir(parents=True, exist_ok=True)
+    run_steps(build_steps(work, check=check), console, prepare)
     missing = print_scores(work, update)
     console.print(f"picture: {work / 'demo_cases.png'}")
     missing += try_out(work, ask_all=check)
@@ -263,10 +274,11 @@ def _print_example(work: Path) -> None:
 
 
 def try_out(work: Path, *, ask_all: bool) -> list[str]:
-    """Ask about a held-out phantom in this process and, with ``ask_all``, all a new user tries first over HTTP.
+    """Ask about a held-out phantom in this process and, with ``ask_all``, show what the web UI's examples answered.
 
-    Returns the wrong answers, in words.
+    Returns the wrong answers to the examples, in words.
     """
+    from babydoctor.demo.first_contact import FILE_NAME, show_answers
     from babydoctor.demo.pictures import ask_about
     from babydoctor.phantom.case import load_cases
 
@@ -279,21 +291,4 @@ def try_out(work: Path, *, ask_all: bool) -> list[str]:
     (answer,) = ask_about(work / "radiology", [image], question, max_new_tokens=256)
     console.print(answer, markup=False)
     console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}[/]")
-    return ask_examples(work / "radiology") if ask_all else []
-
-
-def ask_examples(run: Path) -> list[str]:
-    """Ask each example of the web UI every ready-made question, as the web UI does and over both APIs.
-
-    Returns the wrong answers, in words.
-    """
-    from babydoctor.demo.first_contact import ask_everything, wrong_answers
-
-    console.print("\n[bold]The web UI's examples and ready-made questions, asked over HTTP[/]")
-    answers = ask_everything(run)
-    for answer in answers:
-        if answer.way == "OpenAI API":
-            console.print(f"  {answer.example}: {answer.question} {answer.answer}", markup=False)
-    wrong = wrong_answers(answers)
-    console.print(f"{len(answers) - len(wrong)} of {len(answers)} answers are right")
-    return wrong
+    return show_answers(work / "scores" / FILE_NAME, console) if ask_all else []
