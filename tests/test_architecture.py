@@ -62,6 +62,7 @@ LARGE_FOLDERS: dict[str, str] = {}
 
 SWITCHES = {
     "bench/peers/batched.py": "calls llama.cpp's C API by ctypes, in a process of its own",
+    "demo/steps.py": "sets the number of threads of processes that it starts, and restores it at the end of the block",
     "engine/cpu/library.py": "calls the compiled operator by ctypes; changes nothing of the process",
     "serve/page/pacs/report.py": "restores the warning filters at the end of the block",
 }

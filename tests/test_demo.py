@@ -123,7 +123,7 @@ def test_finished_steps_are_skipped_and_the_others_run(tmp_path: Path, monkeypat
         return demo.Step(name, tmp_path / name, run)
 
     (tmp_path / "first").write_text("")
-    monkeypatch.setattr(demo, "build_steps", lambda work: [step("first"), step("second"), step("third")])
+    monkeypatch.setattr(demo, "build_steps", lambda work, check: [step("first"), step("second"), step("third")])
     monkeypatch.setattr(demo, "print_scores", lambda work, update: ["accuracy is low"])
 
     def try_out(work: Path, ask_all: bool) -> list[str]:
@@ -242,7 +242,7 @@ import sys
 from babydoctor.cli.main import main
 from babydoctor.demo import demo
 all_steps, overrides = demo.build_steps, demo.stage_overrides
-demo.build_steps = lambda work: [step for step in all_steps(work) if step.result == work / "instruct/manifest.json"]
+demo.build_steps = lambda work, check: [step for step in all_steps(work) if step.name.startswith("Stage 2")]
 demo.stage_overrides = lambda work, stage: [*overrides(work, stage), *{settings!r}]
 demo.print_scores = lambda work, update: []
 demo.try_out = lambda work, ask_all: []

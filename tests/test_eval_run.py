@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,22 @@ from helpers.serving import build_tiny_run
 from babydoctor.cli.evaluation.tables import print_result
 from babydoctor.config import TaskConfig
 from babydoctor.engine.request import TokenLogprob
-from babydoctor.eval.ask import GenerationConfig, answer_confidence, match_predictions, read_predictions
+from babydoctor.eval.ask import (
+    GenerationConfig,
+    Prediction,
+    answer_confidence,
+    ask,
+    build_inference,
+    match_predictions,
+    read_predictions,
+)
 from babydoctor.eval.compare import compare
+from babydoctor.eval.conditions import ConditionedImages
 from babydoctor.eval.load import load_task
 from babydoctor.eval.reporting.model_card import SECTION, update_model_card
 from babydoctor.eval.run import EvalConfig, evaluate, evaluate_task
-from babydoctor.model.run_dir import read_manifest, write_manifest
+from babydoctor.inference import Query
+from babydoctor.model.run_dir import load_run, read_manifest, write_manifest
 from babydoctor.schema import UserError
 
 SETTINGS = EvalConfig(
@@ -85,8 +97,6 @@ def test_the_report_is_a_single_file(run: Path, rows: Path, tmp_path: Path) -> N
 
 
 def test_a_task_runs_on_a_model_in_training(run: Path, rows: Path) -> None:
-    from babydoctor.model.run_dir import load_run
-
     loaded = load_run(run)
     loaded.model.train()
     settings = EvalConfig(images_as=("right",), generation=SETTINGS.generation, num_resamples=100)
@@ -95,6 +105,39 @@ def test_a_task_runs_on_a_model_in_training(run: Path, rows: Path) -> None:
     )
     assert loaded.model.training
     assert result["conditions"]["right"]["figures"]["unparseable_rate"]["value"] <= 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_repeated_question_about_the_same_image_is_asked_once(
+    temperature: float, run: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_run(run)
+    task = load_task(TaskConfig(task="rows", data=str(rows)))
+    questions = [replace(question, prompt="Where is it?", references=("lung",)) for question in task.questions]
+    config = GenerationConfig(max_new_tokens=4, batch_size=2, temperature=temperature)
+    known: dict[Hashable, Prediction] = {}
+    asked: list[str] = []
+    with build_inference(loaded.model, loaded.tokenizer, loaded.manifest, questions, config) as inference:
+
+        def counted(queries: Iterable[Query]) -> Iterator[Query]:
+            for query in queries:
+                asked.append(query.id)
+                yield query
+
+        answers = inference.answers
+        monkeypatch.setattr(inference, "answers", lambda queries: answers(counted(queries)))
+        num_asked, texts = [], []
+        for condition in ("right", "shuffled", "blank"):
+            asked.clear()
+            images = ConditionedImages(questions, condition, inference.image_settings)
+            predictions = list(ask(inference, questions, images, config, known))
+            assert [prediction.id for prediction in predictions] == [question.id for question in questions]
+            num_asked.append(len(asked))
+            texts.append({(images.name(q), p.answer) for q, p in zip(questions, predictions, strict=True)})
+    if temperature:
+        assert num_asked == [8, 8, 8]
+    else:  # about four images, the same four, and the blank one
+        assert num_asked == [4, 0, 1] and texts[0] == texts[1] and [len(pairs) for pairs in texts] == [4, 4, 1]
 
 
 def test_answers_of_other_programs_are_scored(rows: Path, tmp_path: Path) -> None:

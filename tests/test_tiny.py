@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from babydoctor.conversation import get_template, render
 from babydoctor.data.tokens import encode, load_tokenizer
 from babydoctor.demo.tiny_corpus import build_corpus
-from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, make_tiny_base
+from babydoctor.demo.tiny_language import LanguageSettings, TinySettings, hidden_states, make_tiny_base
 from babydoctor.demo.tiny_tower import TowerSettings, caption_pieces
 from babydoctor.imaging.preprocess import ImageSettings
 from babydoctor.model.vision import load_vision_tower, num_patches, patch_features
@@ -55,6 +56,15 @@ def test_the_same_seed_gives_the_same_weights_and_existing_files_are_kept(
     written = (tmp_path / "clip/model.safetensors").stat().st_mtime_ns
     make_tiny_base(phantoms, tmp_path, SMALL)
     assert (tmp_path / "clip/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_language_model_is_trained_on_what_transformers_computes(base: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base / "llama").eval()
+    input_ids = torch.arange(3, 27).reshape(2, 12)
+    wanted = torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    with torch.no_grad():
+        whole = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(hidden_states(model, input_ids, wanted), whole[wanted])
 
 
 def test_the_tower_loads_like_any_clip(base: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from babydoctor.runtime import hide_saving_progress, prepare_training
+from babydoctor.runtime import die_with_parent, hide_saving_progress, prepare_process, prepare_training
 
 
 def register(app: typer.Typer) -> None:
@@ -29,9 +31,8 @@ def demo(
     """Train a tiny BabyDoctor from scratch: phantoms, base models, three stages, scores, web UI."""
     from babydoctor.demo.demo import run_demo
 
-    prepare_training()
-    hide_saving_progress()
-    status = run_demo(dir, check=check, update=update)
+    _prepare()
+    status = run_demo(dir, check=check, update=update, prepare=partial(_prepare_step, os.getpid()))
     if not check:
         from babydoctor.cli.serve import serve
 
@@ -47,7 +48,18 @@ def tiny_base(
     """Train the tiny preset's base models (CLIP tower, tokenizer, LLaMA) on phantoms."""
     from babydoctor.demo.tiny_language import TinySettings, make_tiny_base
 
-    prepare_training()
-    hide_saving_progress()
+    _prepare()
     make_tiny_base(phantoms, out, TinySettings(seed=seed))
     print(f"vision tower: {out / 'clip'}  language model: {out / 'llama'}")
+
+
+def _prepare() -> None:
+    prepare_training()
+    hide_saving_progress()
+
+
+def _prepare_step(parent: int) -> None:
+    """Switches of a process that ``demo`` starts for steps. It ends with its parent."""
+    die_with_parent(str(parent))
+    prepare_process()
+    _prepare()

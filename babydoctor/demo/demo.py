@@ -1,7 +1,7 @@
 """The demo: trains a tiny BabyDoctor from scratch and scores it on held-out phantoms.
 
 The demo is a list of steps. Each step writes a result to the work directory and is skipped if the result exists, so an
-interrupted demo continues where it stopped.
+interrupted demo continues where it stopped. The three stages use all cores. The other steps run two at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from babydoctor.demo.steps import Step, run_steps
 from babydoctor.demo.table import (
     CONDITIONS,
     HEAD,
@@ -34,7 +34,7 @@ from babydoctor.demo.table import (
     to_markdown,
 )
 from babydoctor.markers import write_section
-from babydoctor.phantom.case import DEMO_SEED
+from babydoctor.phantom.case import DEMO_SEED, build_cases
 from babydoctor.phantom.text import QUESTIONS, REPORT_QUESTION
 from babydoctor.schema import UserError
 
@@ -54,81 +54,70 @@ BATCH_SIZE = 64
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the demo: its description, the file or folder that it writes, and the function that does it."""
+def build_steps(work: Path, *, check: bool = False) -> list[Step]:
+    """All steps, in order. Of those after the last stage, the longest come first.
 
-    name: str
-    result: Path
-    run: Callable[[], None]
-
-
-def build_steps(work: Path) -> list[Step]:
-    """All steps, in order."""
+    Args:
+        check: also ask the web UI's examples over HTTP. They are asked again each time.
+    """
     from babydoctor.demo.certainty import LOCALIZATION, measure_certainty, measure_localization
     from babydoctor.demo.pictures import draw_cases
-    from babydoctor.demo.tiny_language import make_tiny_base
     from babydoctor.phantom.write import write_phantoms
 
-    phantoms, base = work / "phantoms", work / "base"
+    phantoms, base, scores, run = work / "phantoms", work / "base", work / "scores", work / STAGES[-1]
+    drawn, certainty, picture = phantoms / "truth.jsonl", scores / "certainty", work / "demo_cases.png"
+    maps = certainty / LOCALIZATION
+    step = partial(Step, shares_cores=True)
+    draw_phantoms = partial(
+        write_phantoms, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=DEMO_SEED, size=IMAGE_SIZE
+    )
     steps = [
-        Step(
-            f"Phantoms: {NUM_TRAIN} for training, {NUM_HELD_OUT} held out",
-            phantoms / "truth.jsonl",
-            lambda: write_phantoms(
-                phantoms, num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=DEMO_SEED, size=IMAGE_SIZE
-            ),
-        ),
-        Step("Tiny base: CLIP tower, tokenizer, chat LLaMA", base / "llama", lambda: make_tiny_base(phantoms, base)),
+        step(f"Phantoms: {NUM_TRAIN} for training, {NUM_HELD_OUT} held out", drawn, partial(draw_phantoms, phantoms)),
+        step("Vision tower: a small CLIP", base / "clip", partial(make_base_tower, phantoms, base), needs=drawn),
+        step("Language model: tokenizer and a small LLaMA", base / "llama", partial(make_base_llama, base)),
     ]
     for number, stage in enumerate(STAGES, 1):
-        steps += [
-            Step(
-                f"Stage {number}, {stage}: babydoctor train configs/tiny/{stage}.yaml",
-                work / stage / "manifest.json",
-                partial(train_stage, work, stage),
-            ),
-            Step(
-                f"Score of {stage}: questions about held-out phantoms",
-                work / "scores" / stage / "metrics.json",
-                partial(score_stage, work, stage),
-            ),
-        ]
-    steps.append(
-        Step(
-            "Score of radiology with other wordings, image sizes and at temperature 1",
-            work / "scores" / "robustness.json",
+        name = f"Stage {number}, {stage}: babydoctor train configs/tiny/{stage}.yaml"
+        steps.append(Step(name, work / stage / "manifest.json", partial(train_stage, work, stage)))
+    if check:
+        from babydoctor.demo import first_contact
+
+        asked = scores / first_contact.FILE_NAME
+        asked.unlink(missing_ok=True)
+        name = "First contact: the web UI's examples and ready-made questions, over HTTP"
+        steps.append(step(name, asked, partial(first_contact.measure, run, asked)))
+    steps += [
+        step(
+            "Robustness: other wordings, image sizes, temperature 1",
+            scores / "robustness.json",
             partial(score_robustness, work),
-        )
-    )
-    certainty = work / "scores" / "certainty"
-    measured = (phantoms, work / STAGES[-1], certainty)
-    maps, measure = partial(measure_localization, *measured), partial(measure_certainty, *measured)
-    steps.append(Step("Where it looked: maps of phantoms with a finding", certainty / LOCALIZATION, maps))
-    steps.append(Step("Confidence, and images unlike the phantoms", certainty / "confidence.json", measure))
-    picture = work / "demo_cases.png"
-    draw = partial(draw_cases, phantoms, work / "instruct", work / "radiology", picture)
-    steps.append(Step("Picture of some cases", picture, draw))
-    return steps
+        ),
+        step("Maps: where it looked at findings", maps, partial(measure_localization, phantoms, run, certainty)),
+        # It needs the maps only because both write into the manifest of the run.
+        step(
+            "Confidence: calibration, and images unlike the phantoms",
+            certainty / "confidence.json",
+            partial(measure_certainty, phantoms, run, certainty),
+            needs=maps,
+        ),
+    ]
+    for stage in STAGES:
+        name = f"Score of {stage}: questions about held-out phantoms"
+        steps.append(step(name, work / "scores" / stage / "metrics.json", partial(score_stage, work, stage)))
+    draw = partial(draw_cases, phantoms, work / "instruct", run, picture)
+    return [*steps, step("Picture: some cases", picture, draw)]
 
 
-def run_demo(work: Path, *, check: bool, update: Path | None = None) -> int:
+def run_demo(work: Path, *, check: bool, update: Path | None = None, prepare: Callable[[], None] = lambda: None) -> int:
     """Run the demo. Returns the exit status: 1 if ``check`` is set and the score is too low, else 0.
 
     Args:
         update: Markdown file to write the score table to, between its markers.
+        prepare: called in each process that the demo starts for steps.
     """
     started = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
-    for step in build_steps(work):
-        if step.result.exists():
-            console.print(f"[dim]already done: {step.name}[/]")
-            continue
-        console.print(f"[bold]{step.name}[/]")
-        step_started = time.monotonic()
-        step.run()
-        assert step.result.exists(), step
-        console.print(f"[dim]  {time.monotonic() - step_started:.0f} s[/]")
+    (work / "scores").mkdir(parents=True, exist_ok=True)
+    run_steps(build_steps(work, check=check), console, prepare)
     missing = print_scores(work, update)
     console.print(f"picture: {work / 'demo_cases.png'}")
     missing += try_out(work, ask_all=check)
@@ -139,6 +128,21 @@ def run_demo(work: Path, *, check: bool, update: Path | None = None) -> int:
         console.print(f"[red]failed:[/] {escape(text)}")
     console.print("[red]check failed[/]" if missing else "[green]check passed[/]")
     return 1 if missing else 0
+
+
+def make_base_tower(phantoms: Path, base: Path) -> None:
+    """Train the vision tower on the training phantoms."""
+    from babydoctor.demo.tiny_tower import make_tower
+    from babydoctor.phantom.case import load_cases
+
+    make_tower(load_cases(phantoms, "train"), phantoms / "images", base / "clip")
+
+
+def make_base_llama(base: Path) -> None:
+    """Train the language model. It reads texts about the training phantoms and need not wait for their images."""
+    from babydoctor.demo.tiny_language import make_language_model
+
+    make_language_model(build_cases("train", NUM_TRAIN, DEMO_SEED), base / "llama")
 
 
 def train_stage(work: Path, stage: str) -> None:
@@ -182,7 +186,14 @@ def score_stage(work: Path, stage: str) -> None:
     config = EvalConfig(images_as=CONDITIONS, generation=generation)
     task = TaskConfig(task="phantom", data=str(work / "phantoms"))
     with named_progress() as update:
-        evaluate(work / "scores" / stage, task, config, run=work / stage, progress=update)
+        # Scores of two stages may be measured at the same time.
+        evaluate(
+            work / "scores" / stage,
+            task,
+            config,
+            run=work / stage,
+            progress=lambda images, done, total: update(f"{stage}, {images}", done, total),
+        )
 
 
 def score_robustness(work: Path) -> None:
@@ -263,10 +274,11 @@ def _print_example(work: Path) -> None:
 
 
 def try_out(work: Path, *, ask_all: bool) -> list[str]:
-    """Ask about a held-out phantom in this process and, with ``ask_all``, all a new user tries first over HTTP.
+    """Ask about a held-out phantom in this process and, with ``ask_all``, show what the web UI's examples answered.
 
-    Returns the wrong answers, in words.
+    Returns the wrong answers to the examples, in words.
     """
+    from babydoctor.demo.first_contact import FILE_NAME, show_answers
     from babydoctor.demo.pictures import ask_about
     from babydoctor.phantom.case import load_cases
 
@@ -279,21 +291,4 @@ def try_out(work: Path, *, ask_all: bool) -> list[str]:
     (answer,) = ask_about(work / "radiology", [image], question, max_new_tokens=256)
     console.print(answer, markup=False)
     console.print(f"[dim]truth: {case.modality}, {case.finding}, {case.side} {case.level}[/]")
-    return ask_examples(work / "radiology") if ask_all else []
-
-
-def ask_examples(run: Path) -> list[str]:
-    """Ask each example of the web UI every ready-made question, as the web UI does and over both APIs.
-
-    Returns the wrong answers, in words.
-    """
-    from babydoctor.demo.first_contact import ask_everything, wrong_answers
-
-    console.print("\n[bold]The web UI's examples and ready-made questions, asked over HTTP[/]")
-    answers = ask_everything(run)
-    for answer in answers:
-        if answer.way == "OpenAI API":
-            console.print(f"  {answer.example}: {answer.question} {answer.answer}", markup=False)
-    wrong = wrong_answers(answers)
-    console.print(f"{len(answers) - len(wrong)} of {len(answers)} answers are right")
-    return wrong
+    return show_answers(work / "scores" / FILE_NAME, console) if ask_all else []

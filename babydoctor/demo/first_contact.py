@@ -7,11 +7,15 @@ over OpenAI's API.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from babydoctor.demo.robustness import is_correct
+from babydoctor.files import write_json
 from babydoctor.phantom.text import REPORT_QUESTION, term_reply
 from babydoctor.serve.client import Client
 from babydoctor.serve.launch import launched
@@ -33,6 +37,9 @@ KIND_OF = {
 """What the ready-made questions, the examples' own questions and those of the README ask for."""
 
 
+FILE_NAME = "first_contact.json"
+
+
 @dataclass(frozen=True)
 class FirstAnswer:
     """An answer to one of the questions.
@@ -47,6 +54,11 @@ class FirstAnswer:
     answer: str
     right: str
     is_correct: bool
+
+
+def measure(run: Path, out: Path) -> None:
+    """Ask everything and write the answers to ``out`` (JSON)."""
+    write_json(out, [asdict(answer) for answer in ask_everything(run)])
 
 
 def ask_everything(run: Path, examples: list[ExampleCase] | None = None) -> list[FirstAnswer]:
@@ -102,3 +114,15 @@ def wrong_answers(answers: list[FirstAnswer]) -> list[str]:
         for a in answers
         if not a.is_correct
     ]
+
+
+def show_answers(path: Path, console: Console) -> list[str]:
+    """Print the answers that ``measure`` wrote, those over OpenAI's API in full. Returns the wrong ones, in words."""
+    console.print("\n[bold]The web UI's examples and ready-made questions, asked over HTTP[/]")
+    answers = [FirstAnswer(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    for answer in answers:
+        if answer.way == "OpenAI API":
+            console.print(f"  {answer.example}: {answer.question} {answer.answer}", markup=False)
+    wrong = wrong_answers(answers)
+    console.print(f"{len(answers) - len(wrong)} of {len(answers)} answers are right")
+    return wrong

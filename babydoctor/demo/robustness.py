@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,12 @@ def measure(phantoms: Path, run_path: Path, out: Path, progress: Callable[[int, 
 
 
 def _queries(asked: Sequence[Asked], run: Run) -> Iterator[Query]:
+    @lru_cache(maxsize=1)  # the questions about a drawing of 512 px follow each other
+    def pixels(case: Case, size: int) -> np.ndarray:
+        return to_pixels(Image.fromarray(draw(case, size)).convert("RGB"), run.manifest.image)
+
     for number, item in enumerate(asked):
-        picture = Image.fromarray(draw(item.case, item.size)).convert("RGB")
-        yield _query(item, run, number, to_pixels(picture, run.manifest.image))
+        yield _query(item, run, number, pixels(item.case, item.size))
 
 
 def _query(item: Asked, run: Run, number: int, pixels: np.ndarray) -> Query:

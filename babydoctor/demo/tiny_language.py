@@ -28,9 +28,10 @@ from babydoctor.progress import loss_progress
 from babydoctor.schema import IGNORE_INDEX, UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from babydoctor.demo.tiny_tower import Tower, TowerSettings
+    from babydoctor.demo.tiny_tower import TowerSettings
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 WORD_START = "▁"
@@ -52,7 +53,7 @@ class LanguageSettings:
     num_heads: int = 6
     max_positions: int = 1024
     num_texts: int = 24000
-    num_steps: int = 700
+    num_steps: int = 620
     initializer_range: float = 0.06
     """Larger than LLaMA's 0.02, which suits thousands of steps: attention is sharp enough to learn from the first."""
     batch_tokens: int = 1300
@@ -134,6 +135,29 @@ def _group(documents: Sequence[_Document], num_tokens: int) -> list[list[_Docume
     return groups
 
 
+def hidden_states(model: LlamaForCausalLM, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The last hidden states of the wanted tokens, ``[M, D]``, as transformers computes them.
+
+    The feed-forward of the last layer runs on these tokens only, 40% of all, which saves about 7% of a step.
+
+    Args:
+        input_ids: ``[B, L]``.
+        wanted: bool ``[B, L]``, true for ``M`` tokens.
+    """
+    import torch
+
+    body = model.model
+    *layers, last = body.layers
+    hidden = body.embed_tokens(input_ids)  # [B, L, D]
+    rotary = body.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+    for layer in layers:
+        hidden = layer(hidden, position_embeddings=rotary)
+    mixed, _ = last.self_attn(last.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)
+    hidden = (hidden + mixed)[wanted]
+    hidden = hidden + last.mlp(last.post_attention_layernorm(hidden))
+    return body.norm(hidden)
+
+
 def train_language_model(
     corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast, settings: LanguageSettings, seed: int
 ) -> LlamaForCausalLM:
@@ -180,9 +204,9 @@ def train_language_model(
         labels = torch.full((len(group), longest), IGNORE_INDEX)
         for row, (ids, targets) in enumerate(group):  # right padding: causal attention never reaches it
             input_ids[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(targets)
-        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B, L - 1, D]
         learned = labels[:, 1:] != IGNORE_INDEX
-        loss = cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
+        hidden = hidden_states(model, input_ids[:, :-1], learned)
+        loss = cross_entropy(model.lm_head(hidden), labels[:, 1:][learned])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,6 +214,21 @@ def train_language_model(
         schedule.step()
         report(loss.item())
     return model.eval()
+
+
+def make_language_model(
+    cases: Sequence[Case], out: Path, settings: LanguageSettings | None = None, seed: int = 0
+) -> None:
+    """Train a tokenizer and a LLaMA on texts about the cases and save both in the folder ``out``."""
+    from babydoctor.files import atomic_directory
+
+    settings = settings or LanguageSettings()
+    corpus = build_corpus(cases, settings.num_texts, seed)
+    tokenizer = build_tokenizer(corpus, cases, settings.vocab_size)
+    model = train_language_model(corpus, tokenizer, settings, seed)
+    with atomic_directory(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -202,50 +241,19 @@ class TinySettings:
     """None: the defaults."""
 
 
-def save_tower(tower: Tower, folder: Path) -> None:
-    """Save a tower with CLIP's preprocessor_config.json."""
-    size = tower.model.config.image_size
-    tower.model.save_pretrained(folder)
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [tower.mean] * 3,
-        "image_std": [tower.std] * 3,
-        "do_convert_rgb": True,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-
-
 def make_tiny_base(phantoms: Path, out: Path, settings: TinySettings | None = None) -> None:
     """Train ``out/clip`` and ``out/llama`` on a phantom folder. Existing ones are kept.
 
     Raises:
         UserError: ``phantoms`` has no training cases.
     """
-    from babydoctor.demo.tiny_tower import TowerSettings, load_images, train_tower
-    from babydoctor.files import atomic_directory
+    from babydoctor.demo.tiny_tower import make_tower
 
     settings = settings or TinySettings()
     cases = load_cases(phantoms, "train")
     if not cases:
         raise UserError(f"{phantoms / 'truth.jsonl'} has no training case; run `babydoctor data phantom` again")
     if not (out / "clip").is_dir():
-        tower = train_tower(
-            cases, load_images(cases, phantoms / "images"), settings.tower or TowerSettings(), settings.seed
-        )
-        with atomic_directory(out / "clip") as folder:
-            save_tower(tower, folder)
+        make_tower(cases, phantoms / "images", out / "clip", settings.tower, settings.seed)
     if not (out / "llama").is_dir():
-        corpus = build_corpus(cases, settings.language.num_texts, settings.seed)
-        tokenizer = build_tokenizer(corpus, cases, settings.language.vocab_size)
-        model = train_language_model(corpus, tokenizer, settings.language, settings.seed)
-        with atomic_directory(out / "llama") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        make_language_model(cases, out / "llama", settings.language, settings.seed)

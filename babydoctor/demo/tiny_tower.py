@@ -5,6 +5,7 @@ Shapes: ``B`` images, ``P`` patches, ``D`` hidden size, ``E`` size of the shared
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
+from babydoctor.files import atomic_directory
 from babydoctor.phantom.case import Case
 from babydoctor.phantom.text import caption
 from babydoctor.progress import loss_progress
@@ -219,3 +221,33 @@ def train_tower(cases: Sequence[Case], images: np.ndarray, settings: TowerSettin
     # Releases of transformers 5 differ in whether CLIPVisionModel wraps the tower in ``vision_model``.
     getattr(model, "vision_model", model).load_state_dict(state)
     return Tower(model.eval(), mean, std)
+
+
+def make_tower(
+    cases: Sequence[Case], images: Path, out: Path, settings: TowerSettings | None = None, seed: int = 0
+) -> None:
+    """Train a tower on the cases, whose pictures are in the folder ``images``, and save it in the folder ``out``."""
+    tower = train_tower(cases, load_images(cases, images), settings or TowerSettings(), seed)
+    with atomic_directory(out) as folder:
+        save_tower(tower, folder)
+
+
+def save_tower(tower: Tower, folder: Path) -> None:
+    """Save a tower with CLIP's preprocessor_config.json."""
+    size = tower.model.config.image_size
+    tower.model.save_pretrained(folder)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [tower.mean] * 3,
+        "image_std": [tower.std] * 3,
+        "do_convert_rgb": True,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")

@@ -6,8 +6,8 @@ import json
 import math
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,20 +107,50 @@ def build_inference(
 
 
 def ask(
-    inference: Inference, questions: Sequence[Question], images: ConditionedImages, config: GenerationConfig
+    inference: Inference,
+    questions: Sequence[Question],
+    images: ConditionedImages,
+    config: GenerationConfig,
+    known: dict[Hashable, Prediction] | None = None,
 ) -> Iterator[Prediction]:
-    """Yield the predictions in the order of the questions. Images are loaded as the engine needs them."""
-    asked: deque[Question] = deque()
+    """Yield the predictions in the order of the questions. Images are loaded as the engine needs them.
+
+    Args:
+        known: greedy answers of this model, by question and image. A repeated question about the same image gets the
+            answer of the first time, also under another condition: if blank, all images are the same. New answers are
+            added.
+    """
+    known = {} if known is None else known
+    asked: deque[tuple[Question, Hashable]] = deque()
+    submitted: set[Hashable] = set()
 
     def queries() -> Iterator[Query]:
         for question in questions:
-            asked.append(question)
-            yield _query(question, images.pixels(question), config)
+            key = _key(question, images, config)
+            asked.append((question, key))
+            if key not in known and key not in submitted:
+                submitted.add(key)
+                yield _query(question, images.pixels(question), config)
+
+    def repeated() -> Iterator[Prediction]:
+        while asked and asked[0][1] in known:
+            question, key = asked.popleft()
+            yield replace(known[key], id=question.id)
 
     for answer in inference.answers(queries()):
-        question = asked.popleft()
+        yield from repeated()
+        question, key = asked.popleft()
         confidence = answer_confidence(answer.text, answer.logprobs)
-        yield Prediction(question.id, answer.text, confidence, answer.finish_reason, answer.num_tokens)
+        known[key] = Prediction(question.id, answer.text, confidence, answer.finish_reason, answer.num_tokens)
+        yield known[key]
+    yield from repeated()
+
+
+def _key(question: Question, images: ConditionedImages, config: GenerationConfig) -> Hashable:
+    """What decides about a greedy answer. A sampled answer also depends on the seed, which is made from the id."""
+    has_confidence = bool(question.yes_no_reference)
+    key = (question.prompt, *images.name(question), config.longest(question), has_confidence)
+    return key if config.temperature == 0 else (*key, question.id)
 
 
 def _query(question: Question, pixels: np.ndarray | None, config: GenerationConfig) -> Query:

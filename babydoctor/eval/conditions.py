@@ -95,8 +95,21 @@ class ImageCondition(ABC, Generic[Form]):
         if self.condition == "noise":
             name = hashlib.sha256(f"{self.seed}:{question.image_key}".encode()).digest()
             return self.noise(np.random.default_rng(int.from_bytes(name[:8], "big")))
+        return self._load(self._key(question))
+
+    def name(self, question: Question) -> tuple[str, str]:
+        """Names the image of a question. The same name, under any condition, means the same image."""
+        if question.image is None:
+            return "none", ""
+        if self.condition == "blank":
+            return "blank", ""
+        if self.condition == "noise":
+            return "noise", question.image_key
+        return "image", self._key(question)
+
+    def _key(self, question: Question) -> str:
         others = self._other.get(question.shuffled_among, {})
-        return self._load(others.get(question.image_key, question.image_key))
+        return others.get(question.image_key, question.image_key)
 
     def _read(self, image_key: str) -> Form:
         source = self._source[image_key]

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -37,6 +38,7 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
+@lru_cache(maxsize=2**16)  # a test repeats its references, and models repeat their answers
 def normalize(text: str) -> str:
     """Normalize an answer as the VQA evaluation does, and LLaVA-Med's and VQA-Med's after it.
 

@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from babydoctor.eval.metrics import NO, YES, exact_match, normalize
 
@@ -82,19 +83,20 @@ def vqa_med_bleu(answer: str, references: Sequence[str]) -> float:
 
     Source: Ben Abacha et al., CLEF 2019-2021 working notes; abachaa/VQA-Med-2020, ``Evaluator-VQA-Med-2020.py``.
     """
+    return max(_sentence_bleu(_stems(answer), _stems(reference)) for reference in references)
+
+
+@lru_cache(maxsize=2**16)
+def _stems(text: str) -> tuple[str, ...]:
+    """Stems of the words that are no stop words."""
     from nltk.stem.snowball import SnowballStemmer
 
     stemmer = SnowballStemmer("english")
-
-    def words(text: str) -> list[str]:
-        plain = text.lower().translate(_WITHOUT_PUNCTUATION).split()
-        return [stemmer.stem(word) for word in plain if word not in _STOP_WORDS]
-
-    answer_words = words(answer)
-    return max(_sentence_bleu(answer_words, words(reference)) for reference in references)
+    plain = text.lower().translate(_WITHOUT_PUNCTUATION).split()
+    return tuple(stemmer.stem(word) for word in plain if word not in _STOP_WORDS)
 
 
-def _sentence_bleu(answer: list[str], reference: list[str]) -> float:
+def _sentence_bleu(answer: Sequence[str], reference: Sequence[str]) -> float:
     """Sentence BLEU-4 that stops at the first order without a match; each order has weight 1/4 (NLTK < 3.3)."""
     if not answer or not reference:
         return float(answer == reference)

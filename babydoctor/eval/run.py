@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,9 +58,10 @@ def evaluate_task(
     mode is restored.
     """
     options = {"pack_weights": False}
+    known: dict[Hashable, Prediction] = {}
     with build_inference(model, tokenizer, manifest, task.questions, config.generation, options) as inference:
         predictions = {
-            name: list(ask(inference, task.questions, _images(task, name, inference, config), config.generation))
+            name: list(ask(inference, task.questions, _images(task, name, inference, config), config.generation, known))
             for name in _usable(task, config)
         }
     return score_task(task, predictions, config)
@@ -224,10 +225,11 @@ def _answer(asked: _RunQuestions, progress: OnAnswer | None = None) -> None:
     loaded = load_run(asked.run, device=device)
     questions = [question for given in left.values() for question in given]
     parts = (loaded.model, loaded.tokenizer, loaded.manifest)
+    known: dict[Hashable, Prediction] = {}
     with build_inference(*parts, questions, config.generation, asked.engine) as inference:
         for condition, given in left.items():
             images = _images(asked.task, condition, inference, config)
-            predictions = ask(inference, given, images, config.generation)
+            predictions = ask(inference, given, images, config.generation, known)
             file = predictions_file(asked.out, condition, ranks)
             _keep(file, predictions, condition, given, total if ranks.size == 1 else len(given), progress)
 
