@@ -53,7 +53,7 @@ class LanguageSettings:
     num_heads: int = 6
     max_positions: int = 1024
     num_texts: int = 24000
-    num_steps: int = 620
+    num_steps: int = 700
     initializer_range: float = 0.06
     """Larger than LLaMA's 0.02, which suits thousands of steps: attention is sharp enough to learn from the first."""
     batch_tokens: int = 1300
