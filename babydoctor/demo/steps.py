@@ -23,6 +23,8 @@ from rich.console import Console
 from babydoctor.cores import num_cores
 from babydoctor.schema import UserError
 
+_CHECK_EVERY_S = 1.0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -73,6 +75,7 @@ def _run_side_by_side(steps: list[Step], console: Console, prepare: Callable[[],
     cores = num_cores()
     waiting, num_processes = list(steps), min(2, cores)
     running: dict[Future[None], tuple[Step, float]] = {}
+    most_running = 0
     context = multiprocessing.get_context("spawn")  # a fork would copy the state of the parent's threads
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(prepare,))
     with _threads_per_process(max(1, cores // 2)), pool:
@@ -84,7 +87,12 @@ def _run_side_by_side(steps: list[Step], console: Console, prepare: Callable[[],
                     waiting.remove(step)
                     running[pool.submit(_run, step.run)] = step, time.monotonic()
                 assert running, waiting
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                most_running = max(most_running, len(running))
+                done = wait(running, timeout=_CHECK_EVERY_S, return_when=FIRST_COMPLETED).done
+                # The pool does not notice the death of a process that it started while it waited for another one.
+                if not done and len(multiprocessing.active_children()) < most_running:
+                    raise BrokenProcessPool
+                for future in done:
                     step, started = running.pop(future)
                     future.result()
                     _report_end(step, started, console)
@@ -93,8 +101,8 @@ def _run_side_by_side(steps: list[Step], console: Console, prepare: Callable[[],
                 process.kill()
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    f"the process of a step was killed ({step.name}); free some memory and run the command again, "
-                    "which continues with this step"
+                    "the process of a step was killed; free some memory and run the command again, which continues "
+                    "with the steps that are not done"
                 ) from error
             raise
 
