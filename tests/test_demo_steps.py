@@ -20,6 +20,9 @@ from babydoctor.schema import UserError
 
 HOUR = 3600
 
+END_S = 120
+"""Far more than the end takes on a busy machine."""
+
 
 def shared(name: str, result: Path, run: Callable[[], object], needs: Path | None = None) -> Step:
     return Step(name, result, run, shares_cores=True, needs=needs)
@@ -131,13 +134,15 @@ except KeyboardInterrupt:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Background jobs of a shell ignore SIGINT, and children inherit that, but Ctrl-C must work here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not all(file.exists() and file.read_text() for file in files):
             assert program.poll() is None, program.communicate()
             time.sleep(0.02)
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does
-        _, errors = program.communicate()
+        _, errors = program.communicate(timeout=END_S)
     finally:
         program.kill()
     assert program.returncode == 130 and errors == ""
