@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
-from babydoctor.model.nf4 import is_4bit, repack_for_cpu
 from babydoctor.model.packed.lora_linear import ADAPTER, has_lora
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -35,15 +34,11 @@ def build_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack: bool
     modules (4-bit layers) are called unchanged. With ``pack`` the weights are copied into oneDNN's layout.
 
     With ``own`` the model belongs to the engine: its modules' weights are joined into one and become views of it, so
-    one product serves them and no memory is used twice. 4-bit weights are repacked. Otherwise the model's storage is
-    unchanged.
+    one product serves them and no memory is used twice. Otherwise the model's storage is unchanged.
     """
     if any(has_lora(module) for module in modules):
         return build_lora_linear(modules, dtype, pack=pack, own=own)
     if any(type(module) is not nn.Linear for module in modules) or len({m.weight.dtype for m in modules}) > 1:
-        for module in modules if own else ():
-            if is_4bit(module):
-                repack_for_cpu(module)
         if len(modules) == 1:
             return modules[0]
         return lambda rows: torch.cat([module(rows) for module in modules], dim=-1)

@@ -50,8 +50,8 @@ class EngineSettings:
         pack_weights: second copy of the weights in a layout that multiplies faster (CPU); by default where memory
             allows.
         cuda_graphs: replay decoding steps and the vision tower as CUDA graphs; by default on a GPU with Triton.
-        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place,
-            repack 4-bit weights, and free weights that it has copied. The model is of no use afterwards.
+        own_weights: for callers from Python. The engine is the model's only user, so it may join weights in place
+            and free weights that it has copied. The model is of no use afterwards.
         on_start: for callers from Python. Called when weights are loaded and packed. The engine itself changes nothing
             process-wide; the command line sets its CPU switches here.
     """

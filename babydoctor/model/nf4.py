@@ -56,8 +56,7 @@ def quantize_linear(weight: torch.Tensor, quantization: Quantization) -> nn.Modu
     )
     layer.quant_state = state
     # On CPUs with AVX512-BF16, bitsandbytes would repack the weights in place at the first inference call, for a
-    # kernel that rounds to bfloat16 and requires sizes divisible by 32. Training could not continue after that, so only
-    # an engine that owns the model asks for it, see ``repack_for_cpu``.
+    # kernel that rounds to bfloat16 and requires sizes divisible by 32. Training could not continue after that.
     layer.support_avx512bf16_for_cpu = False
     return layer
 
@@ -144,21 +143,6 @@ def import_bitsandbytes() -> Any:
             "install it with `pip install 'babydoctor[train]'`"
         ) from error
     return bitsandbytes
-
-
-def repack_for_cpu(layer: Any) -> None:
-    """Repack a bfloat16 layer's 4-bit weight for bitsandbytes' CPU kernel, where it has one (AVX512-BF16).
-
-    The kernel does not dequantize the weight. Measured on one core with ``[11008, 4096]``: one row takes 1.5 ms instead
-    of 130, and 256 rows 338 ms instead of 207. The layer cannot be trained, merged or saved afterwards.
-    """
-    if layer.weight.device.type != "cpu" or layer.compute_dtype != torch.bfloat16:
-        return
-    outputs, inputs = layer.weight.quant_state.shape
-    if outputs % 32 == 0 and inputs % BLOCK_SIZE == 0 and import_bitsandbytes().functional.has_avx512bf16():
-        layer.support_avx512bf16_for_cpu = True
-        with torch.inference_mode():
-            layer.eval()(torch.zeros(1, inputs, dtype=torch.bfloat16))  # the first call repacks
 
 
 def is_4bit(layer: nn.Module) -> bool:
