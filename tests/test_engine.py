@@ -18,6 +18,7 @@ from helpers.engine_models import (
     settings,
     tokenizer,
     tokens_of,
+    train_in_4_bit,
 )
 
 from babydoctor.config import LoraConfig
@@ -316,16 +317,7 @@ def test_an_error_in_a_listener_does_not_stop_the_engine(model, tokenizer):
 
 
 def test_adapters_and_4_bit_layers_run_without_merging(tokenizer):
-    pytest.importorskip("bitsandbytes")
-    model = build_model(seed=4)
-    for name, module in list(model.language_model.named_modules()):
-        if name.startswith("model.layers.0.") and isinstance(module, torch.nn.Linear):
-            model.language_model.set_submodule(name, quantize_linear(module.weight.detach(), Quantization()))
-    add_lora(model.language_model, LoraConfig(r=4, alpha=8))
-    for name, parameter in model.language_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.eval()
+    model = train_in_4_bit(build_model(seed=4), "model.layers.0.")
     requests = [build_request(seed, length=8 + 7 * seed) for seed in range(3)]
     expected = [reference(model, request) for request in requests]
     with Engine(model, tokenizer, settings()) as engine:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engine_models import CONTEXT, build_model, build_request, settings, tokenizer, tokens_of
+from helpers.engine_models import CONTEXT, build_model, build_request, settings, tokenizer, tokens_of, train_in_4_bit
 from helpers.golden_answers import IMAGES, QUESTION, regret
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +19,7 @@ from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data.tokens import encode
 from babydoctor.engine.cpu import check, library
 from babydoctor.engine.cpu.check import LARGEST_DIFFERENCE, difference_from_pytorch, operator_works
-from babydoctor.engine.cpu.decoder import CpuDecoder, PackedProduct
+from babydoctor.engine.cpu.decoder import CpuDecoder, PackedProduct, fits
 from babydoctor.engine.cpu.library import load_operator
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.engine import Engine
@@ -147,17 +147,7 @@ def test_other_thread_counts_give_the_same_logits(monkeypatch: pytest.MonkeyPatc
 
 
 def trained_in_4_bit() -> BabyDoctor:
-    """A bfloat16 model with NF4 layers and LoRAs, as stage 3 trains it."""
-    pytest.importorskip("bitsandbytes")
-    model = build_model(num_heads=4).to(torch.bfloat16)
-    for name, module in list(model.language_model.named_modules()):
-        if name.endswith("_proj"):
-            model.language_model.set_submodule(name, quantize_linear(module.weight.detach(), Quantization()))
-    add_lora(model.language_model, LoraConfig(r=4, alpha=8))
-    for name, parameter in model.language_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    return train_in_4_bit(build_model(num_heads=4).to(torch.bfloat16))
 
 
 @needs_operator
@@ -189,6 +179,14 @@ def test_copied_weights_of_an_owned_model_are_freed(tokenizer: Any, is_tied: boo
         assert tokens_of(engine.submit(request)) == expected
     kept = [name for name, parameter in language_model.named_parameters() if parameter.numel()]
     assert all("norm" in name or "embed_tokens" in name for name in kept) and "model.embed_tokens.weight" in kept
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_weight_in_float32_is_not_read_as_bfloat16(rounds: bool) -> None:
+    model = build_model(num_heads=4).to(torch.bfloat16).language_model
+    assert fits(model, rounds=rounds)
+    model.model.layers[1].input_layernorm.float()
+    assert not fits(model, rounds=rounds)
 
 
 def test_models_that_the_operator_cannot_run_are_refused_by_name(model: BabyDoctor, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from babydoctor.config import LoraConfig
 from babydoctor.engine.request import (
     Delta,
     GenerationRequest,
@@ -15,6 +16,8 @@ from babydoctor.engine.request import (
 )
 from babydoctor.engine.settings import EngineSettings
 from babydoctor.model.babydoctor import BabyDoctor
+from babydoctor.model.lora import add_lora
+from babydoctor.model.nf4 import Quantization, quantize_linear
 
 EOS = 0
 PATCHES = 4
@@ -57,6 +60,19 @@ def build_model(num_kv_heads: int = 2, seed: int = 0, num_heads: int = 8) -> Bab
     return BabyDoctor(
         CLIPVisionModel(vision).eval(), torch.nn.Linear(32, 64), LlamaForCausalLM(config).eval()
     ).requires_grad_(False)
+
+
+def train_in_4_bit(model: BabyDoctor, prefix: str = "model.layers.") -> BabyDoctor:
+    """Give a model NF4 layers, where their names begin with ``prefix``, and random LoRAs, as stage 3 leaves it."""
+    pytest.importorskip("bitsandbytes")
+    for name, module in list(model.language_model.named_modules()):
+        if name.startswith(prefix) and isinstance(module, torch.nn.Linear):
+            model.language_model.set_submodule(name, quantize_linear(module.weight.detach(), Quantization()))
+    add_lora(model.language_model, LoraConfig(r=4, alpha=8))
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def build_request(number: int, num_images: int = 1, length: int = 30, **options) -> GenerationRequest:

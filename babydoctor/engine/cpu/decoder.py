@@ -154,13 +154,17 @@ def fits(model: LanguageModel, *, rounds: bool = False) -> bool:
     head_dim = kv_shape(config)[2]
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
     modules: list[Any] = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-    bases = [module.base_layer if has_lora(module) else module for module in modules]
-    floats = [model.model.embed_tokens, model.model.norm, *(base for base in bases if not is_4bit(base))]
+    if rounds:
+        modules = [module.base_layer if has_lora(module) else module for module in modules]
     return (
         all(parameter.device.type == "cpu" for parameter in model.parameters())
-        and all(module.weight.dtype == torch.bfloat16 for module in floats)
-        and all(base.bias is None and (type(base) is nn.Linear or is_4bit(base)) for base in bases)
-        and (rounds or not any(has_lora(module) or is_4bit(module) for module in modules))
+        and all(
+            parameter.dtype == torch.bfloat16 or (rounds and ("lora_" in name or parameter.dtype == torch.uint8))
+            for name, parameter in model.named_parameters()
+        )
+        and all(
+            (type(module) is nn.Linear or (rounds and is_4bit(module))) and module.bias is None for module in modules
+        )
         and all(size % LANES == 0 for size in sizes)
         and head_dim <= MAX_HEAD_DIM
         and sliding_window(config) is None
