@@ -275,9 +275,8 @@ def open_conversation(
     if question is not None:
         turns = [user_turn(question, has_image=pixels is not None)]
         num_prompt = len(_encode(turns, None, run.manifest.template, run.tokenizer, run.model.num_patches))
-    num_tokens = num_prompt + max_new_tokens
-    options: dict[str, Any] = {"num_tokens": num_tokens, "engine": engine, "own_weights": own_weights}
-    inference = Inference(run.model, run.tokenizer, run.manifest, **options)
+    parts, num_tokens = (run.model, run.tokenizer, run.manifest), num_prompt + max_new_tokens
+    inference = Inference(*parts, num_tokens=num_tokens, engine=engine, own_weights=own_weights)
     return Conversation(inference, pixels, max_new_tokens=max_new_tokens)
 
 

@@ -213,10 +213,11 @@ def decode_cost(model: BabyDoctor, request: Any, settings: EngineSettings) -> De
     dtype = preferred_kv_dtype(language_model.dtype, language_model.device)
     if uses_cpu_operator(language_model, settings):
         dtype = torch.bfloat16
-    weight_bytes = tensor_bytes(language_model) - embedding.numel() * embedding.element_size()
     if settings.weights == "int8":
         linears: list[Any] = [part for part in language_model.modules() if isinstance(part, torch.nn.Linear)]
         weight_bytes = sum(linear.in_features * linear.out_features for linear in linears)
+    else:
+        weight_bytes = tensor_bytes(language_model) - embedding.numel() * embedding.element_size()
     return DecodeCost(
         weight_bytes=weight_bytes,
         position_bytes=slot_bytes(*kv_shape(language_model.config), 1, dtype),

@@ -182,13 +182,13 @@ def serve(
     for row in report.figures:
         table.add_row(
             str(row.num_users),
-            f"{row.tokens_per_s:.1f}" if row.tokens_per_s < 20 else f"{row.tokens_per_s:.0f}",
+            _rate(row.tokens_per_s),
             f"{row.requests_per_s:.2f}",
             f"{row.first_token_p50_s:.3f}",
             f"{row.first_token_p95_s:.3f}",
             f"{row.per_token_p50_s * 1e3:.1f}",
             f"{row.per_token_p95_s * 1e3:.1f}",
-            f"{row.decode_tokens_per_s:.1f}" if row.decode_tokens_per_s < 20 else f"{row.decode_tokens_per_s:.0f}",
+            _rate(row.decode_tokens_per_s),
             f"{report.share_of_ceiling(row):.0%}",
         )
     console.print(f"{report.preset}, {report.through}, {report.device}; {max_new_tokens} new tokens per answer")
@@ -198,6 +198,11 @@ def serve(
         f"memory {report.memory_bytes_per_s / 1e9:.1f} GB/s; a decoding step reads at least "
         f"{report.decode_cost.weight_bytes / 1e6:.0f} MB of weights"
     )
+
+
+def _rate(per_s: float) -> str:
+    """A rate with a decimal if it is small."""
+    return f"{per_s:.{1 if per_s < 20 else 0}f}"
 
 
 def ranks(
