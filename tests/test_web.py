@@ -292,28 +292,6 @@ def test_an_answer_stops_if_its_tab_does_not_return(monkeypatch: pytest.MonkeyPa
     assert session.is_abandoned
 
 
-@pytest.mark.parametrize(
-    ("text", "shown", "hidden"),
-    [
-        ("a<b and c>d", "a&lt;b and c&gt;d", "<b"),
-        ("[here](javascript:alert(1))", "[here](javascript:alert(1))", "href"),
-        ("[here](JaVaScRiPt:alert(1)) <javascript:alert(2)>", "&lt;javascript:alert(2)&gt;", "href"),
-        ("[x](data:text/html;base64,AAAA) [y](vbscript:z)", "[y](vbscript:z)", "href"),
-        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)&gt;", "<img"),
-        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;", "<script"),
-        ("![image](https://example.org/a.png)", "!", "<img"),
-        ("**bold** and `code`", "<strong>bold</strong> and <code>code</code>", "**"),
-        ("- one\n- two", "<li>one</li>", "- one"),
-        ("one\ntwo", "one<br>\ntwo", "one two"),
-        ("| a | b |\n|---|---|\n| 1 | 2 |", "<td>1</td>", "|"),
-        ("[site](https://example.org)", 'rel="noopener noreferrer nofollow"', "[site]"),
-    ],
-)
-def test_markdown_is_rendered_and_html_is_text(text: str, shown: str, hidden: str):
-    rendered = show.markdown(text).replace("<br />", "<br>")
-    assert shown in rendered and hidden not in rendered
-
-
 def test_an_overlay_says_how_often_such_maps_found_the_finding():
     note = localization_note({"num_near": 38, "num_cases": 40})
     assert "in 38 of 40 cases" in note and "Not measured on real images" in note

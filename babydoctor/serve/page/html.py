@@ -9,12 +9,12 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from babydoctor.imaging.burned_in import is_available
 from babydoctor.serve.page import texts
 from babydoctor.serve.page.certainty.texts import lines_under_answer
+from babydoctor.serve.page.conversation.answer_text import render_answer
 from babydoctor.serve.page.conversation.running_map import RunningMap
 from babydoctor.serve.page.examples import THUMBNAIL_SIZE, ExampleCase
 from babydoctor.serve.page.pacs.client import PacsSeries, PacsStudy
@@ -40,25 +40,6 @@ def _environment() -> Environment:
 
 def _render(name: str, **values: Any) -> str:
     return _environment().get_template(name).render(values).strip()
-
-
-@cache
-def _markdown() -> MarkdownIt:
-    """Markdown without raw HTML and without images. markdown-it refuses ``javascript:`` and similar links."""
-    parser = MarkdownIt("js-default", {"html": False, "linkify": False, "breaks": True}).disable("image")
-
-    def open_link(renderer: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
-        tokens[index].attrSet("target", "_blank")
-        tokens[index].attrSet("rel", "noopener noreferrer nofollow")
-        return str(renderer.renderToken(tokens, index, options, env))
-
-    parser.add_render_rule("link_open", open_link)
-    return parser
-
-
-def markdown(text: str) -> Markup:
-    """Markdown -> safe HTML. Tags in the text are shown as text."""
-    return Markup(_markdown().render(text))
 
 
 def banner() -> str:
@@ -197,7 +178,7 @@ def _message(exchange: Exchange) -> dict[str, Any]:
     answer = exchange.answer.strip()
     return {
         "question": exchange.question,
-        "answer": markdown(answer or ("(no words)" if exchange.ended else "…")),
+        "answer": render_answer(answer or ("(no words)" if exchange.ended else "…")),
         "note": texts.ENDINGS.get(exchange.ended, ""),
         "certainty": lines_under_answer(exchange.certainty),
         "thumbnail": exchange.view.thumbnail,
