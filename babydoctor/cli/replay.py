@@ -44,6 +44,7 @@ def replay(
     Exit status: 1 if an image is missing or its pixels differ from the recorded ones.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from babydoctor.schema import UserError
     from babydoctor.serve.page.replay.images import replay_views
@@ -55,7 +56,7 @@ def replay(
     views = replay_views(recorded, images)
     console = Console(highlight=False)
     for number, (view, before) in enumerate(zip(views, recorded.views, strict=True), start=1):
-        console.print(f"Image {number}: {_STATUS[view.status]}. {view.note}".strip())
+        console.print(f"Image {number}: {_STATUS[view.status]}. {escape(view.note)}".strip())
         console.print(before.caption or "as loaded", style="dim", markup=False)
     if url is not None or run is not None:
         _print(console, recorded, _ask(recorded, views, url, run, model))

@@ -55,7 +55,7 @@ def serve(
             num_workers=workers,
             page=page,
             log_level=level,
-            on_event=lambda text: status.update(text),
+            on_event=lambda text: status.update(escape(text)),
         )
         try:
             served = parts.__enter__()
@@ -69,7 +69,7 @@ def serve(
         console.print(f"  LLaVA API    {served.controller_url}")
         console.print(f"  API docs     {served.controller_url}/docs")
         console.print("Ctrl-C stops it.")
-        served.supervise(console.print)
+        served.supervise(lambda text: console.print(text, markup=False))
     except KeyboardInterrupt:
         console.print("stopping")
     finally:
