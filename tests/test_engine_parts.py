@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from babydoctor.engine.kv_cache import Content, FeatureCache, KVCache
 from babydoctor.engine.layout import group_rows
@@ -68,6 +70,18 @@ def test_bytes_that_form_no_character_are_written_as_the_tokenizer_does(byte_tok
     detokenizer = Detokenizer(byte_tokenizer)
     assert [detokenizer.add(token) for token in tokens] == ["a", "", ""]
     assert detokenizer.flush() == "\ufffd"
+
+
+def test_any_bytes_in_pieces_are_the_text_of_all_of_them(byte_tokenizer):
+    """Characters between bytes of no character, too: the tokens of a model are not always valid UTF-8."""
+    draw, letters = random.Random(0), bytes_to_unicode()
+    for _ in range(400):
+        pieces = [draw.choice(["a", "é", "肺", "🫁", None]) for _ in range(draw.randint(1, 10))]
+        data = b"".join(draw.randbytes(draw.randint(1, 4)) if piece is None else piece.encode() for piece in pieces)
+        tokens = [byte_tokenizer.convert_tokens_to_ids(letters[byte]) for byte in data]
+        detokenizer = Detokenizer(byte_tokenizer)
+        shown = [detokenizer.add(token) for token in tokens]
+        assert "".join(shown) + detokenizer.flush() == data.decode(errors="replace"), data
 
 
 def test_sentencepiece_text_is_the_same_in_pieces(golden):

@@ -10,7 +10,7 @@ REPLACEMENT = "\ufffd"
 """A tokenizer writes this for bytes that are not (yet) a whole character."""
 
 LONGEST_CHARACTER = 4
-"""Bytes, and so byte tokens, of the longest UTF-8 character. After that many, a replacement character is final."""
+"""Bytes, and so byte tokens, of the longest UTF-8 character. The first of that many invalid ones stays invalid."""
 
 
 class Detokenizer:
@@ -36,8 +36,14 @@ class Detokenizer:
         self.token_ids.append(token_id)
         before = self._decode(self.token_ids[self._window : self._done])
         after = self._decode(self.token_ids[self._window :])
-        unfinished = after.endswith(REPLACEMENT) and len(self.token_ids) - self._done < LONGEST_CHARACTER
-        if unfinished or len(after) <= len(before):
+        if after.endswith(REPLACEMENT):
+            if len(self.token_ids) - self._done < LONGEST_CHARACTER:
+                return ""
+            # The first token that waits is part of no character. The last ones can still be the start of one.
+            oldest = self._decode(self.token_ids[self._window : self._done + 1])
+            self._done += 1
+            return oldest[len(before) :]
+        if len(after) <= len(before):
             return ""
         self._window, self._done = self._done, len(self.token_ids)
         return after[len(before) :]
