@@ -172,7 +172,7 @@ def test_stage_trains_on_another_base(runs: dict[str, Path], tiny_settings: dict
         "output_dir": str(tmp_path / "run"),
         "model": {**tiny_settings["model"], **bases, "quantization": "nf4"},
         "lora": {"r": 2, "alpha": 4, "dropout": 0.1},
-        "train": {**tiny_settings["train"], "max_steps": 3},
+        "train": {**tiny_settings["train"], "max_steps": 3, "batch_size": 12},  # each step takes all samples
     }
     path = train(build_config(tiny_settings | changes))
     values = [loss for _, loss in losses(path)]
