@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -10,7 +11,9 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 from fastapi import FastAPI
@@ -19,6 +22,7 @@ from PIL import Image
 from pydicom.examples import get_path
 from starlette.testclient import TestClient
 
+from babydoctor.imaging.burned_in import is_available
 from babydoctor.imaging.dicom import IDENTIFYING_TAGS
 from babydoctor.serve.api.admission import Keys
 from babydoctor.serve.api.errors import API_CODES
@@ -364,6 +368,21 @@ def test_examples_are_drawn_locally_and_can_all_be_opened():
     for example in examples:
         assert open_scan(example.load()).view().png
     assert show.gallery(examples).count("<button") == 8
+
+
+@pytest.mark.skipif(not is_available(), reason="the extra ocr is not installed")
+def test_a_search_for_text_keeps_a_message_about_a_failed_upload():
+    from babydoctor.serve.page.controller_client import ControllerClient
+    from babydoctor.serve.page.events import WebUI
+
+    web = WebUI(ControllerClient("http://127.0.0.1:1"), Uploads(), None)
+    web.build()
+    session = web.sessions.attach("load", TAB)
+    session.load(open_scan(png()))
+    assert session.scan is not None
+    session.view = session.scan.view()
+    changes = asyncio.run(web.text.on_view(SimpleNamespace(session_hash="load")))
+    assert web.ui.viewer in changes and changes[web.ui.image_status] == gr.skip()
 
 
 def test_no_request_uses_gradios_queue():

@@ -19,6 +19,7 @@ from helpers.web_ui import (
     answers,
     ask,
     axe_violations,
+    box_of,
     browser,
     choose_model,
     enter,
@@ -276,7 +277,7 @@ def test_the_main_parts_are_visible_without_scrolling(browser: Any, parts: Parts
     with visitor(browser, parts, viewport={"width": width, "height": height}, color_scheme=scheme) as tab:
         _open_everything(tab)
         for place in IMPORTANT:
-            box = tab.locator(place).first.bounding_box()
+            box = box_of(tab.locator(place).first)
             assert box["y"] >= 0 and box["y"] + box["height"] <= height, (place, box)
             assert box["x"] >= 0 and box["x"] + box["width"] <= width, (place, box)
         _check_both_schemes(tab)

@@ -16,6 +16,7 @@ from helpers.web_ui import (
     ScriptedServer,
     answers,
     ask,
+    box_of,
     browser,
     choose_model,
     enter,
@@ -108,7 +109,7 @@ def test_a_question_right_after_a_drag_gets_what_the_canvas_shows(tab: Any, scri
     question_box(tab).fill("What is this?")
     canvas = tab.locator("#bd-canvas canvas")
     canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
+    box = box_of(canvas)
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     tab.mouse.move(x, y)
     tab.mouse.down()
@@ -291,7 +292,7 @@ def test_a_failed_upload_is_reported_next_to_the_image(browser: Any, parts: Part
         tab.locator("#bd-file").set_input_files(large)
         expect(beside_image).to_contain_text("larger than the limit of 128 MB")
         # The message is between the drop zone and the image, and the earlier image stays.
-        boxes = [tab.locator(f"#bd-{name}").bounding_box() for name in ("drop", "image-status", "viewer")]
+        boxes = [box_of(tab.locator(f"#bd-{name}")) for name in ("drop", "image-status", "viewer")]
         assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"] and boxes[1]["x"] < boxes[2]["x"] + boxes[2]["width"]
         assert shown(tab) == before
         tab.context.unroute("**/page/upload")

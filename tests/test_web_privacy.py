@@ -21,6 +21,7 @@ from helpers.web_ui import (
     Parts,
     ScriptedServer,
     ask,
+    box_of,
     browser,
     choose_model,
     enter,
@@ -115,7 +116,7 @@ def test_a_name_is_hidden_from_the_model_until_the_user_shows_it(tab, parts: Par
     expect(tab.locator("#bd-viewer svg rect.hidden")).to_have_count(1)
     panel.locator("summary").click()
     # The picture is large enough to see the box.
-    assert tab.locator("#bd-viewer svg rect.hidden").bounding_box()["width"] > 40
+    assert box_of(tab.locator("#bd-viewer svg rect.hidden"))["width"] > 40
     panel.get_by_role("button", name="Show 1: may be a name").click()
     expect(panel.get_by_role("button", name="Hide 1: may be a name")).to_be_visible()
     expect(tab.locator("#bd-viewer svg rect.shown")).to_have_count(1)
@@ -246,7 +247,7 @@ def test_screenshot_for_the_readme(browser):
     tab.locator("#bd-text-boxes summary").click()
     tab.get_by_role("button", name="Show 5").click()
     expect(tab.locator("#bd-viewer svg rect.shown")).to_have_count(1)
-    viewer, facts = (tab.locator(name).bounding_box() for name in ("#bd-viewer", "#bd-facts"))
+    viewer, facts = (box_of(tab.locator(name)) for name in ("#bd-viewer", "#bd-facts"))
     height = facts["y"] - viewer["y"]
     clip = {"x": viewer["x"] - 8, "y": viewer["y"] - 8, "width": viewer["width"] + 16, "height": height}
     tab.screenshot(path=Path(__file__).parents[1] / "images" / "page_burned_in_text.png", clip=clip)

@@ -20,6 +20,7 @@ from helpers.web_ui import (
     PATIENT,
     START_S,
     axe_violations,
+    box_of,
     browser,
     enter,
     expect,
@@ -83,7 +84,7 @@ def open_image(tab: Any, data: bytes) -> None:
 
 def middle(tab: Any) -> tuple[float, float]:
     canvas(tab).scroll_into_view_if_needed()
-    box = canvas(tab).bounding_box()
+    box = box_of(canvas(tab))
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
@@ -321,7 +322,7 @@ def test_a_series_is_scrolled_by_position_and_the_model_gets_the_image_on_the_ca
 
 def drop(tab: Any, *paths: Path) -> None:
     """Drag files or folders from the desktop onto the drop zone, as the browser gets it from the operating system."""
-    box = tab.locator("#bd-drop .bd-drop").bounding_box()
+    box = box_of(tab.locator("#bd-drop .bd-drop"))
     place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
     session = tab.context.new_cdp_session(tab)
@@ -384,7 +385,7 @@ def test_two_series_are_scrolled_together(tab, parts: Any):
     assert "image 1 of 9" in caption(tab)
     tab.screenshot(path=parts.folder / "two_series.png", full_page=True)
     for pane in ("#bd-canvas .bd-pane", "#bd-second-canvas .bd-pane"):
-        box = tab.locator(pane).bounding_box()
+        box = box_of(tab.locator(pane))
         assert box["width"] > 300 and box["y"] + box["height"] < 800, box
     assert axe_violations(tab) == []
     switch_scheme(tab)

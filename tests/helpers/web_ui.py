@@ -261,6 +261,14 @@ def question_box(tab: Any) -> Any:
     return tab.get_by_label("Question", exact=True)
 
 
+def box_of(locator: Any) -> dict[str, float]:
+    """Position and size of an element in CSS pixels, once it is visible."""
+    expect(locator).to_be_visible()
+    box = locator.bounding_box()
+    assert box is not None, locator
+    return dict(box)
+
+
 def shorten(tab: Any, num_tokens: int = 32) -> None:
     tab.get_by_role("button", name="Settings").click()
     box = tab.get_by_role("spinbutton", name="Longest answer")

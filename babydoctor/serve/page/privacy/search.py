@@ -66,7 +66,9 @@ class TextHandlers(Handlers):
         session = self.sessions.get(request.session_hash)
         if session.scan is None or is_searched(session.scan):
             return {}
-        return await self.search(session)
+        changes = await self.search(session)
+        # The status line may say meanwhile that an upload failed. That message stays.
+        return changes | {self.status: gr.skip()} if changes else {}
 
     async def search(self, session: Session) -> Changes:
         """Search the current view, unless it was searched already, and show what is hidden.
