@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import nn
 
 from babydoctor.engine.cpu.check import operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, fits
@@ -14,6 +15,7 @@ from babydoctor.engine.linear import has_room_for_copy
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
 from babydoctor.model.families import LanguageModel
+from babydoctor.model.nf4 import is_4bit
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,14 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
         return "engine.pack_weights=false"
     if settings.kv_dtype not in (None, "bfloat16"):
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
-    if not fits(model, rounds=settings.weights == "int8"):
-        return "it takes a LLaMA in bfloat16 on a CPU (`babydoctor merge RUN --out DIR --dtype bfloat16` writes one)"
+    if not fits(model):
+        return (
+            "it takes a LLaMA on a CPU in bfloat16 or 4 bits (`babydoctor merge RUN --out DIR --dtype bfloat16` "
+            "writes one)"
+        )
     if not settings.own_weights and not has_room_for_copy(model.parameters()):
         return "a second copy of the weights takes too much of this machine's memory"
-    if not operator_works():
+    if not operator_works(with_nf4=any(is_4bit(part) for part in model.modules() if isinstance(part, nn.Linear))):
         return "the operator could not be built or gives wrong numbers here, see the log; is g++ installed?"
     return ""
 
