@@ -16,6 +16,7 @@ from helpers.golden_answers import IMAGES, QUESTION, regret
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from babydoctor.bench.measure import tensor_bytes
 from babydoctor.config import LoraConfig
 from babydoctor.conversation import get_template, render_prompt
 from babydoctor.data.tokens import encode
@@ -243,6 +244,32 @@ def test_copied_weights_of_an_owned_model_are_freed(tokenizer: Any, is_tied: boo
         assert tokens_of(engine.submit(request)) == expected
     kept = [name for name, parameter in language_model.named_parameters() if parameter.numel()]
     assert all("norm" in name or "embed_tokens" in name for name in kept) and "model.embed_tokens.weight" in kept
+
+
+@needs_operator
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_the_kv_cache_is_sized_by_the_memory_left_after_copying(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, weights: str | None
+) -> None:
+    """Free memory is 12 KiB plus what the model's own weights have given back."""
+    model = build_model(num_heads=4).to(torch.bfloat16)
+    total = tensor_bytes(model.language_model)
+    free_bytes: list[int] = []
+
+    def available() -> int:
+        free_bytes.append(12 * 2**10 + total - tensor_bytes(model.language_model))
+        return free_bytes[-1]
+
+    monkeypatch.setattr("babydoctor.engine.settings.available_memory_bytes", available)
+    options = settings(weights=weights, own_weights=True, max_context=32, kv_budget_bytes=None)
+    with pytest.raises(UserError, match=r"kv_budget_bytes=99 is too small"):
+        Engine(model, tokenizer, replace(options, kv_budget_bytes=99))
+    with pytest.raises(UserError, match=r"max_context=9999 exceeds"):
+        Engine(model, tokenizer, replace(options, max_context=9999))
+    assert tensor_bytes(model.language_model) == total  # both errors came before weights were freed
+    with Engine(model, tokenizer, options) as engine:
+        assert free_bytes[-1] > total // 2 and engine.kv_cache.num_bytes <= free_bytes[-1] // 4
+        assert len(tokens_of(engine.submit(build_request(0, num_images=0, length=4)))) == 23
 
 
 def test_a_weight_in_float32_is_not_read_as_bfloat16() -> None:

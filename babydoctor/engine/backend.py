@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -53,23 +54,27 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
 
 
 def build_decoder(
-    model: LanguageModel, kv_cache: KVCache, settings: EngineSettings, *, on_cpu_operator: bool = False
+    model: LanguageModel, allocate: Callable[[], KVCache], settings: EngineSettings, *, on_cpu_operator: bool = False
 ) -> Decoder:
-    """Build the fastest decoder for the KV cache's device.
+    """Build the fastest decoder for the model's device.
 
     Args:
+        allocate: allocates the KV cache. On a CPU it is called once weights are copied and freed, when the memory left
+            is known, or at once if the settings name the cache's size.
         on_cpu_operator: the result of ``uses_cpu_operator``.
 
     Raises:
         UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.
     """
     asked = settings.cuda_graphs is True
-    if kv_cache.device.type != "cuda":
+    if model.model.norm.weight.device.type != "cuda":
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
+        kv_cache = allocate if settings.kv_budget_bytes is None else allocate()
         if on_cpu_operator:
             return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8", own=settings.own_weights)
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
+    kv_cache = allocate()
     try:
         from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels
     except ImportError as error:

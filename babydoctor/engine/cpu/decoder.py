@@ -16,7 +16,7 @@ from torch import nn
 from babydoctor.engine.cpu.library import StepLayer, StepModel, layer_array, load_operator
 from babydoctor.engine.cpu.product import LANES, PackedProduct, build_product
 from babydoctor.engine.decoder import Decoder, has_head_norms
-from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.kv_cache import CacheSource
 from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
@@ -33,7 +33,9 @@ class CpuDecoder(Decoder):
         own: free the model's weights once they are copied. The model is then of no other use.
     """
 
-    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False, own: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, kv_cache: CacheSource, *, is_int8: bool = False, own: bool = False
+    ) -> None:
         operator = load_operator()
         assert operator is not None and fits(model), "checked by the caller"
         self._operator, self._is_int8 = operator, is_int8
@@ -48,7 +50,7 @@ class CpuDecoder(Decoder):
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
-            kv_cache.capacity,
+            self.kv_cache.capacity,
             1,  # threads, set in each step
             max(product.rank for product in (head, *(part for layer in self.layers for part in _products(layer)))),
             self.eps,
