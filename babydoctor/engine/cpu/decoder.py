@@ -71,6 +71,9 @@ class CpuDecoder(Decoder):
 
     def _free(self, module: nn.Module) -> None:
         """Free the weights of a module, except for a head that shares them with the embedding."""
+        base: Any = getattr(module, "base_layer", module)
+        if is_4bit(base):
+            base.weight.quant_state = base.quant_state = None  # the scales
         for parameter in module.parameters():
             if parameter.data_ptr() != self.embed_tokens.weight.data_ptr():
                 parameter.data = parameter.data.new_empty(0)
