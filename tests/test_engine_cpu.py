@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from babydoctor.data.tokens import encode
 from babydoctor.engine.cpu import check, library
 from babydoctor.engine.cpu.check import LARGEST_DIFFERENCE, Weights, difference_from_pytorch, operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, fits
-from babydoctor.engine.cpu.library import load_operator
+from babydoctor.engine.cpu.library import Operator, load_operator
 from babydoctor.engine.cpu.product import build_product
 from babydoctor.engine.decoder import Decoder
 from babydoctor.engine.engine import Engine
@@ -57,6 +58,18 @@ def test_steps_give_pytorchs_logits(kind: Weights) -> None:
         pytest.importorskip("bitsandbytes")
     assert difference_from_pytorch(kind) < LARGEST_DIFFERENCE[kind]
     assert operator_works(with_nf4=kind == "nf4")
+
+
+@needs_operator
+@pytest.mark.skipif("avx2" not in library._processor().split(), reason="this processor has no AVX2")
+def test_avx2_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = Operator(library.build_library("haswell"))
+    for kind in LARGEST_DIFFERENCE:
+        if kind != "nf4" or find_spec("bitsandbytes"):
+            with monkeypatch.context() as patch:
+                expected = difference_from_pytorch(kind)
+                patch.setattr("babydoctor.engine.cpu.decoder.load_operator", lambda: operator)
+                assert difference_from_pytorch(kind) == pytest.approx(expected, rel=0.01)
 
 
 @needs_operator

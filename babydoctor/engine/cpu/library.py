@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("step.cpp")
 HEADER = SOURCE.with_name("product.h")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC")
 BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -107,21 +107,29 @@ def layer_array(layers: Sequence[StepLayer]) -> ctypes.Array[StepLayer]:
 def load_operator() -> Operator | None:
     """The operator, built if it is not in the cache yet. None, and a log message with the reason, if that fails."""
     try:
-        return Operator(_build())
+        return Operator(build_library())
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         logger.info("the engine's CPU operator could not be built, PyTorch's operations are used: %s", detail[-1:])
         return None
 
 
-def _build() -> Path:
-    """Path of the built library. Its name contains a digest of source, flags, compiler and processor."""
+def build_library(target: str = "native") -> Path:
+    """Path of the built library. Its name contains a digest of source, flags, compiler and processor.
+
+    Args:
+        target: the processor to compile for, as in ``-march``.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no compiler, or it fails.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
-    parts = (*sources, " ".join(FLAGS), version, _processor())
+    flags = (f"-march={target}", *FLAGS)
+    parts = (*sources, " ".join(flags), version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "babydoctor"
     library = folder / f"step-{name}.so"
@@ -131,7 +139,7 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch) / "step.o", Path(scratch) / "step.so"
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)

@@ -5,8 +5,8 @@
 //   int8     [out/64][in/4][64][4], with a scale and a sum for each output.
 //   NF4      [out/64][in/8][64] words of eight codes, with a scale for 64 inputs of an output: [out/64][in/64][64]. The
 //            codes of inputs 0, 2, 4, 6 are in the lower half of a word, lowest first, those of 1, 3, 5, 7 in the upper.
-// Sums are float32. Vectors are the compiler's own, so this runs on AVX-512, AVX2 and NEON; AVX-512's dot products and
-// byte shuffles are used where they are. A row's result does not depend on the rows computed together with it.
+// Sums are float32. Vectors are the compiler's own, as long as the processor's, so this runs on AVX-512, AVX2 and NEON. Dot
+// products and byte shuffles of x86 are used where they are. A row's result does not depend on the other rows.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -20,14 +20,22 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512BW__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 typedef uint16_t bf16;
-typedef float F __attribute__((vector_size(64), aligned(4)));
-typedef int32_t I __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t U __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t H __attribute__((vector_size(32), aligned(2)));
+typedef float F __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES), aligned(2)));
 constexpr int BLOCK = 64;       // outputs that one kernel call computes
-constexpr int ROWS = 6;         // rows that share a read of the weights; their sums fill AVX-512's registers
+constexpr int ROWS = 6;         // rows that share a read of the weights
 constexpr int NF4_INPUTS = 64;  // inputs that share a scale
+template <int R> constexpr int SPAN = LANES == 16 ? BLOCK : R == 1 ? 32 : 16;  // outputs whose sums fit the registers
 constexpr int SPINS = 4000;
 
 // `down` and `up` are a LoRA's products, null without one. int8 has `scales` and `sums`, NF4 has `scales` only.
@@ -41,13 +49,13 @@ static F spread(float x) { return F{} + x; }
 template <class T> static T rounded(T bits) { return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; }  // ties to even
 static void narrow(bf16* p, F v) { *(H*)p = __builtin_convertvector(rounded((U)v), H); }
 static float total(F v) {
-  typedef float F8 __attribute__((vector_size(32)));
   typedef float F4 __attribute__((vector_size(16)));
-  F8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  F4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[1]) + (b[2] + b[3]);
+  F4 parts[LANES / 4];
+  memcpy(parts, &v, sizeof v);
+  for (int n = LANES / 8; n; n /= 2) for (int i = 0; i < n; i++) parts[i] += parts[i + n];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
-// The sums plus the products of 16 pairs of weights with one pair of inputs, all bfloat16.
+// The sums plus products of each output's pair of weights with one pair of inputs, all bfloat16.
 static F add_pairs(F sums, U weights, uint32_t x) {
 #ifdef __AVX512BF16__
   return (F)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(x), (__m512bh)weights);
@@ -56,80 +64,95 @@ static F add_pairs(F sums, U weights, uint32_t x) {
 #endif
 }
 
+// The sums plus products of each output's four weights with four inputs.
+static I add_fours(I sums, I weights, const uint8_t* x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (I)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(read32(x)), (__m512i)weights);
+#elif defined(__AVXVNNI__) && !defined(__AVX512BW__)
+  return (I)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(read32(x)), (__m256i)weights);
+#elif defined(__AVX2__) && !defined(__AVX512BW__)
+  const __m256i inputs = _mm256_set1_epi32(read32(x)), first = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)weights, 8), 8);
+  const __m256i even = _mm256_madd_epi16(first, _mm256_and_si256(inputs, _mm256_set1_epi16(255)));
+  return sums + (I)even + (I)_mm256_madd_epi16(_mm256_srai_epi16((__m256i)weights, 8), _mm256_srli_epi16(inputs, 8));
+#else
+  return sums + (weights << 24 >> 24) * x[0] + (weights << 16 >> 24) * x[1] + (weights << 8 >> 24) * x[2] + (weights >> 24) * x[3];
+#endif
+}
+
 // NF4's levels in bfloat16 (QLoRA, Dettmers et al. 2023).
 alignas(64) constexpr bf16 LEVELS[32] = {
   0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000, 0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
   0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000, 0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
 
-// The levels of the lowest code in each half of 16 words.
+// The levels of the lowest code in each half of the words.
 static U look_up(U words) {
 #if defined(__AVX512BW__)  // an index has five bits, so the table holds the levels twice
   return (U)_mm512_permutexvar_epi16((__m512i)words, _mm512_load_si512(LEVELS));
 #elif defined(__AVX2__)  // the lower and the upper bytes of the levels; an index with its highest bit set gives 0
   const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(-128, 50, 6, -54, -110, 61, -70, 0, -93, 37, 124, -83, -30, 16, 57, -128));
   const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(-65, -65, -65, -66, -66, -66, -67, 0, 61, 62, 62, 62, 62, 63, 63, 63));
-  __m256i parts[2];
-  memcpy(parts, &words, sizeof words);
-  for (__m256i& part : parts) {
-    const __m256i codes = _mm256_and_si256(part, _mm256_set1_epi16(15));
-    const __m256i lower = _mm256_shuffle_epi8(low, _mm256_or_si256(codes, _mm256_set1_epi16((short)0x8000)));
-    part = _mm256_or_si256(lower, _mm256_shuffle_epi8(high, _mm256_or_si256(_mm256_slli_epi16(codes, 8), _mm256_set1_epi16(0x80))));
-  }
-  memcpy(&words, parts, sizeof words);
-  return words;
+  const __m256i codes = _mm256_and_si256((__m256i)words, _mm256_set1_epi16(15));
+  const __m256i lower = _mm256_shuffle_epi8(low, _mm256_or_si256(codes, _mm256_set1_epi16((short)0x8000)));
+  return (U)_mm256_or_si256(lower, _mm256_shuffle_epi8(high, _mm256_or_si256(_mm256_slli_epi16(codes, 8), _mm256_set1_epi16(0x80))));
 #else
   U pairs;
-  for (int i = 0; i < 16; i++) pairs[i] = LEVELS[words[i] & 15] | (uint32_t)LEVELS[words[i] >> 16 & 15] << 16;
+  for (int i = 0; i < LANES; i++) pairs[i] = LEVELS[words[i] & 15] | (uint32_t)LEVELS[words[i] >> 16 & 15] << 16;
   return pairs;
 #endif
 }
 
 // Products of R rows and one block. Rows are bfloat16 or unsigned bytes around 128.
-template <int R> static void multiply(const bf16* rows, int64_t in, const bf16* weights, float out[][BLOCK]) {
-  F sums[R][4] = {};
-  for (int64_t k = 0; k < in / 2; k++, weights += 2 * BLOCK) {
-    if (R == 1) for (int i = 0; i < 4; i++) __builtin_prefetch((const char*)weights + 2048 + 64 * i);
-    for (int i = 0; i < 4; i++) {
-      U pair = *(const U*)(weights + 32 * i);
-      for (int r = 0; r < R; r++) sums[r][i] = add_pairs(sums[r][i], pair, read32(rows + r * in + 2 * k));
-    }
-  }
-  for (int r = 0; r < R; r++) for (int i = 0; i < 4; i++) store(out[r] + 16 * i, sums[r][i]);
-}
-template <int R> static void multiply(const uint8_t* rows, int64_t in, const int8_t* weights, float out[][BLOCK]) {
-  I sums[R][4] = {};
-  for (int64_t k = 0; k < in / 4; k++, weights += 4 * BLOCK) {
-    if (R == 1) for (int i = 0; i < 4; i++) __builtin_prefetch((const char*)weights + 2048 + 64 * i);
-    for (int i = 0; i < 4; i++) {
-      I four = *(const I*)(weights + 64 * i);
-      for (int r = 0; r < R; r++) {
-        const uint8_t* x = rows + r * in + 4 * k;
-#ifdef __AVX512VNNI__
-        sums[r][i] = (I)_mm512_dpbusd_epi32((__m512i)sums[r][i], _mm512_set1_epi32(read32(x)), (__m512i)four);
-#else
-        sums[r][i] += (four << 24 >> 24) * x[0] + (four << 16 >> 24) * x[1] + (four << 8 >> 24) * x[2] + (four >> 24) * x[3];
-#endif
+template <int R> static void multiply(const bf16* rows, int64_t in, const bf16* block, float out[][BLOCK]) {
+  for (int first = 0; first < BLOCK; first += SPAN<R>) {
+    F sums[R][SPAN<R> / LANES] = {};
+    const bf16* weights = block + 2 * first;
+    for (int64_t k = 0; k < in / 2; k++, weights += 2 * BLOCK) {
+      if (R == 1) for (int i = 0; i < SPAN<R>; i += 16) __builtin_prefetch(weights + 1024 + 2 * i);
+      for (int i = 0; i < SPAN<R> / LANES; i++) {
+        const U pair = *(const U*)(weights + 2 * LANES * i);
+        for (int r = 0; r < R; r++) sums[r][i] = add_pairs(sums[r][i], pair, read32(rows + r * in + 2 * k));
       }
     }
+    for (int r = 0; r < R; r++) for (int i = 0; i < SPAN<R> / LANES; i++) store(out[r] + first + LANES * i, sums[r][i]);
   }
-  for (int r = 0; r < R; r++) for (int i = 0; i < 4; i++) store(out[r] + 16 * i, __builtin_convertvector(sums[r][i], F));
 }
-template <int R> static void multiply(const bf16* rows, int64_t in, const uint32_t* words, const float* scales, float out[][BLOCK]) {
-  memset(out, 0, R * sizeof *out);
-  for (int64_t first = 0; first < in; first += NF4_INPUTS, scales += BLOCK) {
-    F sums[R][4] = {};
-    for (int64_t k = first; k < first + NF4_INPUTS; k += 8, words += BLOCK) {
-      if (R == 1) for (int i = 0; i < 4; i++) __builtin_prefetch((const char*)words + 2048 + 64 * i);
-      for (int i = 0; i < 4; i++) {
-        U codes = *(const U*)(words + 16 * i);
-        for (int j = 0; j < 4; j++, codes >>= 4) {
-          const U pair = look_up(codes);
-          for (int r = 0; r < R; r++) sums[r][i] = add_pairs(sums[r][i], pair, read32(rows + r * in + k + 2 * j));
-        }
+template <int R> static void multiply(const uint8_t* rows, int64_t in, const int8_t* block, float out[][BLOCK]) {
+  for (int first = 0; first < BLOCK; first += SPAN<R>) {
+    I sums[R][SPAN<R> / LANES] = {};
+    const int8_t* weights = block + 4 * first;
+    for (int64_t k = 0; k < in / 4; k++, weights += 4 * BLOCK) {
+      if (R == 1) for (int i = 0; i < SPAN<R>; i += 16) __builtin_prefetch(weights + 2048 + 4 * i);
+      for (int i = 0; i < SPAN<R> / LANES; i++) {
+        const I four = *(const I*)(weights + 4 * LANES * i);
+        for (int r = 0; r < R; r++) sums[r][i] = add_fours(sums[r][i], four, rows + r * in + 4 * k);
       }
     }
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < 4; i++) store(out[r] + 16 * i, load(out[r] + 16 * i) + sums[r][i] * load(scales + 16 * i));
+      for (int i = 0; i < SPAN<R> / LANES; i++) store(out[r] + first + LANES * i, __builtin_convertvector(sums[r][i], F));
+  }
+}
+template <int R> static void multiply(const bf16* rows, int64_t in, const uint32_t* block, const float* scales, float out[][BLOCK]) {
+  memset(out, 0, R * sizeof *out);
+  for (int64_t begin = 0; begin < in; begin += NF4_INPUTS, scales += BLOCK) {
+    for (int first = 0; first < BLOCK; first += SPAN<R>) {
+      F sums[R][SPAN<R> / LANES] = {};
+      const uint32_t* words = block + begin / 8 * BLOCK + first;
+      for (int64_t k = begin; k < begin + NF4_INPUTS; k += 8, words += BLOCK) {
+        if (R == 1) for (int i = 0; i < SPAN<R>; i += 16) __builtin_prefetch(words + 512 + i);
+        for (int i = 0; i < SPAN<R> / LANES; i++) {
+          U codes = *(const U*)(words + LANES * i);
+          for (int j = 0; j < 4; j++, codes >>= 4) {
+            const U pair = look_up(codes);
+            for (int r = 0; r < R; r++) sums[r][i] = add_pairs(sums[r][i], pair, read32(rows + r * in + k + 2 * j));
+          }
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < SPAN<R> / LANES; i++) {
+          float* sum = out[r] + first + LANES * i;
+          store(sum, load(sum) + sums[r][i] * load(scales + first + LANES * i));
+        }
+    }
   }
 }
 template <int R = ROWS, class X, class... W> static void multiply_rows(int count, const X* rows, int64_t in, float out[][BLOCK], W... weights) {
@@ -147,7 +170,7 @@ struct Input {
   void put(const Product& product, int64_t row, const float* x) {
     const int64_t in = product.in;
     if (!product.sums) {
-      for (int64_t k = 0; k < in; k += 16) narrow(&halves[row * in + k], load(x + k));
+      for (int64_t k = 0; k < in; k += LANES) narrow(&halves[row * in + k], load(x + k));
       return;
     }
     float largest = 1e-9f;

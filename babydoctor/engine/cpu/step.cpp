@@ -25,9 +25,9 @@ static F exponential(F x) {  // of x <= 0, to 2e-7 of the result
 
 static void normalize(const float* x, const bf16* weight, int64_t size, float eps, float* out) {
   F squares = {};
-  for (int64_t k = 0; k < size; k += 16) squares += load(x + k) * load(x + k);
+  for (int64_t k = 0; k < size; k += LANES) squares += load(x + k) * load(x + k);
   const float factor = 1.f / std::sqrt(total(squares) / size + eps);
-  for (int64_t k = 0; k < size; k += 16) store(out + k, load(x + k) * factor * widen(weight + k));
+  for (int64_t k = 0; k < size; k += LANES) store(out + k, load(x + k) * factor * widen(weight + k));
 }
 
 static void rotate(const float* x, const float* cos, const float* sin, int64_t size, float* out) {
@@ -47,7 +47,7 @@ static void attend(const Model& m, const Layer& layer, int64_t head, int64_t slo
   const float* value = projected + (m.num_heads + m.num_kv_heads + head) * size;
   float rotated[512];
   rotate(projected + (m.num_heads + head) * size, cos, sin, size, rotated);
-  for (int64_t i = 0; i < size; i += 16) {
+  for (int64_t i = 0; i < size; i += LANES) {
     narrow(keys + position * size + i, load(rotated + i));
     narrow(values + position * size + i, load(value + i));
   }
@@ -56,28 +56,28 @@ static void attend(const Model& m, const Layer& layer, int64_t head, int64_t slo
     float largest = -INFINITY;
     for (int64_t l = 0; l < length; l++) {
       F sum = {};
-      for (int64_t i = 0; i < size; i += 16) sum += load(rotated + i) * widen(keys + l * size + i);
+      for (int64_t i = 0; i < size; i += LANES) sum += load(rotated + i) * widen(keys + l * size + i);
       scores[l] = total(sum) * (float)m.scale;
       largest = std::max(largest, scores[l]);
     }
-    for (int64_t l = length; l % 16; l++) scores[l] = -INFINITY;
+    for (int64_t l = length; l % LANES; l++) scores[l] = -INFINITY;
     F weights = {};
-    for (int64_t l = 0; l < length; l += 16) {
+    for (int64_t l = 0; l < length; l += LANES) {
       F weight = exponential(load(scores + l) - largest);
       store(scores + l, weight);
       weights += weight;
     }
     float* sums = out + (head * groups + group) * size;
     const float factor = 1.f / total(weights);
-    for (int64_t i = 0; i < size; i += 64) {  // four vectors stay in registers
+    for (int64_t i = 0; i < size; i += 4 * LANES) {  // four vectors stay in registers
       F sum[4] = {};
-      const int vectors = (int)std::min<int64_t>(4, (size - i) / 16);
+      const int vectors = (int)std::min<int64_t>(4, (size - i) / LANES);
       auto weigh = [&](int count) {
         for (int64_t l = 0; l < length; l++)
-          for (int v = 0; v < count; v++) sum[v] += scores[l] * widen(values + l * size + i + 16 * v);
+          for (int v = 0; v < count; v++) sum[v] += scores[l] * widen(values + l * size + i + LANES * v);
       };
       vectors == 4 ? weigh(4) : weigh(vectors);  // a constant count is unrolled
-      for (int v = 0; v < vectors; v++) store(sums + i + 16 * v, sum[v] * factor);
+      for (int v = 0; v < vectors; v++) store(sums + i + LANES * v, sum[v] * factor);
     }
   }
 }
@@ -88,7 +88,7 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
   const int64_t inner = m.layers[0].down.in, gate_up = m.layers[0].gate_up.out / 2;
   std::unique_ptr<float[]> hidden(new float[rows * width]), projected(new float[rows * projected_size]);
   std::unique_ptr<float[]> attended(new float[rows * heads_size]), gates(new float[rows * 2 * inner]), lows(new float[rows * m.rank]);
-  for (int64_t i = 0; i < rows * width; i += 16) store(&hidden[i], widen(m.embeddings + tokens[i / width] * width + i % width));
+  for (int64_t i = 0; i < rows * width; i += LANES) store(&hidden[i], widen(m.embeddings + tokens[i / width] * width + i % width));
   Barrier barrier;
 #pragma omp parallel num_threads(m.threads)
   {
@@ -96,7 +96,7 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
     Input input(rows, widest);
     Worker worker(rows, barrier, input, lows.get(), m.rank);
     const int thread = worker.thread, threads = worker.threads;
-    std::unique_ptr<float[]> row(new float[widest]), scores(new float[m.capacity + 16]);
+    std::unique_ptr<float[]> row(new float[widest]), scores(new float[m.capacity + LANES]);
     auto normed = [&](const Product& product, const bf16* norm) {
       for (int64_t r = 0; r < rows; r++) {
         normalize(&hidden[r * width], norm, width, (float)m.eps, row.get());
@@ -125,7 +125,7 @@ extern "C" void step(const Model* model, int64_t rows, const int64_t* tokens, co
       worker.compute(layer.gate_up, copy_to(gates.get(), 2 * inner));
       for (int64_t r = 0; r < rows; r++) {
         const float *gate = &gates[r * 2 * inner], *up = gate + gate_up;
-        for (int64_t i = 0; i < inner; i += 16) {
+        for (int64_t i = 0; i < inner; i += LANES) {
           F x = load(gate + i), e = exponential(x < 0.f ? x : -x);  // silu(x) = x / (1 + exp(-x)), without overflow
           store(&row[i], x * (x < 0.f ? e : spread(1.f)) / (1.f + e) * load(up + i));
         }
@@ -149,7 +149,7 @@ extern "C" void multiply(const Product* product, int64_t threads, int64_t rows, 
     std::unique_ptr<float[]> row(new float[in]);
 #pragma omp for
     for (int64_t r = 0; r < rows; r++) {
-      for (int64_t k = 0; k < in; k += 16) store(&row[k], widen(x + r * in + k));
+      for (int64_t k = 0; k < in; k += LANES) store(&row[k], widen(x + r * in + k));
       input.put(*product, r, row.get());
     }
     Worker worker(rows, barrier, input, lows.get(), rank);
