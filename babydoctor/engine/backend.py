@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from babydoctor.engine.cpu.check import operator_works
 from babydoctor.engine.cpu.decoder import CpuDecoder, fits
@@ -14,6 +16,7 @@ from babydoctor.engine.linear import has_room_for_copy
 from babydoctor.engine.prompt import PromptEmbedder, VisionLanguageModel
 from babydoctor.engine.settings import EngineSettings
 from babydoctor.model.families import LanguageModel
+from babydoctor.model.nf4 import is_4bit
 from babydoctor.schema import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,33 +41,40 @@ def _why_no_operator(model: LanguageModel, settings: EngineSettings) -> str:
         return "engine.pack_weights=false"
     if settings.kv_dtype not in (None, "bfloat16"):
         return f"engine.kv_dtype={settings.kv_dtype}, and it needs bfloat16"
-    if not fits(model, rounds=settings.weights == "int8"):
-        return "it takes a LLaMA in bfloat16 on a CPU (`babydoctor merge RUN --out DIR --dtype bfloat16` writes one)"
+    if not fits(model):
+        return (
+            "it takes a LLaMA on a CPU in bfloat16 or 4 bits (`babydoctor merge RUN --out DIR --dtype bfloat16` "
+            "writes one)"
+        )
     if not settings.own_weights and not has_room_for_copy(model.parameters()):
         return "a second copy of the weights takes too much of this machine's memory"
-    if not operator_works():
+    if not operator_works(with_nf4=any(is_4bit(part) for part in model.modules() if isinstance(part, nn.Linear))):
         return "the operator could not be built or gives wrong numbers here, see the log; is g++ installed?"
     return ""
 
 
 def build_decoder(
-    model: LanguageModel, kv_cache: KVCache, settings: EngineSettings, *, on_cpu_operator: bool = False
+    model: LanguageModel, allocate: Callable[[], KVCache], settings: EngineSettings, *, on_cpu_operator: bool = False
 ) -> Decoder:
-    """Build the fastest decoder for the KV cache's device.
+    """Build the fastest decoder for the model's device.
 
     Args:
+        allocate: allocates the KV cache. On a CPU it is called once weights are copied and freed, when the memory left
+            is known, or at once if the settings name the cache's size.
         on_cpu_operator: the result of ``uses_cpu_operator``.
 
     Raises:
         UserError: ``engine.cuda_graphs=true``, and CUDA graphs are not possible here.
     """
     asked = settings.cuda_graphs is True
-    if kv_cache.device.type != "cuda":
+    if model.model.norm.weight.device.type != "cuda":
         if asked:
             raise UserError("engine.cuda_graphs=true needs a model on a CUDA device; remove it")
+        kv_cache = allocate if settings.kv_budget_bytes is None else allocate()
         if on_cpu_operator:
             return CpuDecoder(model, kv_cache, is_int8=settings.weights == "int8", own=settings.own_weights)
         return Decoder(model, kv_cache, pack=settings.pack_weights, own=settings.own_weights)
+    kv_cache = allocate()
     try:
         from babydoctor.engine.gpu.decoder import GpuDecoder, check_kernels
     except ImportError as error:

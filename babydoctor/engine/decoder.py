@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
-from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.kv_cache import CacheSource
 from babydoctor.engine.layout import CHUNK_STEP, Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout, round_up
 from babydoctor.engine.linear import Linear, build_linear, packing_pays, round_rows
+from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
 
 QUERY_BLOCK = 128
@@ -56,18 +57,15 @@ class Decoder:
     has_graphs = False
     """True if steps are replayed as CUDA graphs."""
 
-    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, pack: bool | None = None, own: bool = False) -> None:
-        config = model.config
-        self.kv_cache = kv_cache
-        self.layout = LayoutBuilder(kv_cache, sliding_window(config))
+    def __init__(
+        self, model: LanguageModel, kv_cache: CacheSource, *, pack: bool | None = None, own: bool = False
+    ) -> None:
+        config, body = model.config, model.model
         self.num_heads = config.num_attention_heads
-        self.num_kv_heads = kv_cache.num_kv_heads
-        self.head_dim = kv_cache.head_dim
+        _, self.num_kv_heads, self.head_dim = kv_shape(config)
         self.scale = self.head_dim**-0.5
         self.eps = config.rms_norm_eps
-        self.device = kv_cache.device
-        body = model.model
-        self.dtype = body.norm.weight.dtype
+        self.dtype, self.device = body.norm.weight.dtype, body.norm.weight.device
         self._pack = packing_pays(list(model.parameters())) if pack is None else pack
         self._own = own
         self.embed_tokens = body.embed_tokens
@@ -86,6 +84,8 @@ class Decoder:
         ]
         self.final_norm = body.norm.weight.detach()
         self.lm_head = self._build_linear([model.lm_head])
+        self.kv_cache = kv_cache = kv_cache() if callable(kv_cache) else kv_cache
+        self.layout = LayoutBuilder(kv_cache, sliding_window(config))
         positions = torch.arange(kv_cache.capacity, device=self.device)[None]
         # In the KV cache's dtype, so that queries and keys are rotated in the precision of the cache.
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=kv_cache.dtype, device=self.device), positions)

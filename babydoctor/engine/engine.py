@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,10 @@ class Engine:
         norm = language_model.model.norm.weight
         on_operator = uses_cpu_operator(language_model, self.settings)
         kv_dtype = torch.bfloat16 if on_operator else None
-        self.kv_cache = build_kv_cache(self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
-        self.decoder = build_decoder(language_model, self.kv_cache, self.settings, on_cpu_operator=on_operator)
+        self.settings.context(language_model.config)  # an error comes before weights are copied
+        allocate = partial(build_kv_cache, self.settings, language_model.config, norm.dtype, norm.device, kv_dtype)
+        self.decoder = build_decoder(language_model, allocate, self.settings, on_cpu_operator=on_operator)
+        self.kv_cache = self.decoder.kv_cache
         self.features = FeatureCache(self.settings.image_cache_bytes)
         self.eos = end_tokens(language_model, tokenizer) | frozenset(template_ends)
         self._core = EngineCore(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -182,6 +183,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+CacheSource = KVCache | Callable[[], KVCache]
+"""A KV cache, or a function that allocates it, which is called once weights are copied and the memory left is known."""
 
 
 def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:

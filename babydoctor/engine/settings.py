@@ -35,8 +35,9 @@ class EngineSettings:
         max_running: most requests that are answered at the same time; further requests wait.
         max_queue: most requests that wait; further requests are refused.
         max_context: most tokens of one request, prompt, image slots and answer together.
-        kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the free memory on the
-            CPU and nine tenths on a GPU, and never more than ``max_running + cached_slots`` slots need.
+        kv_budget_bytes: memory for keys and values, allocated once; by default a quarter of the memory that is free
+            on the CPU once weights are copied, or nine tenths on a GPU, and never more than
+            ``max_running + cached_slots`` slots need.
         kv_dtype: precision of keys and values: float32, bfloat16 or float16; by default see ``build_kv_cache``.
         cached_slots: slots that only keep prefixes of finished requests; by default as many as ``max_running``.
         image_cache_bytes: memory for features of images seen before.

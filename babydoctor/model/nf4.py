@@ -150,6 +150,15 @@ def is_4bit(layer: nn.Module) -> bool:
     return getattr(layer.weight, "quant_state", None) is not None
 
 
+def block_scales(layer: nn.Module) -> torch.Tensor:
+    """The scales of a 4-bit layer's blocks ``[out * in / 64]`` in float32, in the order of its weights."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    if not state.nested:
+        return state.absmax
+    return import_bitsandbytes().functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     """The float weight ``[out, in]`` of a plain or 4-bit linear layer."""
     weight: Any = layer.weight

@@ -1,7 +1,8 @@
 """An engine step on a CPU: decoding rows by one call of a compiled operator, prompt chunks by PyTorch.
 
-Shapes as in ``engine/decoder.py``. Weights are bfloat16 or int8, keys and values bfloat16, sums float32. With int8
-weights each row of a product's input is rounded to eight bits as well.
+Shapes as in ``engine/decoder.py``. Weights are bfloat16, int8 or NF4, keys and values bfloat16, sums float32. With int8
+weights each row of a product's input is rounded to eight bits as well, and LoRAs are merged. Otherwise LoRAs are
+computed beside the weights, as in training.
 """
 
 from __future__ import annotations
@@ -12,72 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from babydoctor.engine.cpu.library import Operator, StepLayer, StepModel, StepProduct, layer_array, load_operator
+from babydoctor.engine.cpu.library import StepLayer, StepModel, layer_array, load_operator
+from babydoctor.engine.cpu.product import LANES, PackedProduct, build_product
 from babydoctor.engine.decoder import Decoder, has_head_norms
-from babydoctor.engine.kv_cache import KVCache
+from babydoctor.engine.kv_cache import CacheSource
 from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
 from babydoctor.model.nf4 import is_4bit
-from babydoctor.model.packed.lora_linear import effective_weight, has_lora
-
-BLOCK = 64
-"""Outputs per block of packed weights."""
-
-QUANTIZED_ROWS = 1024
-"""Rows of weights that are quantized together."""
-
-LANES = 16
-"""Sizes must be multiples of this: the operator's vectors hold 16 numbers."""
+from babydoctor.model.packed.lora_linear import has_lora
 
 MAX_HEAD_DIM = 512
 
 
-class PackedProduct:
-    """Linear modules with the same input as one packed product: bfloat16 ``[M, in] -> [M, out]``.
-
-    Args:
-        weights: ``[out, in]`` each; their outputs are concatenated.
-        is_int8: round each output's weights to eight bits with a scale of their own.
-    """
-
-    def __init__(self, operator: Operator, weights: Sequence[torch.Tensor], *, is_int8: bool) -> None:
-        self._operator = operator
-        joined = torch.cat([weight.detach() for weight in weights])
-        outputs, inputs = joined.shape
-        padded = torch.nn.functional.pad(joined, (0, 0, 0, -outputs % BLOCK))
-        scales = sums = None
-        group = 2
-        if is_int8:
-            group = 4
-            scales = (padded.abs().amax(1).float() / 127).clamp_min(1e-12)
-            # Block by block, because a whole product in float32 takes four times the memory of the result.
-            blocks = zip(padded.split(QUANTIZED_ROWS), scales.split(QUANTIZED_ROWS), strict=True)
-            padded = torch.cat([(rows.float() / scale[:, None]).round().to(torch.int8) for rows, scale in blocks])
-            sums = padded.sum(1, dtype=torch.int32)
-        packed = padded.view(-1, BLOCK, inputs // group, group).transpose(1, 2).contiguous()
-        self._tensors = (packed, scales, sums)  # the pointers' owners
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        self.structure = StepProduct(*pointers, outputs, inputs)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.contiguous()
-        output = rows.new_empty(len(rows), self.structure.outputs)
-        pointers = (rows.data_ptr(), output.data_ptr())
-        self._operator.multiply(self.structure, torch.get_num_threads(), len(rows), *pointers)
-        return output
-
-
 class CpuDecoder(Decoder):
-    """A LLaMA in bfloat16 or int8 on a CPU; see ``fits`` for the models it can run. Its weights are copied.
+    """A LLaMA in bfloat16, int8 or NF4 on a CPU; see ``fits`` for the models it can run. Its weights are copied.
 
     Args:
         own: free the model's weights once they are copied. The model is then of no other use.
     """
 
-    def __init__(self, model: LanguageModel, kv_cache: KVCache, *, is_int8: bool = False, own: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, kv_cache: CacheSource, *, is_int8: bool = False, own: bool = False
+    ) -> None:
         operator = load_operator()
-        assert operator is not None and fits(model, rounds=is_int8), "checked by the caller"
+        assert operator is not None and fits(model), "checked by the caller"
         self._operator, self._is_int8 = operator, is_int8
         super().__init__(model, kv_cache, pack=False, own=own)
         head: Any = self.lm_head
@@ -90,8 +50,9 @@ class CpuDecoder(Decoder):
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,
-            kv_cache.capacity,
-            1,
+            self.kv_cache.capacity,
+            1,  # threads, set in each step
+            max(product.rank for product in (head, *(part for layer in self.layers for part in _products(layer)))),
             self.eps,
             self.scale,
             self.embed_tokens.weight.data_ptr(),
@@ -102,8 +63,7 @@ class CpuDecoder(Decoder):
         )
 
     def _build_linear(self, modules: Sequence[nn.Module]) -> PackedProduct:
-        weights = [effective_weight(module, self.dtype) for module in modules]
-        product = PackedProduct(self._operator, weights, is_int8=self._is_int8)
+        product = build_product(self._operator, modules, is_int8=self._is_int8)
         if self._own:
             for module in modules:
                 self._free(module)
@@ -111,18 +71,20 @@ class CpuDecoder(Decoder):
 
     def _free(self, module: nn.Module) -> None:
         """Free the weights of a module, except for a head that shares them with the embedding."""
+        base: Any = getattr(module, "base_layer", module)
+        if is_4bit(base):
+            base.weight.quant_state = base.quant_state = None  # the scales
         for parameter in module.parameters():
             if parameter.data_ptr() != self.embed_tokens.weight.data_ptr():
                 parameter.data = parameter.data.new_empty(0)
 
     def _layer(self, index: int) -> StepLayer:
-        layer: Any = self.layers[index]
-        products = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
+        layer = self.layers[index]
         keys, values = self.kv_cache.keys[index], self.kv_cache.values[index]
         return StepLayer(
             layer.input_norm.data_ptr(),
             layer.post_norm.data_ptr(),
-            *(product.structure for product in products),
+            *(product.structure for product in _products(layer)),
             keys.data_ptr(),
             values.data_ptr(),
         )
@@ -143,28 +105,26 @@ class CpuDecoder(Decoder):
         return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if part.numel()])
 
 
-def fits(model: LanguageModel, *, rounds: bool = False) -> bool:
-    """True if the operator can run a model: bfloat16 on the CPU, without biases, head norms and sliding window.
+def _products(layer: Any) -> tuple[PackedProduct, ...]:
+    return layer.query_key_value, layer.output, layer.gate_up, layer.down
 
-    Args:
-        rounds: the weights will be rounded to int8, so they may also be 4-bit, and a LoRA may be merged into them.
-            Otherwise such models keep PyTorch's operations, whose numbers are those of training.
+
+def fits(model: LanguageModel) -> bool:
+    """True if the operator can run a model: bfloat16 or 4-bit on the CPU, without biases, head norms, sliding window.
+
+    LoRAs may be in float32, as they are trained. They are rounded to the model's bfloat16.
     """
     config = model.config
     head_dim = kv_shape(config)[2]
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
     modules: list[Any] = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-    if rounds:
-        modules = [module.base_layer if has_lora(module) else module for module in modules]
+    bases = [module.base_layer if has_lora(module) else module for module in modules]
+    loras = {parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    codes = {base.weight for base in bases if is_4bit(base)}
     return (
         all(parameter.device.type == "cpu" for parameter in model.parameters())
-        and all(
-            parameter.dtype == torch.bfloat16 or (rounds and ("lora_" in name or parameter.dtype == torch.uint8))
-            for name, parameter in model.named_parameters()
-        )
-        and all(
-            (type(module) is nn.Linear or (rounds and is_4bit(module))) and module.bias is None for module in modules
-        )
+        and all(parameter.dtype == torch.bfloat16 for parameter in {*model.parameters()} - loras - codes)
+        and all((type(base) is nn.Linear or is_4bit(base)) and base.bias is None for base in bases)
         and all(size % LANES == 0 for size in sizes)
         and head_dim <= MAX_HEAD_DIM
         and sliding_window(config) is None

@@ -1,4 +1,4 @@
-"""The compiled operator: ``step.cpp`` built at first use for this machine's processor, kept in the user's cache.
+"""The compiled operator: ``step.cpp`` and ``product.h``, built at first use for this processor, then cached.
 
 It is loaded with ctypes and takes pointers, so it needs no headers of PyTorch and builds in seconds. It is linked
 without an OpenMP library and uses the one that PyTorch has loaded, so both share their threads.
@@ -21,16 +21,23 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC")
+HEADER = SOURCE.with_name("product.h")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fopenmp", "-fPIC")
 BUILD_TIMEOUT_S = 120
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
 class StepProduct(ctypes.Structure):
-    """``Product`` of ``step.cpp``."""
+    """``Product`` of ``product.h``. ``down`` and ``up`` point to those of a LoRA."""
 
-    _fields_ = (("weights", _POINTER), ("scales", _POINTER), ("sums", _POINTER), ("outputs", _INT), ("inputs", _INT))
+    _fields_ = (
+        *((name, _POINTER) for name in ("weights", "scales", "sums")),
+        ("outputs", _INT),
+        ("inputs", _INT),
+        ("down", _POINTER),
+        ("up", _POINTER),
+    )
 
 
 class StepLayer(ctypes.Structure):
@@ -55,6 +62,7 @@ class StepModel(ctypes.Structure):
         *((name, _INT) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")),
         ("capacity", _INT),
         ("threads", _INT),
+        ("rank", _INT),
         ("eps", ctypes.c_double),
         ("scale", ctypes.c_double),
         ("embeddings", _POINTER),
@@ -85,6 +93,11 @@ class Operator:
         self._multiply(product, num_threads, num_rows, rows, outputs)
 
 
+def address(product: StepProduct) -> int:
+    """The pointer to a product that belongs to a LoRA. The caller keeps the product alive."""
+    return ctypes.addressof(product)
+
+
 def layer_array(layers: Sequence[StepLayer]) -> ctypes.Array[StepLayer]:
     """The layers as the C array that ``StepModel`` points to."""
     return (StepLayer * len(layers))(*layers)
@@ -94,20 +107,29 @@ def layer_array(layers: Sequence[StepLayer]) -> ctypes.Array[StepLayer]:
 def load_operator() -> Operator | None:
     """The operator, built if it is not in the cache yet. None, and a log message with the reason, if that fails."""
     try:
-        return Operator(_build())
+        return Operator(build_library())
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         logger.info("the engine's CPU operator could not be built, PyTorch's operations are used: %s", detail[-1:])
         return None
 
 
-def _build() -> Path:
-    """Path of the built library. Its name contains a digest of source, flags, compiler and processor."""
+def build_library(target: str = "native") -> Path:
+    """Path of the built library. Its name contains a digest of source, flags, compiler and processor.
+
+    Args:
+        target: the processor to compile for, as in ``-march``.
+
+    Raises:
+        OSError, subprocess.SubprocessError: there is no compiler, or it fails.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler; install g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, _processor())
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
+    flags = (f"-march={target}", *FLAGS)
+    parts = (*sources, " ".join(flags), version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "babydoctor"
     library = folder / f"step-{name}.so"
@@ -117,7 +139,7 @@ def _build() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch) / "step.o", Path(scratch) / "step.so"
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
