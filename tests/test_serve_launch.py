@@ -20,6 +20,9 @@ from babydoctor.serve.server import bind, local_url, reachable_url
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
+UNNEEDED = frozenset({"bitsandbytes", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn"})
+"""Packages that serving a model in bfloat16 or float32 does not use. Each takes 20 MB or more."""
+
 
 def children(pid: int) -> list[int]:
     """Processes whose parent is ``pid``."""
@@ -88,6 +91,9 @@ def test_serve_answers_restarts_parts_and_leaves_no_process(tmp_path: Path):
             assert client.models() == ["tiny"]
             answer = client.ask_llava("tiny", "Which modality is this?", png())
             assert answer and client.ask_openai("tiny", "Which modality is this?", png()) == answer
+        # Memory: the controller does without PyTorch, and a worker without what only training and evaluation need.
+        assert packages_of(parts[0]).isdisjoint({"torch", *UNNEEDED}) and "torch" in packages_of(parts[1])
+        assert packages_of(parts[1]).isdisjoint(UNNEEDED)
         # Other users of this machine cannot register a worker, because the launcher generates a secret.
         body = {
             "worker_name": "http://127.0.0.1:9",
@@ -123,6 +129,11 @@ def open_modules(pid: int) -> set[str]:
     """Shared libraries that a process has loaded, which show how far its start is."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     return {line.split()[-1] for line in maps.splitlines() if ".so" in line}
+
+
+def packages_of(pid: int) -> set[str]:
+    """Python packages whose shared libraries a process has loaded."""
+    return {match[1] for path in open_modules(pid) if (match := re.search(r"/site-packages/([^/]+)/", path))}
 
 
 def test_a_part_that_cannot_start_ends_all_with_a_reason(tmp_path: Path):

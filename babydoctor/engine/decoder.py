@@ -20,13 +20,10 @@ from torch import nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
 from babydoctor.engine.kv_cache import CacheSource
-from babydoctor.engine.layout import CHUNK_STEP, Chunk, DecodeRows, LayoutBuilder, RowGroup, StepLayout, round_up
+from babydoctor.engine.layout import Chunk, ChunkBlock, DecodeRows, LayoutBuilder, RowGroup, StepLayout
 from babydoctor.engine.linear import Linear, build_linear, packing_pays, round_rows
 from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
-
-QUERY_BLOCK = 128
-"""Rows of a prompt chunk that attend together. Scores of keys that come after a block are not computed."""
 
 MAX_KEPT_VIEWS = 64
 """Number of runs whose views of the KV cache are kept; see ``Decoder._views``."""
@@ -85,7 +82,7 @@ class Decoder:
         self.final_norm = body.norm.weight.detach()
         self.lm_head = self._build_linear([model.lm_head])
         self.kv_cache = kv_cache = kv_cache() if callable(kv_cache) else kv_cache
-        self.layout = LayoutBuilder(kv_cache, sliding_window(config))
+        self.layout = LayoutBuilder(kv_cache, sliding_window(config), self.dtype)
         positions = torch.arange(kv_cache.capacity, device=self.device)[None]
         # In the KV cache's dtype, so that queries and keys are rotated in the precision of the cache.
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=kv_cache.dtype, device=self.device), positions)
@@ -142,10 +139,8 @@ class Decoder:
         query = self._project(index, hidden, cos, sin, layout, chunks)
         outputs = self._attend_runs(index, query, layout)
         row = len(layout.tokens)
-        for chunk, mask in zip(chunks, layout.chunk_masks, strict=True):
-            outputs.append(
-                self._attend_chunk(index, query[row : row + len(chunk.embeds)], chunk.slot, chunk.start, mask)
-            )
+        for chunk, blocks in zip(chunks, layout.chunk_blocks, strict=True):
+            outputs += self._attend_chunk(index, query[row : row + len(chunk.embeds)], chunk.slot, blocks)
             row += len(chunk.embeds)
         return self._add_mlp(layer, hidden + layer.output(_join(outputs)))
 
@@ -161,12 +156,11 @@ class Decoder:
         if layout.wanted is not None and outputs:
             kept = layout.wanted[: len(layout.wanted) - sum(chunk.final for chunk in chunks)]
             outputs = [_join(outputs)[kept]]
-        for chunk, mask in zip(chunks, layout.chunk_masks, strict=True):
-            num_rows = len(chunk.embeds)
-            row += num_rows
+        for chunk, blocks in zip(chunks, layout.chunk_blocks, strict=True):
             if chunk.final:
-                last = mask[num_rows - 1 : num_rows]
-                outputs.append(self._attend_chunk(index, query[row - 1 : row], chunk.slot, chunk.end - 1, last))
+                rows = query[row : row + len(chunk.embeds)]
+                outputs += self._attend_chunk(index, rows, chunk.slot, [blocks[-1].last_row()])
+            row += len(chunk.embeds)
         if not outputs:
             return hidden.new_zeros(0, 0)
         if layout.wanted is not None:
@@ -233,40 +227,36 @@ class Decoder:
         return self._run_views[key]
 
     def _attend_chunk(
-        self, index: int, query: torch.Tensor, slot: int, position: int, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Attention of rows of a prompt chunk: ``[T, H, W] -> [T, H * W]``.
-
-        Args:
-            position: of the first row.
-            mask: ``[T or more, L]``. Further rows are filler, which gives the products shapes that repeat.
-        """
-        num_rows, length = len(query), mask.shape[1]
+        self, index: int, query: torch.Tensor, slot: int, blocks: Sequence[ChunkBlock]
+    ) -> list[torch.Tensor]:
+        """Attention of a prompt chunk, ``[T, H, W]``: ``[rows, H * W]`` for each block."""
+        length = blocks[-1].length
         # With a float32 cache and a bfloat16 model (CPU), one cast per chunk makes the products twice as fast.
         keys = self.kv_cache.keys[index][slot, :, :length].to(self.dtype)
         values = self.kv_cache.values[index][slot, :, :length].to(self.dtype)
-        outputs = []
-        for start in range(0, num_rows, QUERY_BLOCK):
-            rows = slice(start, start + QUERY_BLOCK)
-            # No row of the block sees a later key.
-            reach = round_up(position + min(rows.stop, num_rows), length, CHUNK_STEP)
-            outputs.append(self._attend_block(query[rows], keys[:, :reach], values[:, :reach], mask[rows, :reach]))
-        return _join(outputs)
+        return [
+            self._attend_block(query, keys[:, : block.length], values[:, : block.length], block) for block in blocks
+        ]
 
     def _attend_block(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: ChunkBlock
     ) -> torch.Tensor:
-        """``[T, H, W] -> [T, H * W]`` over keys and values ``[K, L, W]``; ``mask`` ``[T or more, L]``."""
-        num_rows, length = mask.shape
+        """Rows of ``query`` ``[T, H, W]`` over keys and values ``[K, L, W]``: ``[rows, H * W]``."""
+        rows, filled = block.num_rows, len(block.mask)
         groups = self.num_heads // self.num_kv_heads
-        padded = pad(query.to(self.dtype), (0, 0, 0, 0, 0, num_rows - len(query)))
-        rows = padded.view(num_rows, self.num_kv_heads, groups, self.head_dim).permute(1, 2, 0, 3)
-        rows = rows.reshape(self.num_kv_heads, groups * num_rows, self.head_dim)  # [K, G * T, W]
-        scores = torch.bmm(rows, keys.transpose(1, 2)).view(self.num_kv_heads, groups, num_rows, length)
-        weights = torch.softmax(torch.add(mask, scores, alpha=self.scale), dim=-1).to(self.dtype)
-        output = torch.bmm(weights.flatten(1, 2), values)
-        output = output.view(self.num_kv_heads, groups, num_rows, self.head_dim)[:, :, : len(query)]
-        return output.permute(2, 0, 1, 3).reshape(len(query), self.num_heads * self.head_dim)
+        query = query[block.first_row : block.first_row + rows].to(self.dtype)
+        query = pad(query, (0, 0, 0, 0, 0, filled - rows)).view(filled, self.num_kv_heads, groups, self.head_dim)
+        query = query.permute(1, 2, 0, 3).reshape(self.num_kv_heads, groups * filled, self.head_dim)  # [K, G * T, W]
+        # The product copies strided keys. Copied here, whole rows move; there, single numbers, which takes four times
+        # as long.
+        keys = keys.contiguous().transpose(1, 2)
+        scores = torch.baddbmm(keys.new_empty(1), query, keys, beta=0, alpha=self.scale)
+        scores = scores.view(self.num_kv_heads, groups, filled, block.length)
+        scores[..., block.masked_from :] += block.mask
+        # Rounded once: softmax computes in float32 and returns the scores' dtype.
+        output = torch.bmm(torch.softmax(scores, dim=-1).flatten(1, 2), values)
+        output = output.view(self.num_kv_heads, groups, filled, self.head_dim)[:, :, :rows]
+        return output.permute(2, 0, 1, 3).reshape(rows, self.num_heads * self.head_dim)
 
     def _add_mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + layer.down(gate(layer.gate_up(self._norm(hidden, layer.post_norm))))

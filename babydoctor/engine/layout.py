@@ -21,6 +21,9 @@ CHUNK_STEP = 64
 """Like ``LENGTH_STEP``, for the rows and lengths of prompt chunks. Measured with the mini model and prompts of 160
 different lengths: without rounding, kernels took 340 MiB more."""
 
+QUERY_BLOCK = 128
+"""Rows of a prompt chunk that attend together. Scores of keys that come after a block are not computed."""
+
 CALL_POSITIONS = 512
 """Cost of the two products of one more attention call, in positions read (measured); see ``group_rows``."""
 
@@ -62,6 +65,27 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ChunkBlock:
+    """Rows ``first_row .. first_row + num_rows`` of a chunk, which attend together to ``length`` positions.
+
+    Every row sees the positions before ``masked_from``. ``mask`` ``[T, length - masked_from]`` is added to the scores
+    of the others. ``T`` is ``num_rows`` rounded up: further rows are filler, which gives the products shapes that
+    repeat.
+    """
+
+    first_row: int
+    num_rows: int
+    length: int
+    masked_from: int
+    mask: torch.Tensor
+
+    def last_row(self) -> ChunkBlock:
+        """The last row alone, without filler."""
+        last = self.num_rows - 1
+        return ChunkBlock(self.first_row + last, 1, self.length, self.masked_from, self.mask[last : last + 1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepLayout:
     """The tensors of one step that all layers share.
 
@@ -71,7 +95,7 @@ class StepLayout:
         write_index: int64 ``[R * K]``, where each decoding row's keys go in ``keys.view(-1, W)``.
         runs: groups of decoding rows that attend together.
         run_masks: ``[rows of the run, 1, 1, L]`` each.
-        chunk_masks: float32 ``[T, L]`` each, with ``T`` and ``L`` rounded up to ``CHUNK_STEP``.
+        chunk_blocks: for each chunk, its rows in blocks that attend together.
         wanted: int64, the rows whose logits are needed; None: all of them.
     """
 
@@ -80,15 +104,21 @@ class StepLayout:
     write_index: torch.Tensor
     runs: list[RowGroup]
     run_masks: list[torch.Tensor]
-    chunk_masks: list[torch.Tensor]
+    chunk_blocks: list[list[ChunkBlock]]
     wanted: torch.Tensor | None
 
 
 class LayoutBuilder:
     """Builds the layout of each step over one KV cache."""
 
-    def __init__(self, kv_cache: KVCache, window: int | None = None) -> None:
-        """``window``: how many positions a row attends to, its own included; None: all up to its own."""
+    def __init__(self, kv_cache: KVCache, window: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Keep what the steps share.
+
+        Args:
+            kv_cache: the slots that steps read and write.
+            window: how many positions a row attends to, its own included; None: all up to its own.
+            dtype: of the scores of prompt chunks.
+        """
         self.kv_cache = kv_cache
         self.window = kv_cache.capacity if window is None else window
         self.device = kv_cache.device
@@ -96,6 +126,9 @@ class LayoutBuilder:
         self._slot_positions = torch.arange(kv_cache.capacity, device=self.device)  # [C]
         self._visible = torch.tensor(0.0, dtype=kv_cache.dtype, device=self.device)
         self._hidden = torch.tensor(float("-inf"), dtype=kv_cache.dtype, device=self.device)
+        # Row r sees columns 0 .. r. Lengths are rounded up, so a block may have more columns than rows.
+        widest = (QUERY_BLOCK, QUERY_BLOCK + CHUNK_STEP)
+        self._triangle = torch.full(widest, float("-inf"), dtype=dtype, device=self.device).triu_(1)
 
     def group(self, rows: DecodeRows, chunks: Sequence[Chunk]) -> StepLayout:
         """Decide which rows attend together. A gap inside a run becomes a row that writes to the scratch slot."""
@@ -143,7 +176,7 @@ class LayoutBuilder:
             write_index=(row_starts[:, None] + self._head_offsets).flatten(),
             runs=runs,
             run_masks=[self._run_mask(run, all_positions) for run in runs],
-            chunk_masks=[self._chunk_mask(chunk) for chunk in chunks],
+            chunk_blocks=[self._split_chunk(chunk) for chunk in chunks],
             wanted=None if len(wanted) == len(positions) else all_wanted,
         )
 
@@ -160,18 +193,20 @@ class LayoutBuilder:
             seen &= self._slot_positions[: run.length] > reach - self.window
         return torch.where(seen, self._visible, self._hidden)[:, None, None]
 
-    def _chunk_mask(self, chunk: Chunk) -> torch.Tensor:
-        """Float32 ``[T, L]``: each position of the chunk sees itself and the earlier positions of its window.
-
-        Rows after the chunk's last one are filler. The others do not see the positions after the chunk.
-        """
-        num_rows = -(-len(chunk.embeds) // CHUNK_STEP) * CHUNK_STEP
-        length = round_up(chunk.end, self.kv_cache.capacity, CHUNK_STEP)
-        mask = torch.full((num_rows, length), float("-inf"), device=self.device)
-        mask.triu_(chunk.start + 1)
-        if chunk.end > self.window:
-            mask += torch.full_like(mask, float("-inf")).tril_(chunk.start - self.window)
-        return mask
+    def _split_chunk(self, chunk: Chunk) -> list[ChunkBlock]:
+        """Split a chunk into blocks. No row sees the positions after it."""
+        blocks = []
+        for first_row in range(0, len(chunk.embeds), QUERY_BLOCK):
+            num_rows = min(QUERY_BLOCK, len(chunk.embeds) - first_row)
+            start = chunk.start + first_row
+            length = round_up(start + num_rows, self.kv_cache.capacity, CHUNK_STEP)
+            mask = self._triangle[: round_up(num_rows, QUERY_BLOCK, CHUNK_STEP), : length - start]
+            if start + num_rows > self.window:
+                mask = torch.cat((mask.new_zeros(len(mask), start), mask), dim=1)
+                mask += torch.full_like(mask, float("-inf")).tril_(start - self.window)
+                start = 0
+            blocks.append(ChunkBlock(first_row, num_rows, length, start, mask))
+        return blocks
 
 
 def group_rows(slots: Sequence[int], lengths: Sequence[int], call_positions: int = CALL_POSITIONS) -> list[list[int]]:

@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from babydoctor.engine.engine import Engine
     from babydoctor.model.run_dir import Run
 
-PIXEL_CACHE_SIZE = 64
-"""Number of images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px."""
+PIXEL_CACHE_SIZE = 16
+"""Number of images whose pixels are cached, so that a chat decodes its image once. 0.6 MB each at 224 px.
+
+As many as requests run by default (``EngineSettings.max_running``)."""
 
 CONTEXT_TOKENS = 8
 """Number of prompt tokens that are decoded together with the first token of a continued answer."""
