@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import pad
@@ -22,6 +23,9 @@ BLOCK = 64
 
 LANES = 16
 """Sizes must be multiples of this: the operator's vectors hold 16 numbers."""
+
+ALIGNMENT = 64
+"""Bytes of a cache line. A vector that crosses lines is read twice."""
 
 QUANTIZED_ROWS = 1024
 """Rows of weights that are quantized together."""
@@ -139,5 +143,12 @@ def _fill_block(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _pack_blocks(rows: torch.Tensor, group: int) -> torch.Tensor:
-    """``[B * 64, N] -> [B, N / group, 64, group]``."""
-    return rows.view(-1, BLOCK, rows.shape[1] // group, group).transpose(1, 2).contiguous()
+    """``[B * 64, N] -> [B, N / group, 64, group]``, in huge pages where the system has them.
+
+    NumPy requests huge pages for large arrays, so nothing has to be moved into them later; see
+    ``runtime.use_huge_pages``, which moves 8 GiB at most.
+    """
+    blocks = rows.view(-1, BLOCK, rows.shape[1] // group, group).transpose(1, 2)
+    memory = torch.from_numpy(np.empty(blocks.nbytes + ALIGNMENT, np.uint8))
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + blocks.nbytes].view(blocks.dtype).view(blocks.shape).copy_(blocks)
