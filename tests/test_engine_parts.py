@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from babydoctor.engine.kv_cache import Content, FeatureCache, KVCache
-from babydoctor.engine.layout import group_rows
+from babydoctor.engine.layout import Chunk, DecodeRows, LayoutBuilder, group_rows
 from babydoctor.engine.request import GenerationRequest
 from babydoctor.engine.sequence import build_content
 from babydoctor.engine.tokens.sampling import build_random, sample
@@ -198,6 +198,23 @@ def test_a_flat_nucleus_wider_than_the_first_candidates_is_exact():
     random = np.random.default_rng(0)
     draws = {sample(logits, 1.0, 0.9, random) for _ in range(6000)}
     assert len(draws) > 850 and max(draws) <= 900
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 300), (70, 128), (130, 310), (399, 41)])
+def test_rows_of_a_chunk_see_themselves_and_what_is_before(window: int | None, start: int, length: int):
+    cache = KVCache(1, 1, 2, 440, 1, 1, torch.float32, torch.device("cpu"))
+    chunk = Chunk(0, start, torch.zeros(length, 1), True)
+    (blocks,) = LayoutBuilder(cache, window).group(DecodeRows([], [], []), [chunk]).chunk_blocks
+    seen = torch.zeros(length, cache.capacity, dtype=torch.bool)
+    for block in blocks:
+        rows = slice(block.first_row, block.first_row + block.num_rows)
+        seen[rows, : block.masked_from] = True
+        seen[rows, block.masked_from : block.length] = block.mask[: block.num_rows] == 0
+    row, position = start + torch.arange(length)[:, None], torch.arange(cache.capacity)
+    assert torch.equal(seen, (position <= row) & (position > row - (window or cache.capacity)))
+    last = blocks[-1].last_row()
+    assert last.first_row == length - 1 and torch.equal(last.mask, blocks[-1].mask[blocks[-1].num_rows - 1, None])
 
 
 def test_memory_in_use_moves_into_huge_pages_and_keeps_its_content():
