@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
-from babydoctor.model.packed.lora_linear import ADAPTER, has_lora
+from babydoctor.model.packed.lora_linear import base_layer, has_lora, scaled_lora
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 """``[M, in] -> [M, out]``."""
@@ -63,17 +62,15 @@ def build_lora_linear(modules: Sequence[nn.Module], dtype: torch.dtype, *, pack:
 
     LoRA weights are copied into ``dtype``, so a stage in training keeps its own in float32.
     """
-    bases: list[Any] = [module.base_layer if has_lora(module) else module for module in modules]
+    bases = [base_layer(module) for module in modules]
     multiply = build_linear(bases, dtype, pack=pack, own=own)
     parts: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
     end = 0
     for module, base in zip(modules, bases, strict=True):
         start, end = end, end + base.out_features
         if has_lora(module):
-            peft_layer: Any = module
-            down, up = peft_layer.lora_A[ADAPTER].weight.detach(), peft_layer.lora_B[ADAPTER].weight.detach()
-            scaled = up * peft_layer.scaling[ADAPTER]
-            parts.append((start, end, down.to(dtype).T, scaled.to(dtype).T))
+            down, up = scaled_lora(module)
+            parts.append((start, end, down.to(dtype).T, up.to(dtype).T))
 
     def forward(rows: torch.Tensor) -> torch.Tensor:
         output = multiply(rows)

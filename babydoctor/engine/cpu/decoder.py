@@ -21,7 +21,7 @@ from babydoctor.engine.layout import Chunk, DecodeRows
 from babydoctor.engine.settings import kv_shape
 from babydoctor.model.families import LanguageModel, sliding_window
 from babydoctor.model.nf4 import is_4bit
-from babydoctor.model.packed.lora_linear import has_lora
+from babydoctor.model.packed.lora_linear import base_layer
 
 MAX_HEAD_DIM = 512
 
@@ -71,7 +71,7 @@ class CpuDecoder(Decoder):
 
     def _free(self, module: nn.Module) -> None:
         """Free the weights of a module, except for a head that shares them with the embedding."""
-        base: Any = getattr(module, "base_layer", module)
+        base: Any = getattr(module, "base_layer", module)  # under a LoRA that is switched off, too
         if is_4bit(base):
             base.weight.quant_state = base.quant_state = None  # the scales
         for parameter in module.parameters():
@@ -117,8 +117,7 @@ def fits(model: LanguageModel) -> bool:
     config = model.config
     head_dim = kv_shape(config)[2]
     sizes = (config.hidden_size, config.intermediate_size, head_dim)
-    modules: list[Any] = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
-    bases = [module.base_layer if has_lora(module) else module for module in modules]
+    bases = [base_layer(part) for name, part in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     loras = {parameter for name, parameter in model.named_parameters() if "lora_" in name}
     codes = {base.weight for base in bases if is_4bit(base)}
     return (

@@ -204,7 +204,6 @@ struct Barrier {
   }
 };
 
-
 // One thread of a team that computes products of the same rows.
 struct Worker {
   const int thread, threads;

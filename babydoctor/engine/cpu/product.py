@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from babydoctor.engine.cpu.library import Operator, StepProduct, address
 from babydoctor.model.nf4 import BLOCK_SIZE, block_scales, dequantized_weight, is_4bit
-from babydoctor.model.packed.lora_linear import ADAPTER, effective_weight, has_lora
+from babydoctor.model.packed.lora_linear import base_layer, effective_weight, has_lora, scaled_lora
 
 BLOCK = 64
 """Outputs per block of packed weights."""
@@ -72,7 +72,7 @@ def build_product(operator: Operator, modules: Sequence[nn.Module], *, is_int8: 
         modules: bfloat16 ``nn.Linear`` or 4-bit layers without biases, or peft LoRA layers over either.
         is_int8: merge the LoRAs, and round each output's weights to eight bits with a scale of their own.
     """
-    bases: list[Any] = [module.base_layer if has_lora(module) else module for module in modules]
+    bases = [base_layer(module) for module in modules]
     outputs, inputs = sum(base.out_features for base in bases), bases[0].in_features
     if is_int8:
         merged = torch.cat([effective_weight(module, torch.bfloat16) for module in modules])
@@ -91,8 +91,9 @@ def _build_lora(
     downs, ups = [], []
     for module, base in zip(modules, bases, strict=True):
         if has_lora(module):
-            downs.append(module.lora_A[ADAPTER].weight.detach())
-            ups.append(module.lora_B[ADAPTER].weight.detach() * module.scaling[ADAPTER])
+            down, up = scaled_lora(module)
+            downs.append(down)
+            ups.append(up)
         else:
             ups.append(base.weight.new_empty(base.out_features, 0, dtype=torch.float32))
     if not downs:

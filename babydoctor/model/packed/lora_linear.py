@@ -153,8 +153,20 @@ def effective_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return dequantized_weight(module).to(dtype)
     peft_layer: Any = module
     down, up = peft_layer.lora_A[ADAPTER].weight.detach(), peft_layer.lora_B[ADAPTER].weight.detach()
-    weight = dequantized_weight(peft_layer.base_layer).float()
+    weight = dequantized_weight(base_layer(module)).float()
     return weight.addmm(up.float(), down.float(), alpha=peft_layer.scaling[ADAPTER]).to(dtype)
+
+
+def base_layer(module: nn.Module) -> Any:
+    """The layer under the module's LoRA; the module itself without one."""
+    return module.base_layer if has_lora(module) else module
+
+
+def scaled_lora(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A`` ``[r, I]`` and ``alpha / r * B`` ``[O, r]`` of a layer with a LoRA, in their own dtype."""
+    peft_layer: Any = module
+    down, up = peft_layer.lora_A[ADAPTER].weight.detach(), peft_layer.lora_B[ADAPTER].weight.detach()
+    return down, up * peft_layer.scaling[ADAPTER]
 
 
 def has_lora(module: nn.Module) -> bool:
